@@ -1,0 +1,56 @@
+"""Long-term memory for local LLM agents.
+
+A document is read once, offline: Activation Beacon (arXiv 2401.03462) compresses it to the keys and values of a few
+beacon tokens at every layer. At query time they are loaded as a KV prefix of the model, and the prompt holds only the
+question. Start with `BeaconMemory`; everything named in `__all__` is public and imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import *  # noqa: F403  # the exceptions are public, every one
+
+if TYPE_CHECKING:
+    from .compressor import BeaconCompressor as BeaconCompressor
+    from .config import BeaconConfig as BeaconConfig
+    from .kv import BeaconKV as BeaconKV
+    from .memory import Added as Added
+    from .memory import Answer as Answer
+    from .memory import BeaconMemory as BeaconMemory
+    from .memory import Document as Document
+    from .memory import Progress as Progress
+    from .memory import Usage as Usage
+    from .modeling import BeaconModel as BeaconModel
+    from .sequence import BeaconSequence as BeaconSequence
+    from .store import MemoryStore as MemoryStore
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Added": "memory",
+    "Answer": "memory",
+    "BeaconCompressor": "compressor",
+    "BeaconConfig": "config",
+    "BeaconKV": "kv",
+    "BeaconMemory": "memory",
+    "BeaconModel": "modeling",
+    "BeaconSequence": "sequence",
+    "Document": "memory",
+    "MemoryStore": "store",
+    "Progress": "memory",
+    "Usage": "memory",
+}
+
+__all__ = sorted([*_LAZY, *errors.__all__, "__version__"])  # noqa: PLE0605  # a list, sorted from what there is
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the package itself imports no torch."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,157 @@
+"""The attention function of a compressing pass, registered with transformers under the name `beacon_memory`.
+
+A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`. The pass travels as a keyword argument of
+the model call, never through a global, so that threads and gradient checkpointing cannot mix passes up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .kv import BeaconKV
+from .layout import BeaconLayout
+from .rope import Rope, apply_rotation
+
+__all__ = ["IMPLEMENTATION", "BeaconPass"]
+
+IMPLEMENTATION = "beacon_memory"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """One window on the device.
+
+    queries: [queries] row numbers; own: [own] pool entries; mask: [queries, memory + own], added to the scores.
+    """
+
+    sequence: int
+    memory: int
+    queries: Tensor
+    own: Tensor
+    mask: Tensor
+
+
+class BeaconPass:
+    """A `BeaconLayout` on a device, shared by all layers of one forward pass.
+
+    past: K/V of the pool entries in front of the rows, before RoPE.
+    keep: pool entries whose K/V the pass shall hand back, see `collected`.
+    """
+
+    def __init__(self, layout: BeaconLayout, rope: Rope, past: BeaconKV, keep: list[int], *, hidden: bool) -> None:
+        device, dtype = past.keys.device, past.keys.dtype
+        self.raw_rows = len(layout.raw_ids)
+        self.rope = rope
+        self.past = past
+        self.own_table = rope.table(torch.tensor(layout.positions, device=device))
+        self.memories = [torch.tensor(memory, dtype=torch.long, device=device) for memory in layout.memories]
+        longest = max((len(memory) for memory in layout.memories), default=0)
+        self.memory_table = rope.table(torch.arange(longest, device=device))
+        orders = torch.tensor(layout.orders, device=device)
+        self.windows = []
+        for window in layout.windows:
+            own = torch.tensor(window.own, device=device)
+            queries = torch.tensor(window.queries, dtype=torch.long, device=device)
+            seen = _visible(orders[own[window.cached :]], orders[own], hidden=hidden)
+            mask = torch.zeros(len(queries), window.memory + len(own), dtype=dtype, device=device)
+            mask[:, window.memory :].masked_fill_(~seen, float("-inf"))
+            self.windows.append(_Window(window.sequence, window.memory, queries, own, mask))
+        self._keep = torch.tensor(keep, dtype=torch.long, device=device)
+        self._collected: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def collect(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Note what is to be kept of one layer's pool, [1, kv_heads, pool, head_dim], keys before RoPE."""
+        if len(self._keep):
+            self._collected[layer] = (keys[0, :, self._keep], values[0, :, self._keep])
+
+    @property
+    def collected(self) -> BeaconKV:
+        """K/V of the kept entries, all layers: [layers, kv_heads, kept, head_dim]."""
+        if not self._collected:
+            return self.past[:0]
+        keys, values = zip(*(self._collected[layer] for layer in sorted(self._collected)), strict=True)
+        return BeaconKV(torch.stack(keys), torch.stack(values))
+
+
+def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tensor:
+    """Which entries of a window each of its rows sees, [queries, keys] bool: those not after it; with `hidden`, raw rows no beacons."""
+    seen = key_orders[None, :] <= query_orders[:, None]
+    if hidden:
+        seen &= (query_orders[:, None] % 2 == 1) | (key_orders[None, :] % 2 == 0)
+    return seen
+
+
+def _attend_by_window(
+    beacon_pass: BeaconPass, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    """Let each window attend to its memory slots and to itself.
+
+    query: [1, heads, rows, head_dim]; key, value: [1, kv_heads, rows, head_dim]; query and key at RoPE position 0.
+    Returns [1, rows, heads, head_dim].
+    """
+    rope, past = beacon_pass.rope, beacon_pass.past
+    keys = torch.cat((past.keys[layer][None], rope.remove_scaling(key)), dim=2)
+    values = torch.cat((past.values[layer][None], value), dim=2)
+    beacon_pass.collect(layer, keys, values)
+
+    cos, sin = beacon_pass.own_table
+    rows = past.slots
+    query = apply_rotation(rope.remove_scaling(query), cos[rows:], sin[rows:])
+    own_keys = apply_rotation(keys, cos, sin)
+    groups = query.shape[1] // key.shape[1]
+    memory_keys, memory_values = [], []
+    for memory in beacon_pass.memories:
+        cos, sin = (table[: len(memory)] for table in beacon_pass.memory_table)
+        memory_keys.append(apply_rotation(keys[:, :, memory], cos, sin))
+        memory_values.append(values[:, :, memory])
+
+    output = []
+    for window in beacon_pass.windows:
+        seen_keys = (memory_keys[window.sequence][:, :, : window.memory], own_keys[:, :, window.own])
+        seen_values = (memory_values[window.sequence][:, :, : window.memory], values[:, :, window.own])
+        output.append(
+            scaled_dot_product_attention(
+                query[:, :, window.queries],
+                torch.cat(seen_keys, dim=2).repeat_interleave(groups, dim=1),
+                torch.cat(seen_values, dim=2).repeat_interleave(groups, dim=1),
+                attn_mask=window.mask,
+                dropout_p=dropout,
+                scale=scaling,
+            )
+        )
+    order = torch.cat([window.queries for window in beacon_pass.windows])
+    attended = torch.cat(output, dim=2).transpose(1, 2)
+    return torch.empty_like(attended).index_copy(1, order, attended)
+
+
+def beacon_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    beacon_pass: BeaconPass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention by windows where the call brings a `BeaconPass`, stock SDPA where it does not."""
+    if beacon_pass is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
+    return _attend_by_window(beacon_pass, layer, query, key, value, scaling, dropout), None
+
+
+AttentionInterface.register(IMPLEMENTATION, beacon_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,175 @@
+"""Compressing documents, many to a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CapacityError, ConfigError, InputError
+from .kv import BeaconKV
+from .layout import Window
+from .modeling import BeaconModel
+from .ratio import auto_ratio, positions_needed, too_long, window_ratios
+from .sequence import SequenceState, advance
+
+__all__ = ["BeaconCompressor", "CompressedDocument", "CompressedWindow", "TokenizedText"]
+
+Ratio = int | str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """A text as the model reads it.
+
+    ids:     token ids.
+    offsets: for each token where it starts and stops in the text, in characters.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedWindow:
+    """A window of a compressed document: its raw tokens, its ratio, and where it starts among the document's tokens."""
+
+    first: int
+    tokens: int
+    ratio: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedDocument:
+    """What is kept of a document: K/V of its beacons, without the sink, and how its windows were compressed."""
+
+    kv: BeaconKV
+    tokens: int
+    windows: tuple[CompressedWindow, ...]
+
+
+class BeaconCompressor:
+    """Documents to K/V of beacons, window after window of many documents in passes of bounded size.
+
+    rows_per_pass: rows (raw tokens and beacons) that one forward pass may have, at least one window. It bounds the
+                   memory that compression takes, whatever the length of the documents, and changes no number.
+    reserve:       positions of the model to leave free for question and answer behind a document.
+    """
+
+    def __init__(self, model: BeaconModel, *, rows_per_pass: int = 4096, reserve: int = 1024) -> None:
+        self.model = model
+        self.rows_per_pass = rows_per_pass
+        self.reserve = reserve
+        self._sink: BeaconKV | None = None
+
+    @property
+    def sink(self) -> BeaconKV:
+        """K/V of the sink, the same for every document of a model; of no slots where the model has none."""
+        if self._sink is None:
+            with torch.inference_mode():
+                self._sink = self._read_sink()
+        return self._sink
+
+    def _read_sink(self) -> BeaconKV:
+        ids = self.model.sink_ids
+        start = SequenceState.start(self.model)
+        if not ids:
+            return start.memory
+        windows = self.model.cut(start.cursor, ids, iter([0]), tail="close")  # ratio 0: their own K/V
+        (state,), _ = advance(self.model, [(start, windows)])
+        return state.memory
+
+    def tokenize(self, text: str) -> TokenizedText:
+        """Token ids of a document. Where the model has no sink, a bos token leads, if its tokenizer sets one."""
+        encoded = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+        if not self.model.sink_ids and ids:
+            bos = self.model.leading_bos
+            return TokenizedText([*bos, *ids], [(0, 0)] * len(bos) + offsets)
+        return TokenizedText(ids, offsets)
+
+    def ratios(self, tokens: int, ratio: Ratio) -> list[int]:
+        """The ratio of each window of a document of so many tokens.
+
+        ratio: raw tokens per beacon; `auto` for the smallest of 2 to 32 that leaves `reserve` positions; or a list with
+        one ratio for each window. Raises ConfigError for another value, InputError for no tokens and CapacityError, with
+        the numbers, for a document that would not fit.
+        """
+        config, positions = self.model.config, self.model.max_positions
+        if tokens == 0:
+            raise InputError("the document is empty: there is nothing to compress")
+        if isinstance(ratio, str):
+            if ratio != "auto":
+                raise ConfigError(f"ratio={ratio!r} must be 'auto', a whole number, or a list of them")
+            ratio = auto_ratio(tokens, config, positions, self.reserve)
+        ratios = window_ratios(tokens, ratio, config)
+        if positions_needed(tokens, ratios, config, self.reserve) > positions:
+            raise CapacityError(too_long(tokens, ratio, config, positions, self.reserve))
+        return ratios
+
+    def compress(
+        self,
+        documents: Iterable[tuple[Sequence[int], Sequence[int]]],
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[CompressedDocument]:
+        """Compress documents, given as token ids and the ratio of each window (see `ratios`), in their order.
+
+        A document is yielded as soon as its last window was read; `documents` is only read as far as one pass needs.
+        `progress` is called after each pass with the raw tokens it read.
+        """
+        current: list[_Reading] = []  # documents with windows in the next pass, or unfinished
+        rows = 0
+        for ids, ratios in documents:
+            reading = _Reading(self.model, self.sink, ids, ratios)
+            current.append(reading)
+            for window in reading.windows:
+                size = len(window.new_ids) + len(window.anchors)
+                if rows and rows + size > self.rows_per_pass:
+                    yield from self._run(current, progress)
+                    rows = 0
+                reading.next.append(window)
+                rows += size
+        if current:
+            yield from self._run(current, progress)
+
+    def _run(self, current: list[_Reading], progress: Callable[[int], None]) -> Iterator[CompressedDocument]:
+        """Read the collected windows in one pass; yields the documents that are finished and drops them."""
+        reading = [one for one in current if one.next]
+        with torch.inference_mode():
+            states, _ = advance(self.model, [(one.state, one.next) for one in reading])
+        tokens = 0
+        for one, state in zip(reading, states, strict=True):
+            tokens += sum(len(window.new_ids) for window in one.next)
+            one.take(state)
+        progress(tokens)
+        while current and current[0].finished:
+            yield current.pop(0).result(self.sink.slots)
+
+
+class _Reading:
+    """One document on its way through the passes."""
+
+    def __init__(self, model: BeaconModel, sink: BeaconKV, ids: Sequence[int], ratios: Sequence[int]) -> None:
+        self.tokens = len(ids)
+        self.state = SequenceState.start(model, memory=sink)
+        self.windows: list[Window] = model.cut(self.state.cursor, ids, iter(ratios), tail="close")
+        self.next: list[Window] = []
+        self.read = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.read == len(self.windows)
+
+    def take(self, state: SequenceState) -> None:
+        self.state = state
+        self.read += len(self.next)
+        self.next = []
+
+    def result(self, sink_slots: int) -> CompressedDocument:
+        firsts = [sum(len(w.ids) for w in self.windows[:i]) for i in range(len(self.windows))]
+        windows = tuple(
+            CompressedWindow(first, len(window.ids), window.ratio)
+            for first, window in zip(firsts, self.windows, strict=True)
+        )
+        return CompressedDocument(self.state.memory[sink_slots:], self.tokens, windows)

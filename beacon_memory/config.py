@@ -1,0 +1,161 @@
+"""The settings of a beacon adapter, under the key names of the published checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["BeaconConfig"]
+
+PROJECTIONS = ("q", "k", "v", "o")
+
+# What a key means when a published checkpoint leaves it out, and the keys whose value is fixed by the method.
+_PUBLISHED_DEFAULTS: dict[str, Any] = {
+    "beacon_attn": "full-coverage",
+    "beacon_embed": "learned",
+    "beacon_placement": "end",
+    "beacon_param": [],
+    "beacon_sink_size": 0,
+}
+_FIXED: dict[str, Any] = {"beacon_pos": "interleave"}
+# Keys of the published code that change nothing here: how it groups windows, and a switch that full coverage ignores.
+_WITHOUT_EFFECT: dict[str, Any] = {"beacon_parallel_window": 1, "beacon_attend_prev": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeaconConfig:
+    """How a text is cut into windows and compressed into beacons.
+
+    beacon_window:    raw tokens that are processed with full attention to each other.
+    beacon_ratio:     the ratios (raw tokens per beacon) the adapter was trained with; 0 keeps the raw tokens' K/V.
+    beacon_ratio_mix: which of them a window takes while a sequence is read: `step-random` (any, anew for each window),
+                      `instance-random` (any, one for the sequence), `sequence` (in turn) or `adapt-N` (the smallest
+                      with which the sequence and N more tokens fit the model's positions).
+    beacon_param:     the projections that beacons have of their own, among q, k, v, o.
+    beacon_attn:      `hidden`: raw tokens do not see the beacons of their own window and positions count raw tokens;
+                      `full-coverage` (the paper): they do, and beacons count too.
+    beacon_embed:     `last-token`: a beacon's input is the embedding of the token before it plus a trained offset;
+                      `learned` (the paper): one trained vector.
+    beacon_embed_init: the token whose embedding a `learned` vector starts from, `eos` or `bos`.
+    beacon_placement: `end`: a beacon stands after its unit; `salient`: after the unit's most informative token.
+    beacon_sink_size: first tokens whose K/V are kept uncompressed in front of the memory.
+
+    Raises ConfigError, which names key and value, for anything out of range.
+    """
+
+    beacon_window: int = 1024
+    beacon_ratio: tuple[int, ...] = (2, 4, 8, 16, 32)
+    beacon_ratio_mix: str = "step-random"
+    beacon_param: tuple[str, ...] = ("q", "k", "v")
+    beacon_attn: str = "hidden"
+    beacon_embed: str = "last-token"
+    beacon_embed_init: str = "eos"
+    beacon_placement: str = "end"
+    beacon_sink_size: int = 1
+
+    def __post_init__(self) -> None:
+        _require_int("beacon_window", self.beacon_window, least=1)
+        _require_int("beacon_sink_size", self.beacon_sink_size, least=0)
+        if self.beacon_sink_size > self.beacon_window:
+            raise ConfigError(
+                f"beacon_sink_size={self.beacon_sink_size} must not exceed beacon_window={self.beacon_window}"
+            )
+        object.__setattr__(self, "beacon_ratio", _as_tuple("beacon_ratio", self.beacon_ratio))
+        object.__setattr__(self, "beacon_param", _as_tuple("beacon_param", self.beacon_param))
+        if not self.beacon_ratio:
+            raise ConfigError("beacon_ratio=() must name at least one ratio, for example [2, 4, 8, 16, 32]")
+        for ratio in self.beacon_ratio:
+            self.require_ratio(ratio)
+        if set(self.beacon_param) - set(PROJECTIONS) or len(set(self.beacon_param)) < len(self.beacon_param):
+            raise ConfigError(f"beacon_param={list(self.beacon_param)!r} must hold each of q, k, v, o at most once")
+        for name, choices in {
+            "beacon_attn": ("hidden", "full-coverage"),
+            "beacon_embed": ("last-token", "learned"),
+            "beacon_embed_init": ("eos", "bos"),
+            "beacon_placement": ("end", "salient"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
+        mix = self.beacon_ratio_mix
+        if mix not in ("step-random", "instance-random", "sequence") and not re.fullmatch(r"adapt-\d+", str(mix)):
+            raise ConfigError(
+                f"beacon_ratio_mix={mix!r} must be 'step-random', 'instance-random', 'sequence' or 'adapt-N' "
+                "with a number of tokens N"
+            )
+
+    def require_ratio(self, ratio: object) -> int:
+        """`ratio` if a window can be compressed by it; raises ConfigError otherwise."""
+        value = _require_int("beacon_ratio", ratio, least=0)
+        if value > self.beacon_window:
+            raise ConfigError(f"beacon_ratio={value} must not exceed beacon_window={self.beacon_window}")
+        return value
+
+    @property
+    def usable_ratios(self) -> tuple[int, ...]:
+        """The ratios that a mix chooses among: a single one as it is, of several those that divide the window."""
+        if len(self.beacon_ratio) == 1:
+            return self.beacon_ratio
+        dividing = tuple(r for r in self.beacon_ratio if r == 0 or self.beacon_window % r == 0)
+        if not dividing:
+            raise ConfigError(
+                f"beacon_ratio={list(self.beacon_ratio)} has no ratio that divides beacon_window={self.beacon_window}"
+            )
+        return dividing
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings under the published key names, JSON-able."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        settings |= {"beacon_ratio": list(self.beacon_ratio), "beacon_param": list(self.beacon_param)}
+        return settings | {"beacon_stride": self.beacon_window} | _FIXED | _WITHOUT_EFFECT
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> BeaconConfig:
+        """Read the `beacon_*` keys of a config.json or beacon.json; other keys are left alone.
+
+        A key that is absent has the meaning that it has in the published checkpoints (`full-coverage`, `learned`,
+        no own projections, no sink). Raises ConfigError for a value, or a `beacon_*` key, that it does not know.
+        """
+        given = {k: v for k, v in settings.items() if k.startswith("beacon_") and k not in _WITHOUT_EFFECT}
+        stride = given.pop("beacon_stride", None)
+        for key, value in _FIXED.items():
+            if given.pop(key, value) != value:
+                raise ConfigError(f"{key}={settings[key]!r} is not supported, only {value!r} is")
+        unknown = set(given) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ConfigError(f"unknown key {sorted(unknown)[0]!r} with value {given[sorted(unknown)[0]]!r}")
+        config = cls(**(_PUBLISHED_DEFAULTS | given))
+        if stride not in (None, config.beacon_window):
+            raise ConfigError(
+                f"beacon_stride={stride!r} must equal beacon_window={config.beacon_window}: overlapping windows "
+                "are not supported"
+            )
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> BeaconConfig:
+        """Read `from_dict` settings from a json file; raises ConfigError if it does not hold a json object."""
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not json: {error}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path} must hold a json object, got {type(settings).__name__}")
+        return cls.from_dict(settings)
+
+
+def _require_int(name: str, value: object, *, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
+    return value
+
+
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name}={value!r} must be a list")
+    return tuple(value)

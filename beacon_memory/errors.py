@@ -1,0 +1,78 @@
+"""Every exception that beacon_memory raises on purpose.
+
+    BeaconMemoryError
+    ├── ConfigError (ValueError)           a setting is out of range, or settings contradict each other
+    ├── InputError (ValueError)            a document, question or option cannot be used as it is
+    ├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
+    ├── MissingDependencyError (ImportError)   an optional package is not installed
+    ├── ModelError
+    │   ├── UnsupportedModelError          the base model cannot carry beacons
+    │   └── AdapterError                   an adapter is missing, damaged or made for another base
+    └── StoreError
+        ├── DocumentNotFoundError (LookupError)   no document is stored under this id
+        ├── CorruptFileError               a stored file is damaged or not one of ours
+        └── FingerprintMismatchError       stored K/V were made by another model, adapter or setting
+"""
+
+__all__ = [
+    "AdapterError",
+    "BeaconMemoryError",
+    "CapacityError",
+    "ConfigError",
+    "CorruptFileError",
+    "DocumentNotFoundError",
+    "FingerprintMismatchError",
+    "InputError",
+    "MissingDependencyError",
+    "ModelError",
+    "StoreError",
+    "UnsupportedModelError",
+]
+
+
+class BeaconMemoryError(Exception):
+    """Base class of all errors of this package."""
+
+
+class ConfigError(BeaconMemoryError, ValueError):
+    """A setting is out of range, or settings contradict each other."""
+
+
+class InputError(BeaconMemoryError, ValueError):
+    """A document, question or option cannot be used as it is."""
+
+
+class CapacityError(BeaconMemoryError, ValueError):
+    """Memory, prompt and answer together exceed the positions of the model."""
+
+
+class MissingDependencyError(BeaconMemoryError, ImportError):
+    """An optional package is not installed."""
+
+
+class ModelError(BeaconMemoryError):
+    """A model or adapter cannot be used."""
+
+
+class UnsupportedModelError(ModelError):
+    """The base model cannot carry beacons."""
+
+
+class AdapterError(ModelError):
+    """An adapter is missing, damaged or made for another base model."""
+
+
+class StoreError(BeaconMemoryError):
+    """The store of documents cannot do what was asked."""
+
+
+class DocumentNotFoundError(StoreError, LookupError):
+    """No document is stored under this id."""
+
+
+class CorruptFileError(StoreError):
+    """A stored file is damaged or was not written by this package."""
+
+
+class FingerprintMismatchError(StoreError):
+    """Stored K/V were made by another model, adapter or setting than the loaded one."""

@@ -1,0 +1,417 @@
+"""BeaconMemory: documents in, answers out."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from .catalog import DocumentRow
+from .compressor import BeaconCompressor, CompressedDocument, Ratio, TokenizedText
+from .document import check_id, check_metadata, content_hash
+from .errors import BeaconMemoryError, CorruptFileError, DocumentNotFoundError, InputError
+from .generation import Generation, Messages, Request, chat_prompt, generate, generation_config, require_room, stream
+from .kv import BeaconKV
+from .kv_file import DocumentHeader, WindowSpan
+from .modeling import BeaconModel
+from .store import MemoryStore, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+
+__all__ = ["Added", "Answer", "BeaconMemory", "Document", "Progress", "Usage"]
+
+DEFAULT_DOCUMENTS = 3  # documents that a question without ids may pick
+_HITS = 50  # passages to look at for them
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to remember under an id; any text will do as id."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of a document that was added.
+
+    status:  `added`, `replaced`, or `unchanged` if the same text was stored already at the same ratio.
+    tokens:  raw tokens. slots: memory slots they were compressed to. bytes: of its K/V.
+    ratios:  raw tokens per beacon, each value that occurs.
+    seconds: since the document before it was done.
+    """
+
+    id: str
+    status: Literal["added", "replaced", "unchanged"]
+    tokens: int
+    slots: int
+    bytes: int
+    ratios: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far adding has come: tokens compressed, of those of all documents that were begun."""
+
+    tokens: int
+    begun: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer took, in positions of the model: memory slots loaded (sink included), prompt and answer."""
+
+    slots: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, and what it rests on.
+
+    ids: documents in the order in which they were loaded.
+    time_to_first_token, seconds: from the call on, loading from disk included.
+    """
+
+    text: str
+    ids: tuple[str, ...]
+    usage: Usage
+    time_to_first_token: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(slots=True)
+class _Job:
+    """A document on its way to the store."""
+
+    document: Document
+    text: TokenizedText
+    ratios: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Question:
+    """A question ready to be asked."""
+
+    ids: tuple[str, ...]
+    request: Request
+    config: GenerationConfig
+    started: float
+
+    def answer(self, generation: Generation) -> Answer:
+        now = time.perf_counter()
+        usage = Usage(self.request.prefix.slots, len(self.request.prompt), len(generation.tokens))
+        first = generation.first_token_at - self.started
+        return Answer(generation.text, self.ids, usage, first, now - self.started)
+
+
+class BeaconMemory:
+    """Long-term memory of a local language model: each document is read once and answers from then on.
+
+    store:   folder of the documents; created when first written to.
+    model:   folder or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
+    adapter: folder or hub name of a beacon adapter for it.
+    reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
+
+    The model is loaded when it is first needed: listing, searching and removing do without.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str],
+        model: str | Path | BeaconModel | None = None,
+        adapter: str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = "auto",
+        reserve: int = 1024,
+    ) -> None:
+        if isinstance(model, BeaconModel) and (adapter is not None or device is not None):
+            raise InputError("adapter and device belong to a model that is still to be loaded, and this one is")
+        self.store = MemoryStore(store)
+        self._source = (model, adapter, device, dtype)
+        self._reserve = reserve
+        self._compressor: BeaconCompressor | None = None
+        self._loading = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store's catalog."""
+        self.store.close()
+
+    @property
+    def compressor(self) -> BeaconCompressor:
+        """The compressor, and with it the loaded model."""
+        with self._loading:
+            if self._compressor is None:
+                model, adapter, device, dtype = self._source
+                if not isinstance(model, BeaconModel):
+                    model = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+                self._compressor = BeaconCompressor(model, reserve=self._reserve)
+            return self._compressor
+
+    @property
+    def model(self) -> BeaconModel:
+        """The loaded model."""
+        return self.compressor.model
+
+    def add(
+        self, id: str, text: str, metadata: Mapping[str, object] | None = None, ratio: Ratio = "auto"
+    ) -> Added:
+        """Compress a document and store it under `id`, in place of what was there.
+
+        ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
+        one for each window. A text that is stored already, at the same ratio and by the same model, is left as it is.
+        Raises InputError or CapacityError for a document that cannot be compressed; then nothing has changed.
+        """
+        return self.add_many([Document(id, text, metadata)], ratio=ratio)[0]
+
+    def add_many(
+        self,
+        documents: Iterable[Document],
+        ratio: Ratio = "auto",
+        *,
+        progress: Callable[[Progress], None] = lambda progress: None,
+        on_added: Callable[[Added], None] = lambda added: None,
+        on_error: Callable[[Document, BeaconMemoryError], None] | None = None,
+    ) -> builtins.list[Added]:
+        """Add many documents, compressed together; each is stored as soon as it is done.
+
+        Interrupted, it has lost only what was unfinished: run it again with the same documents, and those that are
+        stored are skipped. `on_error` is told of a document that cannot be compressed, and the others go on; without
+        it the error is raised, after all documents in front of it were stored.
+        """
+        added: builtins.list[Added] = []
+
+        def note(one: Added) -> None:
+            added.append(one)
+            on_added(one)
+
+        for one in self._add(documents, ratio, progress, on_error):
+            note(one)
+        return added
+
+    def _add(
+        self,
+        documents: Iterable[Document],
+        ratio: Ratio,
+        progress: Callable[[Progress], None],
+        on_error: Callable[[Document, BeaconMemoryError], None] | None,
+    ) -> Iterator[Added]:
+        compressor = self.compressor
+        waiting: builtins.list[_Job | Added] = []  # in the order of the documents; Added where nothing is to be done
+        failed: builtins.list[BeaconMemoryError] = []
+        read = begun = 0
+        since = time.perf_counter()
+
+        def advanced(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            progress(Progress(read, begun))
+
+        def work() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+            nonlocal begun
+            for document in documents:
+                try:
+                    job = self._prepare(document, ratio)
+                except BeaconMemoryError as error:
+                    if on_error is None:
+                        failed.append(error)
+                        return
+                    on_error(document, error)
+                    continue
+                waiting.append(job)
+                if isinstance(job, _Job):
+                    begun += len(job.text.ids)
+                    yield job.text.ids, job.ratios
+
+        for compressed in compressor.compress(work(), advanced):
+            while isinstance(waiting[0], Added):
+                yield waiting.pop(0)
+            job = waiting.pop(0)
+            now = time.perf_counter()
+            yield self._put(job, compressed, now - since)
+            since = now
+        yield from (one for one in waiting if isinstance(one, Added))
+        if failed:
+            raise failed[0]
+
+    def _prepare(self, document: Document, ratio: Ratio) -> _Job | Added:
+        """Check a document before any work on it; says `unchanged` if there is none."""
+        check_id(document.id)
+        digest = content_hash(document.text)
+        if document.metadata is not None:
+            check_metadata(document.metadata)
+        compressor = self.compressor
+        text = compressor.tokenize(document.text)
+        try:
+            ratios = compressor.ratios(len(text.ids), ratio)
+        except BeaconMemoryError as error:
+            raise type(error)(f"document {document.id!r}: {error}") from error
+        if self._is_stored(document.id, digest, ratios):
+            row = self.store.row(document.id)
+            if document.metadata is not None and document.metadata != row.metadata:
+                row = self.store.set_metadata(document.id, document.metadata)
+            return Added(row.id, "unchanged", row.tokens, row.slots, row.bytes, row.ratios, 0.0)
+        return _Job(document, text, ratios)
+
+    def _is_stored(self, id: str, digest: str, ratios: builtins.list[int]) -> bool:
+        """Whether this very text is stored whole, at these ratios and by this model."""
+        try:
+            row = self.store.row(id)
+            if (row.content_hash, row.fingerprint) != (digest, self.model.fingerprint.digest):
+                return False
+            return [window.ratio for window in self.store.check(id).windows] == ratios
+        except (DocumentNotFoundError, CorruptFileError):
+            return False
+
+    def _put(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
+        ids, offsets, document = job.text.ids, job.text.offsets, job.document
+        spans = tuple(
+            WindowSpan(w.tokens, w.ratio, offsets[w.first][0], offsets[w.first + w.tokens - 1][1])
+            for w in compressed.windows
+        )
+        last = compressed.windows[-1]
+        header = DocumentHeader(
+            id=document.id,
+            content_hash=content_hash(document.text),
+            tokens=compressed.tokens,
+            windows=spans,
+            tail_ids=tuple(ids[last.first :]) if last.tokens < self.model.config.beacon_window else (),
+            fingerprint=self.model.fingerprint,
+        )
+        status: Literal["added", "replaced"] = "replaced" if document.id in self.store else "added"
+        row = self.store.put(header, compressed.kv.to("cpu"), document.text, document.metadata)
+        return Added(row.id, status, row.tokens, row.slots, row.bytes, row.ratios, seconds)
+
+    def ask(
+        self,
+        question: Messages,
+        ids: str | Sequence[str] | None = None,
+        *,
+        limit: int = DEFAULT_DOCUMENTS,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Answer a question from the memory of some documents.
+
+        question: a text, or a conversation as dicts with `role` and `content`.
+        ids:      documents to answer from, loaded in this order; None picks up to `limit` by full-text search.
+        stop:     strings at which the answer ends. seed: of sampling.
+        options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
+
+        Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
+        positions, or FingerprintMismatchError for a document that another model compressed.
+        """
+        asked = self._question(question, ids, limit, stop, options)
+        ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
+        return asked.answer(generation)
+
+    def stream(
+        self,
+        question: Messages,
+        ids: str | Sequence[str] | None = None,
+        *,
+        limit: int = DEFAULT_DOCUMENTS,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Iterator[str | Answer]:
+        """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last."""
+        asked = self._question(question, ids, limit, stop, options)
+        if (asked.config.num_beams or 1) > 1:
+            raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
+        return self._stream(asked, seed)
+
+    def _stream(self, asked: _Question, seed: int | None) -> Iterator[str | Answer]:
+        for piece in stream(self.model, asked.request, asked.config, seed=seed):
+            yield piece if isinstance(piece, str) else asked.answer(piece)
+
+    def _question(
+        self,
+        question: Messages,
+        ids: str | Sequence[str] | None,
+        limit: int,
+        stop: str | Sequence[str] | None,
+        options: Mapping[str, Any],
+    ) -> _Question:
+        started = time.perf_counter()
+        config = generation_config(self.model, stop, options)
+        if (config.num_return_sequences or 1) > 1:
+            raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
+        sink = self.compressor.sink
+        prompt = chat_prompt(self.model, question, behind_memory=bool(sink.slots) or ids != [])
+        room = self.model.max_positions - sink.slots - len(prompt) - (config.max_new_tokens or 0)
+        chosen = self.pick(question, limit, room) if ids is None else [ids] if isinstance(ids, str) else list(ids)
+        rows = [self.store.row(id) for id in chosen]
+        require_room(self.model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
+        prefix = BeaconKV.concat([sink, *(self._load(id) for id in chosen)])
+        return _Question(tuple(chosen), Request(prefix, prompt), config, started)
+
+    def pick(self, question: Messages, limit: int = DEFAULT_DOCUMENTS, room: int | None = None) -> builtins.list[str]:
+        """The ids of up to `limit` documents whose passages match a question best, best first.
+
+        With `room`, memory slots at hand, a document that does not fit beside better ones is left out. A store of one
+        document needs no match. Raises DocumentNotFoundError if nothing matches.
+        """
+        if limit < 1:
+            raise InputError(f"limit={limit} must be at least 1")
+        text = question if isinstance(question, str) else question[-1]["content"]
+        ranked = list(dict.fromkeys(hit.document for hit in self.store.search(text, _HITS)))
+        if not ranked:
+            stored = [row.id for row in self.store.list()]
+            if len(stored) != 1:
+                what = "shares a word with the question; name documents by id" if stored else "is stored yet; add some"
+                raise DocumentNotFoundError(f"no document {what}")
+            ranked = stored
+        chosen: builtins.list[str] = []
+        for id in ranked[:limit]:
+            slots = self.store.row(id).slots
+            if not chosen or room is None or slots <= room:
+                chosen.append(id)
+                room = None if room is None else room - slots
+        return chosen
+
+    def _load(self, id: str) -> BeaconKV:
+        stored = self.store.get(id)
+        self.model.fingerprint.require(stored.header.fingerprint, id)
+        return stored.kv.to(self.model.device, self.model.dtype)
+
+    def list(self) -> builtins.list[DocumentRow]:
+        """All stored documents, by id."""
+        return self.store.list()
+
+    def show(self, id: str) -> DocumentRow:
+        """What is known of a document; raises DocumentNotFoundError."""
+        return self.store.row(id)
+
+    def remove(self, id: str) -> DocumentRow:
+        """Forget a document; returns what was known of it, or raises DocumentNotFoundError."""
+        return self.store.delete(id)
+
+    def verify(self, *, repair: bool = False) -> builtins.list[Problem]:
+        """What is wrong with the stored files; see `MemoryStore.verify`."""
+        return self.store.verify(repair=repair)

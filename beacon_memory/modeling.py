@@ -1,0 +1,309 @@
+"""A stock transformers model that can also read with beacons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutput
+
+from .adapter import Adapter, read_adapter, read_published, warn_of_another_base, write_adapter
+from .attention import IMPLEMENTATION, BeaconPass
+from .config import BeaconConfig
+from .default_model import default_adapter, ensure_default_model
+from .errors import AdapterError, ConfigError, InputError
+from .fingerprint import Fingerprint, digest_json, digest_tensors
+from .kv import BeaconKV
+from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
+from .projections import beacon_parameters, install_projections
+from .loading import load_base, merge_reader, reader_digest, tokenizer_digest
+from .ratio import mixed_ratios
+from .support import attention_modules, max_positions, model_rope
+
+__all__ = ["BeaconModel", "PassOutput"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassOutput:
+    """What one pass computed.
+
+    hidden: [raw rows, hidden_size] last hidden state of each raw row.
+    kept:   K/V of the pool entries that were asked for.
+    """
+
+    hidden: Tensor
+    kept: BeaconKV
+
+
+class BeaconModel(nn.Module):
+    """Beacon projections and a beacon embedding on a stock causal language model.
+
+    `base` stays a stock model: it answers, generates and is saved as ever. Only calls that bring a `BeaconPass`, which
+    the methods here make, treat some rows as beacons. Use `from_pretrained` unless you have a model at hand.
+
+    Untrained, the projections are copies of the base's and the embedding is that of the token before the beacon
+    (`last-token`) or of the eos or bos token (`learned`).
+
+    Raises UnsupportedModelError for a base model that cannot carry beacons.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: BeaconConfig,
+        *,
+        token_salience: Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reader: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self._attentions = attention_modules(base)
+        self.rope = model_rope(base)
+        if config.beacon_placement == "salient" and token_salience is None:
+            raise ConfigError("beacon_placement='salient' needs token_salience, one number for each vocabulary entry")
+        if token_salience is not None and len(token_salience) != base.config.vocab_size:
+            raise AdapterError(
+                f"token_salience has {len(token_salience)} entries, the base model's vocabulary {base.config.vocab_size}"
+            )
+        self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
+        self.base = base if reader is None else merge_reader(base, reader)
+        self.config = config
+        self.max_positions = max_positions(base.config)
+        self._reader = reader
+        self._tokenizer = tokenizer
+        self._salience = token_salience
+        self._scores: list[float] = [] if token_salience is None else token_salience.tolist()
+        base.requires_grad_(False)
+        base.set_attn_implementation(IMPLEMENTATION)
+        self._install()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
+        *,
+        config: BeaconConfig | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = "auto",
+    ) -> BeaconModel:
+        """Load a base model, from a folder or the hub, and its beacons.
+
+        Beacons come from `adapter` (a folder or hub name); else from the base checkpoint, if it is of the published
+        layout; else they start untrained with the settings of `config`. With no base at all, the embedded default model
+        and its adapter. Remote code is never executed. device: by default an accelerator if there is one; dtype: by
+        default the checkpoint's. Raises ModelError, AdapterError or UnsupportedModelError.
+        """
+        if base is None:
+            base, adapter = ensure_default_model(), adapter or default_adapter()
+        model, tokenizer = load_base(base, device, dtype)
+        if adapter is not None:
+            source = read_adapter(adapter)
+        else:
+            source = read_published(base, model.config) or Adapter(config or BeaconConfig())
+        if tokenizer is not None and source.chat_template is not None:
+            tokenizer.chat_template = source.chat_template
+        beacons = cls(
+            model, source.config, token_salience=source.token_salience, tokenizer=tokenizer, reader=source.reader
+        )
+        warn_of_another_base(source, beacons._base_digest)
+        if source.tensors:
+            beacons._set_beacon_parameters(source.tensors)
+        return beacons.eval()
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the beacons, and the reader they were loaded with, as an adapter folder."""
+        folder = Path(folder)
+        adapter = Adapter(
+            config=self.config,
+            tensors=dict(self.named_beacon_parameters()),
+            token_salience=self._salience,
+            chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
+            base={"name": self.base.config.name_or_path, "digest": self._base_digest},
+            reader=self._reader,
+        )
+        write_adapter(folder, adapter)
+
+    def load_adapter(self, source: str | Path) -> None:
+        """Take the beacons of an adapter that has this model's settings and reader.
+
+        Raises AdapterError otherwise: `from_pretrained` makes a model for any adapter.
+        """
+        adapter = read_adapter(source)
+        if adapter.config != self.config or reader_digest(adapter.reader) != reader_digest(self._reader):
+            raise AdapterError(
+                f"the adapter in {source} has other settings or another reader than the loaded model; "
+                "load it with BeaconModel.from_pretrained(base, adapter=...)"
+            )
+        self._salience = adapter.token_salience
+        self._scores = [] if adapter.token_salience is None else adapter.token_salience.tolist()
+        self._set_beacon_parameters(adapter.tensors)
+        self.__dict__.pop("fingerprint", None)
+
+    @torch.no_grad()
+    def _set_beacon_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        own = dict(self.named_beacon_parameters())
+        # the published checkpoints keep the one learned vector as a table of one row
+        given = {name: t[0] if name == "model.beacon_embed_tokens.weight" else t for name, t in tensors.items()}
+        if set(given) != set(own):
+            different = sorted(set(given) ^ set(own))
+            raise AdapterError(
+                f"the adapter lacks or has in excess {len(different)} parameters, for example {different[0]!r}; it does "
+                "not fit its settings or this base model"
+            )
+        for name, parameter in own.items():
+            if given[name].shape != parameter.shape:
+                raise AdapterError(
+                    f"{name} has shape {tuple(given[name].shape)}, the base model needs {tuple(parameter.shape)}"
+                )
+            parameter.copy_(given[name])
+
+    def _install(self) -> None:
+        install_projections(self._attentions, self.config.beacon_param)
+        embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
+        if self.config.beacon_embed == "last-token":
+            self.beacon_embed = nn.Parameter(torch.zeros_like(embeddings[0]))
+        else:
+            token = getattr(self.base.config, f"{self.config.beacon_embed_init}_token_id")
+            token = token[0] if isinstance(token, list) else token
+            self.beacon_embed = nn.Parameter(embeddings[token or 0].detach().clone())
+        for _, parameter in self.named_beacon_parameters():
+            parameter.requires_grad_(True)
+
+    def named_beacon_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, under the names of the published checkpoints; the embedding as [hidden_size]."""
+        learned = self.config.beacon_embed == "learned"
+        yield "model.beacon_embed_tokens.weight" if learned else "beacon_embed_offset", self.beacon_embed
+        yield from beacon_parameters(self._attentions)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.base.dtype
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """layers, kv_heads, head_dim of its K/V."""
+        attention: Any = self._attentions[0]
+        heads = self.base.config.num_attention_heads // attention.num_key_value_groups
+        return len(self._attentions), heads, attention.head_dim
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer; raises InputError if the model was made without one."""
+        if self._tokenizer is None:
+            raise InputError("this BeaconModel was made without a tokenizer, which reading text needs")
+        return self._tokenizer
+
+    @cached_property
+    def leading_bos(self) -> list[int]:
+        """The bos token if the tokenizer sets one in front of every text, else nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
+
+    @property
+    def sink_ids(self) -> list[int]:
+        """The token ids whose K/V stand in front of every composed memory; raises ConfigError for a sink of several."""
+        if self.config.beacon_sink_size == 0:
+            return []
+        if self.config.beacon_sink_size > 1:
+            raise ConfigError(
+                f"beacon_sink_size={self.config.beacon_sink_size}: documents can share a sink of 0 or 1 tokens only; "
+                "a longer one holds text of one document"
+            )
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self.base.config, name)
+            if token is not None:
+                return [token[0] if isinstance(token, list) else token]
+        raise ConfigError("beacon_sink_size=1 needs a bos or eos token, and the base model's config names neither")
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What stored K/V must have been made with to be usable with this model. Taken once: train first."""
+        trained: list[tuple[str, Tensor]] = [*self.named_beacon_parameters()]
+        if self._salience is not None:
+            trained.append(("token_salience", self._salience))
+        settings = self.config.to_dict()
+        settings = {key: settings[key] for key in settings if "ratio" not in key}  # any ratio can be read
+        return Fingerprint(
+            base=self._base_digest,
+            adapter=digest_json([digest_tensors(trained), reader_digest(self._reader)]),
+            tokenizer=tokenizer_digest(self._tokenizer),
+            config=digest_json(settings),
+            rope=digest_json([self.rope.inv_freq.tolist(), self.rope.scaling]),
+        )
+
+    def salience(self, ids: Sequence[int]) -> list[float]:
+        """How informative each token is, for `salient` placement."""
+        return [self._scores[token] for token in ids]
+
+    def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
+        """`layout.cut_windows` with this model's settings."""
+        return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
+
+    def empty_kv(self) -> BeaconKV:
+        """K/V of no slots, on the model's device."""
+        return BeaconKV.empty(*self.kv_shape, dtype=self.dtype, device=self.device)
+
+    def run(self, layout: BeaconLayout, past: BeaconKV, keep: list[int]) -> PassOutput:
+        """One forward pass through the base's decoder, without its language-model head.
+
+        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order.
+        """
+        beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=self.config.beacon_attn == "hidden")
+        embed = self.base.get_input_embeddings()
+        ids = torch.tensor([layout.raw_ids + layout.anchor_ids], device=self.device)
+        rows = embed(ids)
+        raw = len(layout.raw_ids)
+        beacons = self.beacon_embed.to(rows.dtype).expand(1, len(layout.anchor_ids), -1)
+        if self.config.beacon_embed == "last-token":
+            beacons = beacons + rows[:, raw:]
+        output = self.base.model(
+            inputs_embeds=torch.cat((rows[:, :raw], beacons), dim=1),
+            position_ids=torch.zeros_like(ids),  # RoPE is the identity there: the attention function rotates
+            attention_mask=torch.empty(1, 1, 0, 0, device=self.device),  # four axes: taken as it is, no mask is built
+            use_cache=False,
+            beacon_pass=beacon_pass,
+        )
+        return PassOutput(output.last_hidden_state[0, :raw], beacon_pass.collected)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of last hidden states [..., hidden_size]."""
+        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        return logits
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, ratios: Sequence[Iterator[int]] | None = None
+    ) -> CausalLMOutput:
+        """Compression-based language modelling, as in training: the last window of each row is read raw.
+
+        input_ids: [batch, tokens], no padding. labels: the same shape, aligned with input_ids (they are shifted here),
+        -100 for none. ratios: for each row the ratios of its windows; by default as `beacon_ratio_mix` says.
+        Returns logits [batch, tokens, vocab] and the mean loss over all labels.
+        """
+        batch, tokens = input_ids.shape
+        chosen = ratios or [mixed_ratios(self.config, tokens, self.max_positions) for _ in range(batch)]
+        pieces = [
+            Piece(Cursor(sink_pending=self.config.beacon_sink_size), windows)
+            for row, ratio in zip(input_ids.tolist(), chosen, strict=True)
+            if (windows := self.cut(Cursor(sink_pending=self.config.beacon_sink_size), row, ratio, tail="raw"))
+        ]
+        output = self.run(BeaconLayout.build(pieces, self.config), self.empty_kv(), keep=[])
+        logits = self.head(output.hidden).unflatten(0, (batch, tokens))
+        loss = None
+        if labels is not None:
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss = cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device))
+        return CausalLMOutput(loss=cast(Any, loss), logits=cast(Any, logits))

@@ -1,0 +1,45 @@
+"""Where a text is cut into passages, the units that full-text search finds and ranks."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["PASSAGE_LENGTH", "split_passages"]
+
+PASSAGE_LENGTH = 1000  # characters that a passage aims at
+_SLACK = PASSAGE_LENGTH // 4  # shortest passage worth a cut, and how far the last one may run over
+
+# Where a passage may end, best first: after a paragraph, a sentence or line, a word. Each matches up to the first
+# character of what follows.
+_BOUNDARIES = (
+    re.compile(r"\n[ \t\r]*\n\s*"),
+    re.compile(r"[.!?…][\"'’”)\]»]*\s+|[。！？]+\s*|\n\s*"),  # noqa: RUF001 -- these marks are meant
+    re.compile(r"\s+"),
+)
+
+
+def split_passages(text: str) -> list[tuple[int, int]]:
+    """Cut `text` into passages: (start, stop) in characters, covering it without gap or overlap; [] for no text.
+
+    Short paragraphs are joined and long ones divided to about `PASSAGE_LENGTH` characters: no passage is longer than
+    five quarters of that, and, unless it is the whole text, none is shorter than a quarter of it.
+    """
+    passages = []
+    start = 0
+    while len(text) - start > PASSAGE_LENGTH + _SLACK:
+        stop = _last_boundary(text, start + _SLACK, start + PASSAGE_LENGTH)
+        passages.append((start, stop))
+        start = stop
+    if start < len(text):
+        passages.append((start, len(text)))
+    return passages
+
+
+def _last_boundary(text: str, low: int, high: int) -> int:
+    """The last place in [low, high] to cut at, of the best kind there is; `high` if there is none."""
+    for boundary in _BOUNDARIES:
+        # A look beyond `high` would let one match swallow unbounded white space; cutting inside it does no harm.
+        cuts = [match.end() for match in boundary.finditer(text, low, high)]
+        if cuts:
+            return cuts[-1]
+    return high

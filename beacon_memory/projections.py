@@ -1,0 +1,67 @@
+"""Linear layers with two sets of weights: one for raw rows, one for beacon rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import BeaconPass
+
+__all__ = ["BeaconLinear", "beacon_parameters", "install_projections"]
+
+# How many rows of the attention module that is running now are raw. Set by that module's own hooks from the keyword
+# arguments of the call, so it is right in every thread and when gradient checkpointing runs a layer again.
+_raw_rows: ContextVar[int | None] = ContextVar("raw_rows", default=None)
+
+
+class BeaconLinear(nn.Module):
+    """A linear layer of a stock model (`base`) with a second one for beacon rows (`beacon`), at first its copy.
+
+    Input and output are [1, rows, features] with rows in the order raw, beacons. Outside a compressing pass it is `base`.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.beacon = copy.deepcopy(base)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Project raw rows with `base` and beacon rows with `beacon`."""
+        raw_rows = _raw_rows.get()
+        if raw_rows is None or raw_rows == rows.shape[1]:
+            projected: Tensor = self.base(rows)
+            return projected
+        return torch.cat((self.base(rows[:, :raw_rows]), self.beacon(rows[:, raw_rows:])), dim=1)
+
+
+def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    beacon_pass: BeaconPass | None = kwargs.get("beacon_pass")
+    _raw_rows.set(beacon_pass.raw_rows if beacon_pass is not None else None)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    _raw_rows.set(None)
+
+
+def install_projections(attentions: Iterable[nn.Module], param: Iterable[str]) -> None:
+    """Give the attention modules beacon projections for each of `param` (q, k, v, o)."""
+    names = [f"{letter}_proj" for letter in param]
+    for attention in attentions:
+        for name in names:
+            setattr(attention, name, BeaconLinear(getattr(attention, name)))
+        attention.register_forward_pre_hook(_enter, with_kwargs=True)
+        attention.register_forward_hook(_leave, always_call=True)
+
+
+def beacon_parameters(attentions: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The beacon projections' parameters under the names that published checkpoints use."""
+    for layer, attention in enumerate(attentions):
+        for name, module in attention.named_children():
+            if isinstance(module, BeaconLinear):
+                for kind, parameter in module.beacon.named_parameters():
+                    yield f"model.layers.{layer}.self_attn.beacon_{name}.{kind}", parameter

@@ -1,0 +1,28 @@
+"""Rows for the catalog, without K/V."""
+
+from __future__ import annotations
+
+from beacon_memory.catalog import Catalog, DocumentRow
+from beacon_memory.document import content_hash, utc_now
+
+
+def row(id: str, text: str, **changes: object) -> DocumentRow:
+    now = utc_now()
+    fields: dict[str, object] = {
+        "id": id,
+        "file": f"kv/{id!r}",
+        "content_hash": content_hash(text),
+        "fingerprint": "f" * 16,
+        "tokens": 13,
+        "slots": 6,
+        "bytes": 1024,
+        "ratios": (2, 4),
+        "metadata": {},
+        "created_at": now,
+        "updated_at": now,
+    }
+    return DocumentRow(**{**fields, **changes})  # type: ignore[arg-type]  # by field name
+
+
+def add(catalog: Catalog, id: str, text: str, **changes: object) -> DocumentRow:
+    return catalog.put(row(id, text, **changes), text)

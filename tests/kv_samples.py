@@ -1,0 +1,66 @@
+"""Small documents with random K/V, as a compressor would hand them to the store, and processes that store them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from beacon_memory.document import content_hash
+from beacon_memory.fingerprint import Fingerprint
+from beacon_memory.kv import BeaconKV
+from beacon_memory.kv_file import DocumentHeader, WindowSpan
+
+FINGERPRINT = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
+TEXT = "The red house stands on the hill. A blue boat lies in the harbour."
+
+_CHILD = """
+import os, resource, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from kv_samples import sample, same
+from beacon_memory import kv_file, store
+from beacon_memory.kv_file import stage_kv_file
+from beacon_memory.store import MemoryStore
+folder = Path(sys.argv[1])
+"""
+
+
+def sample(
+    id: str = "doc", text: str = TEXT, *, dtype: torch.dtype = torch.bfloat16
+) -> tuple[DocumentHeader, BeaconKV]:
+    """A header of two windows, 4 slots of ratio 2 and 2 of ratio 4 for an incomplete unit, and K/V to fit."""
+    windows = (WindowSpan(8, 2, 0, len(text) // 2), WindowSpan(5, 4, len(text) // 2, len(text)))
+    header = DocumentHeader(id, content_hash(text), 13, windows, (7, 8, 9, 10, 11), FINGERPRINT)
+    return header, BeaconKV(torch.randn(2, 3, 6, 4).to(dtype), torch.randn(2, 3, 6, 4).to(dtype))
+
+
+def same(ours: BeaconKV, theirs: BeaconKV) -> bool:
+    """Equal bit for bit, in dtype too."""
+    return (
+        ours.keys.dtype == theirs.keys.dtype
+        and torch.equal(ours.keys, theirs.keys)
+        and torch.equal(ours.values, theirs.values)
+    )
+
+
+def start(script: str, folder: Path) -> subprocess.Popen[str]:
+    """Start a Python process that runs `script`, with `folder`, `sample` and the modules of the store at hand."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _CHILD + textwrap.dedent(script), str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(child: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for a process: its exit status, output and errors."""
+    out, err = child.communicate(timeout=120)
+    return child.returncode, out, err
