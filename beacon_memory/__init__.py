@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from .compressor import BeaconCompressor as BeaconCompressor
     from .config import BeaconConfig as BeaconConfig
     from .kv import BeaconKV as BeaconKV
-    from .memory import Added as Added
-    from .memory import Answer as Answer
     from .memory import BeaconMemory as BeaconMemory
-    from .memory import Document as Document
-    from .memory import Progress as Progress
-    from .memory import Usage as Usage
     from .modeling import BeaconModel as BeaconModel
+    from .results import Added as Added
+    from .results import Answer as Answer
+    from .results import Document as Document
+    from .results import Progress as Progress
+    from .results import Usage as Usage
     from .sequence import BeaconSequence as BeaconSequence
     from .store import MemoryStore as MemoryStore
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Added": "memory",
-    "Answer": "memory",
+    "Added": "results",
+    "Answer": "results",
     "BeaconCompressor": "compressor",
     "BeaconConfig": "config",
     "BeaconKV": "kv",
     "BeaconMemory": "memory",
     "BeaconModel": "modeling",
     "BeaconSequence": "sequence",
-    "Document": "memory",
+    "Document": "results",
     "MemoryStore": "store",
-    "Progress": "memory",
-    "Usage": "memory",
+    "Progress": "results",
+    "Usage": "results",
 }
 
 __all__ = sorted([*_LAZY, *errors.__all__, "__version__"])  # noqa: PLE0605  # a list, sorted from what there is

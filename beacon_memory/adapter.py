@@ -8,6 +8,7 @@ one, `reader/` (a LoRA of the base in PEFT's own form).
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .config import BeaconConfig
 from .errors import AdapterError, ConfigError
@@ -57,7 +58,7 @@ def read_adapter(source: str | Path) -> Adapter:
         config = BeaconConfig.from_dict(settings)
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
-        raise AdapterError(f"{folder} is no adapter: it lacks {Path(error.filename).name}") from error
+        raise AdapterError(f"{folder} is no adapter: it lacks {Path(error.filename or WEIGHTS).name}") from error
     except (ValueError, AttributeError, SafetensorError, ConfigError) as error:
         raise AdapterError(f"the adapter in {folder} cannot be read: {error}") from error
     reader = folder / READER
@@ -72,7 +73,7 @@ def read_adapter(source: str | Path) -> Adapter:
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
-    """Write `beacon.json` and `beacon.safetensors`; the reader folder is PEFT's to write."""
+    """Write `beacon.json` and `beacon.safetensors`, and a copy of the reader."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
@@ -83,6 +84,11 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
         settings["chat_template"] = adapter.chat_template
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    reader = folder / READER
+    if adapter.reader is None:
+        shutil.rmtree(reader, ignore_errors=True)  # of an earlier adapter
+    elif adapter.reader.resolve() != reader.resolve():
+        shutil.copytree(adapter.reader, reader, dirs_exist_ok=True)
 
 
 def read_published(base: str | Path, config: PretrainedConfig) -> Adapter | None:
@@ -100,6 +106,19 @@ def read_published(base: str | Path, config: PretrainedConfig) -> Adapter | None
     return Adapter(config=BeaconConfig.from_dict(settings), tensors=tensors)
 
 
+def with_absent_kinds(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, and from `own` the parameters of each kind (q, k, v, o, embedding) that they have none of.
+
+    A kind of which only some layers are there is left as it is: the checkpoint is damaged, and will be refused.
+    """
+
+    def kind(name: str) -> str:
+        return name.rpartition("beacon_")[2].partition(".")[0]
+
+    given = {kind(name) for name in tensors}
+    return {**{name: tensor for name, tensor in own.items() if kind(name) not in given}, **tensors}
+
+
 def _weight_files(base: str | Path) -> list[str]:
     """The safetensors files of a checkpoint that hold beacon parameters."""
     index = cached_file(base, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
@@ -109,9 +128,10 @@ def _weight_files(base: str | Path) -> list[str]:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         names = {file for name, file in weight_map.items() if "beacon" in name}
     paths = [cached_file(base, name, _raise_exceptions_for_missing_entries=False) for name in sorted(names)]
-    if None in paths:
+    found = [path for path in paths if path is not None]
+    if len(found) < len(paths):
         raise AdapterError(f"{base} has beacon settings but no safetensors weights; convert the checkpoint first")
-    return paths
+    return found
 
 
 def _download(name: str) -> Path:
@@ -119,7 +139,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(f"adapter {name!r} is neither a folder nor a model that the hub can give: {error}") from error
+        raise AdapterError(
+            f"adapter {name!r} is neither a folder nor a model that the hub can give: {error}"
+        ) from error
 
 
 def warn_of_another_base(adapter: Adapter, digest: str) -> None:

@@ -1,7 +1,7 @@
 """The attention function of a compressing pass, registered with transformers under the name `beacon_memory`.
 
-A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`. The pass travels as a keyword argument of
-the model call, never through a global, so that threads and gradient checkpointing cannot mix passes up.
+A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`. The pass travels as a keyword argument
+of the model call, never through a global, so that threads and gradient checkpointing cannot mix passes up.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class BeaconPass:
 
 
 def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tensor:
-    """Which entries of a window each of its rows sees, [queries, keys] bool: those not after it; with `hidden`, raw rows no beacons."""
+    """Which entries of a window each of its rows sees, [queries, keys] bool.
+
+    Those that do not stand after it; with `hidden`, raw rows see no beacons among them.
+    """
     seen = key_orders[None, :] <= query_orders[:, None]
     if hidden:
         seen &= (query_orders[:, None] % 2 == 1) | (key_orders[None, :] % 2 == 0)

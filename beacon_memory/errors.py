@@ -1,17 +1,17 @@
 """Every exception that beacon_memory raises on purpose.
 
-    BeaconMemoryError
-    ├── ConfigError (ValueError)           a setting is out of range, or settings contradict each other
-    ├── InputError (ValueError)            a document, question or option cannot be used as it is
-    ├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
-    ├── MissingDependencyError (ImportError)   an optional package is not installed
-    ├── ModelError
-    │   ├── UnsupportedModelError          the base model cannot carry beacons
-    │   └── AdapterError                   an adapter is missing, damaged or made for another base
-    └── StoreError
-        ├── DocumentNotFoundError (LookupError)   no document is stored under this id
-        ├── CorruptFileError               a stored file is damaged or not one of ours
-        └── FingerprintMismatchError       stored K/V were made by another model, adapter or setting
+BeaconMemoryError
+├── ConfigError (ValueError)           a setting is out of range, or settings contradict each other
+├── InputError (ValueError)            a document, question or option cannot be used as it is
+├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
+├── MissingDependencyError (ImportError)   an optional package is not installed
+├── ModelError
+│   ├── UnsupportedModelError          the base model cannot carry beacons
+│   └── AdapterError                   an adapter is missing, damaged or made for another base
+└── StoreError
+    ├── DocumentNotFoundError (LookupError)   no document is stored under this id
+    ├── CorruptFileError               a stored file is damaged or not one of ours
+    └── FingerprintMismatchError       stored K/V were made by another model, adapter or setting
 """
 
 __all__ = [

@@ -7,6 +7,7 @@ sequences for one prompt need the cache repeated; a cache grows out of place, so
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,21 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 from .errors import CapacityError, InputError
 from .kv import BeaconKV
 from .modeling import BeaconModel
+from .rope import apply_rotation
 
 __all__ = ["Generation", "Request", "chat_prompt", "generate", "generation_config", "prefix_cache", "stream"]
 
 Messages = str | Sequence[Mapping[str, str]]
 DEFAULT_MAX_NEW_TOKENS = 256
+# What transformers would only notice in the middle of generating, or not at all.
+_RANGES: dict[str, tuple[Any, float, float]] = {
+    "max_new_tokens": (int, 1, math.inf),
+    "num_beams": (int, 1, math.inf),
+    "num_return_sequences": (int, 1, math.inf),
+    "temperature": (int | float, 0, math.inf),
+    "top_k": (int, 0, math.inf),
+    "top_p": (int | float, 0, 1),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +74,7 @@ def chat_prompt(model: BeaconModel, messages: Messages, *, behind_memory: bool) 
     tokenizer = model.tokenizer
     if tokenizer.chat_template is None:
         raise InputError("the model's tokenizer has no chat template: questions need a chat (instruct) model")
-    conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
     if not conversation or not all(isinstance(turn.get("content"), str) for turn in conversation):
         raise InputError(f"messages={messages!r} must be a text, or dicts with 'role' and 'content' texts")
     text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
@@ -73,7 +84,9 @@ def chat_prompt(model: BeaconModel, messages: Messages, *, behind_memory: bool) 
     return ids
 
 
-def generation_config(model: BeaconModel, stop: str | Sequence[str] | None, options: Mapping[str, Any]) -> GenerationConfig:
+def generation_config(
+    model: BeaconModel, stop: str | Sequence[str] | None, options: Mapping[str, Any]
+) -> GenerationConfig:
     """The model's own generation settings with `options`, named as in transformers, put over them.
 
     Naming a sampling option (temperature, top_p, top_k, min_p, typical_p) switches sampling on unless do_sample says
@@ -86,10 +99,13 @@ def generation_config(model: BeaconModel, stop: str | Sequence[str] | None, opti
         chosen |= {"temperature": None, "do_sample": False}
     elif any(chosen.get(name) is not None for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")):
         chosen.setdefault("do_sample", True)
-    tokens = chosen["max_new_tokens"]
-    if not isinstance(tokens, int) or tokens < 1:
-        raise InputError(f"max_new_tokens={tokens!r} must be a whole number of at least 1")
-    config = GenerationConfig.from_dict(model.base.generation_config.to_dict())  # type: ignore[union-attr]
+    for name, (kind, least, most) in _RANGES.items():
+        value = chosen.get(name)
+        if value is not None and not (isinstance(value, kind) and least <= value <= most):
+            raise InputError(
+                f"{name}={value!r} must be {'a whole number' if kind is int else 'a number'} from {least} to {most}"
+            )
+    config = GenerationConfig.from_dict(model.base.generation_config.to_dict())
     try:
         unknown = config.update(**chosen)
         config.validate()
@@ -104,18 +120,21 @@ def prefix_cache(model: BeaconModel, prefixes: Sequence[BeaconKV]) -> tuple[Dyna
     """A cache whose row i is prefix i, slot j at position j, padded on the left; and its mask [batch, slots]."""
     longest = max(prefix.slots for prefix in prefixes)
     mask = torch.zeros(len(prefixes), longest, dtype=torch.long, device=model.device)
-    padded = []
     for row, prefix in enumerate(prefixes):
-        prefix = prefix.to(model.device, model.dtype)
         mask[row, longest - prefix.slots :] = 1
-        keys = model.rope.rotate(prefix.keys, torch.arange(prefix.slots))
-        missing = (0, 0, longest - prefix.slots, 0)  # before the slots, none to head_dim
-        padded.append([torch.nn.functional.pad(part, missing) for part in (keys, prefix.values)])
+    cos, sin = model.rope.table(torch.arange(longest, device=model.device))
+
+    def padded(part: Tensor) -> Tensor:
+        return torch.nn.functional.pad(part, (0, 0, longest - part.shape[1], 0))
+
     cache = DynamicCache(config=model.base.config)
-    if longest:
-        keys, values = (torch.stack(parts, dim=1) for parts in zip(*padded, strict=True))  # [layers, batch, ...]
-        for layer in range(len(keys)):
-            cache.update(keys[layer], values[layer], layer)
+    for layer in range(model.kv_shape[0] if longest else 0):  # one at a time: a long memory is large
+        keys, values = [], []
+        for prefix in prefixes:
+            key, value = (part[layer].to(model.device, model.dtype) for part in (prefix.keys, prefix.values))
+            keys.append(padded(apply_rotation(key, cos[: prefix.slots], sin[: prefix.slots])))
+            values.append(padded(value))
+        cache.update(torch.stack(keys), torch.stack(values), layer)
     return cache, mask
 
 
@@ -170,10 +189,12 @@ def generate(
     return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
-def _finish(model: BeaconModel, row: list[int], ends: Sequence[int | None], stops: Sequence[str], first: float) -> Generation:
+def _finish(
+    model: BeaconModel, row: list[int], ends: Sequence[int | None], stops: Sequence[str], first: float
+) -> Generation:
     stopped = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))  # behind it is padding
     tokens = row[:stopped]
-    text: str = model.tokenizer.decode(tokens, skip_special_tokens=True)
+    text = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
     cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
     return Generation(tuple(tokens), text[:cut].strip(), first)
 
@@ -185,7 +206,7 @@ class _Watch(StoppingCriteria):
         self.cancelled = cancelled
         self.first = 0.0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         self.first = self.first or time.perf_counter()
         stop = self.cancelled is not None and self.cancelled.is_set()
         return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
@@ -210,7 +231,7 @@ class _QueueStreamer(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.queue = queue
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002  # the base class names it
         """Called by `generate` as soon as some words are certain."""
         self.queue.put(text)
 
@@ -229,7 +250,7 @@ def stream(
         try:
             streamer = _QueueStreamer(model.tokenizer, queue)
             queue.put(generate(model, [request], config, seed=seed, streamer=streamer, cancelled=cancelled))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again in the consumer's thread
             queue.put(error)
 
     require_room(model, request.prefix.slots, len(request.prompt), config.max_new_tokens or 0)

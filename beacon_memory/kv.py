@@ -43,9 +43,7 @@ class BeaconKV:
     ) -> BeaconKV:
         """K/V of no slots at all."""
         shape = (layers, kv_heads, 0, head_dim)
-        return cls(
-            torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
-        )
+        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
     @property
     def slots(self) -> int:
@@ -67,9 +65,10 @@ class BeaconKV:
 
     @staticmethod
     def concat(parts: Sequence[BeaconKV]) -> BeaconKV:
-        """The slots of all parts, one after another. Raises InputError for no part at all."""
+        """The slots of all parts, one after another; a part that is alone is not copied. Raises InputError for none."""
         if not parts:
             raise InputError("BeaconKV.concat needs at least one part")
+        parts = [part for part in parts if part.slots] or parts[:1]
         if len(parts) == 1:
             return parts[0]
         return BeaconKV(

@@ -157,14 +157,12 @@ def _anchors(
     ends = list(range((beacons + 1) * ratio, len(ids) + 1, ratio))
     if finished and (ends[-1] if ends else beacons * ratio) < len(ids):
         ends.append(len(ids))  # the last, incomplete unit
-    if salience is None:
+    if salience is None or not ends:
         return tuple(end - 1 for end in ends)
     scores = salience(ids)
     starts = [beacons * ratio, *ends[:-1]]
     # of equally informative tokens the last one, which has read more
-    return tuple(
-        max(range(start, end), key=lambda i: (scores[i], i)) for start, end in zip(starts, ends, strict=True)
-    )
+    return tuple(max(range(start, end), key=lambda i: (scores[i], i)) for start, end in zip(starts, ends, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from .errors import AdapterError, ModelError
 from .fingerprint import digest_json, digest_tensors
@@ -29,28 +33,33 @@ def load_base(
     """
     try:
         with _without_load_report():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
         raise ModelError(f"the base model {str(base)!r} cannot be loaded: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"the checkpoint {str(base)!r} lacks {len(missing)} parameters, for example {missing[0]!r}")
+    model, report = loaded
+    for problem, found in {"lacks": "missing_keys", "has a wrong shape for": "mismatched_keys"}.items():
+        if report[found]:
+            first = min(map(str, report[found]))
+            raise ModelError(f"the checkpoint {str(base)!r} {problem} {len(report[found])} parameters, such as {first}")
+    tokenizer = _load_tokenizer(base)
+    chosen = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError):
-        tokenizer = None
-    return model.to(device or default_device()), tokenizer
+        return model.to(chosen), tokenizer
+    except (RuntimeError, AssertionError) as error:  # torch has no other words for a device that is not there
+        raise ModelError(f"device {str(chosen)!r} cannot be used: {error}") from error
 
 
-def default_device() -> torch.device:
-    """The accelerator if this machine has one, else the CPU."""
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            return accelerator
-    return torch.device("cpu")
+def _load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase | None:
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any(cached_file(base, name, _raise_exceptions_for_missing_entries=False) for name in names):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise ModelError(f"the tokenizer of {str(base)!r} cannot be loaded: {error!r}") from error
+    return tokenizer
 
 
 @contextmanager
@@ -65,10 +74,12 @@ def _without_load_report() -> Iterator[None]:
 
 
 def merge_reader(base: PreTrainedModel, reader: Path) -> PreTrainedModel:
-    """The base with a PEFT LoRA merged into its weights: a stock model again. Raises AdapterError if it does not fit."""
+    """The base with a PEFT LoRA merged into its weights, a stock model again. Raises AdapterError if it misfits."""
     try:
-        merged: PreTrainedModel = PeftModel.from_pretrained(base, str(reader)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is on its way out
+            merged: PreTrainedModel = PeftModel.from_pretrained(base, str(reader)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise AdapterError(f"the reader in {reader} does not fit the base model: {error}") from error
     return merged
 

@@ -20,79 +20,18 @@ from .generation import Generation, Messages, Request, chat_prompt, generate, ge
 from .kv import BeaconKV
 from .kv_file import DocumentHeader, WindowSpan
 from .modeling import BeaconModel
+from .results import Added, Answer, Document, Progress, Usage
 from .store import MemoryStore, Problem
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
 
-__all__ = ["Added", "Answer", "BeaconMemory", "Document", "Progress", "Usage"]
+__all__ = ["BeaconMemory"]
 
 DEFAULT_DOCUMENTS = 3  # documents that a question without ids may pick
 _HITS = 50  # passages to look at for them
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text to remember under an id; any text will do as id."""
-
-    id: str
-    text: str
-    metadata: Mapping[str, object] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Added:
-    """What became of a document that was added.
-
-    status:  `added`, `replaced`, or `unchanged` if the same text was stored already at the same ratio.
-    tokens:  raw tokens. slots: memory slots they were compressed to. bytes: of its K/V.
-    ratios:  raw tokens per beacon, each value that occurs.
-    seconds: since the document before it was done.
-    """
-
-    id: str
-    status: Literal["added", "replaced", "unchanged"]
-    tokens: int
-    slots: int
-    bytes: int
-    ratios: tuple[int, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far adding has come: tokens compressed, of those of all documents that were begun."""
-
-    tokens: int
-    begun: int
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What an answer took, in positions of the model: memory slots loaded (sink included), prompt and answer."""
-
-    slots: int
-    prompt_tokens: int
-    generated_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer, and what it rests on.
-
-    ids: documents in the order in which they were loaded.
-    time_to_first_token, seconds: from the call on, loading from disk included.
-    """
-
-    text: str
-    ids: tuple[str, ...]
-    usage: Usage
-    time_to_first_token: float
-    seconds: float
-
-    def __str__(self) -> str:
-        return self.text
+_WEAKEST = 0.5  # of the best passage's BM25 score: what a document must reach to be loaded beside it
 
 
 @dataclass(slots=True)
@@ -177,9 +116,7 @@ class BeaconMemory:
         """The loaded model."""
         return self.compressor.model
 
-    def add(
-        self, id: str, text: str, metadata: Mapping[str, object] | None = None, ratio: Ratio = "auto"
-    ) -> Added:
+    def add(self, id: str, text: str, metadata: Mapping[str, object] | None = None, ratio: Ratio = "auto") -> Added:
         """Compress a document and store it under `id`, in place of what was there.
 
         ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
@@ -193,8 +130,8 @@ class BeaconMemory:
         documents: Iterable[Document],
         ratio: Ratio = "auto",
         *,
-        progress: Callable[[Progress], None] = lambda progress: None,
-        on_added: Callable[[Added], None] = lambda added: None,
+        progress: Callable[[Progress], None] = lambda _: None,
+        on_added: Callable[[Added], None] = lambda _: None,
         on_error: Callable[[Document, BeaconMemoryError], None] | None = None,
     ) -> builtins.list[Added]:
         """Add many documents, compressed together; each is stored as soon as it is done.
@@ -248,9 +185,10 @@ class BeaconMemory:
                     yield job.text.ids, job.ratios
 
         for compressed in compressor.compress(work(), advanced):
-            while isinstance(waiting[0], Added):
-                yield waiting.pop(0)
             job = waiting.pop(0)
+            while isinstance(job, Added):
+                yield job
+                job = waiting.pop(0)
             now = time.perf_counter()
             yield self._put(job, compressed, now - since)
             since = now
@@ -358,29 +296,32 @@ class BeaconMemory:
         stop: str | Sequence[str] | None,
         options: Mapping[str, Any],
     ) -> _Question:
+        model = self.model  # loading it, when it is first needed, is no part of an answer's time
         started = time.perf_counter()
-        config = generation_config(self.model, stop, options)
+        config = generation_config(model, stop, options)
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
         sink = self.compressor.sink
-        prompt = chat_prompt(self.model, question, behind_memory=bool(sink.slots) or ids != [])
-        room = self.model.max_positions - sink.slots - len(prompt) - (config.max_new_tokens or 0)
+        prompt = chat_prompt(model, question, behind_memory=bool(sink.slots) or ids != [])
+        room = model.max_positions - sink.slots - len(prompt) - (config.max_new_tokens or 0)
         chosen = self.pick(question, limit, room) if ids is None else [ids] if isinstance(ids, str) else list(ids)
         rows = [self.store.row(id) for id in chosen]
-        require_room(self.model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
+        require_room(model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
         prefix = BeaconKV.concat([sink, *(self._load(id) for id in chosen)])
         return _Question(tuple(chosen), Request(prefix, prompt), config, started)
 
     def pick(self, question: Messages, limit: int = DEFAULT_DOCUMENTS, room: int | None = None) -> builtins.list[str]:
         """The ids of up to `limit` documents whose passages match a question best, best first.
 
-        With `room`, memory slots at hand, a document that does not fit beside better ones is left out. A store of one
+        A document counts by its best passage, and must reach half the score of the best of all. With `room`, memory
+        slots at hand, a document that does not fit beside better ones is left out. A store of one
         document needs no match. Raises DocumentNotFoundError if nothing matches.
         """
         if limit < 1:
             raise InputError(f"limit={limit} must be at least 1")
         text = question if isinstance(question, str) else question[-1]["content"]
-        ranked = list(dict.fromkeys(hit.document for hit in self.store.search(text, _HITS)))
+        hits = self.store.search(text, _HITS)
+        ranked = list(dict.fromkeys(hit.document for hit in hits if hit.score >= _WEAKEST * hits[0].score))
         if not ranked:
             stored = [row.id for row in self.store.list()]
             if len(stored) != 1:

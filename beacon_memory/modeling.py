@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
-from .adapter import Adapter, read_adapter, read_published, warn_of_another_base, write_adapter
+from .adapter import Adapter, read_adapter, read_published, warn_of_another_base, with_absent_kinds, write_adapter
 from .attention import IMPLEMENTATION, BeaconPass
 from .config import BeaconConfig
 from .default_model import default_adapter, ensure_default_model
@@ -22,10 +22,11 @@ from .errors import AdapterError, ConfigError, InputError
 from .fingerprint import Fingerprint, digest_json, digest_tensors
 from .kv import BeaconKV
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
-from .projections import beacon_parameters, install_projections
 from .loading import load_base, merge_reader, reader_digest, tokenizer_digest
+from .projections import beacon_parameters, install_projections
 from .ratio import mixed_ratios
-from .support import attention_modules, max_positions, model_rope
+from .rope import Rope
+from .support import attention_modules, check_salience, max_positions, model_rope
 
 __all__ = ["BeaconModel", "PassOutput"]
 
@@ -42,6 +43,11 @@ class PassOutput:
     kept: BeaconKV
 
 
+def _make_dense(_module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """The head's input, dense: for the slice that `generate` takes of a prompt, torch's CPU kernel is much slower."""
+    return args[0].clone(memory_format=torch.contiguous_format)
+
+
 class BeaconModel(nn.Module):
     """Beacon projections and a beacon embedding on a stock causal language model.
 
@@ -50,6 +56,8 @@ class BeaconModel(nn.Module):
 
     Untrained, the projections are copies of the base's and the embedding is that of the token before the beacon
     (`last-token`) or of the eos or bos token (`learned`).
+
+    adapter: where the trained beacons come from, or `untrained`.
 
     Raises UnsupportedModelError for a base model that cannot carry beacons.
     """
@@ -65,22 +73,19 @@ class BeaconModel(nn.Module):
     ) -> None:
         super().__init__()
         self._attentions = attention_modules(base)
-        self.rope = model_rope(base)
-        if config.beacon_placement == "salient" and token_salience is None:
-            raise ConfigError("beacon_placement='salient' needs token_salience, one number for each vocabulary entry")
-        if token_salience is not None and len(token_salience) != base.config.vocab_size:
-            raise AdapterError(
-                f"token_salience has {len(token_salience)} entries, the base model's vocabulary {base.config.vocab_size}"
-            )
+        model_rope(base)  # refuses what cannot be supported
+        check_salience(base, config, token_salience)
         self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
         self.base = base if reader is None else merge_reader(base, reader)
         self.config = config
         self.max_positions = max_positions(base.config)
+        self.adapter = "untrained"
         self._reader = reader
         self._tokenizer = tokenizer
         self._salience = token_salience
         self._scores: list[float] = [] if token_salience is None else token_salience.tolist()
         base.requires_grad_(False)
+        base.get_output_embeddings().register_forward_pre_hook(_make_dense)
         base.set_attn_implementation(IMPLEMENTATION)
         self._install()
 
@@ -104,18 +109,22 @@ class BeaconModel(nn.Module):
         if base is None:
             base, adapter = ensure_default_model(), adapter or default_adapter()
         model, tokenizer = load_base(base, device, dtype)
-        if adapter is not None:
-            source = read_adapter(adapter)
-        else:
-            source = read_published(base, model.config) or Adapter(config or BeaconConfig())
+        source = read_adapter(adapter) if adapter is not None else read_published(base, model.config)
+        if source is not None and config is not None:
+            raise ConfigError("config is for beacons that start untrained, but these come with settings of their own")
+        source = source or Adapter(config or BeaconConfig())
         if tokenizer is not None and source.chat_template is not None:
             tokenizer.chat_template = source.chat_template
         beacons = cls(
             model, source.config, token_salience=source.token_salience, tokenizer=tokenizer, reader=source.reader
         )
         warn_of_another_base(source, beacons._base_digest)
-        if source.tensors:
+        if adapter is not None:
             beacons._set_beacon_parameters(source.tensors)
+        elif source.tensors:
+            beacons._set_beacon_parameters(with_absent_kinds(source.tensors, dict(beacons.named_beacon_parameters())))
+        if source.tensors:
+            beacons.adapter = str(adapter or base)
         return beacons.eval()
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -126,7 +135,7 @@ class BeaconModel(nn.Module):
             tensors=dict(self.named_beacon_parameters()),
             token_salience=self._salience,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
-            base={"name": self.base.config.name_or_path, "digest": self._base_digest},
+            base={"name": str(self.base.config.name_or_path), "digest": self._base_digest},
             reader=self._reader,
         )
         write_adapter(folder, adapter)
@@ -142,27 +151,32 @@ class BeaconModel(nn.Module):
                 f"the adapter in {source} has other settings or another reader than the loaded model; "
                 "load it with BeaconModel.from_pretrained(base, adapter=...)"
             )
+        check_salience(self.base, adapter.config, adapter.token_salience)
+        self._set_beacon_parameters(adapter.tensors)
         self._salience = adapter.token_salience
         self._scores = [] if adapter.token_salience is None else adapter.token_salience.tolist()
-        self._set_beacon_parameters(adapter.tensors)
         self.__dict__.pop("fingerprint", None)
 
     @torch.no_grad()
     def _set_beacon_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         own = dict(self.named_beacon_parameters())
         # the published checkpoints keep the one learned vector as a table of one row
-        given = {name: t[0] if name == "model.beacon_embed_tokens.weight" else t for name, t in tensors.items()}
+        given = {
+            name: t[0] if name == "model.beacon_embed_tokens.weight" and t.ndim == 2 else t
+            for name, t in tensors.items()
+        }
         if set(given) != set(own):
             different = sorted(set(given) ^ set(own))
             raise AdapterError(
-                f"the adapter lacks or has in excess {len(different)} parameters, for example {different[0]!r}; it does "
-                "not fit its settings or this base model"
+                f"the adapter lacks or has in excess {len(different)} parameters, for example {different[0]!r}; it "
+                "does not fit its settings or this base model"
             )
         for name, parameter in own.items():
             if given[name].shape != parameter.shape:
                 raise AdapterError(
                     f"{name} has shape {tuple(given[name].shape)}, the base model needs {tuple(parameter.shape)}"
                 )
+        for name, parameter in own.items():
             parameter.copy_(given[name])
 
     def _install(self) -> None:
@@ -182,6 +196,11 @@ class BeaconModel(nn.Module):
         learned = self.config.beacon_embed == "learned"
         yield "model.beacon_embed_tokens.weight" if learned else "beacon_embed_offset", self.beacon_embed
         yield from beacon_parameters(self._attentions)
+
+    @property
+    def rope(self) -> Rope:
+        """The base's rotation, as it is now: a cast of the model casts its frequencies too."""
+        return model_rope(self.base)
 
     @property
     def device(self) -> torch.device:
@@ -242,7 +261,7 @@ class BeaconModel(nn.Module):
             adapter=digest_json([digest_tensors(trained), reader_digest(self._reader)]),
             tokenizer=tokenizer_digest(self._tokenizer),
             config=digest_json(settings),
-            rope=digest_json([self.rope.inv_freq.tolist(), self.rope.scaling]),
+            rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
         )
 
     def salience(self, ids: Sequence[int]) -> list[float]:

@@ -22,7 +22,7 @@ _raw_rows: ContextVar[int | None] = ContextVar("raw_rows", default=None)
 class BeaconLinear(nn.Module):
     """A linear layer of a stock model (`base`) with a second one for beacon rows (`beacon`), at first its copy.
 
-    Input and output are [1, rows, features] with rows in the order raw, beacons. Outside a compressing pass it is `base`.
+    Input and output are [1, rows, features], rows in the order raw, beacons. Outside a compressing pass it is `base`.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -36,15 +36,16 @@ class BeaconLinear(nn.Module):
         if raw_rows is None or raw_rows == rows.shape[1]:
             projected: Tensor = self.base(rows)
             return projected
-        return torch.cat((self.base(rows[:, :raw_rows]), self.beacon(rows[:, raw_rows:])), dim=1)
+        # two axes, because a slice of three is not dense and would take a slower kernel
+        return torch.cat((self.base(rows[0, :raw_rows]), self.beacon(rows[0, raw_rows:])))[None]
 
 
-def _enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _enter(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
     beacon_pass: BeaconPass | None = kwargs.get("beacon_pass")
     _raw_rows.set(beacon_pass.raw_rows if beacon_pass is not None else None)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
+def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
     _raw_rows.set(None)
 
 

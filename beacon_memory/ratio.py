@@ -30,7 +30,7 @@ def adaptive_ratio(config: BeaconConfig, tokens: int, max_positions: int) -> int
 
 
 def mixed_ratios(config: BeaconConfig, tokens: int, max_positions: int, seed: int = 42) -> Iterator[int]:
-    """Endless ratios, one for each new window, as `config.beacon_ratio_mix` says; `tokens` are those at hand already."""
+    """Endless ratios, one for each new window, as `config.beacon_ratio_mix` says; `tokens` are at hand already."""
     choices, mix = config.usable_ratios, config.beacon_ratio_mix
     if len(config.beacon_ratio) == 1:
         return repeat(choices[0])
@@ -47,7 +47,7 @@ def mixed_ratios(config: BeaconConfig, tokens: int, max_positions: int, seed: in
 def window_ratios(tokens: int, ratio: int | Sequence[int], config: BeaconConfig) -> list[int]:
     """The ratio of each window of a document: one number for all, or a list with one for each."""
     windows = -(-tokens // config.beacon_window)
-    if isinstance(ratio, int):
+    if not isinstance(ratio, Sequence):
         return [config.require_ratio(ratio)] * windows
     ratios = [config.require_ratio(one) for one in ratio]
     if len(ratios) != windows:
@@ -65,12 +65,15 @@ def document_slots(tokens: int, ratios: Sequence[int], config: BeaconConfig) -> 
 
 
 def positions_needed(tokens: int, ratios: Sequence[int], config: BeaconConfig, reserve: int) -> int:
-    """Positions that a document takes: its slots and the sink, and behind them `reserve` or its last window."""
-    slots = config.beacon_sink_size + document_slots(tokens, ratios, config)
-    last = tokens - config.beacon_window * (len(ratios) - 1)
-    # while the last window is compressed its own slots are not yet memory, but with full coverage they have positions
-    reading = last if config.beacon_attn == "full-coverage" else last - slots_of(last, ratios[-1])
-    return slots + max(reserve, reading)
+    """Positions that a document takes: its slots with the sink and `reserve` behind them, or those to read a window."""
+    slots, reading = config.beacon_sink_size, 0
+    for number, ratio in enumerate(ratios):
+        raw = min(config.beacon_window, tokens - config.beacon_window * number)
+        own = slots_of(raw, ratio)
+        # with full coverage a window's own beacons have positions among its raw tokens
+        reading = max(reading, slots + raw + (own if ratio and config.beacon_attn == "full-coverage" else 0))
+        slots += own
+    return max(slots + reserve, reading)
 
 
 def auto_ratio(tokens: int, config: BeaconConfig, max_positions: int, reserve: int) -> int:
@@ -78,12 +81,11 @@ def auto_ratio(tokens: int, config: BeaconConfig, max_positions: int, reserve: i
 
     Raises CapacityError, with the numbers, if not even 32 is enough.
     """
-    for ratio in AUTO_RATIOS:
-        if ratio > config.beacon_window:
-            break
+    ratios = [ratio for ratio in AUTO_RATIOS if ratio <= config.beacon_window] or [config.beacon_window]
+    for ratio in ratios:
         if positions_needed(tokens, window_ratios(tokens, ratio, config), config, reserve) <= max_positions:
             return ratio
-    raise CapacityError(too_long(tokens, AUTO_RATIOS[-1], config, max_positions, reserve))
+    raise CapacityError(too_long(tokens, ratios[-1], config, max_positions, reserve))
 
 
 def too_long(tokens: int, ratio: int | Sequence[int], config: BeaconConfig, max_positions: int, reserve: int) -> str:

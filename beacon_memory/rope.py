@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Rope"]
+__all__ = ["Rope", "apply_rotation"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

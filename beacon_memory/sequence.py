@@ -44,9 +44,7 @@ def advance(
     """
     layout = BeaconLayout.build([Piece(state.cursor, windows) for state, windows in reads], model.config)
     past = BeaconKV.concat([part for state, _ in reads for part in (state.memory, state.open)])
-    new_slots = [
-        memory[state.cursor.memory :] for memory, (state, _) in zip(layout.memories, reads, strict=True)
-    ]
+    new_slots = [memory[state.cursor.memory :] for memory, (state, _) in zip(layout.memories, reads, strict=True)]
     keep = [entry for slots, rows in zip(new_slots, layout.unfinished, strict=True) for entry in (*slots, *rows)]
     output = model.run(layout, past, keep)
     states, at = [], 0

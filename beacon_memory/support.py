@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .errors import UnsupportedModelError
+from .config import BeaconConfig
+from .errors import AdapterError, ConfigError, UnsupportedModelError
 from .rope import Rope
 
-__all__ = ["attention_modules", "max_positions", "model_rope"]
+__all__ = ["attention_modules", "check_salience", "max_positions", "model_rope"]
 
 # Families whose numbers are tested. Others may look alike and differ in a detail (interleaved rotation, layers without
 # rotation, softcaps) that would make every stored key silently wrong.
@@ -18,7 +19,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of each layer; raises UnsupportedModelError, with the reason, for a model of another shape."""
+    """The attention module of each layer; raises UnsupportedModelError, with the reason, for a model unlike those."""
     config = model.config
     if config.model_type not in TESTED_FAMILIES:
         raise UnsupportedModelError(
@@ -55,6 +56,17 @@ def model_rope(model: PreTrainedModel) -> Rope:
             "supported"
         )
     return Rope(rotary.inv_freq.float(), float(rotary.attention_scaling))
+
+
+def check_salience(model: PreTrainedModel, config: BeaconConfig, token_salience: Tensor | None) -> None:
+    """Raise ConfigError if `salient` placement has no salience, AdapterError if it is of another vocabulary."""
+    if token_salience is None:
+        if config.beacon_placement == "salient":
+            raise ConfigError("beacon_placement='salient' needs token_salience, one number for each vocabulary entry")
+    elif len(token_salience) != model.config.vocab_size:
+        raise AdapterError(
+            f"token_salience has {token_salience.numel()} entries, the base's vocabulary {model.config.vocab_size}"
+        )
 
 
 def max_positions(config: PretrainedConfig) -> int:

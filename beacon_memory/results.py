@@ -1,0 +1,72 @@
+"""What goes into a BeaconMemory and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Added", "Answer", "Document", "Progress", "Usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to remember under an id; any text will do as id."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of a document that was added.
+
+    status:  `added`, `replaced`, or `unchanged` if the same text was stored already at the same ratio.
+    tokens:  raw tokens. slots: memory slots they were compressed to. bytes: of its K/V.
+    ratios:  raw tokens per beacon, each value that occurs.
+    seconds: since the document before it was done.
+    """
+
+    id: str
+    status: Literal["added", "replaced", "unchanged"]
+    tokens: int
+    slots: int
+    bytes: int
+    ratios: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far adding has come: tokens compressed, of those of all documents that were begun."""
+
+    tokens: int
+    begun: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer took, in positions of the model: memory slots loaded (sink included), prompt and answer."""
+
+    slots: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, and what it rests on.
+
+    ids: documents in the order in which they were loaded.
+    time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.
+    """
+
+    text: str
+    ids: tuple[str, ...]
+    usage: Usage
+    time_to_first_token: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,254 @@
+"""The command line as its users see it: texts, JSON, exit codes. A tiny model stands in for a downloaded one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_base, tiny_tokenizer
+from typer.testing import CliRunner, Result
+
+from beacon_memory import BeaconModel, __version__
+from beacon_memory.cli import app
+
+ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n"
+WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n"
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_base("llama", max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("BEACON_MEMORY_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("BEACON_MEMORY_MODEL", str(model))
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: str, piped: str | None = None) -> Result:
+        return CliRunner().invoke(app, list(arguments), input=piped)
+
+    return invoke
+
+
+def lines(result: Result) -> list[dict[str, object]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def write(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"{name}: {ROOF}", encoding="utf-8")
+
+
+def test_add_file_prints_what_machines_need(run: Run, model: Path) -> None:
+    Path("roof.txt").write_text(ROOF, encoding="utf-8")
+    result = run("add", "roof.txt", "--ratio", "8", "--json")
+    (added,) = lines(result)
+    layers, heads, head_dim = BeaconModel.from_pretrained(model).kv_shape
+    slot_bytes = 2 * layers * heads * head_dim * 4  # keys and values in float32
+    assert result.exit_code == 0
+    assert added | {"seconds": 0} == {
+        "id": "roof.txt",
+        "status": "added",
+        "tokens": len(ROOF),
+        "slots": -(-len(ROOF) // 8),
+        "bytes": -(-len(ROOF) // 8) * slot_bytes,
+        "ratios": [8],
+        "seconds": 0,
+    }
+    assert isinstance(added["seconds"], float)
+    assert lines(run("add", "roof.txt", "--ratio", "8", "--json"))[0]["status"] == "unchanged"
+
+
+def test_add_takes_folders_globs_and_standard_input(run: Run) -> None:
+    write("notes/a.md", "notes/deep/b.txt", "notes/.hidden/c.txt", "logs/d.txt", "logs/e.txt")
+    added = lines(run("add", "notes", "logs/*.txt", "--json"))
+    assert [one["id"] for one in added] == ["notes/a.md", "notes/deep/b.txt", "logs/d.txt", "logs/e.txt"]
+    (piped,) = lines(run("add", "-", "--id", "piped", "--json", piped=WELL))
+    assert (piped["id"], piped["tokens"]) == ("piped", len(WELL))
+
+
+def test_add_names_one_document(run: Run) -> None:
+    write("a.txt", "b.txt")
+    assert lines(run("add", "a.txt", "--id", "any text / at all", "--json"))[0]["id"] == "any text / at all"
+    result = run("add", "a.txt", "b.txt", "--id", "one")
+    assert result.exit_code == 1
+    assert "--id 'one' names one document, but 2 texts" in result.stderr
+
+
+def test_add_says_what_it_skips_and_why(run: Run) -> None:
+    write("notes/a.md", "notes/b.pdf")
+    result = run("add", "notes")
+    assert result.exit_code == 0
+    assert "skipped notes/b.pdf: .pdf is neither text nor markdown" in result.stderr
+    assert "added notes/a.md" in result.stdout
+    nothing = run("add", "notes/b.pdf")
+    assert nothing.exit_code == 1
+    assert "nothing to add" in nothing.stderr
+
+
+def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None:
+    write("a.txt", "c.txt")
+    Path("b.txt").write_bytes(b"caf\xe9")
+    Path("empty.txt").touch()
+    result = run("add", ".", "--json")
+    statuses = {one["id"]: one["status"] for one in lines(result)}
+    assert statuses == {"a.txt": "added", "b.txt": "failed", "c.txt": "added", "empty.txt": "failed"}
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["add", "absent.txt"], "'absent.txt' does not exist"),
+        (["add", "*.nothing"], "nothing matches it"),
+        (["add", "-"], "--id"),
+        (["add", "a.txt", "--ratio", "much"], "ratio='much'"),
+        (["ask", "Who?", "--doc", "absent"], "'absent'"),
+        (["ask", "Who?", "--stream", "--json"], "choose one"),
+        (["ask", "Who?", "--model", "absent/folder/of/a/model"], "cannot be loaded"),
+        (["show", "absent"], "'absent'"),
+        (["remove", "absent"], "'absent'"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_1(run: Run, arguments: list[str], message: str) -> None:
+    write("a.txt")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_ask_prints_what_machines_need(run: Run) -> None:
+    Path("roof.txt").write_text(ROOF, encoding="utf-8")
+    run("add", "roof.txt", "--ratio", "4")
+    result = run("ask", "Who mended the roof?", "--max-new-tokens", "5", "--json")
+    (answer,) = lines(result)
+    assert result.exit_code == 0
+    assert list(answer) == [
+        "answer",
+        "ids",
+        "slots",
+        "prompt_tokens",
+        "generated_tokens",
+        "time_to_first_token",
+        "seconds",
+    ]
+    assert answer["ids"] == ["roof.txt"]
+    assert answer["slots"] == 1 + -(-len(ROOF) // 4)
+
+
+def test_ask_answers_the_same_streamed_or_not(run: Run) -> None:
+    for name, text in (("roof.txt", ROOF), ("well.txt", WELL)):
+        Path(name).write_text(text, encoding="utf-8")
+    run("add", "roof.txt", "well.txt", "--ratio", "4")
+    question = ["ask", "How deep is the well?", "--max-new-tokens", "8", "--doc", "well.txt", "--doc", "roof.txt"]
+    whole, streamed = run(*question), run(*question, "--stream")
+    assert whole.exit_code == streamed.exit_code == 0
+    assert whole.stdout.strip() == streamed.stdout.strip()
+    assert "from well.txt, roof.txt" in whole.stderr
+
+
+def test_list_show_remove(run: Run) -> None:
+    assert "nothing is stored yet" in run("list").stderr
+    Path("roof.txt").write_text(ROOF, encoding="utf-8")
+    run("add", "roof.txt", "--ratio", "4")
+    assert "roof.txt" in run("list").stdout
+    (row,) = lines(run("list", "--json"))
+    assert (row["id"], row["tokens"]) == ("roof.txt", len(ROOF))
+    shown = json.loads(run("show", "roof.txt", "--json").stdout)
+    assert Path(shown["file"]).is_file()
+    assert shown["metadata"] == {"path": str(Path("roof.txt").absolute())}
+    assert run("show", "roof.txt", "--text").stdout == ROOF
+    assert run("remove", "roof.txt", "absent").exit_code == 1
+    assert lines(run("list", "--json")) != []
+    assert run("remove", "roof.txt").exit_code == 0
+    assert lines(run("list", "--json")) == []
+
+
+def test_verify_reports_damage_and_sweeps_what_a_crash_left(run: Run) -> None:
+    Path("roof.txt").write_text(ROOF, encoding="utf-8")
+    run("add", "roof.txt", "--ratio", "4")
+    assert run("verify").exit_code == 0
+    file = Path(json.loads(run("show", "roof.txt", "--json").stdout)["file"])
+    orphan = file.with_name(file.name.replace("-", "-0"))
+    orphan.write_bytes(file.read_bytes())
+    assert run("verify").exit_code == 1
+    repaired = run("verify", "--repair", "--json")
+    assert [(p["kind"], p["removed"]) for p in lines(repaired)] == [("orphan-file", True)]
+    assert not orphan.exists()
+    file.write_bytes(file.read_bytes()[:-9])
+    damaged = run("verify", "--json")
+    assert damaged.exit_code == 1
+    assert [p["kind"] for p in lines(damaged)] == ["damaged-file"]
+
+
+def test_info_names_model_adapter_device_and_store(run: Run, model: Path, tmp_path: Path) -> None:
+    shown = json.loads(run("info", "--json", "--device", "cpu", "--dtype", "float32").stdout)
+    assert (shown["model"], shown["adapter"]) == (str(model), "untrained")
+    assert (shown["device"], shown["dtype"], shown["positions"]) == ("cpu", "float32", 4096)
+    assert (shown["store"], shown["documents"]) == (str(tmp_path / "store"), 0)
+
+
+def test_help_names_every_command_and_version_is_printed(run: Run) -> None:
+    shown = run("--help").stdout
+    for command in ("add", "ask", "list", "show", "remove", "verify", "info", "bench"):
+        assert command in shown
+        assert run(command, "--help").exit_code == 0
+    assert run("--version").stdout == f"beacon-memory {__version__}\n"
+
+
+def test_help_answers_at_once_without_torch() -> None:
+    script = "import sys; from beacon_memory.cli import app; app(['--help'], standalone_mode=False)"
+    check = f"{script}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
+
+
+def test_interrupted_add_keeps_what_was_finished_and_can_be_repeated(run: Run, model: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        Path(f"{number:02}.txt").write_text(f"{number} {ROOF * 12}", encoding="utf-8")
+    command = [sys.executable, "-m", "beacon_memory", "add", ".", "--ratio", "8", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ, text=True) as child:
+        assert child.stdout is not None
+        first = json.loads(child.stdout.readline())
+        child.send_signal(signal.SIGINT)
+        _, complaint = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted" in complaint
+    assert "Traceback" not in complaint
+    stored = {row["id"] for row in lines(run("list", "--json"))}
+    assert first["id"] in stored
+    assert len(stored) < 40
+    assert run("verify").exit_code == 0
+    again = lines(run("add", ".", "--ratio", "8", "--json"))
+    assert {one["id"] for one in again if one["status"] == "unchanged"} == stored
+    assert len(lines(run("list", "--json"))) == 40
+
+
+def test_json_reaches_a_pipe_while_the_bar_shows_on_a_terminal(run: Run) -> None:
+    write("a.txt")
+    terminal, bar = pty.openpty()
+    command = [sys.executable, "-m", "beacon_memory", "add", "a.txt", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=bar, env={**os.environ, "TERM": "xterm"}, check=True)
+    os.close(bar)
+    os.close(terminal)
+    assert json.loads(done.stdout)["id"] == "a.txt"

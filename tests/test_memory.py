@@ -1,0 +1,278 @@
+"""The facade on a tiny model: what is stored, what is skipped, what is refused, what is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer, train
+
+from beacon_memory import (
+    Added,
+    Answer,
+    BeaconMemory,
+    BeaconMemoryError,
+    CapacityError,
+    ConfigError,
+    Document,
+    DocumentNotFoundError,
+    FingerprintMismatchError,
+    InputError,
+    Progress,
+)
+from beacon_memory.config import BeaconConfig
+from beacon_memory.generation import Request, chat_prompt, generate, generation_config
+from beacon_memory.kv import BeaconKV
+from beacon_memory.modeling import BeaconModel
+
+ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n\n"
+WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n\n"
+OWLS = "Two barn owls nest above the hayloft every spring and leave in October.\n\n"
+SHORT: dict[str, Any] = {"max_new_tokens": 6}
+
+
+def make_model(**overrides: Any) -> BeaconModel:
+    settings = BeaconConfig(beacon_window=32)
+    return tiny_model("llama", settings, tokenizer=tiny_tokenizer(), max_position_embeddings=1024, **overrides)
+
+
+@pytest.fixture(scope="module")
+def model() -> BeaconModel:
+    return make_model()
+
+
+@pytest.fixture
+def memory(model: BeaconModel, tmp_path: Path) -> BeaconMemory:
+    return BeaconMemory(tmp_path / "store", model, reserve=100)
+
+
+def test_added_document_is_described_as_it_is_stored(memory: BeaconMemory) -> None:
+    added = memory.add("roof", ROOF, {"year": 2024}, ratio=4)
+    row = memory.show("roof")
+    assert (added.id, added.status, added.ratios) == ("roof", "added", (4,))
+    assert added.tokens == len(ROOF)  # the tiny tokenizer has one token for each byte
+    assert added.slots == sum(-(-min(32, len(ROOF) - at) // 4) for at in range(0, len(ROOF), 32))
+    layers, heads, head_dim = memory.model.kv_shape
+    assert added.bytes == 2 * layers * heads * added.slots * head_dim * 4  # keys and values in float32
+    assert (row.tokens, row.slots, row.bytes, row.metadata) == (added.tokens, added.slots, added.bytes, {"year": 2024})
+    assert memory.store.text("roof") == ROOF
+
+
+def test_header_says_where_each_window_lies_and_how_the_text_goes_on(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    header = memory.store.get("roof").header
+    assert [(w.start, w.stop) for w in header.windows] == [(0, 32), (32, 64), (64, len(ROOF))]
+    assert memory.model.tokenizer.decode(header.tail_ids) == ROOF[64:]
+
+
+def test_unchanged_document_is_not_compressed_again(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = memory.add("roof", ROOF, ratio=4)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(memory.model, "run", fail)
+    again = memory.add("roof", ROOF, ratio=4)
+    assert again.status == "unchanged"
+    assert (again.tokens, again.slots, again.bytes) == (first.tokens, first.slots, first.bytes)
+    assert memory.add("roof", ROOF, {"new": True}, ratio=4).status == "unchanged"
+    assert memory.show("roof").metadata == {"new": True}
+
+
+@pytest.mark.parametrize("change", ["text", "ratio", "file"])
+def test_changed_document_is_compressed_again(memory: BeaconMemory, change: str) -> None:
+    memory.add("roof", ROOF, {"year": 2024}, ratio=4)
+    if change == "file":
+        path = memory.store.folder / memory.store.row("roof").file
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 255
+        path.write_bytes(data)
+    text, ratio = (WELL if change == "text" else ROOF), (2 if change == "ratio" else 4)
+    assert memory.add("roof", text, ratio=ratio).status == "replaced"
+    assert memory.verify() == []
+    assert memory.show("roof").metadata == {"year": 2024}
+
+
+def test_another_model_recompresses_on_add_and_is_refused_on_ask(memory: BeaconMemory, tmp_path: Path) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    other = BeaconMemory(tmp_path / "store", train(make_model(), seed=7), reserve=100)
+    with pytest.raises(FingerprintMismatchError, match=r"'roof'.*another adapter"):
+        other.ask("Who?", "roof", **SHORT)
+    assert other.add("roof", ROOF, ratio=4).status == "replaced"
+    other.ask("Who?", "roof", **SHORT)
+
+
+def test_answer_is_the_stock_models_behind_sink_and_documents_in_the_order_given(memory: BeaconMemory) -> None:
+    for id, text in (("roof", ROOF), ("well", WELL)):
+        memory.add(id, text, ratio=2)
+    model = memory.model
+    prompt = chat_prompt(model, "Who?", behind_memory=True)
+    for ids in (["roof", "well"], ["well", "roof"], ["well"], []):
+        parts = [memory.compressor.sink, *(memory.store.get(id).kv for id in ids)]
+        request = Request(BeaconKV.concat(parts), prompt)
+        ((expected,),) = generate(model, [request], generation_config(model, None, SHORT))
+        answer = memory.ask("Who?", ids, **SHORT)
+        assert (answer.text, answer.ids) == (expected.text, tuple(ids))
+        assert answer.usage.slots == 1 + sum(memory.show(id).slots for id in ids)
+        assert answer.usage.prompt_tokens == len(prompt)
+        assert answer.usage.generated_tokens == len(expected.tokens)
+        assert 0 < answer.time_to_first_token <= answer.seconds
+
+
+def test_stream_ends_with_the_answer_that_ask_gives(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=2)
+    *pieces, answer = memory.stream("Who?", "roof", **SHORT)
+    assert isinstance(answer, Answer)
+    assert "".join(map(str, pieces)).strip() == answer.text == memory.ask("Who?", "roof", **SHORT).text
+
+
+def test_question_without_ids_picks_documents_by_their_passages(memory: BeaconMemory) -> None:
+    memory.add_many([Document("roof", ROOF), Document("well", WELL), Document("owls", OWLS)], ratio=4)
+    assert memory.pick("How deep is the well?") == ["well"]
+    assert memory.ask("Who mended the roof?", **SHORT).ids[0] == "roof"
+    assert set(memory.pick("What of the barn?", limit=5)) == {"roof", "owls"}
+    assert len(memory.pick("What of the barn?", limit=1)) == 1
+
+
+def test_question_that_matches_nothing_is_refused_with_advice(memory: BeaconMemory) -> None:
+    with pytest.raises(DocumentNotFoundError, match="add some"):
+        memory.ask("Who?", **SHORT)
+    memory.add("roof", ROOF, ratio=4)
+    assert memory.pick("Zebras?") == ["roof"]  # the only document there is
+    memory.add("well", WELL, ratio=4)
+    with pytest.raises(DocumentNotFoundError, match="name documents by id"):
+        memory.ask("Zebras?", **SHORT)
+
+
+def test_documents_that_do_not_fit_beside_better_ones_are_not_picked(memory: BeaconMemory) -> None:
+    memory.add("large", OWLS * 8, ratio=1)
+    memory.add("small", "A barn for owls.", ratio=1)
+    best, other = memory.pick("barn owls", room=10_000)
+    assert memory.pick("barn owls", room=memory.show(best).slots + memory.show(other).slots) == [best, other]
+    assert memory.pick("barn owls", room=memory.show(best).slots + memory.show(other).slots - 1) == [best]
+
+
+def test_memories_that_do_not_fit_together_are_refused_before_any_is_read(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for id in ("a", "b"):
+        memory.add(id, ROOF * 7, ratio=1)
+    monkeypatch.setattr(memory.store, "get", lambda *_: pytest.fail("a document was read"))
+    slots = 1 + 2 * memory.show("a").slots
+    with pytest.raises(CapacityError, match=rf"{slots} memory slots.*has 1024.*higher ratio"):
+        memory.ask("Who?", ["a", "b"], **SHORT)
+
+
+def test_document_too_long_for_the_model_is_refused_with_the_numbers(memory: BeaconMemory) -> None:
+    with pytest.raises(CapacityError, match=r"document 'long': 7900 tokens at ratio 4 .*has 1024.*higher ratio"):
+        memory.add("long", ROOF * 100, ratio=4)
+    assert memory.list() == []
+
+
+def test_auto_takes_the_smallest_ratio_that_leaves_room(memory: BeaconMemory) -> None:
+    assert memory.add("short", ROOF).ratios == (2,)
+    assert memory.add("long", ROOF * 30).ratios == (4,)
+
+
+def test_ratio_may_differ_from_window_to_window(memory: BeaconMemory) -> None:
+    added = memory.add("roof", ROOF, ratio=[2, 4, 8])
+    assert added.ratios == (2, 4, 8)
+    assert added.slots == 16 + 8 + 2
+    assert memory.add("roof", ROOF, ratio=[2, 4, 8]).status == "unchanged"
+    assert memory.add("roof", ROOF, ratio=[8, 4, 2]).status == "replaced"
+
+
+@pytest.mark.parametrize(
+    ("id", "text", "ratio", "error", "message"),
+    [
+        ("", ROOF, 4, InputError, "empty"),
+        ("roof", "", 4, InputError, "document 'roof': the document is empty"),
+        ("roof", ROOF, "high", ConfigError, "ratio='high'"),
+        ("roof", ROOF, -2, ConfigError, "-2"),
+        ("roof", ROOF, [2, 4], ConfigError, "names 2 windows"),
+        ("roof", "lone \ud800", 4, InputError, "surrogate"),
+    ],
+)
+def test_bad_documents_are_refused_and_nothing_is_stored(
+    memory: BeaconMemory, id: str, text: str, ratio: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        memory.add(id, text, ratio=ratio)
+    assert memory.list() == []
+
+
+def test_bad_document_among_many_stops_after_those_before_it(memory: BeaconMemory) -> None:
+    documents = [Document("roof", ROOF), Document("none", ""), Document("well", WELL)]
+    with pytest.raises(InputError, match="'none'"):
+        memory.add_many(documents, ratio=4)
+    assert [row.id for row in memory.list()] == ["roof"]
+
+
+def test_bad_document_among_many_can_be_reported_and_the_others_go_on(memory: BeaconMemory) -> None:
+    failed: list[tuple[str, BeaconMemoryError]] = []
+    progress: list[Progress] = []
+    told: list[Added] = []
+    memory.add("owls", OWLS, ratio=4)
+    documents = [Document("owls", OWLS), Document("roof", ROOF), Document("none", ""), Document("well", WELL)]
+    added = memory.add_many(
+        documents,
+        ratio=4,
+        progress=progress.append,
+        on_added=told.append,
+        on_error=lambda document, error: failed.append((document.id, error)),
+    )
+    assert [(one.id, one.status) for one in added] == [("owls", "unchanged"), ("roof", "added"), ("well", "added")]
+    assert told == added
+    assert [id for id, _ in failed] == ["none"]
+    assert progress[-1] == Progress(tokens=len(ROOF + WELL), begun=len(ROOF + WELL))
+
+
+def test_documents_are_stored_as_soon_as_they_are_done(memory: BeaconMemory) -> None:
+    """Interrupted while a later document is read, the earlier ones stay."""
+    memory.compressor.rows_per_pass = 40
+
+    def documents() -> Any:
+        yield Document("roof", ROOF)
+        yield Document("well", WELL)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        memory.add_many(documents(), ratio=4)
+    assert [row.id for row in memory.list()] == ["roof"]
+    assert memory.verify() == []
+    statuses = [one.status for one in memory.add_many([Document("roof", ROOF), Document("well", WELL)], ratio=4)]
+    assert statuses == ["unchanged", "added"]
+
+
+def test_removed_document_is_gone(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    assert memory.remove("roof").id == "roof"
+    assert memory.list() == []
+    with pytest.raises(DocumentNotFoundError, match="roof"):
+        memory.ask("Who?", "roof", **SHORT)
+
+
+def test_bfloat16_memory_is_stored_in_bfloat16(tmp_path: Path) -> None:
+    half = make_model()
+    half.to(torch.bfloat16)
+    memory = BeaconMemory(tmp_path, half, reserve=100)
+    memory.add("roof", ROOF, ratio=4)
+    assert memory.store.get("roof").kv.keys.dtype == torch.bfloat16
+    assert memory.ask("Who?", "roof", **SHORT).usage.generated_tokens > 0
+
+
+def test_options_that_ask_cannot_honour_are_refused(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    with pytest.raises(InputError, match="num_return_sequences=2"):
+        memory.ask("Who?", "roof", num_beams=2, num_return_sequences=2)
+    with pytest.raises(InputError, match="num_beams=2"):
+        memory.stream("Who?", "roof", num_beams=2)
+    with pytest.raises(InputError, match="unknown generation options: max_tokens=3"):
+        memory.ask("Who?", "roof", max_tokens=3)
+
+
+def test_beams_answer_through_ask(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    assert memory.ask("Who?", "roof", num_beams=3, **SHORT).usage.generated_tokens > 0

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BOS, FAMILIES, VOCAB, reference_read, some_ids, tiny_base, tiny_model, tiny_tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.config import BeaconConfig
+from beacon_memory.errors import AdapterError, ConfigError, InputError
+from beacon_memory.generation import prefix_cache
+from beacon_memory.kv import BeaconKV
+from beacon_memory.kv_file import DocumentHeader, WindowSpan, read_kv_file, write_kv_file
+from beacon_memory.modeling import BeaconModel
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "attention_factor": 1.3,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama with yarn": ("llama", {"rope_parameters": YARN}),
+}
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def config(window: int = 8, **settings: Any) -> BeaconConfig:
+    return BeaconConfig(beacon_window=window, beacon_ratio=(2, 4), **settings)
+
+
+def stock_and_ours(name: str, beacon_config: BeaconConfig) -> tuple[Any, BeaconModel]:
+    """A stock model, and one with the same weights that carries beacons."""
+    family, overrides = MODELS[name]
+    tokenizer = tiny_tokenizer()
+    return tiny_base(family, **overrides), tiny_model(family, beacon_config, tokenizer=tokenizer, **overrides)
+
+
+def close(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def padded() -> dict[str, Tensor]:
+    """Two prompts of different lengths, padded on the left."""
+    rows = [some_ids(9, seed=1), [0] * 4 + some_ids(5, seed=2)]
+    return {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": torch.tensor([[1] * 9, [0] * 4 + [1] * 5]),
+    }
+
+
+class TestStockModel:
+    """What the base does, with beacons installed on it, when no beacons are asked for."""
+
+    @every_model
+    @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
+    def test_a_single_window_without_beacons_has_the_stock_logits(self, name: str, attn: str) -> None:
+        stock, ours = stock_and_ours(name, config(16, beacon_attn=attn))
+        ids = torch.tensor([some_ids(16, seed=1), some_ids(16, seed=2)])
+        close(ours(ids).logits, stock(ids).logits)
+
+    @every_model
+    def test_logits_are_those_of_sdpa(self, name: str) -> None:
+        stock, ours = stock_and_ours(name, config())
+        assert stock.config._attn_implementation == "sdpa"
+        ids = torch.tensor([some_ids(20)])
+        assert torch.equal(ours.base(ids).logits, stock(ids).logits)
+        real = padded()["attention_mask"].bool()
+        assert torch.equal(ours.base(**padded()).logits[real], stock(**padded()).logits[real])
+
+    @every_model
+    @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+    def test_generate_is_that_of_sdpa(self, name: str, how: dict[str, Any]) -> None:
+        stock, ours = stock_and_ours(name, config())
+        texts, models = [], (stock, ours.base)
+        model: Any
+        for model in models:
+            torch.manual_seed(0)
+            texts.append(model.generate(**padded(), max_new_tokens=12, pad_token_id=0, **how).tolist())
+        assert texts[0] == texts[1]
+
+    def test_a_pass_that_fails_leaves_it_as_it_was(self) -> None:
+        stock, ours = stock_and_ours("llama", config())
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        hook = ours.base.model.layers[1].self_attn.o_proj.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(BeaconCompressor(ours).compress([(some_ids(8), [2])]))
+        hook.remove()
+        ids = torch.tensor([some_ids(20)])
+        assert torch.equal(ours.base(ids).logits, stock(ids).logits)
+
+    def test_threads_that_compress_do_not_disturb_it(self) -> None:
+        stock, ours = stock_and_ours("llama", config())
+        ids, documents = torch.tensor([some_ids(20)]), [(some_ids(30, seed=seed), [2, 4, 4, 2]) for seed in range(30)]
+        with torch.no_grad():
+            expected = stock(ids).logits
+        alone = list(BeaconCompressor(ours).compress(documents))
+        compressed: list[Any] = []
+        worker = Thread(target=lambda: compressed.extend(BeaconCompressor(ours, rows_per_pass=8).compress(documents)))
+        worker.start()
+        same, rounds = True, 0
+        with torch.no_grad():
+            while worker.is_alive() or rounds == 0:
+                same &= torch.equal(ours.base(ids).logits, expected)
+                rounds += 1
+        worker.join()
+        assert same
+        assert len(compressed) == len(alone)
+        for ours_then, ours_alone in zip(compressed, alone, strict=True):
+            close(ours_then.kv.keys, ours_alone.kv.keys)
+
+
+class TestRawMemory:
+    """Ratio 0 keeps the K/V of raw tokens, so behind them the stock model must answer as behind the tokens."""
+
+    def stored(self, model: BeaconModel, ids: list[int], folder: Path) -> BeaconKV:
+        """K/V of the tokens, once through a file."""
+        (document,) = BeaconCompressor(model).compress([(ids, [0])])
+        spans = (WindowSpan(len(ids), 0, 0, len(ids)),)
+        header = DocumentHeader("a", "0" * 64, len(ids), spans, tuple(ids), model.fingerprint)
+        write_kv_file(folder / "a.safetensors", header, document.kv)
+        read, kv = read_kv_file(folder / "a.safetensors")
+        assert read.fingerprint == model.fingerprint
+        return kv
+
+    def answer(self, model: BeaconModel, memory: BeaconKV, question: list[int]) -> Tensor:
+        cache, mask = prefix_cache(model, [memory])
+        mask = torch.cat((mask, torch.ones(1, len(question), dtype=torch.long)), dim=1)
+        logits: Tensor = model.base(torch.tensor([question]), attention_mask=mask, past_key_values=cache).logits
+        return logits
+
+    @every_model
+    def test_behind_the_sink_it_is_the_text_itself(self, name: str, tmp_path: Path) -> None:
+        stock, ours = stock_and_ours(name, config(16))
+        document, question = some_ids(11, seed=1), some_ids(5, seed=2)
+        memory = BeaconKV.concat([BeaconCompressor(ours).sink, self.stored(ours, document, tmp_path)])
+        expected = stock(torch.tensor([[BOS, *document, *question]])).logits[:, -5:]
+        close(self.answer(ours, memory, question), expected)
+
+    @every_model
+    def test_behind_another_memory_it_stands_at_later_positions(self, name: str, tmp_path: Path) -> None:
+        stock, ours = stock_and_ours(name, config(16, beacon_sink_size=0))
+        first, second, question = some_ids(11, seed=1), some_ids(7, seed=2), some_ids(5, seed=3)
+        memory = BeaconKV.concat([self.stored(ours, ids, tmp_path) for ids in (first, second)])
+        seen = torch.ones(23, 23).tril()
+        seen[11:18, :11] = 0  # the second document does not see the first
+        mask = torch.zeros(23, 23).masked_fill(seen == 0, float("-inf"))[None, None]
+        expected = stock(torch.tensor([[*first, *second, *question]]), attention_mask=mask).logits[:, -5:]
+        close(self.answer(ours, memory, question), expected)
+
+
+class TestForward:
+    @every_family
+    @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
+    @pytest.mark.parametrize("embed", ["last-token", "learned"])
+    def test_windows_behind_beacons_have_the_logits_of_the_method(self, family: str, attn: str, embed: str) -> None:
+        model = tiny_model(family, config(beacon_attn=attn, beacon_embed=embed, beacon_sink_size=0))
+        ids, ratios = some_ids(22), [2, 4, 0]  # the last window is read raw
+        logits = model(torch.tensor([ids]), ratios=[iter(ratios[:2])]).logits
+        close(logits[0], model.head(reference_read(model, ids, ratios).hidden))
+
+    @every_model
+    @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
+    def test_a_raw_window_is_the_stock_model_reading_behind_the_memory(self, name: str, attn: str) -> None:
+        stock, ours = stock_and_ours(name, config(beacon_attn=attn, beacon_sink_size=0))
+        document, question = some_ids(16, seed=1), some_ids(6, seed=2)
+        (compressed,) = BeaconCompressor(ours).compress([(document, [2, 4])])
+        cache, mask = prefix_cache(ours, [compressed.kv])
+        mask = torch.cat((mask, torch.ones(1, 6, dtype=torch.long)), dim=1)
+        answer = stock(torch.tensor([question]), attention_mask=mask, past_key_values=cache).logits
+        read = ours(torch.tensor([document + question]), ratios=[iter([2, 4])]).logits
+        close(read[:, 16:], answer)
+
+    @every_family
+    def test_rows_of_a_batch_do_not_see_each_other(self, family: str) -> None:
+        model = tiny_model(family, config(), tokenizer=None)
+        ids = torch.tensor([some_ids(29, seed=1), some_ids(29, seed=2)])
+        ratios = [[2, 4, 8], [4, 4, 2]]
+        together = model(ids, ratios=[iter(ratio) for ratio in ratios]).logits
+        alone = [model(ids[i : i + 1], ratios=[iter(ratios[i])]).logits for i in (0, 1)]
+        close(together, torch.cat(alone))
+
+    def test_loss_is_the_mean_over_the_next_tokens_that_have_a_label(self) -> None:
+        model = tiny_model("llama", config())
+        ids = torch.tensor([some_ids(20, seed=1), some_ids(20, seed=2)])
+        labels = ids.clone()
+        labels[0, :15] = labels[1, 7] = -100
+        output = model(ids, labels=labels)
+        predicted = [(output.logits[row, at - 1], labels[row, at]) for row in (0, 1) for at in range(1, 20)]
+        losses = [cross_entropy(logits, label) for logits, label in predicted if label != -100]
+        assert len(losses) == 5 + 18
+        close(output.loss, torch.stack(losses).mean(), atol=1e-5)
+
+    @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing_changes_no_gradient(self, attn: str, reentrant: bool) -> None:
+        ids = torch.tensor([some_ids(40)])
+        gradients: list[dict[str, Any]] = []
+        calls: list[bool] = []
+        for checkpointing in (False, True):
+            model = tiny_model("llama", config(beacon_attn=attn, beacon_param=("q", "k", "v", "o"))).train()
+            if checkpointing:
+                model.base.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.base.model.layers[0].mlp.register_forward_pre_hook(
+                lambda *_, again=checkpointing: calls.append(again)
+            )
+            loss = model(ids, labels=ids, ratios=[iter([2, 4, 2, 4])]).loss
+            loss.backward()
+            gradients.append({name: parameter.grad for name, parameter in model.named_beacon_parameters()})
+        assert calls == [False, True, True]
+        for name, gradient in gradients[0].items():
+            close(gradients[1][name], gradient, atol=1e-6)
+        assert sum(bool(gradient.any()) for gradient in gradients[0].values()) > 4
+
+    def test_only_the_beacons_are_trained(self) -> None:
+        model = tiny_model("qwen2", config()).train()
+        ids = torch.tensor([some_ids(30)])
+        model(ids, labels=ids).loss.backward()
+        trained = {id(parameter) for _, parameter in model.named_beacon_parameters()}
+        assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+        assert {id(p) for p in model.parameters() if p.grad is not None} <= trained
+
+
+class TestUntrained:
+    @every_family
+    def test_a_beacon_begins_as_the_token_before_it(self, family: str) -> None:
+        model = tiny_model(family, config(), trained=False)
+        ids = some_ids(16)
+        beacons, raw = (next(BeaconCompressor(model).compress([(ids, [r, r])])).kv for r in (4, 0))
+        anchors = torch.arange(3, 16, 4)
+        close(beacons.keys[0], raw.keys[0][:, anchors])
+        close(beacons.values[0], raw.values[0][:, anchors])
+
+    @pytest.mark.parametrize(("init", "eos", "token"), [("eos", 2, 2), ("eos", [9, 2], 9), ("bos", 2, BOS)])
+    def test_a_learned_vector_begins_as_the_eos_or_bos(self, init: str, eos: Any, token: int) -> None:
+        settings = config(beacon_embed="learned", beacon_embed_init=init)
+        model = tiny_model("llama", settings, trained=False, eos_token_id=eos)
+        embedding: Any = model.base.get_input_embeddings()
+        assert torch.equal(model.beacon_embed, embedding.weight[token])
+
+    def test_salient_placement_needs_a_salience_for_each_token(self) -> None:
+        with pytest.raises(ConfigError, match="token_salience"):
+            BeaconModel(tiny_base("llama"), config(beacon_placement="salient"))
+        with pytest.raises(AdapterError, match=rf"7 entries.*{VOCAB}"):
+            BeaconModel(tiny_base("llama"), config(beacon_placement="salient"), token_salience=torch.ones(7))
+
+    def test_text_cannot_be_read_without_a_tokenizer(self) -> None:
+        with pytest.raises(InputError, match="tokenizer"):
+            _ = tiny_model("llama", config()).tokenizer
+
+
+@every_family
+def test_shapes_of_what_is_kept(family: str) -> None:
+    model = tiny_model(family, config())
+    stock = tiny_base(family)(torch.tensor([some_ids(3)])).past_key_values
+    assert model.kv_shape == (len(stock.layers), *stock.layers[0].keys.shape[1::2])
+    assert model.empty_kv().keys.shape == (*model.kv_shape[:2], 0, model.kv_shape[2])
