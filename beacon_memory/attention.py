@@ -29,13 +29,15 @@ IMPLEMENTATION = "beacon_memory"
 class _Window:
     """One window on the device.
 
-    queries: [queries] row numbers; own: [own] pool entries; mask: [queries, memory + own], added to the scores.
+    rows:   its rows, in the order that the pass attends in.
+    cached: [cached] past entries of the same window that an earlier pass read.
+    mask:   [rows, memory + cached + rows], added to the scores.
     """
 
     sequence: int
     memory: int
-    queries: Tensor
-    own: Tensor
+    rows: slice
+    cached: Tensor
     mask: Tensor
 
 
@@ -48,23 +50,32 @@ class BeaconPass:
 
     def __init__(self, layout: BeaconLayout, rope: Rope, past: BeaconKV, keep: list[int], *, hidden: bool) -> None:
         device, dtype = past.keys.device, past.keys.dtype
+
+        def indices(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long, device=device)
+
         self.raw_rows = len(layout.raw_ids)
         self.rope = rope
         self.past = past
-        self.own_table = rope.table(torch.tensor(layout.positions, device=device))
-        self.memories = [torch.tensor(memory, dtype=torch.long, device=device) for memory in layout.memories]
-        longest = max((len(memory) for memory in layout.memories), default=0)
-        self.memory_table = rope.table(torch.arange(longest, device=device))
-        orders = torch.tensor(layout.orders, device=device)
+        # Attention takes the rows window by window, while the linear layers want all raw ones first.
+        self.by_window = indices([row for window in layout.windows for row in window.queries])
+        self.by_kind = self.by_window.argsort()
+        self.table = rope.table(indices(layout.positions))
+        self.rows_table = tuple(part[past.slots + self.by_window] for part in self.table)
+        self.memories = [indices(memory) for memory in layout.memories]
+        self.memory_table = rope.table(torch.arange(max(map(len, layout.memories), default=0), device=device))
+        orders = indices(layout.orders)
         self.windows = []
+        start = 0
         for window in layout.windows:
-            own = torch.tensor(window.own, device=device)
-            queries = torch.tensor(window.queries, dtype=torch.long, device=device)
+            own = indices(window.own)
             seen = _visible(orders[own[window.cached :]], orders[own], hidden=hidden)
-            mask = torch.zeros(len(queries), window.memory + len(own), dtype=dtype, device=device)
+            mask = torch.zeros(len(window.queries), window.memory + len(own), dtype=dtype, device=device)
             mask[:, window.memory :].masked_fill_(~seen, float("-inf"))
-            self.windows.append(_Window(window.sequence, window.memory, queries, own, mask))
-        self._keep = torch.tensor(keep, dtype=torch.long, device=device)
+            rows = slice(start, start + len(window.queries))
+            self.windows.append(_Window(window.sequence, window.memory, rows, own[: window.cached], mask))
+            start = rows.stop
+        self._keep = indices(keep)
         self._collected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def collect(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -100,39 +111,40 @@ def _attend_by_window(
     query: [1, heads, rows, head_dim]; key, value: [1, kv_heads, rows, head_dim]; query and key at RoPE position 0.
     Returns [1, rows, heads, head_dim].
     """
-    rope, past = beacon_pass.rope, beacon_pass.past
-    keys = torch.cat((past.keys[layer][None], rope.remove_scaling(key)), dim=2)
-    values = torch.cat((past.values[layer][None], value), dim=2)
-    beacon_pass.collect(layer, keys, values)
+    rope, past, by_window = beacon_pass.rope, beacon_pass.past, beacon_pass.by_window
+    query, key = rope.remove_scaling(query), rope.remove_scaling(key)
+    pool_keys = torch.cat((past.keys[layer][None], key), dim=2)
+    pool_values = torch.cat((past.values[layer][None], value), dim=2)
+    beacon_pass.collect(layer, pool_keys, pool_values)
 
-    cos, sin = beacon_pass.own_table
-    rows = past.slots
-    query = apply_rotation(rope.remove_scaling(query), cos[rows:], sin[rows:])
-    own_keys = apply_rotation(keys, cos, sin)
-    groups = query.shape[1] // key.shape[1]
-    memory_keys, memory_values = [], []
+    query = apply_rotation(query[:, :, by_window], *beacon_pass.rows_table)
+    own_keys = apply_rotation(key[:, :, by_window], *beacon_pass.rows_table)
+    own_values = value[:, :, by_window]
+    memories = []
     for memory in beacon_pass.memories:
-        cos, sin = (table[: len(memory)] for table in beacon_pass.memory_table)
-        memory_keys.append(apply_rotation(keys[:, :, memory], cos, sin))
-        memory_values.append(values[:, :, memory])
+        cos, sin = (part[: len(memory)] for part in beacon_pass.memory_table)
+        memories.append((apply_rotation(pool_keys[:, :, memory], cos, sin), pool_values[:, :, memory]))
 
+    groups = query.shape[1] // key.shape[1]
     output = []
     for window in beacon_pass.windows:
-        seen_keys = (memory_keys[window.sequence][:, :, : window.memory], own_keys[:, :, window.own])
-        seen_values = (memory_values[window.sequence][:, :, : window.memory], values[:, :, window.own])
+        memory_keys, memory_values = (part[:, :, : window.memory] for part in memories[window.sequence])
+        keys, values = [memory_keys], [memory_values]
+        if len(window.cached):
+            cos, sin = (part[window.cached] for part in beacon_pass.table)
+            keys.append(apply_rotation(pool_keys[:, :, window.cached], cos, sin))
+            values.append(pool_values[:, :, window.cached])
         output.append(
             scaled_dot_product_attention(
-                query[:, :, window.queries],
-                torch.cat(seen_keys, dim=2).repeat_interleave(groups, dim=1),
-                torch.cat(seen_values, dim=2).repeat_interleave(groups, dim=1),
-                attn_mask=window.mask,
+                query[:, :, window.rows],
+                torch.cat((*keys, own_keys[:, :, window.rows]), dim=2).repeat_interleave(groups, dim=1),
+                torch.cat((*values, own_values[:, :, window.rows]), dim=2).repeat_interleave(groups, dim=1),
+                attn_mask=window.mask.to(query.dtype),
                 dropout_p=dropout,
                 scale=scaling,
             )
         )
-    order = torch.cat([window.queries for window in beacon_pass.windows])
-    attended = torch.cat(output, dim=2).transpose(1, 2)
-    return torch.empty_like(attended).index_copy(1, order, attended)
+    return torch.cat(output, dim=2).transpose(1, 2)[:, beacon_pass.by_kind]
 
 
 def beacon_attention(

@@ -5,10 +5,12 @@ All are ratios of two measurements of one run on one machine, the median of thre
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -181,16 +183,23 @@ def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: s
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     compressor = BeaconCompressor(loaded)
     work = [(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
-    on_accelerator = loaded.device.type != "cpu"
-    if on_accelerator:
+    if loaded.device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far was loading the model
-    list(compressor.compress(work))
-    if on_accelerator:
+        list(compressor.compress(work))
         return int(torch.accelerator.max_memory_allocated())
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    with contextlib.suppress(OSError):  # Linux begins anew to measure the peak: so far it was loading the model
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    list(compressor.compress(work))
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    """The most bytes of memory that this process has held at a time."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _ids(model: BeaconModel, tokens: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -170,9 +171,9 @@ class _Reading:
         self.next = []
 
     def result(self, sink_slots: int) -> CompressedDocument:
-        firsts = [sum(len(w.ids) for w in self.windows[:i]) for i in range(len(self.windows))]
+        firsts = accumulate((len(window.ids) for window in self.windows), initial=0)
         windows = tuple(
             CompressedWindow(first, len(window.ids), window.ratio)
-            for first, window in zip(firsts, self.windows, strict=True)
+            for first, window in zip(firsts, self.windows, strict=False)  # the last of `firsts` is the end
         )
         return CompressedDocument(self.state.memory[sink_slots:], self.tokens, windows)

@@ -123,9 +123,10 @@ class BeaconConfig:
         for key, value in _FIXED.items():
             if given.pop(key, value) != value:
                 raise ConfigError(f"{key}={settings[key]!r} is not supported, only {value!r} is")
-        unknown = set(given) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ConfigError(f"unknown key {min(unknown)!r} with value {given[min(unknown)]!r}")
+        known = {f.name for f in fields(cls)}
+        for key in sorted(given.keys() - known):
+            if given.pop(key) is not None:  # a switch that is off asks for nothing
+                raise ConfigError(f"unknown key {key!r} with value {settings[key]!r}")
         config = cls(**(_PUBLISHED_DEFAULTS | given))
         if stride not in (None, config.beacon_window):
             raise ConfigError(

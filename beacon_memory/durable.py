@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import StoreError
+
 __all__ = ["make_folder", "sync_file", "sync_folder"]
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents; one that exists is left as it is."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
+    """Create a folder and its parents; one that exists is left as it is. Raises StoreError if it cannot be created."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+    except OSError as error:
+        raise StoreError(f"the folder {folder} cannot be created: {error.strerror}; name another store") from error
 
 
 def sync_file(path: Path) -> None:

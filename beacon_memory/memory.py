@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -34,13 +34,13 @@ _HITS = 50  # passages to look at for them
 _WEAKEST = 0.5  # of the best passage's BM25 score: what a document must reach to be loaded beside it
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
     """A document on its way to the store."""
 
     document: Document
     text: TokenizedText
-    ratios: list[int] = field(default_factory=list)
+    ratios: list[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +108,9 @@ class BeaconMemory:
                 model, adapter, device, dtype = self._source
                 if not isinstance(model, BeaconModel):
                     model = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
-                self._compressor = BeaconCompressor(model, reserve=self._reserve)
+                compressor = BeaconCompressor(model, reserve=self._reserve)
+                compressor.sink, model.fingerprint  # noqa: B018  # now, so that no answer waits for them
+                self._compressor = compressor
             return self._compressor
 
     @property
@@ -136,32 +138,20 @@ class BeaconMemory:
     ) -> builtins.list[Added]:
         """Add many documents, compressed together; each is stored as soon as it is done.
 
-        Interrupted, it has lost only what was unfinished: run it again with the same documents, and those that are
-        stored are skipped. `on_error` is told of a document that cannot be compressed, and the others go on; without
-        it the error is raised, after all documents in front of it were stored.
+        Returns what became of each, in the order in which they were done. Interrupted, it has lost only what was
+        unfinished: run it again with the same documents, and those that are stored are skipped. `on_error` is told of a
+        document that cannot be compressed, and the others go on; without it the error is raised, after all documents
+        in front of it were stored.
         """
         added: builtins.list[Added] = []
+        waiting: builtins.list[_Job] = []  # handed to the compressor, which keeps their order
+        failed: builtins.list[BeaconMemoryError] = []
+        read = begun = 0
+        since = time.perf_counter()
 
         def note(one: Added) -> None:
             added.append(one)
             on_added(one)
-
-        for one in self._add(documents, ratio, progress, on_error):
-            note(one)
-        return added
-
-    def _add(
-        self,
-        documents: Iterable[Document],
-        ratio: Ratio,
-        progress: Callable[[Progress], None],
-        on_error: Callable[[Document, BeaconMemoryError], None] | None,
-    ) -> Iterator[Added]:
-        compressor = self.compressor
-        waiting: builtins.list[_Job | Added] = []  # in the order of the documents; Added where nothing is to be done
-        failed: builtins.list[BeaconMemoryError] = []
-        read = begun = 0
-        since = time.perf_counter()
 
         def advanced(tokens: int) -> None:
             nonlocal read
@@ -179,22 +169,20 @@ class BeaconMemory:
                         return
                     on_error(document, error)
                     continue
+                if isinstance(job, Added):
+                    note(job)
+                    continue
+                begun += len(job.text.ids)
                 waiting.append(job)
-                if isinstance(job, _Job):
-                    begun += len(job.text.ids)
-                    yield job.text.ids, job.ratios
+                yield job.text.ids, job.ratios
 
-        for compressed in compressor.compress(work(), advanced):
-            job = waiting.pop(0)
-            while isinstance(job, Added):
-                yield job
-                job = waiting.pop(0)
+        for compressed in self.compressor.compress(work(), advanced):
             now = time.perf_counter()
-            yield self._put(job, compressed, now - since)
+            note(self._put(waiting.pop(0), compressed, now - since))
             since = now
-        yield from (one for one in waiting if isinstance(one, Added))
         if failed:
             raise failed[0]
+        return added
 
     def _prepare(self, document: Document, ratio: Ratio) -> _Job | Added:
         """Check a document before any work on it; says `unchanged` if there is none."""

@@ -252,3 +252,10 @@ def test_json_reaches_a_pipe_while_the_bar_shows_on_a_terminal(run: Run) -> None
     os.close(bar)
     os.close(terminal)
     assert json.loads(done.stdout)["id"] == "a.txt"
+
+
+def test_store_that_cannot_be_created_is_an_error_in_one_line(run: Run) -> None:
+    write("a.txt")
+    result = run("add", "a.txt", "--store", "/proc/store")
+    assert result.exit_code == 1
+    assert "the folder /proc/store cannot be created" in result.stderr

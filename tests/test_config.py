@@ -196,3 +196,9 @@ def test_require_ratio_refuses_what_no_window_can_be_compressed_by(ratio: Any) -
 @pytest.mark.parametrize("ratio", [0, 1, 3, 32, 33])
 def test_require_ratio_hands_any_other_back(ratio: int) -> None:
     assert BeaconConfig(beacon_window=32).require_ratio(ratio) == ratio
+
+
+def test_an_unknown_switch_of_published_code_is_accepted_only_while_it_is_off() -> None:
+    assert BeaconConfig.from_dict({"beacon_skip_first": None}) == BeaconConfig.from_dict({})
+    with pytest.raises(ConfigError, match=r"beacon_skip_first.*5"):
+        BeaconConfig.from_dict({"beacon_skip_first": 5})
