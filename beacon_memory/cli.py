@@ -144,6 +144,7 @@ def _add_all(memory: BeaconMemory, sources: list[Source], ratio: int | str, as_j
 
     def failure(document: Document, error: BeaconMemoryError) -> None:
         failed.append(document.id)
+        bar.advance(whole)
         say(as_json, {"id": document.id, "status": "failed", "reason": str(error)})
 
     def documents() -> Iterator[Document]:
@@ -159,13 +160,15 @@ def _add_all(memory: BeaconMemory, sources: list[Source], ratio: int | str, as_j
     memory.compressor  # noqa: B018  # load the model before the bar shows
     # with standard output in a pipe rich would send what is printed there to the bar's console
     with Progress(*columns, console=remarks(), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-        tokens = bar.add_task("tokens", total=max(1, sum(source.size for source in sources) // 4))
+        estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
+        tokens = bar.add_task("tokens", total=max(1, estimate))
         whole = bar.add_task("documents", total=len(sources))
 
         def advanced(progress: Advance) -> None:
-            estimate = bar.tasks[tokens].total or 1
-            total = progress.begun if bar.tasks[whole].remaining in (0, 1) else max(estimate, progress.begun)
-            bar.update(tokens, completed=progress.tokens, total=total)
+            last = bar.tasks[whole].remaining == 1
+            bar.update(
+                tokens, completed=progress.tokens, total=progress.begun if last else max(estimate, progress.begun)
+            )
 
         def stored(added: Added) -> None:
             bar.advance(whole)

@@ -25,6 +25,7 @@ __all__ = [
     "note_usage",
     "print_fields",
     "print_json",
+    "print_line",
     "print_rows",
     "remarks",
     "reported",
@@ -40,9 +41,16 @@ def remarks() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def print_line(text: str, *, err: bool = False) -> None:
+    """One line at once; unlike `typer.echo` above a progress bar, if there is one."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
 def print_json(fields: object) -> None:
     """One JSON value on one line."""
-    typer.echo(json.dumps(fields, ensure_ascii=False))
+    print_line(json.dumps(fields, ensure_ascii=False))
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
@@ -107,14 +115,14 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
         return
     what = f"{fields['status']} {fields['id']}"
     if "reason" in fields:
-        typer.echo(f"{what}: {fields['reason']}", err=True)
+        print_line(f"{what}: {fields['reason']}", err=True)
     elif "tokens" in fields:
-        typer.echo(
+        print_line(
             f"{what}: {fields['tokens']:,} tokens in {fields['slots']:,} slots ({fields['bytes'] / 1e6:.1f} MB), "
             f"{fields['seconds']:.1f} s"
         )
     else:
-        typer.echo(what)
+        print_line(what)
 
 
 @contextmanager
