@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
@@ -134,17 +132,6 @@ class BeaconConfig:
                 "are not supported"
             )
         return config
-
-    @classmethod
-    def from_file(cls, path: Path) -> BeaconConfig:
-        """Read `from_dict` settings from a json file; raises ConfigError if it does not hold a json object."""
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not json: {error}") from error
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{path} must hold a json object, got {type(settings).__name__}")
-        return cls.from_dict(settings)
 
 
 def _require_int(name: str, value: object, *, least: int) -> int:

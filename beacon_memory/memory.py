@@ -129,14 +129,14 @@ class BeaconMemory:
 
     def add_many(
         self,
-        documents: Iterable[Document],
+        documents: Iterable[Document | tuple[str, str]],
         ratio: Ratio = "auto",
         *,
         progress: Callable[[Progress], None] = lambda _: None,
         on_added: Callable[[Added], None] = lambda _: None,
         on_error: Callable[[Document, BeaconMemoryError], None] | None = None,
     ) -> builtins.list[Added]:
-        """Add many documents, compressed together; each is stored as soon as it is done.
+        """Add many documents, or pairs of id and text, compressed together; each is stored as soon as it is done.
 
         Returns what became of each, in the order in which they were done. Interrupted, it has lost only what was
         unfinished: run it again with the same documents, and those that are stored are skipped. `on_error` is told of a
@@ -160,7 +160,8 @@ class BeaconMemory:
 
         def work() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
             nonlocal begun
-            for document in documents:
+            for given in documents:
+                document = given if isinstance(given, Document) else Document(*given)
                 try:
                     job = self._prepare(document, ratio)
                 except BeaconMemoryError as error:

@@ -84,9 +84,9 @@ class BeaconModel(nn.Module):
         self._tokenizer = tokenizer
         self._salience = token_salience
         self._scores: list[float] = [] if token_salience is None else token_salience.tolist()
-        base.requires_grad_(False)
-        base.get_output_embeddings().register_forward_pre_hook(_make_dense)
-        base.set_attn_implementation(IMPLEMENTATION)
+        self.base.requires_grad_(False)
+        self.base.get_output_embeddings().register_forward_pre_hook(_make_dense)
+        self.base.set_attn_implementation(IMPLEMENTATION)
         self._install()
 
     @classmethod
@@ -314,10 +314,10 @@ class BeaconModel(nn.Module):
         """
         batch, tokens = input_ids.shape
         chosen = ratios or [mixed_ratios(self.config, tokens, self.max_positions) for _ in range(batch)]
+        start = Cursor(sink_pending=self.config.beacon_sink_size)
         pieces = [
-            Piece(Cursor(sink_pending=self.config.beacon_sink_size), windows)
+            Piece(start, self.cut(start, row, ratio, tail="raw"))
             for row, ratio in zip(input_ids.tolist(), chosen, strict=True)
-            if (windows := self.cut(Cursor(sink_pending=self.config.beacon_sink_size), row, ratio, tail="raw"))
         ]
         output = self.run(BeaconLayout.build(pieces, self.config), self.empty_kv(), keep=[])
         logits = self.head(output.hidden).unflatten(0, (batch, tokens))

@@ -10,7 +10,7 @@ from .config import BeaconConfig
 from .errors import CapacityError, ConfigError
 from .layout import slots_of
 
-__all__ = ["AUTO_RATIOS", "adaptive_ratio", "auto_ratio", "document_slots", "mixed_ratios", "positions_needed"]
+__all__ = ["AUTO_RATIOS", "adaptive_ratio", "auto_ratio", "mixed_ratios", "positions_needed"]
 
 AUTO_RATIOS = (2, 4, 8, 16, 32)
 
@@ -29,8 +29,11 @@ def adaptive_ratio(config: BeaconConfig, tokens: int, max_positions: int) -> int
     return min(enough, key=capacity) if enough else max(config.usable_ratios)
 
 
-def mixed_ratios(config: BeaconConfig, tokens: int, max_positions: int, seed: int = 42) -> Iterator[int]:
-    """Endless ratios, one for each new window, as `config.beacon_ratio_mix` says; `tokens` are at hand already."""
+def mixed_ratios(config: BeaconConfig, tokens: int, max_positions: int, seed: int | None = None) -> Iterator[int]:
+    """Endless ratios, one for each new window, as `config.beacon_ratio_mix` says; `tokens` are at hand already.
+
+    Without a `seed`, random ones are drawn from Python's global generator, which `random.seed` makes repeatable.
+    """
     choices, mix = config.usable_ratios, config.beacon_ratio_mix
     if len(config.beacon_ratio) == 1:
         return repeat(choices[0])
@@ -38,10 +41,10 @@ def mixed_ratios(config: BeaconConfig, tokens: int, max_positions: int, seed: in
         return cycle(choices)
     if mix.startswith("adapt-"):
         return repeat(adaptive_ratio(config, tokens + int(mix.removeprefix("adapt-")), max_positions))
-    draw = random.Random(seed)
+    choose = random.choice if seed is None else random.Random(seed).choice
     if mix == "instance-random":
-        return repeat(draw.choice(choices))
-    return iter(lambda: draw.choice(choices), None)
+        return repeat(choose(choices))
+    return iter(lambda: choose(choices), None)
 
 
 def window_ratios(tokens: int, ratio: int | Sequence[int], config: BeaconConfig) -> list[int]:
@@ -56,12 +59,6 @@ def window_ratios(tokens: int, ratio: int | Sequence[int], config: BeaconConfig)
             f"{config.beacon_window}"
         )
     return ratios
-
-
-def document_slots(tokens: int, ratios: Sequence[int], config: BeaconConfig) -> int:
-    """Memory slots of a document whose windows have these ratios, the shared sink not counted."""
-    window = config.beacon_window
-    return sum(slots_of(min(window, tokens - window * i), ratio) for i, ratio in enumerate(ratios))
 
 
 def positions_needed(tokens: int, ratios: Sequence[int], config: BeaconConfig, reserve: int) -> int:

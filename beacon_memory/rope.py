@@ -32,10 +32,6 @@ class Rope:
         angles = positions[..., None].float() * self.inv_freq.to(positions.device)
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """`x` [..., rows, head_dim] rotated to `positions` [rows]; computed in float32, returned in x's dtype."""
-        return apply_rotation(x, *self.table(positions.to(x.device)))
-
     def remove_scaling(self, x: Tensor) -> Tensor:
         """`x` as it was before a stock model multiplied it by the scaling, cast to x's dtype, at position 0."""
         if self.scaling == 1.0:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,20 +51,6 @@ def test_settings_survive_a_dict_and_json(config: BeaconConfig) -> None:
 def test_a_dict_has_the_published_key_names(config: BeaconConfig) -> None:
     assert set(config.to_dict()) == PUBLISHED_KEYS | OWN_KEYS
     assert config.to_dict()["beacon_stride"] == config.beacon_window
-
-
-def test_settings_survive_a_file(tmp_path: Path) -> None:
-    config = BeaconConfig(beacon_window=64, beacon_ratio=(4, 8), beacon_param=("k", "v"))
-    (tmp_path / "beacon.json").write_text(json.dumps({"base": {"name": "x"}, **config.to_dict()}))
-    assert BeaconConfig.from_file(tmp_path / "beacon.json") == config
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"beacon"', "null"])
-def test_a_file_without_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "beacon.json"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=r"beacon\.json"):
-        BeaconConfig.from_file(path)
 
 
 def test_absent_keys_mean_what_they_mean_in_published_checkpoints() -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import ConfigError, InputError
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Tail, Window, after, cut_windows, slots_of
-from beacon_memory.ratio import document_slots
 
 
 def config(
@@ -23,6 +22,11 @@ def config(
         beacon_placement=placement,
         beacon_sink_size=sink,
     )
+
+
+def document_slots(tokens: int, ratios: Sequence[int], settings: BeaconConfig) -> int:
+    window = settings.beacon_window
+    return sum(slots_of(min(window, tokens - window * i), ratio) for i, ratio in enumerate(ratios))
 
 
 def cut(

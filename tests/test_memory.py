@@ -276,3 +276,9 @@ def test_options_that_ask_cannot_honour_are_refused(memory: BeaconMemory) -> Non
 def test_beams_answer_through_ask(memory: BeaconMemory) -> None:
     memory.add("roof", ROOF, ratio=4)
     assert memory.ask("Who?", "roof", num_beams=3, **SHORT).usage.generated_tokens > 0
+
+
+def test_pairs_of_id_and_text_are_documents_too(memory: BeaconMemory) -> None:
+    added = memory.add_many({"roof": ROOF, "well": WELL}.items(), ratio=4)
+    assert [one.id for one in added] == ["roof", "well"]
+    assert memory.store.text("well") == WELL

@@ -12,7 +12,6 @@ from beacon_memory.errors import CapacityError, ConfigError
 from beacon_memory.ratio import (
     AUTO_RATIOS,
     auto_ratio,
-    document_slots,
     mixed_ratios,
     positions_needed,
     window_ratios,
@@ -118,7 +117,8 @@ class TestWindows:
         ],
     )
     def test_slots_of_a_document(self, tokens: int, ratios: list[int], slots: int) -> None:
-        assert document_slots(tokens, ratios, config()) == slots
+        reserve = 10_000  # more than reading any window takes
+        assert positions_needed(tokens, ratios, config(), reserve) == 1 + slots + reserve
 
 
 class TestMixes:
