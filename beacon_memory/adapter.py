@@ -62,12 +62,13 @@ def read_adapter(source: str | Path) -> Adapter:
     except (ValueError, AttributeError, SafetensorError, ConfigError) as error:
         raise AdapterError(f"the adapter in {folder} cannot be read: {error}") from error
     reader = folder / READER
+    base = settings.get("base") or {}
     return Adapter(
         config=config,
         token_salience=tensors.pop("token_salience", None),
         tensors=tensors,
         chat_template=settings.get("chat_template"),
-        base=settings.get("base", {}),
+        base=base if isinstance(base, dict) else {"name": str(base)},
         reader=reader if reader.is_dir() else None,
     )
 

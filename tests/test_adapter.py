@@ -262,3 +262,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read.token_salience is not None
     assert torch.equal(read.token_salience, some_salience())
     assert read.reader is None
+
+
+def test_a_base_that_is_only_named_is_taken_by_its_name(base: Path, tmp_path: Path) -> None:
+    a_model(config("last-token")).save_adapter(tmp_path)
+    settings = json.loads((tmp_path / "beacon.json").read_text())
+    (tmp_path / "beacon.json").write_text(json.dumps(settings | {"base": "some model"}))
+    assert read_adapter(tmp_path).base == {"name": "some model"}
+    load(base, tmp_path)
