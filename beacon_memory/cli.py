@@ -267,7 +267,7 @@ def remove(
     """Forget documents."""
     with reported():
         documents = _store(store)
-        for row in [documents.row(id) for id in ids]:  # all must exist before the first goes
+        for row in [documents.row(id) for id in dict.fromkeys(ids)]:  # all must exist before the first goes
             documents.delete(row.id)
             say(as_json, {"id": row.id, "status": "removed"})
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from .errors import CapacityError, ConfigError, InputError
+from .errors import CapacityError, ConfigError
 from .kv import BeaconKV
 from .layout import Window
 from .modeling import BeaconModel
@@ -98,8 +98,6 @@ class BeaconCompressor:
         CapacityError, with the numbers, for a document that would not fit.
         """
         config, positions = self.model.config, self.model.max_positions
-        if tokens == 0:
-            raise InputError("the document is empty: there is nothing to compress")
         if isinstance(ratio, str):
             if ratio != "auto":
                 raise ConfigError(f"ratio={ratio!r} must be 'auto', a whole number, or a list of them")
@@ -122,10 +120,7 @@ class BeaconCompressor:
         current: list[_Reading] = []  # documents with windows in the next pass, or unfinished
         rows = 0
         for ids, ratios in documents:
-            if not ids:
-                raise InputError("a document without tokens: there is nothing to compress")
-            window_ratios(len(ids), ratios, self.model.config)
-            reading = _Reading(self.model, self.sink, ids, ratios)
+            reading = _Reading(self.model, self.sink, ids, window_ratios(len(ids), ratios, self.model.config))
             current.append(reading)
             for window in reading.windows:
                 size = len(window.new_ids) + len(window.anchors)

@@ -253,7 +253,6 @@ def stream(
         except BaseException as error:  # noqa: BLE001  # raised again in the consumer's thread
             queue.put(error)
 
-    require_room(model, request.prefix.slots, len(request.prompt), config.max_new_tokens or 0)
     thread = Thread(target=work, name="beacon-memory-generate", daemon=True)
     thread.start()
     held = _HeldBack(config.stop_strings or [])

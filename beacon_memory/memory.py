@@ -39,6 +39,7 @@ class _Job:
     """A document on its way to the store."""
 
     document: Document
+    content_hash: str
     text: TokenizedText
     ratios: list[int]
 
@@ -202,7 +203,7 @@ class BeaconMemory:
             if document.metadata is not None and document.metadata != row.metadata:
                 row = self.store.set_metadata(document.id, document.metadata)
             return Added(row.id, "unchanged", row.tokens, row.slots, row.bytes, row.ratios, 0.0)
-        return _Job(document, text, ratios)
+        return _Job(document, digest, text, ratios)
 
     def _is_stored(self, id: str, digest: str, ratios: builtins.list[int]) -> bool:
         """Whether this very text is stored whole, at these ratios and by this model."""
@@ -223,7 +224,7 @@ class BeaconMemory:
         last = compressed.windows[-1]
         header = DocumentHeader(
             id=document.id,
-            content_hash=content_hash(document.text),
+            content_hash=job.content_hash,
             tokens=compressed.tokens,
             windows=spans,
             tail_ids=tuple(ids[last.first :]) if last.tokens < self.model.config.beacon_window else (),

@@ -83,7 +83,6 @@ class BeaconModel(nn.Module):
         self._reader = reader
         self._tokenizer = tokenizer
         self._salience = token_salience
-        self._scores: list[float] = [] if token_salience is None else token_salience.tolist()
         self.base.requires_grad_(False)
         self.base.get_output_embeddings().register_forward_pre_hook(_make_dense)
         self.base.set_attn_implementation(IMPLEMENTATION)
@@ -119,10 +118,10 @@ class BeaconModel(nn.Module):
             model, source.config, token_salience=source.token_salience, tokenizer=tokenizer, reader=source.reader
         )
         warn_of_another_base(source, beacons._base_digest)
-        if adapter is not None:
-            beacons._set_beacon_parameters(source.tensors)
-        elif source.tensors:
-            beacons._set_beacon_parameters(with_absent_kinds(source.tensors, dict(beacons.named_beacon_parameters())))
+        own = dict(beacons.named_beacon_parameters())
+        beacons._set_beacon_parameters(
+            source.tensors if adapter is not None else with_absent_kinds(source.tensors, own)
+        )
         if source.tensors:
             beacons.adapter = str(adapter or base)
         return beacons.eval()
@@ -154,7 +153,6 @@ class BeaconModel(nn.Module):
         check_salience(self.base, adapter.config, adapter.token_salience)
         self._set_beacon_parameters(adapter.tensors)
         self._salience = adapter.token_salience
-        self._scores = [] if adapter.token_salience is None else adapter.token_salience.tolist()
         self.__dict__.pop("fingerprint", None)
 
     @torch.no_grad()
@@ -266,7 +264,8 @@ class BeaconModel(nn.Module):
 
     def salience(self, ids: Sequence[int]) -> list[float]:
         """How informative each token is, for `salient` placement."""
-        return [self._scores[token] for token in ids]
+        scores: list[float] = cast(Tensor, self._salience)[list(ids)].tolist()  # `salient` is refused without them
+        return scores
 
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
         """`layout.cut_windows` with this model's settings."""

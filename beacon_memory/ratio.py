@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, repeat
 
 from .config import BeaconConfig
-from .errors import CapacityError, ConfigError
+from .errors import CapacityError, ConfigError, InputError
 from .layout import slots_of
 
 __all__ = ["AUTO_RATIOS", "adaptive_ratio", "auto_ratio", "mixed_ratios", "positions_needed"]
@@ -48,7 +48,12 @@ def mixed_ratios(config: BeaconConfig, tokens: int, max_positions: int, seed: in
 
 
 def window_ratios(tokens: int, ratio: int | Sequence[int], config: BeaconConfig) -> list[int]:
-    """The ratio of each window of a document: one number for all, or a list with one for each."""
+    """The ratio of each window of a document: one number for all, or a list with one for each.
+
+    Raises InputError for a document without tokens, ConfigError for ratios that it cannot have.
+    """
+    if tokens == 0:
+        raise InputError("the document is empty: there is nothing to compress")
     windows = -(-tokens // config.beacon_window)
     if not isinstance(ratio, Sequence):
         return [config.require_ratio(ratio)] * windows

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, some_ids, some_salience, tiny_base, tiny_model, tiny_tokenizer, train
+from tiny_models import VOCAB, some_ids, some_salience, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer, train
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,10 +42,7 @@ def config(kind: str = "last-token") -> BeaconConfig:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    a_base().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(tmp_path / "base", a_base())
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_base, tiny_tokenizer
+from tiny_models import tiny_base, tiny_checkpoint
 
 from beacon_memory import bench
 from beacon_memory.modeling import BeaconModel
@@ -13,10 +13,7 @@ from beacon_memory.modeling import BeaconModel
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_base("llama", max_position_embeddings=16384).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tiny_base("llama", max_position_embeddings=16384))
 
 
 def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

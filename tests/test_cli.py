@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_base, tiny_tokenizer
+from tiny_models import tiny_base, tiny_checkpoint
 from typer.testing import CliRunner, Result
 
 from beacon_memory import BeaconModel, __version__
@@ -26,10 +26,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_base("llama", max_position_embeddings=4096).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tiny_base("llama", max_position_embeddings=4096))
 
 
 @pytest.fixture
@@ -259,3 +256,9 @@ def test_store_that_cannot_be_created_is_an_error_in_one_line(run: Run) -> None:
     result = run("add", "a.txt", "--store", "/proc/store")
     assert result.exit_code == 1
     assert "the folder /proc/store cannot be created" in result.stderr
+
+
+def test_a_document_named_twice_is_removed_once(run: Run) -> None:
+    write("a.txt")
+    run("add", "a.txt")
+    assert lines(run("remove", "a.txt", "a.txt", "--json")) == [{"id": "a.txt", "status": "removed"}]

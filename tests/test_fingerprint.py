@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, some_ids, some_salience, tiny_base, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, some_ids, some_salience, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from beacon_memory.compressor import BeaconCompressor
 from beacon_memory.config import BeaconConfig
@@ -35,9 +35,7 @@ def differing(ours: Fingerprint, theirs: Fingerprint) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_same_whenever_and_in_whichever_dtype_a_model_is_loaded(family: str, tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tiny_base(family).save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
+    base, adapter = tiny_checkpoint(tmp_path / "base", tiny_base(family)), tmp_path / "adapter"
     tiny_model(family, CONFIG).save_adapter(adapter)
     loaded = [
         BeaconModel.from_pretrained(base, adapter, dtype=dtype, device="cpu").fingerprint

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, some_ids, tiny_base, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers.utils import logging
 
@@ -29,10 +29,7 @@ raise RuntimeError("remote code was executed")
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny_base("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_checkpoint(tmp_path / "base", tiny_base("llama"))
 
 
 def load(base: Path, adapter: Path | None = None, **options: Any) -> BeaconModel:

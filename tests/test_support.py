@@ -66,35 +66,27 @@ class TestRope:
         refuse(base, "4 of 8 dimensions")
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
 class TestOtherModels:
     @pytest.mark.parametrize(
         ("config", "name"),
         [
             (GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2), "gpt2"),
             (
-                Gemma2Config(
-                    vocab_size=32,
-                    hidden_size=16,
-                    intermediate_size=16,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    num_key_value_heads=1,
-                    head_dim=8,
-                ),
+                Gemma2Config(**SMALL, head_dim=8),
                 "gemma2",
             ),
             (
-                Qwen3NextConfig(
-                    vocab_size=32,
-                    hidden_size=16,
-                    intermediate_size=16,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    num_key_value_heads=1,
-                    num_experts=2,
-                    moe_intermediate_size=8,
-                    shared_expert_intermediate_size=8,
-                ),
+                Qwen3NextConfig(**SMALL, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8),
                 "qwen3_next",
             ),
         ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +60,13 @@ def tiny_base(family: str, *, seed: int = 0, **config_overrides: Any) -> PreTrai
             parameter.copy_(1 + 0.2 * drawn if "norm" in name else 0.25 * drawn)
     base.eval()
     return base
+
+
+def tiny_checkpoint(folder: Path, base: PreTrainedModel) -> Path:
+    """A folder that a model and its tokenizer load from."""
+    base.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tiny_model(
