@@ -1,7 +1,8 @@
 """Reading and writing what is trained: adapters, and published checkpoints that carry base and beacons in one folder.
 
 An adapter is a folder: `beacon.json` (the `beacon_*` settings, the base it was made for, a chat template if it was
-trained with one of its own), `beacon.safetensors` (the beacon parameters and `token_salience`) and, if the base needs
+trained with one of its own), `beacon.safetensors` (the beacon parameters, and `token_salience` and
+`token_starts_word` where the placement needs them) and, if the base needs
 one, `reader/` (a LoRA of the base in PEFT's own form).
 """
 
@@ -43,6 +44,7 @@ class Adapter:
     config: BeaconConfig
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     token_salience: Tensor | None = None
+    token_starts_word: Tensor | None = None
     chat_template: str | None = None
     base: Mapping[str, str] = field(default_factory=dict)
     reader: Path | None = None
@@ -66,6 +68,7 @@ def read_adapter(source: str | Path) -> Adapter:
     return Adapter(
         config=config,
         token_salience=tensors.pop("token_salience", None),
+        token_starts_word=tensors.pop("token_starts_word", None),
         tensors=tensors,
         chat_template=settings.get("chat_template"),
         base=base if isinstance(base, dict) else {"name": str(base)},
@@ -78,8 +81,9 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
-    if adapter.token_salience is not None:
-        tensors["token_salience"] = adapter.token_salience.cpu()
+    for name in ("token_salience", "token_starts_word"):
+        if (of_tokens := getattr(adapter, name)) is not None:
+            tensors[name] = of_tokens.cpu()
     settings: dict[str, Any] = {"base": dict(adapter.base), **adapter.config.to_dict()}
     if adapter.chat_template is not None:
         settings["chat_template"] = adapter.chat_template

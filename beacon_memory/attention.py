@@ -7,6 +7,7 @@ of the model call, never through a global, so that threads and gradient checkpoi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .kv import BeaconKV
-from .layout import BeaconLayout
+from .layout import BeaconLayout, WindowRows
 from .rope import Rope, apply_rotation
 
 __all__ = ["IMPLEMENTATION", "BeaconPass"]
@@ -27,7 +28,7 @@ IMPLEMENTATION = "beacon_memory"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Window:
-    """One window on the device.
+    """One window, or parallel branches behind one memory, on the device.
 
     rows:   its rows, in the order that the pass attends in.
     cached: [cached] past entries of the same window that an earlier pass read.
@@ -67,13 +68,13 @@ class BeaconPass:
         orders = indices(layout.orders)
         self.windows = []
         start = 0
-        for window in layout.windows:
-            own = indices(window.own)
-            seen = _visible(orders[own[window.cached :]], orders[own], hidden=hidden)
-            mask = torch.zeros(len(window.queries), window.memory + len(own), dtype=dtype, device=device)
-            mask[:, window.memory :].masked_fill_(~seen, float("-inf"))
-            rows = slice(start, start + len(window.queries))
-            self.windows.append(_Window(window.sequence, window.memory, rows, own[: window.cached], mask))
+        for (sequence, memory, cached), group in groupby(layout.windows, _attended_together):
+            parts = [indices(window.own) for window in group]
+            seen = torch.block_diag(*(_visible(orders[own[cached:]], orders[own], hidden=hidden) for own in parts))
+            mask = torch.zeros(len(seen), memory + seen.shape[1], dtype=dtype, device=device)
+            mask[:, memory:].masked_fill_(~seen, float("-inf"))
+            rows = slice(start, start + len(seen))
+            self.windows.append(_Window(sequence, memory, rows, parts[0][:cached], mask))
             start = rows.stop
         self._keep = indices(keep)
         self._collected: dict[int, tuple[Tensor, Tensor]] = {}
@@ -92,6 +93,11 @@ class BeaconPass:
         return BeaconKV(torch.stack(keys), torch.stack(values))
 
 
+def _attended_together(window: WindowRows) -> tuple[int, int, int]:
+    """Neighbours that share this are parallel branches: of one sequence, behind one memory. Only one can be cached."""
+    return window.sequence, window.memory, window.cached
+
+
 def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tensor:
     """Which entries of a window each of its rows sees, [queries, keys] bool.
 
@@ -104,7 +110,13 @@ def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tenso
 
 
 def _attend_by_window(
-    beacon_pass: BeaconPass, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float
+    beacon_pass: BeaconPass,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
 ) -> Tensor:
     """Let each window attend to its memory slots and to itself.
 
@@ -153,8 +165,8 @@ def beacon_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # sixth, as stock functions have it: packages that wrap them all, such as kvpress, rely on it
+    scaling: float | None = None,
     beacon_pass: BeaconPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:

@@ -41,7 +41,9 @@ class BeaconConfig:
     beacon_embed:     `last-token`: a beacon's input is the embedding of the token before it plus a trained offset;
                       `learned` (the paper): one trained vector.
     beacon_embed_init: the token whose embedding a `learned` vector starts from, `eos` or `bos`.
-    beacon_placement: `end`: a beacon stands after its unit; `salient`: after the unit's most informative token.
+    beacon_placement: `end`: a beacon stands after its unit; `salient`: after the unit's most informative token;
+                      `salient-words`: as many as there are units stand after the tokens of the window's most
+                      informative words, wherever those are.
     beacon_sink_size: first tokens whose K/V are kept uncompressed in front of the memory.
 
     Raises ConfigError, which names key and value, for anything out of range.
@@ -76,7 +78,7 @@ class BeaconConfig:
             "beacon_attn": ("hidden", "full-coverage"),
             "beacon_embed": ("last-token", "learned"),
             "beacon_embed_init": ("eos", "bos"),
-            "beacon_placement": ("end", "salient"),
+            "beacon_placement": ("end", "salient", "salient-words"),
         }.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")

@@ -118,11 +118,11 @@ def cut_windows(
         anchors: tuple[int, ...] = ()
         if ratio and not without_beacons:
             beacons = sum(order % 2 for order in cursor.orders)
-            anchors = _anchors(window_ids, ratio, beacons, finished, salience if _is_salient(config) else None)
+            anchors = _anchors(window_ids, ratio, beacons, finished, config.beacon_placement, salience)
         if config.beacon_attn == "full-coverage" and anchors and anchors[0] < len(cursor.ids):
             raise ConfigError(
-                "beacon_placement='salient' with beacon_attn='full-coverage' cannot read a window in several pieces: "
-                "a raw token that was already read would have to see a later beacon"
+                f"beacon_placement={config.beacon_placement!r} with beacon_attn='full-coverage' cannot read a window "
+                "in several pieces: a raw token that was already read would have to see a later beacon"
             )
         window = Window(
             memory=cursor.memory,
@@ -146,18 +146,16 @@ def after(cursor: Cursor, window: Window) -> Cursor:
     return replace(cursor, ids=window.ids, orders=tuple(sorted(window.orders)), ratio=window.ratio)
 
 
-def _is_salient(config: BeaconConfig) -> bool:
-    return config.beacon_placement == "salient"
-
-
 def _anchors(
-    ids: Sequence[int], ratio: int, beacons: int, finished: bool, salience: Salience | None
+    ids: Sequence[int], ratio: int, beacons: int, finished: bool, placement: str, salience: Salience | None
 ) -> tuple[int, ...]:
     """The raw tokens after which the beacons of the units from number `beacons` on stand."""
+    if placement == "salient-words" and salience is not None:
+        return _most_informative(ids, slots_of(len(ids), ratio), salience) if finished else ()
     ends = list(range((beacons + 1) * ratio, len(ids) + 1, ratio))
     if finished and (ends[-1] if ends else beacons * ratio) < len(ids):
         ends.append(len(ids))  # the last, incomplete unit
-    if salience is None or not ends:
+    if placement == "end" or salience is None or not ends:
         return tuple(end - 1 for end in ends)
     scores = salience(ids)
     starts = [beacons * ratio, *ends[:-1]]
@@ -165,12 +163,25 @@ def _anchors(
     return tuple(max(range(start, end), key=lambda i: (scores[i], i)) for start, end in zip(starts, ends, strict=True))
 
 
+def _most_informative(ids: Sequence[int], count: int, salience: Salience) -> tuple[int, ...]:
+    """The places of a window's most informative tokens; of equally informative ones the last."""
+    scores = salience(ids)
+    return tuple(sorted(sorted(range(len(ids)), key=lambda i: (scores[i], i))[-count:]))
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a pass reads of one sequence: where it stands, and the next of its windows."""
+    """What a pass reads of one sequence: where it stands, and the next of its windows.
+
+    Several unfinished windows are parallel branches: each sees the memory and itself, none sees another.
+
+    behind: numbers of earlier pieces of the pass whose memories stand, in this order, in front of this one's own; their
+            slots count in `cursor.memory`. So a pass can compose documents that it compresses itself.
+    """
 
     cursor: Cursor
     windows: Sequence[Window]
+    behind: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +211,7 @@ class BeaconLayout:
     anchor_ids: token id before each beacon row.
     positions:  of each pool entry within its own window (0 for a memory slot, whose position is its slot number).
     orders:     of each pool entry within its own window.
-    memories:   for each sequence the pool entries of its memory slots, old ones and those of this pass.
+    memories:   for each sequence the pool entries of its memory slots: of pieces it stands behind, old ones, new ones.
     unfinished: for each sequence the pool entries to keep of its unfinished window, ascending order.
     windows:    the windows of the pass.
     """
@@ -225,21 +236,20 @@ class BeaconLayout:
         windows = [(number, window) for number, piece in enumerate(pieces) for window in piece.windows]
         if not windows:
             raise InputError("a pass needs at least one window")
-        past_sizes = [piece.cursor.memory + len(piece.cursor.orders) for piece in pieces]
+        past_slots = _past_slots(pieces)
+        past_sizes = [slots + len(piece.cursor.orders) for slots, piece in zip(past_slots, pieces, strict=True)]
         past_starts = [sum(past_sizes[:number]) for number in range(len(pieces))]
         past = sum(past_sizes)
         raw_ids = [token for _, window in windows for token in window.new_ids]
         anchor_ids = [window.ids[anchor] for _, window in windows for anchor in window.anchors]
         positions = [0] * (past + len(raw_ids) + len(anchor_ids))
         orders = positions.copy()
-        memories = [
-            list(range(start, start + piece.cursor.memory)) for start, piece in zip(past_starts, pieces, strict=True)
-        ]
+        memories = [list(range(start, start + slots)) for start, slots in zip(past_starts, past_slots, strict=True)]
         unfinished: list[list[int]] = [[] for _ in pieces]
         placed: list[WindowRows] = []
         next_raw, next_beacon = past, past + len(raw_ids)
         for number, window in windows:
-            cached_start = past_starts[number] + pieces[number].cursor.memory
+            cached_start = past_starts[number] + past_slots[number]
             own = list(range(cached_start, cached_start + len(window.cached)))
             own += range(next_raw, next_raw + len(window.new_ids))
             own += range(next_beacon, next_beacon + len(window.anchors))
@@ -262,7 +272,29 @@ class BeaconLayout:
                 memories[number] += [own[i] for i in window.kept]
             else:
                 unfinished[number] = sorted(own, key=orders.__getitem__)
-        return cls(past, raw_ids, anchor_ids, positions, orders, memories, unfinished, placed)
+        composed = [
+            [entry for other in (*piece.behind, number) for entry in memories[other]]
+            for number, piece in enumerate(pieces)
+        ]
+        return cls(past, raw_ids, anchor_ids, positions, orders, composed, unfinished, placed)
+
+
+def _past_slots(pieces: Sequence[Piece]) -> list[int]:
+    """For each piece, the memory slots of its own that earlier passes left it. Raises InputError for a bad `behind`."""
+    past: list[int] = []
+    own: list[int] = []
+    for number, piece in enumerate(pieces):
+        if any(other not in range(number) for other in piece.behind):
+            raise InputError(
+                f"behind={list(piece.behind)!r} must name pieces before this one, which is number {number}"
+            )
+        past.append(piece.cursor.memory - sum(own[other] for other in piece.behind))
+        if past[-1] < 0:
+            raise InputError(
+                f"piece {number} has {piece.cursor.memory} memory slots, fewer than the pieces that it stands behind"
+            )
+        own.append(past[-1] + sum(len(window.kept) for window in piece.windows if window.finished))
+    return past
 
 
 def _indices(orders: Sequence[int], config: BeaconConfig) -> list[int]:

@@ -68,13 +68,14 @@ class BeaconModel(nn.Module):
         config: BeaconConfig,
         *,
         token_salience: Tensor | None = None,
+        token_starts_word: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         reader: Path | None = None,
     ) -> None:
         super().__init__()
         self._attentions = attention_modules(base)
         model_rope(base)  # refuses what cannot be supported
-        check_salience(base, config, token_salience)
+        check_salience(base, config, token_salience, token_starts_word)
         self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
         self.base = base if reader is None else merge_reader(base, reader)
         self.config = config
@@ -83,6 +84,7 @@ class BeaconModel(nn.Module):
         self._reader = reader
         self._tokenizer = tokenizer
         self._salience = token_salience
+        self._starts_word = token_starts_word
         self.base.requires_grad_(False)
         self.base.get_output_embeddings().register_forward_pre_hook(_make_dense)
         self.base.set_attn_implementation(IMPLEMENTATION)
@@ -115,27 +117,34 @@ class BeaconModel(nn.Module):
         if tokenizer is not None and source.chat_template is not None:
             tokenizer.chat_template = source.chat_template
         beacons = cls(
-            model, source.config, token_salience=source.token_salience, tokenizer=tokenizer, reader=source.reader
+            model,
+            source.config,
+            token_salience=source.token_salience,
+            token_starts_word=source.token_starts_word,
+            tokenizer=tokenizer,
+            reader=source.reader,
         )
         warn_of_another_base(source, beacons._base_digest)
         own = dict(beacons.named_beacon_parameters())
-        beacons._set_beacon_parameters(
-            source.tensors if adapter is not None else with_absent_kinds(source.tensors, own)
-        )
+        beacons.set_beacon_parameters(source.tensors if adapter is not None else with_absent_kinds(source.tensors, own))
         if source.tensors:
             beacons.adapter = str(adapter or base)
         return beacons.eval()
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Write the beacons, and the reader they were loaded with, as an adapter folder."""
+    def save_adapter(self, folder: str | Path, reader: Path | None = None) -> None:
+        """Write the beacons, in the model's dtype, and the reader as an adapter folder.
+
+        reader: folder of a LoRA that was trained with them; None for the one they were loaded with.
+        """
         folder = Path(folder)
         adapter = Adapter(
             config=self.config,
-            tensors=dict(self.named_beacon_parameters()),
+            tensors={name: parameter.to(self.dtype) for name, parameter in self.named_beacon_parameters()},
             token_salience=self._salience,
+            token_starts_word=self._starts_word,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
             base={"name": str(self.base.config.name_or_path), "digest": self._base_digest},
-            reader=self._reader,
+            reader=reader or self._reader,
         )
         write_adapter(folder, adapter)
 
@@ -150,13 +159,14 @@ class BeaconModel(nn.Module):
                 f"the adapter in {source} has other settings or another reader than the loaded model; "
                 "load it with BeaconModel.from_pretrained(base, adapter=...)"
             )
-        check_salience(self.base, adapter.config, adapter.token_salience)
-        self._set_beacon_parameters(adapter.tensors)
-        self._salience = adapter.token_salience
+        check_salience(self.base, adapter.config, adapter.token_salience, adapter.token_starts_word)
+        self.set_beacon_parameters(adapter.tensors)
+        self._salience, self._starts_word = adapter.token_salience, adapter.token_starts_word
         self.__dict__.pop("fingerprint", None)
 
     @torch.no_grad()
-    def _set_beacon_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+    def set_beacon_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of all `named_beacon_parameters`; raises AdapterError unless names and shapes are theirs."""
         own = dict(self.named_beacon_parameters())
         # the published checkpoints keep the one learned vector as a table of one row
         given = {
@@ -199,6 +209,11 @@ class BeaconModel(nn.Module):
     def rope(self) -> Rope:
         """The base's rotation, as it is now: a cast of the model casts its frequencies too."""
         return model_rope(self.base)
+
+    @property
+    def reader(self) -> Path | None:
+        """The folder of the LoRA that was merged into the base, if any."""
+        return self._reader
 
     @property
     def device(self) -> torch.device:
@@ -250,8 +265,8 @@ class BeaconModel(nn.Module):
     def fingerprint(self) -> Fingerprint:
         """What stored K/V must have been made with to be usable with this model. Taken once: train first."""
         trained: list[tuple[str, Tensor]] = [*self.named_beacon_parameters()]
-        if self._salience is not None:
-            trained.append(("token_salience", self._salience))
+        of_tokens = {"token_salience": self._salience, "token_starts_word": self._starts_word}
+        trained += [(name, tensor) for name, tensor in of_tokens.items() if tensor is not None]
         settings = self.config.to_dict()
         settings = {key: settings[key] for key in settings if "ratio" not in key}  # any ratio can be read
         return Fingerprint(
@@ -263,9 +278,19 @@ class BeaconModel(nn.Module):
         )
 
     def salience(self, ids: Sequence[int]) -> list[float]:
-        """How informative each token is, for `salient` placement."""
-        scores: list[float] = cast(Tensor, self._salience)[list(ids)].tolist()  # `salient` is refused without them
-        return scores
+        """How informative each token is, for `salient` placement.
+
+        For `salient-words`, how informative its word is: the sum over its tokens, over the square root of their number,
+        between the sum, which would favour long words, and the mean, which would favour parts of them.
+        """
+        of_token = list(ids)
+        scores = cast(Tensor, self._salience)[of_token].float()  # salient placements are refused without them
+        if self.config.beacon_placement == "salient-words":
+            starts = cast(Tensor, self._starts_word)[of_token]
+            word = starts.cumsum(0)
+            length = torch.bincount(word).clamp(min=1)
+            scores = (torch.bincount(word, scores) / length.sqrt())[word]
+        return scores.tolist()
 
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
         """`layout.cut_windows` with this model's settings."""

@@ -58,15 +58,18 @@ def model_rope(model: PreTrainedModel) -> Rope:
     return Rope(rotary.inv_freq.float(), float(rotary.attention_scaling))
 
 
-def check_salience(model: PreTrainedModel, config: BeaconConfig, token_salience: Tensor | None) -> None:
-    """Raise ConfigError if `salient` placement has no salience, AdapterError if it is of another vocabulary."""
-    if token_salience is None:
-        if config.beacon_placement == "salient":
-            raise ConfigError("beacon_placement='salient' needs token_salience, one number for each vocabulary entry")
-    elif len(token_salience) != model.config.vocab_size:
-        raise AdapterError(
-            f"token_salience has {token_salience.numel()} entries, the base's vocabulary {model.config.vocab_size}"
-        )
+def check_salience(
+    model: PreTrainedModel, config: BeaconConfig, token_salience: Tensor | None, token_starts_word: Tensor | None
+) -> None:
+    """Raise ConfigError if the placement lacks what it needs of each token, AdapterError for another vocabulary."""
+    placement = config.beacon_placement
+    needed = {"salient": ("token_salience",), "salient-words": ("token_salience", "token_starts_word")}
+    for name, given in {"token_salience": token_salience, "token_starts_word": token_starts_word}.items():
+        if given is None:
+            if name in needed.get(placement, ()):
+                raise ConfigError(f"beacon_placement={placement!r} needs {name}, one entry for each of the vocabulary")
+        elif len(given) != model.config.vocab_size:
+            raise AdapterError(f"{name} has {given.numel()} entries, the base's vocabulary {model.config.vocab_size}")
 
 
 def max_positions(config: PretrainedConfig) -> int:

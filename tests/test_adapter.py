@@ -8,20 +8,31 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, some_ids, some_salience, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer, train
+from tiny_models import (
+    VOCAB,
+    some_ids,
+    some_salience,
+    some_word_starts,
+    tiny_base,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+    train,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from beacon_memory.adapter import Adapter, read_adapter, write_adapter
 from beacon_memory.compressor import BeaconCompressor
 from beacon_memory.config import BeaconConfig
-from beacon_memory.errors import AdapterError, ModelError
+from beacon_memory.errors import AdapterError, ConfigError, ModelError
 from beacon_memory.modeling import BeaconModel
 
 KINDS: dict[str, dict[str, Any]] = {
     "learned": {"beacon_embed": "learned", "beacon_attn": "full-coverage", "beacon_sink_size": 0},
     "last-token": {"beacon_embed": "last-token", "beacon_param": ("q", "k", "v", "o")},
     "salient": {"beacon_placement": "salient"},
+    "salient-words": {"beacon_placement": "salient-words"},
     "without projections": {"beacon_param": ()},
 }
 
@@ -106,6 +117,17 @@ def test_an_adapter_can_be_saved_over_itself(kind: str, base: Path, tmp_path: Pa
     assert_same_model(load(base, tmp_path / "adapter"), trained)
 
 
+def test_a_reader_that_was_trained_is_saved_with_the_beacons(base: Path, tmp_path: Path) -> None:
+    a_model(config(), tokenizer=tiny_tokenizer()).save_adapter(tmp_path / "first")
+    reader = tmp_path / "lora"
+    reader.mkdir()
+    (reader / "adapter_config.json").write_text("{}")
+    load(base, tmp_path / "first").save_adapter(tmp_path / "second", reader)
+    read = read_adapter(tmp_path / "second")
+    assert read.reader == tmp_path / "second" / "reader"
+    assert (read.reader / "adapter_config.json").read_text() == "{}"
+
+
 def test_saving_what_was_loaded_gives_the_same_files(base: Path, adapter: Path, tmp_path: Path) -> None:
     load(base, adapter).save_adapter(tmp_path / "again")
     assert (tmp_path / "again" / "beacon.safetensors").read_bytes() == (adapter / "beacon.safetensors").read_bytes()
@@ -173,6 +195,7 @@ class TestMisfits:
             ({"beacon_embed_offset": torch.ones(33)}, r"beacon_embed_offset.*\(33,\).*\(32,\)"),
             ({"model.layers.0.self_attn.beacon_q_proj.weight": torch.ones(32, 16)}, r"q_proj.*\(32, 16\).*\(32, 32\)"),
             ({"token_salience": torch.ones(7)}, rf"token_salience.*7.*{VOCAB}"),
+            ({"token_starts_word": torch.ones(7, dtype=torch.bool)}, rf"token_starts_word.*7.*{VOCAB}"),
         ],
     )
     def test_parameters_that_do_not_fit_are_named(
@@ -204,11 +227,19 @@ class TestMisfits:
         assert all(torch.equal(parameters(model)[name], parameter) for name, parameter in before.items())
         assert model.salience(range(VOCAB)) == some_salience().tolist()
 
-    def test_a_loaded_model_takes_no_salience_of_another_size(self, tmp_path: Path) -> None:
-        model = a_model(config("salient"))
+    @pytest.mark.parametrize("name", ["token_salience", "token_starts_word"])
+    def test_a_loaded_model_takes_no_salience_of_another_size(self, name: str, tmp_path: Path) -> None:
+        model = a_model(config("salient-words"))
         model.save_adapter(tmp_path)
-        edit(tmp_path, {"token_salience": torch.ones(7)})
-        with pytest.raises(AdapterError, match="token_salience"):
+        edit(tmp_path, {name: torch.ones(7)})
+        with pytest.raises(AdapterError, match=name):
+            model.load_adapter(tmp_path)
+
+    def test_a_loaded_model_needs_what_its_placement_needs(self, tmp_path: Path) -> None:
+        model = a_model(config("salient-words"))
+        model.save_adapter(tmp_path)
+        edit(tmp_path, {"token_starts_word": None})
+        with pytest.raises(ConfigError, match="token_starts_word"):
             model.load_adapter(tmp_path)
 
 
@@ -250,14 +281,16 @@ class TestDamage:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     tensors = {"beacon_embed_offset": torch.randn(32).to(torch.bfloat16)}
-    write_adapter(
-        tmp_path, Adapter(config("salient"), tensors, some_salience(), "{{ x }}", {"name": "n", "digest": "d"})
-    )
+    settings, base = config("salient-words"), {"name": "n", "digest": "d"}
+    adapter = Adapter(settings, tensors, some_salience(), some_word_starts(), chat_template="{{ x }}", base=base)
+    write_adapter(tmp_path, adapter)
     read = read_adapter(tmp_path)
-    assert (read.config, read.chat_template, read.base) == (config("salient"), "{{ x }}", {"name": "n", "digest": "d"})
+    assert (read.config, read.chat_template, read.base) == (settings, "{{ x }}", base)
     assert torch.equal(read.tensors["beacon_embed_offset"], tensors["beacon_embed_offset"])
     assert read.token_salience is not None
+    assert read.token_starts_word is not None
     assert torch.equal(read.token_salience, some_salience())
+    assert torch.equal(read.token_starts_word, some_word_starts())
     assert read.reader is None
 
 

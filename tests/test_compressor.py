@@ -34,7 +34,7 @@ DOCUMENTS = [(some_ids(tokens, seed=tokens), ratios) for tokens, ratios in RATIO
 
 every_method = pytest.mark.parametrize(
     ("attn", "embed", "placement", "sink"),
-    list(product(["hidden", "full-coverage"], ["last-token", "learned"], ["end", "salient"], [0, 1])),
+    list(product(["hidden", "full-coverage"], ["last-token", "learned"], ["end", "salient", "salient-words"], [0, 1])),
 )
 
 

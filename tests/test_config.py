@@ -35,7 +35,7 @@ configs = st.builds(
     beacon_attn=st.sampled_from(["hidden", "full-coverage"]),
     beacon_embed=st.sampled_from(["last-token", "learned"]),
     beacon_embed_init=st.sampled_from(["eos", "bos"]),
-    beacon_placement=st.sampled_from(["end", "salient"]),
+    beacon_placement=st.sampled_from(["end", "salient", "salient-words"]),
     beacon_sink_size=st.integers(0, 32),
 )
 

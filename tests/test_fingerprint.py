@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, some_ids, some_salience, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny_models import (
+    FAMILIES,
+    some_ids,
+    some_salience,
+    some_word_starts,
+    tiny_base,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 from beacon_memory.compressor import BeaconCompressor
 from beacon_memory.config import BeaconConfig
@@ -88,6 +97,19 @@ def test_one_changed_parameter_is_another_adapter(name: str) -> None:
 
 def test_another_salience_is_another_adapter() -> None:
     assert differing(with_salience(False).fingerprint, with_salience(True).fingerprint) == {"adapter"}
+
+
+def test_other_words_are_another_adapter() -> None:
+    made = [
+        BeaconModel(
+            tiny_base("llama"),
+            replace(CONFIG, beacon_placement="salient-words"),
+            token_salience=some_salience(),
+            token_starts_word=starts,
+        ).fingerprint
+        for starts in (some_word_starts(), ~some_word_starts())
+    ]
+    assert differing(*made) == {"adapter"}
 
 
 def test_ratios_do_not_matter_since_any_ratio_can_be_read() -> None:

@@ -139,6 +139,94 @@ class TestSalience:
             cut_windows(after(Cursor(), window), [1, 1], settings, repeat(4), salience=by_value)
 
 
+class TestSalientWords:
+    def placed(
+        self, ids: Sequence[int], ratio: int, *, tail: Tail = "close", cursor: Cursor | None = None
+    ) -> list[tuple[int, ...]]:
+        settings = config(placement="salient-words")
+        return anchors(cut_windows(cursor or Cursor(), ids, settings, repeat(ratio), tail=tail, salience=by_value))
+
+    def test_as_many_beacons_as_units_stand_after_the_most_informative_tokens_wherever_they_are(self) -> None:
+        assert self.placed([1, 2, 3, 1, 8, 9, 1, 7], 4) == [(4, 5)]
+        assert self.placed([1, 2, 3, 1, 8, 9, 1, 7], 2) == [(2, 4, 5, 7)]
+
+    def test_of_equally_informative_tokens_the_last_ones_are_taken(self) -> None:
+        assert self.placed([5, 5, 5, 5, 5, 5, 5, 5], 4) == [(6, 7)]
+
+    @pytest.mark.parametrize(("tokens", "ratio", "slots"), [(1, 4, 1), (5, 4, 2), (8, 3, 3), (8, 1, 8), (8, 99, 1)])
+    def test_an_incomplete_unit_counts_as_one(self, tokens: int, ratio: int, slots: int) -> None:
+        ((*placed,),) = self.placed(range(tokens), ratio)
+        assert placed == list(range(tokens))[-slots:]
+
+    def test_each_window_is_searched_alone(self) -> None:
+        assert self.placed([1, 1, 1, 1, 1, 1, 1, 2, 9, 9, 9, 9], 4) == [(6, 7), (3,)]
+
+    def test_there_is_no_beacon_before_the_window_is_finished(self) -> None:
+        assert self.placed([9, 1, 2, 3, 1, 2], 2, tail="open") == [()]
+        settings = config(placement="salient-words")
+        (begun,) = cut_windows(Cursor(), [9, 1, 2, 3, 1, 2], settings, repeat(4), salience=by_value)
+        assert self.placed([1, 8], 4, tail="open", cursor=after(Cursor(), begun)) == [(0, 7)]
+
+    def test_ratio_zero_and_a_raw_tail_have_none(self) -> None:
+        assert self.placed([9, 1, 2], 0) == [()]
+        assert self.placed([9, 1, 2], 2, tail="raw") == [()]
+
+
+def branch(length: int, memory: int) -> Window:
+    ids = tuple(range(length))
+    return Window(memory=memory, sink=0, ids=ids, cached=(), first=0, anchors=(), ratio=0, finished=False)
+
+
+class TestComposition:
+    settings = config()
+
+    def pieces(self) -> list[Piece]:
+        """A sink, two documents behind it, and two branches behind all of them."""
+        sink = Piece(Cursor(), cut(1, 0))
+        documents = [Piece(Cursor(memory=1), cut(n, cursor=Cursor(memory=1)), behind=(0,)) for n in (9, 5)]
+        return [sink, *documents, Piece(Cursor(memory=6), [branch(3, 6), branch(4, 6)], behind=(0, 1, 2))]
+
+    def test_memories_of_the_pieces_it_stands_behind_come_first_in_their_order(self) -> None:
+        layout = BeaconLayout.build(self.pieces(), self.settings)
+        assert layout.past == 0
+        assert len(layout.raw_ids) == 1 + 9 + 5 + 7
+        first = layout.rows - len(layout.anchor_ids)
+        assert layout.memories == [
+            [0],
+            [0, first, first + 1, first + 2],
+            [0, first + 3, first + 4],
+            [0, first, first + 1, first + 2, first + 3, first + 4],
+        ]
+
+    def test_windows_stand_behind_all_of_that_memory(self) -> None:
+        layout = BeaconLayout.build(self.pieces(), self.settings)
+        assert [window.memory for window in layout.windows] == [0, 1, 3, 1, 6, 6]
+        assert [layout.positions[window.own[0]] for window in layout.windows] == [0, 1, 3, 1, 6, 6]
+
+    def test_branches_share_no_row(self) -> None:
+        *_, one, other = BeaconLayout.build(self.pieces(), self.settings).windows
+        assert one.sequence == other.sequence == 3
+        assert not set(one.own) & set(other.own)
+
+    def test_the_order_may_differ_and_a_piece_may_have_slots_of_its_own(self) -> None:
+        *before, _ = self.pieces()
+        layout = BeaconLayout.build([*before, Piece(Cursor(memory=8), [branch(1, 8)], behind=(0, 2, 1))], self.settings)
+        first = layout.past + len(layout.raw_ids)
+        assert layout.past == 2
+        assert layout.memories[3] == [2, first + 3, first + 4, first, first + 1, first + 2, 0, 1]
+
+    @pytest.mark.parametrize("behind", [(3,), (0, 4), (-1,)])
+    def test_it_can_only_stand_behind_earlier_pieces(self, behind: tuple[int, ...]) -> None:
+        *before, _ = self.pieces()
+        with pytest.raises(InputError, match=rf"behind=\[.*{behind[-1]}\].*number 3"):
+            BeaconLayout.build([*before, Piece(Cursor(memory=6), [branch(3, 6)], behind=behind)], self.settings)
+
+    def test_it_cannot_have_fewer_slots_than_the_pieces_it_stands_behind(self) -> None:
+        *before, _ = self.pieces()
+        with pytest.raises(InputError, match="piece 3 has 5 memory slots, fewer"):
+            BeaconLayout.build([*before, Piece(Cursor(memory=5), [branch(3, 5)], behind=(0, 1, 2))], self.settings)
+
+
 class TestPasses:
     def build(self, tokens: int, settings: BeaconConfig, *, memory: int = 0, ratio: int = 4) -> BeaconLayout:
         cursor = Cursor(memory=memory, sink_pending=settings.beacon_sink_size)
@@ -221,7 +309,7 @@ windows_and_ratios = st.integers(1, 12).flatmap(
     cuts=cuts,
     sizes=windows_and_ratios,
     sink=st.integers(0, 1),
-    placement=st.sampled_from(["end", "salient"]),
+    placement=st.sampled_from(["end", "salient", "salient-words"]),
 )
 def test_however_the_input_is_cut_the_same_rows_come_out(
     ids: list[int], cuts: list[int], sizes: tuple[int, list[int]], sink: int, placement: str

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -16,6 +17,7 @@ from beacon_memory.errors import AdapterError, ConfigError, InputError
 from beacon_memory.generation import prefix_cache
 from beacon_memory.kv import BeaconKV
 from beacon_memory.kv_file import DocumentHeader, WindowSpan, read_kv_file, write_kv_file
+from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling import BeaconModel
 
 YARN = {
@@ -29,6 +31,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
     "llama with yarn": ("llama", {"rope_parameters": YARN}),
 }
+
+# how documents are read before they are composed: ours, the paper's, and beacons after words
+COMPOSED: list[dict[str, Any]] = [
+    {},
+    {"beacon_attn": "full-coverage", "beacon_embed": "learned", "beacon_sink_size": 0},
+    {"beacon_placement": "salient-words"},
+]
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -161,6 +170,52 @@ class TestRawMemory:
         close(self.answer(ours, memory, question), expected)
 
 
+class TestComposition:
+    """Documents compressed in the pass that asks behind them, and several questions at once."""
+
+    DOCUMENTS = ((some_ids(19, seed=1), [2, 4, 0]), (some_ids(6, seed=2), [4]))
+    BRANCHES = (some_ids(5, seed=3), some_ids(1, seed=4), some_ids(9, seed=5))
+
+    def in_one_pass(self, model: BeaconModel, branches: Sequence[list[int]]) -> tuple[BeaconKV, list[Tensor]]:
+        """The memory behind which the branches stand, and the logits of each."""
+        sink = model.sink_ids
+        pieces = [Piece(Cursor(), model.cut(Cursor(), sink, iter([0]), tail="close"))] if sink else []
+        start, front = Cursor(memory=len(sink)), range(len(pieces))
+        for ids, ratios in self.DOCUMENTS:
+            pieces.append(Piece(start, model.cut(start, ids, iter(ratios), tail="close"), behind=front))
+        slots = len(sink) + sum(len(window.kept) for piece in pieces[len(sink) :] for window in piece.windows)
+        windows = [Window(slots, 0, tuple(ids), (), 0, (), 0, finished=False) for ids in branches]
+        pieces.append(Piece(Cursor(memory=slots), windows, behind=range(len(pieces))))
+        layout = BeaconLayout.build(pieces, model.config)
+        output = model.run(layout, model.empty_kv(), keep=layout.memories[-1])
+        lengths = [len(ids) for ids in branches]
+        return output.kept, list(model.head(output.hidden[-sum(lengths) :]).split(lengths))
+
+    @every_family
+    @pytest.mark.parametrize("settings", COMPOSED, ids=str)
+    def test_it_is_the_stock_model_behind_documents_compressed_one_by_one(
+        self, family: str, settings: dict[str, Any]
+    ) -> None:
+        model = tiny_model(family, config(**settings), tokenizer=tiny_tokenizer())
+        compressor = BeaconCompressor(model)
+        stored = [next(compressor.compress([document])).kv for document in self.DOCUMENTS]
+        expected = BeaconKV.concat([compressor.sink, *stored])
+        memory, logits = self.in_one_pass(model, self.BRANCHES)
+        close(memory.keys, expected.keys)
+        close(memory.values, expected.values)
+        for ids, ours in zip(self.BRANCHES, logits, strict=True):
+            cache, mask = prefix_cache(model, [expected])
+            mask = torch.cat((mask, torch.ones(1, len(ids), dtype=torch.long)), dim=1)
+            close(ours, model.base(torch.tensor([ids]), attention_mask=mask, past_key_values=cache).logits[0])
+
+    @pytest.mark.parametrize("settings", COMPOSED, ids=str)
+    def test_branches_do_not_see_each_other(self, settings: dict[str, Any]) -> None:
+        model = tiny_model("llama", config(**settings), tokenizer=tiny_tokenizer())
+        _, together = self.in_one_pass(model, self.BRANCHES)
+        for number, ours in enumerate(together):
+            close(ours, self.in_one_pass(model, self.BRANCHES[number : number + 1])[1][0])
+
+
 class TestForward:
     @every_family
     @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
@@ -250,15 +305,55 @@ class TestUntrained:
         embedding: Any = model.base.get_input_embeddings()
         assert torch.equal(model.beacon_embed, embedding.weight[token])
 
-    def test_salient_placement_needs_a_salience_for_each_token(self) -> None:
-        with pytest.raises(ConfigError, match="token_salience"):
-            BeaconModel(tiny_base("llama"), config(beacon_placement="salient"))
-        with pytest.raises(AdapterError, match=rf"7 entries.*{VOCAB}"):
-            BeaconModel(tiny_base("llama"), config(beacon_placement="salient"), token_salience=torch.ones(7))
+    @pytest.mark.parametrize(
+        ("placement", "given", "lacks"),
+        [
+            ("salient", (), "token_salience"),
+            ("salient-words", (), "token_salience"),
+            ("salient-words", ("token_starts_word",), "token_salience"),
+            ("salient-words", ("token_salience",), "token_starts_word"),
+        ],
+    )
+    def test_salient_placement_needs_something_of_each_token(
+        self, placement: str, given: tuple[str, ...], lacks: str
+    ) -> None:
+        of_tokens = {name: torch.ones(VOCAB) for name in given}
+        with pytest.raises(ConfigError, match=f"beacon_placement='{placement}' needs {lacks}"):
+            BeaconModel(tiny_base("llama"), config(beacon_placement=placement), **of_tokens)
+
+    @pytest.mark.parametrize("name", ["token_salience", "token_starts_word"])
+    def test_what_is_given_of_tokens_is_given_of_all(self, name: str) -> None:
+        of_tokens = {one: torch.ones(VOCAB) for one in ("token_salience", "token_starts_word")} | {name: torch.ones(7)}
+        with pytest.raises(AdapterError, match=rf"{name} has 7 entries.*{VOCAB}"):
+            BeaconModel(tiny_base("llama"), config(beacon_placement="salient-words"), **of_tokens)
 
     def test_text_cannot_be_read_without_a_tokenizer(self) -> None:
         with pytest.raises(InputError, match="tokenizer"):
             _ = tiny_model("llama", config()).tokenizer
+
+
+class TestSalience:
+    SALIENCE = (1.0, 2.0, 4.0, 8.0, 0.5)
+    STARTS = (True, False, True, False, True)
+
+    def salience(self, placement: str, ids: list[int]) -> list[float]:
+        base = tiny_base("llama", vocab_size=5, bos_token_id=1, eos_token_id=2)
+        starts = torch.tensor(self.STARTS) if placement == "salient-words" else None
+        settings = config(beacon_placement=placement)
+        model = BeaconModel(base, settings, token_salience=torch.tensor(self.SALIENCE), token_starts_word=starts)
+        return model.salience(ids)
+
+    def test_of_a_token_it_is_the_token_s_own(self) -> None:
+        assert self.salience("salient", [3, 0, 1]) == [8.0, 1.0, 2.0]
+
+    def test_of_a_word_it_is_the_sum_over_the_root_of_its_length(self) -> None:
+        assert self.salience("salient-words", [0, 4, 1, 2, 3, 3, 2]) == pytest.approx(
+            [1.0, *[2.5 / 2**0.5] * 2, *[20 / 3**0.5] * 3, 4.0]
+        )
+        assert self.salience("salient-words", [0, 2, 0]) == pytest.approx([1.0, 4.0, 1.0])
+
+    def test_a_window_may_begin_inside_a_word(self) -> None:
+        assert self.salience("salient-words", [3, 1, 2]) == pytest.approx([10 / 2**0.5] * 2 + [4.0])
 
 
 @every_family

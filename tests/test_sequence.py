@@ -45,8 +45,8 @@ def assert_same(ours: tuple[BeaconSequence, Tensor], theirs: tuple[BeaconSequenc
     ("attn", "placement", "sink"),
     [
         one
-        for one in product(["hidden", "full-coverage"], ["end", "salient"], [0, 1, 3])
-        if one[:2] != ("full-coverage", "salient")
+        for one in product(["hidden", "full-coverage"], ["end", "salient", "salient-words"], [0, 1, 3])
+        if one[0] == "hidden" or one[1] == "end"
     ],
 )
 @pytest.mark.parametrize("bounds", [list(range(28)), [0, 5, 6, 19, 27]], ids=["single tokens", "pieces"])
@@ -55,10 +55,11 @@ def test_how_the_input_is_cut_changes_nothing(attn: str, placement: str, sink: i
     assert_same(read(model, bounds), read(model, [0, 27]))
 
 
-def test_full_coverage_with_salient_beacons_is_read_a_window_at_a_time() -> None:
-    model = model_of("full-coverage", "salient", 1)
+@pytest.mark.parametrize("placement", ["salient", "salient-words"])
+def test_full_coverage_with_salient_beacons_is_read_a_window_at_a_time(placement: str) -> None:
+    model = model_of("full-coverage", placement, 1)
     assert_same(read(model, [0, 8, 24]), read(model, [0, 24]))
-    with pytest.raises(ConfigError, match="salient"):
+    with pytest.raises(ConfigError, match=f"beacon_placement='{placement}'"):
         read(model, list(range(28)))
 
 

@@ -80,8 +80,12 @@ def tiny_model(
 ) -> BeaconModel:
     """A `tiny_base` with beacons; `trained` moves their parameters away from those of the base."""
     base = tiny_base(family, seed=seed, **config_overrides)
-    salience = some_salience(base.config.vocab_size) if beacon_config.beacon_placement == "salient" else None
-    model = BeaconModel(base, beacon_config, token_salience=salience, tokenizer=tokenizer).eval()
+    vocab, placement = base.config.vocab_size, beacon_config.beacon_placement
+    of_tokens = {
+        "token_salience": some_salience(vocab) if placement != "end" else None,
+        "token_starts_word": some_word_starts(vocab) if placement == "salient-words" else None,
+    }
+    model = BeaconModel(base, beacon_config, **of_tokens, tokenizer=tokenizer).eval()
     return train(model, seed=seed) if trained else model
 
 
@@ -97,6 +101,11 @@ def train(model: BeaconModel, *, seed: int = 0) -> BeaconModel:
 def some_salience(vocab: int = VOCAB) -> Tensor:
     """A number for each token, few different ones so that ties occur."""
     return torch.randint(0, 6, (vocab,), generator=torch.Generator().manual_seed(5)).float()
+
+
+def some_word_starts(vocab: int = VOCAB) -> Tensor:
+    """Which tokens begin a word: every second one, so that words of one token and of several occur."""
+    return torch.arange(vocab) % 2 == 0
 
 
 def some_ids(count: int, *, seed: int = 0) -> list[int]:
@@ -176,19 +185,33 @@ def reference_read(model: BeaconModel, ids: Sequence[int], ratios: Sequence[int]
 
 def _rows(model: BeaconModel, window: Sequence[int], ratio: int, memory: int) -> list[Row]:
     """The rows of a window in the order in which they stand."""
-    config, salience = model.config, some_salience(model.base.config.vocab_size)
-    anchors = set()
-    for start in range(0, len(window), ratio) if ratio else ():
-        unit = list(range(start, min(start + ratio, len(window))))
-        best = max(float(salience[window[i]]) for i in unit)
-        most_salient = [i for i in unit if float(salience[window[i]]) == best][-1]
-        anchors.add(unit[-1] if config.beacon_placement == "end" else most_salient)
+    config = model.config
+    anchors = _anchors(model, window, ratio) if ratio else set()
     rows: list[Row] = []
     for i, token in enumerate(window):
         for beacon in (False, True) if i in anchors else (False,):
             index = i if config.beacon_attn == "hidden" else len(rows)
             rows.append(Row(token, beacon, memory + index))
     return rows
+
+
+def _anchors(model: BeaconModel, window: Sequence[int], ratio: int) -> set[int]:
+    """The raw tokens of a window after which a beacon stands."""
+    vocab, placement = model.base.config.vocab_size, model.config.beacon_placement
+    informative = [float(some_salience(vocab)[token]) for token in window]
+    if placement == "salient-words":
+        words: list[list[int]] = []
+        for i, token in enumerate(window):
+            if i == 0 or some_word_starts(vocab)[token]:
+                words.append([])
+            words[-1].append(i)
+        of_word = [sum(informative[i] for i in word) / math.sqrt(len(word)) for word in words]
+        ranked = sorted((score, i) for score, word in zip(of_word, words, strict=True) for i in word)
+        return {i for _, i in ranked[-math.ceil(len(window) / ratio) :]}
+    units = [range(start, min(start + ratio, len(window))) for start in range(0, len(window), ratio)]
+    if placement == "end":
+        return {unit[-1] for unit in units}
+    return {max((informative[i], i) for i in unit)[1] for unit in units}
 
 
 def _read_rows(
