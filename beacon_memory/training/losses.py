@@ -1,0 +1,127 @@
+"""One forward pass over training samples, and the loss on what they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
+from beacon_memory.modeling import BeaconModel
+
+from .samples import Branch, Sample
+
+__all__ = ["Losses", "TrainingModel"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Losses:
+    """What one pass over samples gives.
+
+    loss:   what is minimised, the mean over all labels.
+    labels: [samples] mean cross-entropy of each sample's labels, without gradient.
+    """
+
+    loss: Tensor
+    labels: Tensor
+
+
+class TrainingModel(nn.Module):
+    """A BeaconModel whose forward is the loss of samples: what a Trainer, or DDP, wraps.
+
+    label_weight:   of the cross-entropy of the labels.
+    distill_weight: of KL(full || compressed) over the labels: the distribution of the same model, reader included,
+                    when it reads the full text, without gradient, against the one behind the compressed memory.
+    """
+
+    def __init__(self, model: BeaconModel, label_weight: float = 1.0, distill_weight: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_weight, self.distill_weight = label_weight, distill_weight
+
+    def forward(self, samples: Sequence[Sample]) -> Losses:
+        """Loss of the samples, all in one pass (one more without gradient if there is distillation)."""
+        plan = _plan(self.model, samples)
+        ids = torch.tensor(plan.ids, device=self.model.device)
+        logits = self._logits(plan)
+        each = cross_entropy(logits, ids, reduction="none")
+        loss = self.label_weight * each.mean()
+        if self.distill_weight:
+            with torch.no_grad():
+                full = self._logits(_plan(self.model, [_uncompressed(one, self.model) for one in samples]))
+            divergence = kl_div(log_softmax(logits, -1), log_softmax(full, -1), log_target=True, reduction="batchmean")
+            loss = loss + self.distill_weight * divergence
+        if torch.is_grad_enabled() and not loss.requires_grad:  # read uncompressed and without a reader
+            loss = loss + 0 * self.model.beacon_embed.sum()
+        of = torch.tensor(plan.samples, device=each.device)
+        sums = torch.zeros(len(samples), device=each.device).index_add_(0, of, each.detach())
+        return Losses(loss, sums / torch.bincount(of, minlength=len(samples)).clamp(min=1))
+
+    def _logits(self, plan: _Plan) -> Tensor:
+        """[labels, vocab] float32: the head runs on rows that have a label, and on no other."""
+        layout = BeaconLayout.build(plan.pieces, self.model.config)
+        hidden = self.model.run(layout, self.model.empty_kv(), keep=[]).hidden
+        return self.model.head(hidden[torch.tensor(plan.rows, device=hidden.device)]).float()
+
+
+def _uncompressed(sample: Sample, model: BeaconModel) -> Sample:
+    """The same sample with its parts read as one text whose K/V are all kept."""
+    lead = 0 if model.sink_ids else len(model.leading_bos)
+    text = tuple(id for number, part in enumerate(sample.parts) for id in part[lead if number else 0 :])
+    windows = -(-len(text) // model.config.beacon_window)
+    return replace(sample, parts=(text,), ratios=((0,) * windows,))
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A pass over some samples, and for each label the raw row that predicts it, its token id and its sample."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    read: int = 0
+
+    def add(self, cursor: Cursor, windows: Sequence[Window], behind: Sequence[int]) -> int:
+        """Read a piece after those before; returns its number."""
+        self.pieces.append(Piece(cursor, windows, behind))
+        self.read += sum(len(window.new_ids) for window in windows)
+        return len(self.pieces) - 1
+
+    def label(self, first_row: int, tokens: Sequence[int], labelled: int, sample: int) -> None:
+        """Let tokens[labelled:], read from `first_row` on, be predicted, each by the row before it."""
+        self.rows.extend(range(first_row + labelled - 1, first_row + len(tokens) - 1))
+        self.ids.extend(tokens[labelled:])
+        self.samples.extend([sample] * (len(tokens) - labelled))
+
+
+def _plan(model: BeaconModel, samples: Sequence[Sample]) -> _Plan:
+    """Lay all samples out in one pass: the sink once, the parts behind it, the branches behind their parts."""
+    plan = _Plan()
+    sink = model.sink_ids
+    front = [plan.add(Cursor(), model.cut(Cursor(), sink, iter([0]), tail="close"), ())] if sink else []
+    start = Cursor(memory=len(sink))
+    for number, sample in enumerate(samples):
+        composed, slots = list(front), len(sink)
+        for part, ratios in zip(sample.parts, sample.ratios, strict=True):
+            if sample.label_text:
+                plan.label(plan.read, part, 1, number)
+            # what nothing stands behind needs no beacons in its last window, as in BeaconModel.forward
+            windows = model.cut(start, part, iter(ratios), tail="close" if sample.branches else "raw")
+            composed.append(plan.add(start, windows, front))
+            slots += sum(slots_of(len(window.ids), window.ratio) for window in windows)
+        row = plan.read
+        for branch in sample.branches:
+            plan.label(row, branch.ids, branch.labelled, number)
+            row += len(branch.ids)
+        if sample.branches:
+            plan.add(Cursor(memory=slots), [_behind(slots, branch) for branch in sample.branches], composed)
+    return plan
+
+
+def _behind(slots: int, branch: Branch) -> Window:
+    """A branch as an unfinished window behind the memory."""
+    return Window(memory=slots, sink=0, ids=branch.ids, cached=(), first=0, anchors=(), ratio=0, finished=False)

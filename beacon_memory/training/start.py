@@ -1,0 +1,124 @@
+"""The model that a training run starts with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from beacon_memory.adapter import Adapter, read_adapter
+from beacon_memory.config import BeaconConfig
+from beacon_memory.default_model import default_adapter, ensure_default_model
+from beacon_memory.errors import ConfigError, ModelError
+from beacon_memory.loading import load_base
+from beacon_memory.modeling import BeaconModel
+
+from .reader import inject_reader, reader_parameters
+from .recipe import Recipe, SalienceRecipe
+from .rows import Context, contexts_by_title, load_rows, texts
+
+__all__ = ["start_model", "token_salience", "token_starts_word", "trained_parameters"]
+
+_SPACE_MARKS = "ĠĊ▁"  # how byte-level BPE and SentencePiece write a space or a line end
+_PRIOR = 20  # occurrences
+
+
+def start_model(recipe: Recipe, recipe_folder: Path, data: Path, device: str | None = None) -> BeaconModel:
+    """Base, beacons and reader as the recipe's first step finds them; what is trained is in float32.
+
+    Salient placement takes the recipe's salience, else the adapter's, else that of the tokens in the stages' data.
+    Raises ConfigError if adapter, reader and settings do not fit each other.
+    """
+    base, tokenizer = load_base(recipe.base or ensure_default_model(), device, getattr(torch, recipe.dtype))
+    if tokenizer is None:
+        raise ModelError(f"the base model {recipe.base!r} has no tokenizer, which training on text needs")
+    source = _source(recipe, recipe_folder)
+    tokenizer.chat_template = recipe.chat_template or source.chat_template or tokenizer.chat_template
+    config = recipe.beacon_config(source.config)
+    salience, starts_word = source.token_salience, source.token_starts_word
+    if config.beacon_placement != "end":
+        vocab = base.config.vocab_size
+        if salience is None or recipe.salience is not None:
+            every = SalienceRecipe(data=tuple(source for stage in recipe.stages for source in stage.data))
+            salience = token_salience(tokenizer, recipe.salience or every, data, vocab)
+        starts_word = token_starts_word(tokenizer, vocab) if starts_word is None else starts_word
+    model = BeaconModel(base, config, token_salience=salience, token_starts_word=starts_word, tokenizer=tokenizer)
+    if source.tensors:
+        model.set_beacon_parameters(source.tensors)
+    if recipe.reader is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            inject_reader(model, recipe.reader, source.reader)
+    for _, parameter in trained_parameters(model):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return model
+
+
+def _source(recipe: Recipe, recipe_folder: Path) -> Adapter:
+    """The adapter to start from; one without parameters if the recipe names none."""
+    if recipe.adapter is None:
+        return Adapter(recipe.beacon_config(BeaconConfig()))
+    source = read_adapter(default_adapter() if recipe.adapter == "default" else recipe_folder / recipe.adapter)
+    if source.reader is not None and recipe.reader is None:
+        raise ConfigError(f"the adapter {recipe.adapter!r} has a reader, so the recipe needs a [reader] of its shape")
+    return source
+
+
+def trained_parameters(model: BeaconModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Beacons and reader: all that a training changes."""
+    yield from model.named_beacon_parameters()
+    yield from reader_parameters(model.base)
+
+
+def token_salience(tokenizer: PreTrainedTokenizerBase, recipe: SalienceRecipe, folder: Path, vocab: int) -> Tensor:
+    """How informative each token is, [vocab]: -log p(token) + answer_weight log(p(answer | token) / p(answer)).
+
+    p(token) is its share of the data, every token counted once more than seen. p(answer | token) is how often it stands
+    in an answer to a question on its context, drawn towards p(answer), the mean over all tokens, as by `_PRIOR` more
+    occurrences of the token.
+    """
+    counts, seen, answering = (torch.zeros(vocab) for _ in range(3))
+
+    def count(into: Tensor, ids: list[int]) -> None:
+        into += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=vocab)
+
+    for source in recipe.data:
+        rows = load_rows(source, folder)
+        if source.kind == "text":
+            for text in texts(rows, source.where):
+                count(counts, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            continue
+        for context in (one for title in contexts_by_title(rows, source.where).values() for one in title):
+            encoded = tokenizer(context.text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+            count(counts, encoded["input_ids"])
+            count(seen, encoded["input_ids"])
+            count(answering, _in_answers(context, encoded["input_ids"], encoded["offset_mapping"]))
+    information = -((counts + 1) / (counts + 1).sum()).log()
+    if not (recipe.answer_weight and answering.sum()):
+        return information
+    mean = answering.sum() / seen.sum()
+    return information + recipe.answer_weight * ((answering + _PRIOR * mean) / (seen + _PRIOR) / mean).log()
+
+
+def _in_answers(context: Context, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
+    """The tokens of a context that stand in an answer to one of its questions, where it is written there."""
+    text = context.text.lower()
+    answers = {answer.lower() for question in context.questions for answer in question.answers}
+    spans = [(start, start + len(answer)) for answer in answers if (start := text.find(answer)) >= 0]
+    return [
+        token
+        for token, (first, last) in zip(ids, offsets, strict=True)
+        if any(first < stop and last > start for start, stop in spans)
+    ]
+
+
+def token_starts_word(tokenizer: PreTrainedTokenizerBase, vocab: int) -> Tensor:
+    """Which tokens begin a word, [vocab] bool: those with a space in front, and those without a letter or digit."""
+    pieces: Any = tokenizer.convert_ids_to_tokens(list(range(min(vocab, len(tokenizer)))))  # None: no such id
+    starts = [piece is None or not piece[:1].isalnum() or piece[0] in _SPACE_MARKS for piece in pieces]
+    return torch.tensor(starts + [True] * (vocab - len(starts)))
