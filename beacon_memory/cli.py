@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, cli_eval
 from .errors import BeaconMemoryError, InputError
+from .options import Adapter, AsJson, Device, Dtype, DtypeOption, Model, Store
 from .terminal import (
     answer_fields,
     note_usage,
@@ -47,14 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
-class Dtype(StrEnum):
-    """What the model computes in."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
+app.add_typer(cli_eval.app, name="eval")
 
 
 def default_store() -> Path:
@@ -62,23 +55,6 @@ def default_store() -> Path:
     import platformdirs
 
     return platformdirs.user_data_path("beacon-memory") / "store"
-
-
-Store = Annotated[
-    Path | None,
-    typer.Option(envvar="BEACON_MEMORY_STORE", help="Folder of the store.", show_default="the user's data folder"),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(envvar="BEACON_MEMORY_MODEL", help="Base model: folder or hub name.", show_default="the embedded one"),
-]
-Adapter = Annotated[
-    str | None,
-    typer.Option(envvar="BEACON_MEMORY_ADAPTER", help="Beacon adapter for it: folder or hub name."),
-]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cuda, cpu, ...", show_default="the fastest")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="What to compute in; auto: as the model was saved.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -340,6 +316,39 @@ def bench(
             print_json([asdict(figure) for figure in figures])
         else:
             typer.echo(measure.table(figures))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.")],
+    output: Annotated[Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the data files that the recipe names.",
+            show_default="the recipe's own folder",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    r"""Train an adapter as a recipe says, and print its folder.
+
+    An interrupted run can just be repeated: the same command goes on from the last checkpoint.
+    Needs the extra: pip install 'beacon-memory\[train]'. With --json one object: adapter.
+    """
+    with reported("repeat the command to go on from the last checkpoint"):
+        from . import training
+
+        settings, file = training.read_recipe(recipe)
+        if data is None and recipe in training.shipped_recipes():
+            raise InputError(f"the recipe {recipe!r} is shipped without its data; name their folder with --data")
+        run = training.train  # refuses before anything is loaded if the extra is not installed
+        _quiet()
+        adapter = run(settings, file.parent, data or file.parent, output, device)
+        print_json({"adapter": str(adapter)}) if as_json else typer.echo(adapter)
 
 
 def _memory(

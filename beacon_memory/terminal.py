@@ -126,15 +126,18 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """End a command with a message and an exit code instead of a traceback."""
+def reported(interrupted: str = "whatever was finished is stored") -> Iterator[None]:
+    """End a command with a message and an exit code instead of a traceback.
+
+    interrupted: what to say after Ctrl-C.
+    """
     try:
         yield
     except BeaconMemoryError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted; whatever was finished is stored", err=True)
+        typer.echo(f"\ninterrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,269 @@
+"""Ways to answer from a text: what compressed memory is compared with, on the same reader."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
+
+from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.errors import CapacityError, InputError
+from beacon_memory.generation import Request, chat_prompt, generate, generation_config
+from beacon_memory.kv import BeaconKV
+from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
+from beacon_memory.modeling import BeaconModel
+
+from .items import Item
+from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
+from .retrieval import rank_passages
+
+__all__ = [
+    "Beacons",
+    "Contestant",
+    "NoText",
+    "Outcome",
+    "Prefix",
+    "PrefixContestant",
+    "ReadingContestant",
+    "Retrieved",
+    "Truncated",
+    "greedy",
+    "mean_nll",
+    "slot_bytes",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a contestant answered.
+
+    kv_bytes: K/V that stand for the text, without the sink.
+    seconds:  to read the text, even if that was done for an earlier item, and to answer.
+    cut:      the text did not fit the model's positions, and its middle was left out.
+    """
+
+    text: str
+    kv_bytes: int
+    seconds: float
+    cut: bool = False
+
+
+class Contestant(ABC):
+    """One way to answer from a text. `asks_first`: the question must be known before the text is read."""
+
+    asks_first = False
+
+    def __init__(self, name: str, model: BeaconModel) -> None:
+        self.name = name
+        self.model = model
+
+    @abstractmethod
+    def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
+        """Answer some items, greedily."""
+
+    @abstractmethod
+    def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
+        """Mean negative log likelihood, in nats, of the tokens that follow `context`, the first one not counted.
+
+        Raises CapacityError if the context would have to be cut.
+        """
+
+
+class _Memory(Protocol):
+    """What any contestant's memory tells."""
+
+    @property
+    def cut(self) -> bool: ...
+
+
+M = TypeVar("M", bound=_Memory)
+
+
+class ReadingContestant(Contestant, Generic[M]):
+    """A contestant that makes a memory of a text, once for all its questions that follow each other."""
+
+    def __init__(self, name: str, model: BeaconModel) -> None:
+        super().__init__(name, model)
+        self.compressor = BeaconCompressor(model)
+        self._last: tuple[object, M, float] | None = None
+
+    @abstractmethod
+    def read(self, passages: Passages, question: str | None) -> M:
+        """Make the memory of a text, given as token ids of its passages; no question if a continuation is scored."""
+
+    def memory(self, item: Item) -> tuple[M, float]:
+        """The memory of an item's text, and the seconds that it took to make."""
+        key = (item.context, item.question if self.asks_first else None)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # a memory is large: let go of it before the next is made
+            started = time.perf_counter()
+            memory = self.read(passage_ids(self.model.tokenizer, item.context), item.question)
+            self._last = (key, memory, time.perf_counter() - started)
+        return self._last[1], self._last[2]
+
+    def memory_to_continue(self, context: Sequence[int]) -> M:
+        """The memory of a text that is to be continued. Raises CapacityError if it had to be cut."""
+        memory = self.read([context], None)
+        if memory.cut:
+            raise CapacityError(
+                f"{self.name}: a text of {len(context)} tokens does not fit the model's {self.model.max_positions} "
+                "positions whole; shorten the context, or leave this contestant out"
+            )
+        return memory
+
+    @property
+    def room(self) -> int:
+        """Positions for a text, beside the sink (or bos) and what follows the text."""
+        free = max(self.compressor.reserve, self.model.config.beacon_window)  # a window is read raw
+        room = self.model.max_positions - free - len(self.model.sink_ids or self.model.leading_bos)
+        if room < 1:
+            raise CapacityError(
+                f"the model has {self.model.max_positions} positions, {free} of which are kept free for question and "
+                "answer; evaluation needs a model with more"
+            )
+        return room
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """A memory that is a prefix for any question, at positions 0, 1, 2, ..."""
+
+    kv: BeaconKV
+    cut: bool = False
+
+
+class PrefixContestant(ReadingContestant[Prefix]):
+    """A contestant whose memory is a prefix: all that read with beacons, or with none."""
+
+    def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
+        """Answer items in one batch."""
+        config = greedy(self.model, max_new_tokens)
+        memories = [self.memory(item) for item in items]
+        requests = [
+            Request(memory.kv, chat_prompt(self.model, item.question, behind_memory=bool(memory.kv.slots)))
+            for item, (memory, _) in zip(items, memories, strict=True)
+        ]
+        started = time.perf_counter()
+        answers = generate(self.model, requests, config)
+        each = (time.perf_counter() - started) / len(items)
+        sink = self.compressor.sink.nbytes
+        return [
+            Outcome(answer.text, memory.kv.nbytes - sink, seconds + each, memory.cut)
+            for (answer,), (memory, seconds) in zip(answers, memories, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
+        """See Contestant."""
+        prefix = self.memory_to_continue(context).kv
+        window = Window(prefix.slots, 0, tuple(continuation), (), 0, (), 0, finished=False)
+        layout = BeaconLayout.build([Piece(Cursor(memory=prefix.slots), [window])], self.model.config)
+        hidden = self.model.run(layout, prefix, keep=[]).hidden
+        return mean_nll(self.model.head(hidden[:-1]), continuation[1:])
+
+    def prefix(self, documents: Sequence[Sequence[int]], ratio: int, *, cut: bool = False) -> Prefix:
+        """The sink and the memories of documents, composed. Ratio 0 keeps the K/V of every token."""
+        lead = [] if self.model.sink_ids else self.model.leading_bos
+        whole = [[*lead, *ids] for ids in documents]
+        work = [(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
+        return Prefix(BeaconKV.concat([self.compressor.sink, *(one.kv for one in self.compressor.compress(work))]), cut)
+
+
+class NoText(PrefixContestant):
+    """`none`."""
+
+    def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # it has no text
+        """The sink alone."""
+        return Prefix(self.compressor.sink)
+
+
+class Truncated(PrefixContestant):
+    """`truncated:R`, and `full` for R = 1."""
+
+    def __init__(self, name: str, model: BeaconModel, ratio: int) -> None:
+        super().__init__(name, model)
+        self.ratio = ratio
+
+    def read(self, passages: Passages, question: str | None) -> Prefix:
+        """The first tokens; of a text that is to be continued, the last."""
+        ids = [id for passage in passages for id in passage]
+        size = -(-len(ids) // self.ratio)
+        kept = ids[:size] if question is not None else ids[len(ids) - size :]
+        return self.prefix([cut_middle(kept, self.room)], 0, cut=size > self.room)
+
+
+class Retrieved(PrefixContestant):
+    """`bm25:R`."""
+
+    asks_first = True
+
+    def __init__(self, name: str, model: BeaconModel, ratio: int) -> None:
+        super().__init__(name, model)
+        self.ratio = ratio
+
+    def read(self, passages: Passages, question: str | None) -> Prefix:
+        """The best passages that fit the budget, in the order of the text; the last of them may be cut."""
+        if question is None:
+            raise InputError(f"{self.name} needs a question: leave it out where a continuation is scored")
+        pieces = [chunk for passage in passages for chunk in chunks(passage)]
+        budget = min(-(-sum(map(len, passages)) // self.ratio), self.room)
+        chosen: dict[int, list[int]] = {}
+        for number in rank_passages([str(self.model.tokenizer.decode(piece)) for piece in pieces], question):
+            if budget <= 0:
+                break
+            chosen[number] = pieces[number][:budget]
+            budget -= len(chosen[number])
+        return self.prefix([[id for number in sorted(chosen) for id in chosen[number]]], 0)
+
+
+class Beacons(PrefixContestant):
+    """`beacon:R` and `beacon:R:N`."""
+
+    def __init__(self, name: str, model: BeaconModel, ratio: int, documents: int = 1) -> None:
+        super().__init__(name, model)
+        self.ratio, self.documents = ratio, documents
+
+    def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # compression is blind to it
+        """One or more documents, compressed and composed."""
+        parts = split_documents(passages, self.documents)
+        if sum(self._slots(len(part) + 1) for part in parts) <= self.room:  # a bos leads where there is no sink
+            return self.prefix(parts, self.ratio)
+        kept = cut_middle([id for passage in passages for id in passage], self.capacity)
+        return self.prefix(split_documents([kept], self.documents), self.ratio, cut=True)
+
+    def _slots(self, tokens: int) -> int:
+        whole, rest = divmod(tokens, self.model.config.beacon_window)
+        return whole * slots_of(self.model.config.beacon_window, self.ratio) + slots_of(rest, self.ratio)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a text whose slots are sure to fit, however it is cut into documents."""
+        window = self.model.config.beacon_window
+        windows = self.room // slots_of(window, self.ratio) - (self.documents - 1)
+        if windows < 1:
+            raise CapacityError(f"{self.name}: the model has no positions for so many long documents; name fewer")
+        return windows * window - self.documents
+
+
+def greedy(model: BeaconModel, max_new_tokens: int) -> GenerationConfig:
+    """The most likely token each time, whatever else the base model's own settings ask for."""
+    plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    return generation_config(model, None, {"max_new_tokens": max_new_tokens, **plain})
+
+
+def slot_bytes(model: BeaconModel) -> int:
+    """Bytes of the K/V of one slot, all layers."""
+    return 2 * math.prod(model.kv_shape) * model.dtype.itemsize
+
+
+def mean_nll(logits: Tensor, ids: Sequence[int]) -> float:
+    """Mean negative log likelihood in nats: logits [tokens, vocab], one row for each id."""
+    return cross_entropy(logits.float(), torch.tensor(list(ids), device=logits.device)).item()

@@ -1,0 +1,69 @@
+"""The field of contestants: who is called what.
+
+    full           the whole text, uncompressed
+    none           no text
+    base           the whole text in a prompt of the base model without reader
+    truncated:R    the first 1/R of the text (where a continuation is scored: the last)
+    bm25:R         the passages that match the question best, up to 1/R of the text, uncompressed
+    beacon:R       beacons at ratio R
+    beacon:R:N     the same, the text cut into N documents that are compressed alone and composed
+    expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip as the package
+                   kvpress has them
+
+R counts tokens of text for each slot of K/V, so all contestants with one R have the same K/V budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from transformers import PreTrainedModel
+
+from beacon_memory.errors import InputError
+from beacon_memory.modeling import BeaconModel
+
+from .contestants import Beacons, Contestant, NoText, Retrieved, Truncated
+from .selection import PRESSES, Selected, stock_model
+from .untouched import Untouched
+
+__all__ = ["contestants"]
+
+_NAMES = ("full", "none", "base", "truncated:R", "bm25:R", "beacon:R", "beacon:R:N", *(f"{name}:R" for name in PRESSES))
+
+
+def contestants(names: Sequence[str], model: BeaconModel) -> list[Contestant]:
+    """The contestants of these names, on one model.
+
+    Raises InputError, before anything is loaded, if there are none, or for a name that is not known or there twice.
+    """
+    parsed = {name: _parse(name) for name in names}
+    if not 0 < len(names) == len(parsed):
+        raise InputError(f"contestants {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
+    stock = cache(lambda: stock_model(model))  # one for all presses, and only if there is one
+    return [_contestant(name, kind, numbers, model, stock) for name, (kind, numbers) in parsed.items()]
+
+
+def _parse(name: str) -> tuple[str, list[int]]:
+    kind, *texts = name.split(":")
+    forms = [form.split(":") for form in _NAMES]
+    numbers = [int(text) for text in texts if text.isascii() and text.isdigit() and int(text)]
+    if len(numbers) < len(texts) or not any(form[0] == kind and len(form) == 1 + len(texts) for form in forms):
+        raise InputError(f"contestant {name!r} must be one of {', '.join(_NAMES)}, with whole numbers for R and N")
+    return kind, numbers
+
+
+def _contestant(
+    name: str, kind: str, numbers: list[int], model: BeaconModel, stock: Callable[[], PreTrainedModel]
+) -> Contestant:
+    if kind in PRESSES:
+        return Selected(name, model, stock(), kind, *numbers)
+    made: dict[str, Callable[..., Contestant]] = {
+        "full": lambda: Truncated(name, model, 1),
+        "none": lambda: NoText(name, model),
+        "base": lambda: Untouched(name, model),
+        "truncated": lambda ratio: Truncated(name, model, ratio),
+        "bm25": lambda ratio: Retrieved(name, model, ratio),
+        "beacon": lambda ratio, documents=1: Beacons(name, model, ratio, documents),
+    }
+    return made[kind](*numbers)

@@ -1,0 +1,115 @@
+"""Results as files, tables and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from beacon_memory.errors import InputError
+
+from .metrics import Interval
+from .plots import draw_heat_map, draw_ratios
+from .run import Record, Result, Row
+
+__all__ = ["markdown", "read_result", "write_report", "write_result"]
+
+
+def write_result(result: Result, file: Path) -> None:
+    """Everything of a result as JSON, single records included. Raises InputError if the file cannot be written."""
+    half = file.with_name(f"{file.name}.part")  # no reader ever finds half a result
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        half.replace(file)
+    except OSError as error:
+        raise InputError(f"the result cannot be written to {file}: {error.strerror}; name another file") from error
+
+
+def read_result(file: Path) -> Result:
+    """What `write_result` wrote. Raises InputError for a file that cannot be read, or that it did not write."""
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        rows = [
+            Row(**{**row, "scores": {name: Interval(**score) for name, score in row["scores"].items()}})
+            for row in given["rows"]
+        ]
+        records = [Record(**record) for record in given["records"]]
+        return Result(given["task"], given["settings"], given["provenance"], rows, records)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is no evaluation result: {error!r}; remove it to run its task again") from error
+
+
+def markdown(result: Result) -> str:
+    """A result as a markdown table: scores with intervals, K/V and time for an item; below it the score by group."""
+    lines = _by_contestant([row for row in result.rows if not row.group])
+    if groups := [row for row in result.rows if row.group]:
+        lines += ["", *_by_group(groups)]
+    return "\n".join(lines)
+
+
+def _by_contestant(rows: Sequence[Row]) -> list[str]:
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row.scores))
+    if not any(_says_more(row) for row in rows):
+        metrics = [metric for metric in metrics if metric != "score"]
+    sized, cut = any(row.kv_bytes for row in rows), any(row.cut for row in rows)
+    head = ["contestant", "items", *metrics, *["K/V"] * sized, "seconds", *["cut"] * cut]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        cells = [row.contestant, str(row.items), *(_interval(row.scores.get(metric)) for metric in metrics)]
+        cells += [f"{row.kv_bytes / 1e6:.2f} MB"] * sized + [f"{row.seconds:.2f}"] + [str(row.cut)] * cut
+        lines.append(_line(cells))
+    return lines
+
+
+def _says_more(row: Row) -> bool:
+    """Whether `score` is not just the first metric under another name: items have different ones."""
+    score = row.scores.get("score")
+    return score is not None and score not in [row.scores[name] for name in row.scores if name != "score"]
+
+
+def _by_group(rows: Sequence[Row]) -> list[str]:
+    """A line for each group, a column of main scores for each contestant."""
+    names = list(dict.fromkeys(row.contestant for row in rows))
+    groups = dict.fromkeys(row.group for row in rows)
+    of = {(row.contestant, row.group): row for row in rows}
+    lines = [_line(["score", "items", *names]), _line(["---"] * (2 + len(names)))]
+    for group in groups:
+        scores = [f"{of[name, group].scores['score'].mean:.3f}" for name in names]
+        lines.append(_line([group, str(of[names[0], group].items), *scores]))
+    return lines
+
+
+def _interval(score: Interval | None) -> str:
+    return "" if score is None else f"{score.mean:.3f} ({score.low:.3f} to {score.high:.3f})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write_report(results: Sequence[Result], folder: Path, command: str) -> list[Path]:
+    """Write results as one page of tables, with plots, `README.md`; returns the files.
+
+    command: with which they can be made again. Raises MissingDependencyError without matplotlib.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "README.md"]
+    lines = ["# Results", "", f"Written by `{command}`; not to be edited.", ""]
+    origins = [_facts(result.provenance) for result in results]
+    if shared := len(set(origins)) == 1:
+        lines += [f"Made with {origins[0]}.", ""]
+    for result, origin in zip(results, origins, strict=True):
+        settings = _facts({name: value for name, value in result.settings.items() if name != "contestants"})
+        lines += [f"## {result.task}", "", f"{settings}." + ("" if shared else f" Made with {origin}."), ""]
+        lines += [markdown(result), ""]
+        plot = folder / f"{result.task}.png"
+        if draw_heat_map(result, plot) if result.task == "needle" else draw_ratios(result, plot):
+            lines += [f"![{result.task}]({plot.name})", ""]
+            written.append(plot)
+    written[0].write_text("\n".join(lines), encoding="utf-8")
+    return written
+
+
+def _facts(facts: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

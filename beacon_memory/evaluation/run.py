@@ -1,0 +1,232 @@
+"""Running contestants over items, and what comes out of it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beacon_memory.errors import InputError
+from beacon_memory.modeling import BeaconModel
+
+from .contestants import Contestant
+from .items import Item
+from .metrics import METRICS, Interval, bootstrap, paired_difference
+
+__all__ = ["Progress", "Record", "Result", "Row", "run_continuations", "run_items"]
+
+BATCH = 8  # items that are answered together
+PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")  # that decide figures
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one contestant made of one item.
+
+    scores: by metric, from 0 to 1; `score` is the item's main one. Of a continuation: `nll`, nats per token.
+    kv_bytes, seconds, cut: see Outcome; of a continuation there are only the seconds.
+    """
+
+    contestant: str
+    item: str
+    group: str
+    prediction: str
+    scores: Mapping[str, float]
+    kv_bytes: int
+    seconds: float
+    cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contestant's mean over all items, or over those of one group.
+
+    group:  '' for all items.
+    scores: by metric, with a 95 % bootstrap interval over the items that have it. kv_bytes, seconds: means for an item.
+    cut:    items whose text did not fit.
+    """
+
+    contestant: str
+    group: str
+    items: int
+    scores: Mapping[str, Interval]
+    kv_bytes: float
+    seconds: float
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One task: how it was set, where and on what it was run, means and single records."""
+
+    task: str
+    settings: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    rows: Sequence[Row]
+    records: Sequence[Record]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        return asdict(self)
+
+
+def run_items(
+    task: str,
+    field: Sequence[Contestant],
+    items: Sequence[Item],
+    settings: Mapping[str, Any],
+    model: BeaconModel,
+    *,
+    max_new_tokens: int,
+    progress: Progress = lambda _: None,
+) -> Result:
+    """Let each contestant answer all items and score the answers. `progress` hears of each item who answered it.
+
+    Raises InputError if there are no items.
+    """
+    if not items:
+        raise InputError(f"task {task!r} has no items: none fits {dict(settings)}")
+    records = []
+    for contestant in field:
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
+            for item, outcome in zip(batch, contestant.answer(batch, max_new_tokens), strict=True):
+                scores = {name: METRICS[name](outcome.text, item.answers) for name in item.metrics}
+                records.append(
+                    Record(
+                        contestant=contestant.name,
+                        item=item.id,
+                        group=item.group,
+                        prediction=outcome.text,
+                        scores={"score": scores[item.metrics[0]], **scores},
+                        kv_bytes=outcome.kv_bytes,
+                        seconds=outcome.seconds,
+                        cut=outcome.cut,
+                    )
+                )
+                progress(contestant.name)
+    return Result(task, dict(settings), _provenance(model), _summary(records), records)
+
+
+def run_continuations(
+    task: str,
+    field: Sequence[Contestant],
+    texts: Sequence[tuple[str, Sequence[int], Sequence[int]]],
+    settings: Mapping[str, Any],
+    model: BeaconModel,
+    *,
+    progress: Progress = lambda _: None,
+) -> Result:
+    """Score how well each contestant predicts what follows a text: (name, token ids of the text, of what follows).
+
+    Where `full` and `none` take part, each row also has `gap closed`: the share of the difference between the two that
+    a contestant makes up, (nll of none - nll) / (nll of none - nll of full), on means over texts, unless the text does
+    not help at all. Raises InputError if there are no texts, or for a contestant that needs a question.
+    """
+    if not texts:
+        raise InputError(f"task {task!r} has no texts: none is as long as {dict(settings)} asks for")
+    if asking := [contestant.name for contestant in field if contestant.asks_first]:
+        raise InputError(f"task {task!r} asks no questions, which {', '.join(asking)} must know: leave them out")
+    records = []
+    for contestant in field:
+        for name, context, continuation in texts:
+            started = time.perf_counter()
+            nll = contestant.score(context, continuation)
+            seconds = time.perf_counter() - started
+            records.append(Record(contestant.name, name, "", "", {"nll": nll}, 0, seconds))
+            progress(contestant.name)
+    rows = _with_gap_closed(_summary(records), records)
+    return Result(task, dict(settings), _provenance(model), rows, records)
+
+
+def _summary(records: Sequence[Record]) -> list[Row]:
+    """Means by contestant, over everything and, unless one group is everything, over each group."""
+    groups = {record.group for record in records}
+    named = sorted(groups - {""}, key=_with_numbers) if len(groups) > 1 else []
+    rows = []
+    for name in dict.fromkeys(record.contestant for record in records):
+        of_name = [record for record in records if record.contestant == name]
+        rows.append(_row(name, "", of_name))
+        rows += [_row(name, group, [record for record in of_name if record.group == group]) for group in named]
+    return rows
+
+
+def _with_numbers(group: str) -> list[tuple[float, str]]:
+    """What sorts groups by the numbers in their names: `500 0.5` before `1000 0`."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", group)
+    return [(float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts)]
+
+
+def _row(name: str, group: str, records: Sequence[Record]) -> Row:
+    metrics = dict.fromkeys(metric for record in records for metric in record.scores)
+    return Row(
+        contestant=name,
+        group=group,
+        items=len(records),
+        scores={m: bootstrap([record.scores[m] for record in records if m in record.scores]) for m in metrics},
+        kv_bytes=sum(record.kv_bytes for record in records) / len(records),
+        seconds=sum(record.seconds for record in records) / len(records),
+        cut=sum(record.cut for record in records),
+    )
+
+
+def _with_gap_closed(rows: list[Row], records: Sequence[Record]) -> list[Row]:
+    nll = {row.contestant: [r.scores["nll"] for r in records if r.contestant == row.contestant] for row in rows}
+    if not {"full", "none"} <= nll.keys():
+        return rows
+    gap = paired_difference(nll["none"], nll["full"], resamples=1).mean
+    if gap <= 0:
+        return rows
+    closed = []
+    for row in rows:
+        gained = paired_difference(nll["none"], nll[row.contestant])
+        share = Interval(gained.mean / gap, gained.low / gap, gained.high / gap)
+        closed.append(replace(row, scores={**row.scores, "gap closed": share}))
+    return closed
+
+
+def _provenance(model: BeaconModel) -> dict[str, Any]:
+    """What the figures rest on: versions, commit, model, machine."""
+    return {
+        **{name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(Path(__file__).parents[1]),
+        "model": Path(str(model.base.config.name_or_path)).name,
+        "base": model.fingerprint.base,
+        "adapter": model.fingerprint.adapter,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that a folder is of, with a + if the tree was changed since; None if git does not keep the folder."""
+    output = ""
+    for arguments in (["ls-files", "--error-unmatch", "."], ["describe", "--always", "--abbrev=12", "--dirty=+"]):
+        try:
+            output = subprocess.run(
+                ["git", *arguments],  # whichever git the user has
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return output.strip()

@@ -1,0 +1,235 @@
+"""Training-free selection of K/V by the package kvpress, as contestants.
+
+A press keeps some of the text's own K/V, at the positions where they were. It is given the text alone and never sees
+the question. The model is the stock one with the reader merged in, apart from the one that beacons are on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from beacon_memory.errors import InputError, MissingDependencyError
+from beacon_memory.generation import chat_prompt
+from beacon_memory.loading import load_base, merge_reader
+from beacon_memory.modeling import BeaconModel
+
+from .contestants import Outcome, ReadingContestant, mean_nll, slot_bytes
+from .items import Item
+from .pieces import Passages, cut_middle
+
+__all__ = ["PRESSES", "Selected", "Selection", "stock_model"]
+
+PRESSES = {"expected": "ExpectedAttentionPress", "snapkv": "SnapKVPress", "kvzip": "KVzipPress"}
+
+
+def stock_model(model: BeaconModel) -> PreTrainedModel:
+    """The base of `model`, loaded anew without beacons, with its reader merged in."""
+    base, _ = load_base(str(model.base.config.name_or_path), model.device, model.dtype)
+    stock = base if model.reader is None else merge_reader(base, model.reader)
+    stock.eval()
+    return stock
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """The K/V that a press has kept of a text.
+
+    cache:    keys behind RoPE, as the stock model has them; fewer slots than tokens, or all of them with some hidden.
+    hidden:   [layers, kv_heads, slots] which slots a head does not see; None if every head sees all of its slots.
+    read:     tokens that were read, the sink among them: the position of what follows.
+    kv_bytes: of what is kept, without the sink.
+    cut:      see Outcome.
+    """
+
+    cache: DynamicCache
+    hidden: Tensor | None
+    read: int
+    kv_bytes: int
+    cut: bool
+
+    def fresh_cache(self) -> DynamicCache:
+        """A cache that can grow; the tensors are shared, a cache grows out of place."""
+        cache = DynamicCache()
+        for number, layer in enumerate(_layers(self.cache)):
+            cache.update(cast(Tensor, layer.keys), cast(Tensor, layer.values), number)
+        return cache
+
+
+class Selected(ReadingContestant[Selection]):
+    """`expected:R`, `snapkv:R` and `kvzip:R`."""
+
+    def __init__(self, name: str, model: BeaconModel, stock: PreTrainedModel, press: str, ratio: int) -> None:
+        super().__init__(name, model)
+        try:
+            import kvpress
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{name} needs the package kvpress: pip install 'beacon-memory[eval]'"
+            ) from error
+        self.stock, self.ratio = stock, ratio
+        self.press: Any = getattr(kvpress, PRESSES[press])()
+        self._folder = self._save_repeating_tokenizer() if press == "kvzip" else None
+
+    def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
+        """Answer items one after another."""
+        outcomes = []
+        for item in items:
+            selection, seconds = self.memory(item)
+            started = time.perf_counter()
+            prompt = chat_prompt(self.model, item.question, behind_memory=True)
+            tokens = self._generate(selection, prompt, max_new_tokens)
+            text = str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            seconds += time.perf_counter() - started
+            outcomes.append(Outcome(text, selection.kv_bytes, seconds, selection.cut))
+        return outcomes
+
+    @torch.inference_mode()
+    def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
+        """See Contestant."""
+        selection = self.memory_to_continue(context)
+        with _hiding(self.stock, selection.hidden):
+            logits = self._logits(selection.fresh_cache(), continuation, selection.read)
+        return mean_nll(logits[:-1], continuation[1:])
+
+    @torch.inference_mode()
+    def read(self, passages: Passages, question: str | None) -> Selection:  # noqa: ARG002  # selection is blind to it
+        """Read the text whole, then keep a share of 1/R of its K/V beside the sink's."""
+        ids = [id for passage in passages for id in passage]
+        kept_ids = cut_middle(ids, self.room)
+        sink = len(self.model.sink_ids)
+        tokens = [*(self.model.sink_ids or self.model.leading_bos), *kept_ids]
+        self._set_press(len(tokens), sink + -(-(len(tokens) - sink) // self.ratio))
+        cache = DynamicCache(config=self.stock.config)
+        with self._pressing():
+            self.stock.model(
+                input_ids=torch.tensor([tokens], device=self.stock.device),
+                past_key_values=cache,
+                cache_position=torch.arange(len(tokens), device=self.stock.device),  # presses look for it
+            )
+        hidden = _take_hidden(self.stock, cache)
+        slots = sum(layer.get_seq_length() for layer in _layers(cache)) / len(cache.layers)
+        if hidden is not None:
+            slots -= hidden.sum().item() / hidden[..., 0].numel()
+        kv_bytes = round((slots - sink) * slot_bytes(self.model))
+        return Selection(cache, hidden, len(tokens), kv_bytes, cut=len(kept_ids) < len(ids))
+
+    def _set_press(self, tokens: int, kept: int) -> None:
+        """Make the press keep so many of a text's tokens."""
+        if tokens <= 4:
+            raise InputError(f"{self.name}: a text of {tokens} tokens is too short to select from")
+        # Presses round what they keep down, KVzip what it drops: half a millionth of a token decides for both.
+        self.press.compression_ratio = 1 - (kept + 5e-7) / tokens if kept < tokens else 0.0
+        if hasattr(self.press, "window_size"):  # SnapKV keeps the last tokens, which must leave room for others
+            window = type(self.press).window_size
+            self.press.window_size = window if window < kept else max(1, kept // 2)
+
+    @contextmanager
+    def _pressing(self) -> Iterator[None]:
+        """Apply the press to what the stock model reads."""
+        config = self.stock.config
+        origin = config.name_or_path
+        with ExitStack() as stack:
+            if self._folder is not None:
+                stack.callback(setattr, config, "name_or_path", origin)
+                config.name_or_path = self._folder.name
+            stack.enter_context(self.press(self.stock))
+            yield
+
+    def _save_repeating_tokenizer(self) -> TemporaryDirectory[str]:
+        """The tokenizer for KVzip, in a folder, since KVzip loads one from where the model's config says.
+
+        KVzip lets the model repeat the text, and takes what stands around it from the chat template; here the text
+        stands between the sink and the conversation.
+        """
+        text = "\0"
+        message = [{"role": "user", "content": text}]
+        tokenizer = copy.deepcopy(self.model.tokenizer)
+        rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        before = "".join(tokenizer.convert_ids_to_tokens(self.model.sink_ids or self.model.leading_bos))
+        behind = str(rendered).rpartition(text)[2]
+        tokenizer.chat_template = f"{{{{ {json.dumps(before)} + messages[0]['content'] + {json.dumps(behind)} }}}}"
+        folder = TemporaryDirectory()
+        tokenizer.save_pretrained(folder.name)
+        return folder
+
+    def _logits(self, cache: DynamicCache, ids: Sequence[int], position: int) -> Tensor:
+        """Logits [tokens, vocab] of tokens behind a cache that may be shorter than their position says."""
+        input_ids = torch.tensor([list(ids)], device=self.stock.device)
+        positions = torch.arange(position, position + len(ids), device=self.stock.device)[None]
+        logits: Tensor = self.stock(input_ids=input_ids, past_key_values=cache, position_ids=positions).logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def _generate(self, selection: Selection, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy decoding: `generate` would count positions from the length of the cache."""
+        cache, position = selection.fresh_cache(), selection.read
+        ends: Any = self.stock.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        tokens: list[int] = []
+        fed = list(prompt)
+        with _hiding(self.stock, selection.hidden):
+            while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
+                tokens.append(int(self._logits(cache, fed, position)[-1].argmax()))
+                position, fed = position + len(fed), tokens[-1:]
+        return tokens
+
+
+def _layers(cache: DynamicCache) -> list[DynamicLayer]:
+    return [cast(DynamicLayer, layer) for layer in cache.layers]
+
+
+def _attentions(stock: PreTrainedModel) -> list[Any]:
+    return [layer.self_attn for layer in stock.model.layers]
+
+
+def _take_hidden(stock: PreTrainedModel, cache: DynamicCache) -> Tensor | None:
+    """Which slots the press wants hidden, see Selection; takes the note that it left for kvpress's own attention.
+
+    That attention looks for fake keys that no query attends to, which need not exist where many queries come at once.
+    """
+    keys = cast(Tensor, _layers(cache)[0].keys)
+    hidden = torch.zeros(len(cache.layers), *keys.shape[1:3], dtype=torch.bool, device=keys.device)
+    for layer, attention in enumerate(_attentions(stock)):
+        noted = getattr(attention, "masked_key_indices", None)  # batch, kv head, slot
+        if noted is not None:
+            hidden[layer, noted[1].to(keys.device), noted[2].to(keys.device)] = True
+            attention.masked_key_indices = None
+    return hidden if hidden.any() else None
+
+
+@contextmanager
+def _hiding(stock: PreTrainedModel, hidden: Tensor | None) -> Iterator[None]:
+    """Let each head of the stock model see only what was kept for it, by an attention mask for each layer."""
+    layers = [] if hidden is None else list(zip(_attentions(stock), hidden, strict=True))
+    hooks = [
+        attention.register_forward_pre_hook(partial(_mask, hidden=of_layer), with_kwargs=True)
+        for attention, of_layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mask(attention: Any, args: Any, kwargs: dict[str, Any], *, hidden: Tensor) -> tuple[Any, dict[str, Any]]:
+    """Put a mask [1, heads, new, old + new] in place of the causal one; hidden: [kv_heads, slots]."""
+    new, old = kwargs["hidden_states"].shape[1], kwargs["past_key_values"].get_seq_length(attention.layer_idx)
+    seen = torch.ones(len(hidden), old + new, dtype=torch.bool, device=hidden.device)
+    seen[:, : hidden.shape[1]] = ~hidden
+    by_head = seen.repeat_interleave(attention.num_key_value_groups, dim=0)[None, :, None]
+    causal = torch.ones(new, old + new, dtype=torch.bool, device=hidden.device).tril(old)
+    return args, {**kwargs, "attention_mask": causal & by_head}

@@ -1,0 +1,136 @@
+"""All tasks on a folder of data: what `docs/results` is made by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from beacon_memory.errors import InputError
+
+from .report import read_result, write_report, write_result
+from .run import Result
+from .tasks import Evaluation
+
+__all__ = ["run_suite"]
+
+RATIOS = (2, 4, 8)
+_BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
+_BESIDE = ("full", "none", "base", "truncated:4", "bm25:4")
+_PRESSES = tuple(f"{press}:{ratio}" for press in ("expected", "snapkv", "kvzip") for ratio in RATIOS)
+_COMPOSED = tuple(f"beacon:{ratio}:{count}" for ratio in (2, 4) for count in (1, 2, 4, 8))
+_SHORT = ("full", "none", "beacon:2", "beacon:4", "beacon:8")
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A task of the suite: its name, its file, who takes part, and how it is run with a limit of items."""
+
+    name: str
+    file: str
+    names: Sequence[str]
+    run: Callable[[Evaluation, Path, int], Result]
+
+
+def _qa(name: str, source: str, names: Sequence[str]) -> _Task:
+    return _Task(
+        name,
+        "qa_dev",
+        names,
+        lambda e, data, limit: e.qa(data, context_tokens=768, limit=limit, where={"source": source}, task=name),
+    )
+
+
+_TASKS = (
+    _qa("qa-squad", "squad_v1.1", (*_BESIDE, *_BEACONS, *_PRESSES)),
+    _qa("qa-composed", "squad_v1.1", _COMPOSED),
+    _qa("qa-fairytale", "fairytaleqa", _SHORT),
+    _Task(
+        "ppl",
+        "paul_graham_essays",
+        ("full", "none", "base", "truncated:8", *_BEACONS),
+        lambda e, data, limit: e.ppl(data, context_tokens=768, continuation_tokens=256, limit=limit),
+    ),
+    _Task(
+        "retention",
+        "paul_graham_essays",
+        ("base", "full"),
+        lambda e, data, limit: e.ppl(data, context_tokens=128, continuation_tokens=128, limit=limit, task="retention"),
+    ),
+    _Task(
+        "articles",
+        "squad_articles",
+        (*_SHORT, "bm25:8"),
+        lambda e, data, limit: e.long(data, limit=None, questions=max(1, limit // 5), task="articles"),
+    ),
+    _Task(
+        "locomo",
+        "locomo",
+        (*_SHORT, "bm25:8"),
+        lambda e, data, limit: e.long(data, limit=2, questions=max(1, limit // 2), task="locomo"),
+    ),
+    _Task(
+        "leval",
+        "leval",
+        _SHORT,
+        lambda e, data, limit: e.long(data, limit=max(1, limit // 4), questions=2, task="leval"),
+    ),
+    _Task("longbench", "longbench", _SHORT, lambda e, data, limit: e.longbench(data, limit=limit)),
+    _Task("kv", "kv_retrieval", _SHORT, lambda e, data, limit: e.kv_retrieval(data, limit=max(1, limit // 4))),
+    _Task(
+        "needle",
+        "paul_graham_essays",
+        ("full", "beacon:2", "beacon:4", "beacon:8"),
+        lambda e, data, _: e.needle(data, lengths=(500, 1000, 2000, 4000), depths=(0, 0.25, 0.5, 0.75, 1)),
+    ),
+)
+
+
+def run_suite(
+    evaluation: Evaluation, data: Path, output: Path, limit: int, say: Callable[[str], None], only: Sequence[str] = ()
+) -> list[Path]:
+    """Run every task whose data is there, or those named in `only`; returns the files of the page that were written.
+
+    limit: items of a task; some take a share of it. say: hears what becomes of each task.
+    A task that `output` holds already, of the same model and settings, is not run again. Raises InputError for a task
+    that is not known, or if there is nothing to run.
+    """
+    names = [task.name for task in _TASKS]
+    if unknown := sorted(set(only) - set(names)):
+        raise InputError(f"there is no task {', '.join(unknown)}; name one of {', '.join(names)}")
+    results = []
+    for task in _TASKS:
+        file, kept = data / f"{task.file}.jsonl.gz", output / f"{task.name}.json"
+        result = read_result(kept) if kept.exists() else None
+        if result is not None and _same_run(result, evaluation, task.names, limit):
+            say(f"{task.name}: kept")
+            results.append(result)
+        elif only and task.name not in only:
+            say(f"{task.name}: left out")
+        elif not file.exists():
+            say(f"{task.name}: left out, {file.name} is not there")
+        else:
+            say(f"{task.name}: {len(task.names)} contestants")
+            result = task.run(replace(evaluation, names=task.names), file, limit)
+            result = replace(result, settings={**result.settings, "limit": limit})
+            write_result(result, kept)
+            results.append(result)
+    if not results:
+        files = sorted({f"{task.file}.jsonl.gz" for task in _TASKS if not only or task.name in only})
+        raise InputError(f"there is nothing to report: {data} holds none of {', '.join(files)}")
+    command = f"beacon-memory eval report DATA {output.as_posix()} --limit {limit} --seed {evaluation.seed}"
+    return write_report(results, output, command)
+
+
+def _same_run(result: Result, evaluation: Evaluation, names: Sequence[str], limit: int) -> bool:
+    model = evaluation.model
+    now = {
+        "base": model.fingerprint.base,
+        "adapter": model.fingerprint.adapter,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "contestants": list(names),
+        "limit": limit,
+        "seed": evaluation.seed,
+    }
+    then = {**result.provenance, **result.settings}
+    return all(then.get(name) == value for name, value in now.items())

@@ -1,0 +1,117 @@
+"""The tasks: which items, which contestants, how long an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from beacon_memory.modeling import BeaconModel
+
+from .field import contestants
+from .items import Item, read_kv_retrieval, read_long, read_longbench, read_qa, read_texts
+from .needles import needle_items
+from .pieces import token_ids
+from .run import Progress, Result, run_continuations, run_items
+
+__all__ = ["Evaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Tasks on one model.
+
+    names:    of the contestants, see `field`.
+    seed:     of every draw. progress: hears of each item who has dealt with it.
+
+    Every task raises InputError for data that cannot be used or of which nothing is left, and for a contestant that is
+    not known.
+    """
+
+    model: BeaconModel
+    names: Sequence[str]
+    seed: int = 0
+    progress: Progress = lambda _: None
+
+    def qa(
+        self, data: Path, *, context_tokens: int, limit: int | None, where: Mapping[str, str], task: str = "qa"
+    ) -> Result:
+        """Questions on passages of one title, the right one among them."""
+        items = read_qa(
+            data, context_tokens=context_tokens, count=self._count, limit=limit, seed=self.seed, where=where
+        )
+        settings = {"context_tokens": context_tokens, "limit": limit, "where": dict(where)}
+        return self._answers(task, items, data, settings, max_new_tokens=48)
+
+    def long(self, data: Path, *, limit: int | None, questions: int | None, task: str = "long") -> Result:
+        """Long documents or conversations, `limit` of them, with many questions each."""
+        read = read_long(data, limit=limit, questions=questions, seed=self.seed)
+        settings = {"documents": limit, "questions": questions, "left_out": dict(read.left_out)}
+        return self._answers(task, read.items, data, settings, max_new_tokens=64)
+
+    def longbench(self, data: Path, *, limit: int | None, task: str = "longbench") -> Result:
+        """Rows in the format of LongBench, each data set with its own metric."""
+        items = read_longbench(data, limit=limit, seed=self.seed)
+        return self._answers(task, items, data, {"limit": limit}, max_new_tokens=128)
+
+    def kv_retrieval(self, data: Path, *, limit: int | None, task: str = "kv") -> Result:
+        """The value of one key among many pairs of random strings."""
+        items = read_kv_retrieval(data, limit=limit, seed=self.seed)
+        return self._answers(task, items, data, {"limit": limit}, max_new_tokens=64)
+
+    def needle(
+        self,
+        data: Path,
+        *,
+        lengths: Sequence[int],
+        depths: Sequence[float],
+        repeats: int = 1,
+        task: str = "needle",
+    ) -> Result:
+        """One sentence at some depth of texts of some length, `repeats` times each."""
+        texts = [text for _, text in read_texts(data)]
+        items = needle_items(texts, lengths=lengths, depths=depths, count=self._count, seed=self.seed, repeats=repeats)
+        settings = {"lengths": list(lengths), "depths": list(depths), "repeats": repeats}
+        return self._answers(task, items, data, settings, max_new_tokens=32)
+
+    def ppl(
+        self, data: Path, *, context_tokens: int, continuation_tokens: int, limit: int | None, task: str = "ppl"
+    ) -> Result:
+        """Prediction of what follows the beginning of a text, behind its memory; of the first texts long enough."""
+        texts = []
+        for name, text in read_texts(data):
+            ids = token_ids(self.model.tokenizer, text)[: context_tokens + continuation_tokens]
+            if len(ids) == context_tokens + continuation_tokens:
+                texts.append((name, ids[:context_tokens], ids[context_tokens:]))
+            if len(texts) == limit:
+                break
+        settings = {"context_tokens": context_tokens, "continuation_tokens": continuation_tokens, "limit": limit}
+        return run_continuations(
+            task,
+            contestants(self.names, self.model),
+            texts,
+            self._settings(data, settings),
+            self.model,
+            progress=self.progress,
+        )
+
+    def _answers(
+        self, task: str, items: Sequence[Item], data: Path, settings: Mapping[str, object], *, max_new_tokens: int
+    ) -> Result:
+        return run_items(
+            task,
+            contestants(self.names, self.model),
+            items,
+            self._settings(data, {**settings, "max_new_tokens": max_new_tokens}),
+            self.model,
+            max_new_tokens=max_new_tokens,
+            progress=self.progress,
+        )
+
+    def _settings(self, data: Path, settings: Mapping[str, object]) -> dict[str, object]:
+        """What decides a result beside the model, as it is written down; what was not set is left out."""
+        chosen = {name: value for name, value in settings.items() if value not in (None, {})}
+        return {"data": data.name, **chosen, "seed": self.seed, "contestants": list(self.names)}
+
+    def _count(self, text: str) -> int:
+        return len(token_ids(self.model.tokenizer, text))

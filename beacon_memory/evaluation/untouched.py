@@ -1,0 +1,54 @@
+"""The base model as it comes, as a contestant: what the reader and the memory are measured against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from beacon_memory.generation import Request, chat_prompt, generate
+from beacon_memory.loading import load_base
+from beacon_memory.modeling import BeaconModel
+
+from .contestants import Contestant, Outcome, Truncated, greedy, slot_bytes
+from .items import Item
+from .pieces import cut_middle, token_ids
+
+__all__ = ["Untouched"]
+
+INSTRUCTION = "Answer the question with a few words from the text."
+
+
+class Untouched(Contestant):
+    """`base`: the base model loaded anew, without reader or memory, the whole text in its own chat template."""
+
+    def __init__(self, name: str, model: BeaconModel) -> None:
+        base, tokenizer = load_base(str(model.base.config.name_or_path), model.device, model.dtype)
+        config = replace(model.config, beacon_placement="end")  # no text is compressed; other placements need more
+        super().__init__(name, BeaconModel(base, config, tokenizer=tokenizer).eval())
+        self._raw = Truncated(name, self.model, 1)
+
+    def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
+        """Answer items in one batch."""
+        config = greedy(self.model, max_new_tokens)
+        requests, sizes = [], []
+        for item in items:
+            text = "\n".join(item.context)
+            ids = token_ids(self.model.tokenizer, text)
+            kept = cut_middle(ids, self._raw.room)
+            if len(kept) < len(ids):
+                text = str(self.model.tokenizer.decode(kept))
+            message = f"{text}\n\n{INSTRUCTION}\nQuestion: {item.question}"
+            requests.append(Request(self.model.empty_kv(), chat_prompt(self.model, message, behind_memory=False)))
+            sizes.append((len(kept), len(kept) < len(ids)))
+        started = time.perf_counter()
+        answers = generate(self.model, requests, config)
+        each = (time.perf_counter() - started) / len(items)
+        return [
+            Outcome(answer.text, size * slot_bytes(self.model), each, cut)
+            for (answer,), (size, cut) in zip(answers, sizes, strict=True)
+        ]
+
+    def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
+        """See Contestant: as `full` does it, so that without a reader both are the same to the last bit."""
+        return self._raw.score(context, continuation)

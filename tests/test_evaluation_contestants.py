@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from evaluation_samples import (
+    CONTEXT,
+    QUESTION,
+    RIVERS,
+    TEXT,
+    an_item,
+    answer,
+    contestant,
+    ids_of,
+    saved_model,
+    stock,
+    stock_answer,
+    stock_nll,
+)
+from tiny_models import some_ids
+from torch.nn.functional import cross_entropy
+
+from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.errors import CapacityError, InputError
+from beacon_memory.evaluation.contestants import Contestant, slot_bytes
+from beacon_memory.evaluation.pieces import cut_middle, passage_ids
+from beacon_memory.generation import Request, chat_prompt, generate, generation_config, prefix_cache
+from beacon_memory.kv import BeaconKV
+
+TOKENS = len(TEXT)  # every byte is one
+CONTINUATION = some_ids(40, seed=7)
+
+
+def prefix_of(one: Any, question: str | None = QUESTION, text: tuple[str, ...] = CONTEXT) -> BeaconKV:
+    prefix: BeaconKV = one.read(passage_ids(one.model.tokenizer, text), question).kv
+    return prefix
+
+
+def by_hand(documents: list[list[int]], ratio: int) -> BeaconKV:
+    """The sink and documents, compressed one after another."""
+    compressor = BeaconCompressor(saved_model())
+    memories = [next(compressor.compress([(ids, compressor.ratios(len(ids), ratio))])).kv for ids in documents]
+    return BeaconKV.concat([compressor.sink, *memories])
+
+
+def generated(prefix: BeaconKV) -> str:
+    model = saved_model()
+    config = generation_config(model, None, {"max_new_tokens": 12, "do_sample": False})
+    ((answered,),) = generate(model, [Request(prefix, chat_prompt(model, QUESTION, behind_memory=True))], config)
+    return answered.text
+
+
+def same(first: BeaconKV, second: BeaconKV) -> bool:
+    return first.slots == second.slots and torch.allclose(first.keys, second.keys, atol=1e-5)
+
+
+class TestFull:
+    def test_it_answers_as_the_stock_model_that_reads_sink_text_and_question(self) -> None:
+        assert answer(contestant("full")).text == stock_answer(ids_of(TEXT))
+
+    def test_answers_are_greedy_whatever_the_model_itself_is_set_to(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings = saved_model().base.generation_config
+        for name, value in {"repetition_penalty": 1.8, "do_sample": True, "num_beams": 3}.items():
+            monkeypatch.setattr(settings, name, value)
+        assert answer(contestant("full")).text == stock_answer(ids_of(TEXT))
+
+    def test_it_scores_as_the_stock_model_does(self) -> None:
+        nll = contestant("full").score(ids_of(TEXT), CONTINUATION)
+        assert nll == pytest.approx(stock_nll(ids_of(TEXT), CONTINUATION), abs=1e-4)
+
+    def test_without_a_sink_a_bos_leads_the_text_once(self) -> None:
+        model = saved_model(sink=0)
+        full = contestant("full", model)
+        assert answer(full).text == stock_answer(ids_of(TEXT))
+        assert full.score(ids_of(TEXT), CONTINUATION) == pytest.approx(stock_nll(ids_of(TEXT), CONTINUATION), abs=1e-4)
+        assert prefix_of(full).slots == 1 + TOKENS
+
+
+class TestNoText:
+    def test_it_depends_on_the_question_alone(self) -> None:
+        none = contestant("none")
+        assert answer(none).text == answer(none, an_item(context=("Something else.",))).text == stock_answer([])
+        assert answer(none).text != answer(none, an_item("How long is the Fern?")).text
+        assert answer(none).kv_bytes == 0
+
+    def test_its_score_is_that_of_the_continuation_alone(self) -> None:
+        none = contestant("none")
+        assert none.score(ids_of(TEXT), CONTINUATION) == none.score(ids_of("Other."), CONTINUATION)
+        assert none.score(ids_of(TEXT), CONTINUATION) == pytest.approx(stock_nll([], CONTINUATION), abs=1e-4)
+
+
+class TestTruncated:
+    @pytest.mark.parametrize("ratio", [2, 3, 7])
+    def test_it_keeps_the_first_tokens_for_a_question(self, ratio: int) -> None:
+        truncated = contestant(f"truncated:{ratio}")
+        kept = ids_of(TEXT)[: math.ceil(TOKENS / ratio)]
+        assert same(prefix_of(truncated), by_hand([kept], 0))
+        assert answer(truncated).text == stock_answer(kept)
+
+    def test_it_keeps_the_last_tokens_for_a_continuation(self) -> None:
+        kept = ids_of(TEXT)[-math.ceil(TOKENS / 3) :]
+        nll = contestant("truncated:3").score(ids_of(TEXT), CONTINUATION)
+        assert nll == pytest.approx(stock_nll(kept, CONTINUATION), abs=1e-4)
+
+
+class TestTextsThatDoNotFit:
+    """1,200 positions, of which 1,024 are kept free for question and answer, and one is the sink's."""
+
+    POSITIONS, ROOM = 1200, 175
+
+    def contestant(self, name: str) -> Any:
+        return contestant(name, saved_model(self.POSITIONS))
+
+    @pytest.mark.parametrize(("name", "room"), [("full", ROOM), ("truncated:2", ROOM)])
+    def test_uncompressed_they_are_cut_in_the_middle(self, name: str, room: int) -> None:
+        one = self.contestant(name)
+        outcome = answer(one)
+        size = math.ceil(TOKENS / getattr(one, "ratio", 1))
+        assert outcome.cut
+        assert outcome.kv_bytes == room * slot_bytes(one.model)
+        assert outcome.text == stock_answer(cut_middle(ids_of(TEXT)[:size], room), base=stock(self.POSITIONS))
+
+    def test_what_fits_is_not_cut(self) -> None:
+        assert not answer(self.contestant("truncated:3")).cut
+        assert not answer(self.contestant("beacon:4")).cut
+        assert not answer(self.contestant("bm25:1")).cut  # it takes what fits
+
+    @pytest.mark.parametrize("name", ["beacon:2", "beacon:2:3"])
+    def test_compressed_they_are_cut_to_what_fits_compressed(self, name: str) -> None:
+        one, item = self.contestant(name), an_item(context=CONTEXT * 2)
+        outcome = answer(one, item)
+        slots = outcome.kv_bytes // slot_bytes(one.model)
+        assert outcome.cut
+        assert self.ROOM - 3 * 16 - 3 < slots <= self.ROOM  # but for windows that are not full
+
+    @pytest.mark.parametrize("name", ["full", "beacon:2"])
+    def test_a_score_of_a_part_would_not_be_comparable(self, name: str) -> None:
+        with pytest.raises(CapacityError, match=rf"{name}: a text of {2 * TOKENS} tokens .* 1200 positions whole"):
+            self.contestant(name).score(ids_of(TEXT) * 2, CONTINUATION)
+
+    def test_more_documents_than_the_model_could_ever_hold_are_refused(self) -> None:
+        with pytest.raises(CapacityError, match=r"beacon:2:50: .*name fewer"):
+            answer(self.contestant("beacon:2:50"), an_item(context=CONTEXT * 2))
+
+    def test_a_model_without_positions_to_spare_is_refused(self) -> None:
+        with pytest.raises(CapacityError, match="the model has 1024 positions, 1024 of which are kept free"):
+            answer(contestant("full", saved_model(1024)))
+
+
+class TestRetrieved:
+    def test_it_reads_the_passage_with_the_words_of_the_question(self) -> None:
+        bm25 = contestant("bm25:9")  # less than one line
+        for number, name in enumerate(RIVERS):
+            found = ("\n" * bool(number) + CONTEXT[number])[: math.ceil(TOKENS / 9)]
+            assert same(prefix_of(bm25, f"Where does the {name} rise?"), by_hand([ids_of(found)], 0))
+
+    @pytest.mark.parametrize("ratio", [1, 2, 5, 9])
+    def test_it_fills_its_budget_in_the_order_of_the_text(self, ratio: int) -> None:
+        bm25 = contestant(f"bm25:{ratio}")
+        assert prefix_of(bm25).slots == 1 + math.ceil(TOKENS / ratio)
+        if ratio == 1:
+            assert same(prefix_of(bm25), prefix_of(contestant("full")))
+
+    def test_long_passages_are_searched_in_pieces(self) -> None:
+        prefix = prefix_of(contestant("bm25:9"), "What is near lezaH?", (TEXT,))
+        read = ids_of(TEXT)[6 * TOKENS // 7 :][: math.ceil(TOKENS / 9)]  # the last of seven pieces of about 64 tokens
+        assert same(prefix, by_hand([read], 0))
+
+    def test_it_has_no_score_without_a_question(self) -> None:
+        with pytest.raises(InputError, match="bm25:4 needs a question"):
+            contestant("bm25:4").score(ids_of(TEXT), CONTINUATION)
+
+
+class TestBeacons:
+    @pytest.mark.parametrize("ratio", [2, 4, 8])
+    def test_they_are_what_the_compressor_makes(self, ratio: int) -> None:
+        beacons, prefix = contestant(f"beacon:{ratio}"), by_hand([ids_of(TEXT)], ratio)
+        assert same(prefix_of(beacons), prefix)
+        assert answer(beacons).text == generated(prefix)
+
+    def test_documents_are_compressed_alone_and_composed_cut_between_passages(self) -> None:
+        ends = [0, *(sum(map(len, CONTEXT[:n])) + n - 1 for n in (2, 4, 6)), TOKENS]
+        parts = [ids_of(TEXT[start:stop]) for start, stop in pairwise(ends)]
+        prefix = by_hand(parts, 4)
+        beacons = contestant("beacon:4:4")
+        assert same(prefix_of(beacons), prefix)
+        assert answer(beacons).text == generated(prefix)
+        assert not torch.equal(prefix.keys[:, :, :80], prefix_of(contestant("beacon:4")).keys[:, :, :80])
+
+    def test_one_document_is_the_text(self) -> None:
+        assert torch.equal(prefix_of(contestant("beacon:4:1")).keys, prefix_of(contestant("beacon:4")).keys)
+
+    def test_the_question_is_never_seen(self) -> None:
+        beacons = contestant("beacon:4")
+        assert torch.equal(prefix_of(beacons).keys, prefix_of(beacons, "How long is the Fern?").keys)
+
+    @pytest.mark.parametrize("name", ["beacon:4", "beacon:2:3"])
+    def test_they_score_as_the_stock_model_does_behind_their_prefix(self, name: str) -> None:
+        beacons = contestant(name)
+        cache, _ = prefix_cache(saved_model(), [prefix_of(beacons, None, (TEXT,))])
+        with torch.inference_mode():
+            logits = saved_model().base(input_ids=torch.tensor([CONTINUATION]), past_key_values=cache).logits[0]
+        naive = cross_entropy(logits[:-1], torch.tensor(CONTINUATION[1:])).item()
+        assert beacons.score(ids_of(TEXT), CONTINUATION) == pytest.approx(naive, abs=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 9])
+def test_contestants_of_one_ratio_have_one_budget(ratio: int) -> None:
+    slots = math.ceil(TOKENS / ratio)
+    windows = -(-TOKENS // 32)
+    for name in ("truncated", "bm25", "beacon"):
+        one = contestant(f"{name}:{ratio}")
+        kv_bytes = answer(one).kv_bytes
+        assert kv_bytes == (prefix_of(one).slots - 1) * slot_bytes(one.model)
+        assert slots <= kv_bytes / slot_bytes(one.model) <= slots + windows  # of a window's last, incomplete unit
+
+
+class TestReading:
+    def count(self, one: Contestant, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+        asked: list[object] = []
+        read = one.read  # type: ignore[attr-defined]
+
+        def counted(passages: object, question: object) -> object:
+            asked.append(question)
+            return read(passages, question)
+
+        monkeypatch.setattr(one, "read", counted)
+        return asked
+
+    ITEMS = (an_item("One?"), an_item("Two?"), an_item("Three?", CONTEXT[:3]), an_item("Four?"))
+
+    @pytest.mark.parametrize("name", ["full", "none", "truncated:4", "beacon:4"])
+    def test_a_text_is_read_once_for_questions_that_follow_each_other(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = contestant(name)
+        asked = self.count(one, monkeypatch)
+        one.answer(self.ITEMS, 2)
+        assert asked == ["One?", "Three?", "Four?"]
+        one.answer(self.ITEMS[3:], 2)
+        assert len(asked) == 3
+
+    def test_who_must_know_the_question_reads_for_each(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        one = contestant("bm25:4")
+        asked = self.count(one, monkeypatch)
+        one.answer(self.ITEMS, 2)
+        assert asked == ["One?", "Two?", "Three?", "Four?"]
+
+    def test_reading_counts_in_the_time_of_each_question(self) -> None:
+        beacons = contestant("beacon:4")
+        _, read = beacons.memory(self.ITEMS[0])
+        assert all(outcome.seconds > read for outcome in beacons.answer(self.ITEMS[:2], 2))
+
+    def test_a_batch_answers_as_each_item_alone(self) -> None:
+        beacons = contestant("beacon:4")
+        together = [outcome.text for outcome in beacons.answer(self.ITEMS, 12)]
+        assert together == [answer(beacons, item).text for item in self.ITEMS]
+        assert len(set(together)) == len(self.ITEMS)
