@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_file
 from .config import BeaconConfig
 from .errors import AdapterError, ConfigError
 
-__all__ = ["Adapter", "read_adapter", "read_published", "write_adapter"]
+__all__ = ["Adapter", "base_name", "read_adapter", "read_published", "write_adapter"]
 
 SETTINGS, WEIGHTS, READER = "beacon.json", "beacon.safetensors", "reader"
 
@@ -74,6 +74,11 @@ def read_adapter(source: str | Path) -> Adapter:
         base=base if isinstance(base, dict) else {"name": str(base)},
         reader=reader if reader.is_dir() else None,
     )
+
+
+def base_name(base: str | Path) -> str:
+    """What to call a base model in what others read: a folder by its last part, not by where it lay on this disk."""
+    return Path(base).name if Path(base).is_dir() else str(base)
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:

@@ -14,7 +14,15 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
-from .adapter import Adapter, read_adapter, read_published, warn_of_another_base, with_absent_kinds, write_adapter
+from .adapter import (
+    Adapter,
+    base_name,
+    read_adapter,
+    read_published,
+    warn_of_another_base,
+    with_absent_kinds,
+    write_adapter,
+)
 from .attention import IMPLEMENTATION, BeaconPass
 from .config import BeaconConfig
 from .default_model import default_adapter, ensure_default_model
@@ -143,7 +151,7 @@ class BeaconModel(nn.Module):
             token_salience=self._salience,
             token_starts_word=self._starts_word,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
-            base={"name": str(self.base.config.name_or_path), "digest": self._base_digest},
+            base={"name": base_name(self.base.config.name_or_path), "digest": self._base_digest},
             reader=reader or self._reader,
         )
         write_adapter(folder, adapter)

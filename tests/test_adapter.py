@@ -22,7 +22,7 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from beacon_memory.adapter import Adapter, read_adapter, write_adapter
+from beacon_memory.adapter import Adapter, base_name, read_adapter, write_adapter
 from beacon_memory.compressor import BeaconCompressor
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import AdapterError, ConfigError, ModelError
@@ -292,6 +292,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert torch.equal(read.token_salience, some_salience())
     assert torch.equal(read.token_starts_word, some_word_starts())
     assert read.reader is None
+
+
+def test_a_saved_adapter_names_a_base_in_a_folder_without_its_path(base: Path, tmp_path: Path) -> None:
+    load(base).save_adapter(tmp_path)
+    assert read_adapter(tmp_path).base["name"] == base.name
+    assert base_name("owner/model") == "owner/model"
 
 
 def test_a_base_that_is_only_named_is_taken_by_its_name(base: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_default_adapter_was_made_for_the_default_model(model: BeaconModel, recw
     BeaconModel.from_pretrained()
     assert not [w for w in recwarn if "adapter was trained on" in str(w.message)]
     assert model.adapter == str(default_adapter())
-    assert (model.config.beacon_attn, model.config.beacon_placement) == ("hidden", "salient")
+    assert (model.config.beacon_attn, model.config.beacon_placement) == ("hidden", "salient-words")
 
 
 def test_uncompressed_memory_gives_the_answer_of_the_full_text(model: BeaconModel, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ KINDS = {
     "none": NoText,
     "base": Untouched,
     "truncated:8": Truncated,
+    "bm25": Retrieved,
     "bm25:2": Retrieved,
     "beacon:4": Beacons,
     "beacon:4:3": Beacons,
@@ -27,7 +28,8 @@ def test_every_name_has_its_contestant_in_order() -> None:
     field = contestants(list(KINDS), saved_model())
     assert {one.name: type(one) for one in field} == KINDS
     assert [one.name for one in field] == list(KINDS)
-    assert (vars(field[6])["ratio"], vars(field[6])["documents"]) == (4, 3)
+    assert (vars(field[7])["ratio"], vars(field[7])["documents"]) == (4, 3)
+    assert vars(field[4])["ratio"] == 4
 
 
 def test_presses_share_one_stock_model() -> None:
@@ -42,5 +44,7 @@ REPEATED = (["full", "full"], ["full", "beacon:4", "beacon:4"])
 
 @pytest.mark.parametrize("names", [[], *([name] for name in UNKNOWN + MALFORMED), *REPEATED])
 def test_other_names_are_refused_with_those_that_there_are(names: list[str]) -> None:
-    with pytest.raises(InputError, match=r"full, none, base, truncated:R, bm25:R, beacon:R, beacon:R:N, expected:R"):
+    with pytest.raises(
+        InputError, match=r"full, none, base, truncated:R, bm25, bm25:R, beacon:R, beacon:R:N, expected:R"
+    ):
         contestants(names, saved_model())

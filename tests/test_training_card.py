@@ -92,7 +92,7 @@ def test_it_tells_the_first_and_last_loss_at_each_ratio(tmp_path: Path) -> None:
         "| first | text | 2.250 | 2.250 |",
         "| second | all | 1.500 | 1.500 |",
     ]
-    assert "scores, on data that" in table
+    assert "A training loss is no score" in table
     assert "`beacon-memory eval`" in table
 
 

@@ -4,7 +4,7 @@
     none           no text
     base           the whole text in a prompt of the base model without reader
     truncated:R    the first 1/R of the text (where a continuation is scored: the last)
-    bm25:R         the passages that match the question best, up to 1/R of the text, uncompressed
+    bm25:R         the passages that match the question best, up to 1/R of the text, uncompressed; bm25 alone: R = 4
     beacon:R       beacons at ratio R
     beacon:R:N     the same, the text cut into N documents that are compressed alone and composed
     expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip as the package
@@ -29,7 +29,10 @@ from .untouched import Untouched
 
 __all__ = ["contestants"]
 
-_NAMES = ("full", "none", "base", "truncated:R", "bm25:R", "beacon:R", "beacon:R:N", *(f"{name}:R" for name in PRESSES))
+_NAMES = (
+    *("full", "none", "base", "truncated:R", "bm25", "bm25:R", "beacon:R", "beacon:R:N"),
+    *(f"{name}:R" for name in PRESSES),
+)
 
 
 def contestants(names: Sequence[str], model: BeaconModel) -> list[Contestant]:
@@ -63,7 +66,7 @@ def _contestant(
         "none": lambda: NoText(name, model),
         "base": lambda: Untouched(name, model),
         "truncated": lambda ratio: Truncated(name, model, ratio),
-        "bm25": lambda ratio: Retrieved(name, model, ratio),
+        "bm25": lambda ratio=4: Retrieved(name, model, ratio),
         "beacon": lambda ratio, documents=1: Beacons(name, model, ratio, documents),
     }
     return made[kind](*numbers)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from beacon_memory.adapter import base_name
 from beacon_memory.config import BeaconConfig
 
 from .recipe import DataSource, Recipe, Stage
@@ -24,7 +25,7 @@ def write_card(adapter: Path, recipe: Recipe, config: BeaconConfig, history: His
     config: the settings it was trained with. history: for each stage what the Trainer logged.
     """
     base = recipe.base or DEFAULT_BASE
-    name = Path(base).name if Path(base).is_dir() else base  # where it lay on this disk is nobody's business
+    name = base_name(base)
     lines = [
         "---",
         "library_name: beacon_memory",
@@ -47,9 +48,9 @@ def write_card(adapter: Path, recipe: Recipe, config: BeaconConfig, history: His
         *_table(("stage", "data", "kind", "rows", "weight", "share"), _sources(recipe)),
         "## Losses",
         "",
-        "The first and the last that were logged, in nats per predicted token; `qa_x8` are answers from documents read",
-        "at ratio 8, `text_x8` what follows a text read at ratio 8. A training loss is no score: scores, on data that",
-        "was not trained on, come from `beacon-memory eval`.",
+        "Means over the first and the last quarter of the log, in nats per predicted token; `qa_x8` are answers from",
+        "documents read at ratio 8, `text_x8` what follows a text read at ratio 8. A training loss is no score:",
+        "scores, on data that was not trained on, come from `beacon-memory eval`.",
         "",
         *_table(("stage", "", "first", "last"), _losses(history)),
         "## Versions",
@@ -139,7 +140,10 @@ def _losses(history: History) -> Iterator[tuple[object, ...]]:
                 if key == "loss" or key.startswith("loss_"):
                     found.setdefault(key.removeprefix("loss_"), []).append(value)
         for name in sorted(found, key=_by_ratio):
-            yield stage, "all" if name == "loss" else name, f"{found[name][0]:.3f}", f"{found[name][-1]:.3f}"
+            losses = found[name]
+            some = max(1, len(losses) // 4)
+            first, last = sum(losses[:some]) / some, sum(losses[-some:]) / some
+            yield stage, "all" if name == "loss" else name, f"{first:.3f}", f"{last:.3f}"
 
 
 def _by_ratio(name: str) -> tuple[bool, str, int]:
