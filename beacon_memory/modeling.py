@@ -151,7 +151,7 @@ class BeaconModel(nn.Module):
             token_salience=self._salience,
             token_starts_word=self._starts_word,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
-            base={"name": base_name(self.base.config.name_or_path), "digest": self._base_digest},
+            base={"name": base_name(str(self.base.config.name_or_path)), "digest": self._base_digest},
             reader=reader or self._reader,
         )
         write_adapter(folder, adapter)
