@@ -64,6 +64,11 @@ class Window:
     ratio: int
     finished: bool
 
+    @classmethod
+    def behind(cls, memory: int, ids: Sequence[int]) -> Window:
+        """Tokens that are read raw behind so many memory slots: a prompt, or a branch beside others."""
+        return cls(memory=memory, sink=0, ids=tuple(ids), cached=(), first=0, anchors=(), ratio=0, finished=False)
+
     @property
     def new_ids(self) -> tuple[int, ...]:
         """Token ids that this pass reads."""

@@ -164,7 +164,7 @@ class PrefixContestant(ReadingContestant[Prefix]):
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
         """See Contestant."""
         prefix = self.memory_to_continue(context).kv
-        window = Window(prefix.slots, 0, tuple(continuation), (), 0, (), 0, finished=False)
+        window = Window.behind(prefix.slots, continuation)
         layout = BeaconLayout.build([Piece(Cursor(memory=prefix.slots), [window])], self.model.config)
         hidden = self.model.run(layout, prefix, keep=[]).hidden
         return mean_nll(self.model.head(hidden[:-1]), continuation[1:])

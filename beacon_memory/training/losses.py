@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from beacon_memory.modeling import BeaconModel
 
-from .samples import Branch, Sample
+from .samples import Sample
 
 __all__ = ["Losses", "TrainingModel"]
 
@@ -118,10 +118,5 @@ def _plan(model: BeaconModel, samples: Sequence[Sample]) -> _Plan:
             plan.label(row, branch.ids, branch.labelled, number)
             row += len(branch.ids)
         if sample.branches:
-            plan.add(Cursor(memory=slots), [_behind(slots, branch) for branch in sample.branches], composed)
+            plan.add(Cursor(memory=slots), [Window.behind(slots, branch.ids) for branch in sample.branches], composed)
     return plan
-
-
-def _behind(slots: int, branch: Branch) -> Window:
-    """A branch as an unfinished window behind the memory."""
-    return Window(memory=slots, sink=0, ids=branch.ids, cached=(), first=0, anchors=(), ratio=0, finished=False)
