@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import random
@@ -96,7 +95,7 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 
         from_store()  # to warm up
         cold, full = (statistics.median(one() for _ in range(_REPEATS)) for one in (from_store, from_text))
-        raw = 2 * math.prod(model.kv_shape) * model.dtype.itemsize  # bytes of one token
+        raw = model.slot_bytes
         return [
             Figure(
                 f"time to first token: full prefill / cold store, ratio {ratio}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -239,6 +240,11 @@ class BeaconModel(nn.Module):
         attention: Any = self._attentions[0]
         heads = self.base.config.num_attention_heads // attention.num_key_value_groups
         return len(self._attentions), heads, attention.head_dim
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the K/V of one slot, all layers."""
+        return 2 * math.prod(self.kv_shape) * self.dtype.itemsize
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from beacon_memory.compressor import BeaconCompressor
 from beacon_memory.errors import CapacityError, InputError
-from beacon_memory.evaluation.contestants import Contestant, slot_bytes
+from beacon_memory.evaluation.contestants import Contestant
 from beacon_memory.evaluation.pieces import cut_middle, passage_ids
 from beacon_memory.generation import Request, chat_prompt, generate, generation_config, prefix_cache
 from beacon_memory.kv import BeaconKV
@@ -120,7 +120,7 @@ class TestTextsThatDoNotFit:
         outcome = answer(one)
         size = math.ceil(TOKENS / getattr(one, "ratio", 1))
         assert outcome.cut
-        assert outcome.kv_bytes == room * slot_bytes(one.model)
+        assert outcome.kv_bytes == room * one.model.slot_bytes
         assert outcome.text == stock_answer(cut_middle(ids_of(TEXT)[:size], room), base=stock(self.POSITIONS))
 
     def test_what_fits_is_not_cut(self) -> None:
@@ -132,7 +132,7 @@ class TestTextsThatDoNotFit:
     def test_compressed_they_are_cut_to_what_fits_compressed(self, name: str) -> None:
         one, item = self.contestant(name), an_item(context=CONTEXT * 2)
         outcome = answer(one, item)
-        slots = outcome.kv_bytes // slot_bytes(one.model)
+        slots = outcome.kv_bytes // one.model.slot_bytes
         assert outcome.cut
         assert self.ROOM - 3 * 16 - 3 < slots <= self.ROOM  # but for windows that are not full
 
@@ -214,8 +214,8 @@ def test_contestants_of_one_ratio_have_one_budget(ratio: int) -> None:
     for name in ("truncated", "bm25", "beacon"):
         one = contestant(f"{name}:{ratio}")
         kv_bytes = answer(one).kv_bytes
-        assert kv_bytes == (prefix_of(one).slots - 1) * slot_bytes(one.model)
-        assert slots <= kv_bytes / slot_bytes(one.model) <= slots + windows  # of a window's last, incomplete unit
+        assert kv_bytes == (prefix_of(one).slots - 1) * one.model.slot_bytes
+        assert slots <= kv_bytes / one.model.slot_bytes <= slots + windows  # of a window's last, incomplete unit
 
 
 class TestReading:

@@ -29,7 +29,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from beacon_memory.attention import IMPLEMENTATION, beacon_attention
 from beacon_memory.errors import CapacityError, InputError, MissingDependencyError
-from beacon_memory.evaluation.contestants import slot_bytes
 from beacon_memory.evaluation.field import contestants
 from beacon_memory.evaluation.pieces import cut_middle
 from beacon_memory.evaluation.selection import PRESSES, Selection
@@ -71,7 +70,7 @@ class TestEveryPress:
         assert answer(one).text == stock_answer(ids_of(TEXT))
         nll = one.score(ids_of(TEXT), CONTINUATION)
         assert nll == pytest.approx(stock_nll(ids_of(TEXT), CONTINUATION), abs=1e-4)
-        assert answer(one).kv_bytes == TOKENS * slot_bytes(one.model)
+        assert answer(one).kv_bytes == TOKENS * one.model.slot_bytes
 
     def test_less_than_all_is_another_text(self, press: str) -> None:
         one = contestant(f"{press}:4")
@@ -81,9 +80,9 @@ class TestEveryPress:
     @pytest.mark.parametrize("ratio", [2, 3, 4, 7, 8, 31])
     def test_its_budget_is_that_of_the_other_contestants(self, press: str, ratio: int) -> None:
         one = contestant(f"{press}:{ratio}")
-        slots = answer(one).kv_bytes / slot_bytes(one.model)
+        slots = answer(one).kv_bytes / one.model.slot_bytes
         assert slots == pytest.approx(math.ceil(TOKENS / ratio), abs=1.01 / (LAYERS * HEADS))
-        assert answer(contestant(f"truncated:{ratio}")).kv_bytes == math.ceil(TOKENS / ratio) * slot_bytes(one.model)
+        assert answer(contestant(f"truncated:{ratio}")).kv_bytes == math.ceil(TOKENS / ratio) * one.model.slot_bytes
 
     def test_the_question_is_never_shown_to_it(self, press: str) -> None:
         one, read = contestant(f"{press}:4"), []
@@ -144,7 +143,7 @@ class TestEveryPress:
     def test_short_texts_can_be_selected_from(self, press: str) -> None:
         one = contestant(f"{press}:4")
         outcome = answer(one, an_item(context=("A short text.",)))
-        assert outcome.kv_bytes / slot_bytes(one.model) == pytest.approx(4, abs=1.01 / (LAYERS * HEADS))
+        assert outcome.kv_bytes / one.model.slot_bytes == pytest.approx(4, abs=1.01 / (LAYERS * HEADS))
         with pytest.raises(InputError, match="4 tokens is too short"):
             answer(one, an_item(context=("Oh!",)))
 

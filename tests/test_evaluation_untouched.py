@@ -18,8 +18,6 @@ from evaluation_samples import (
 )
 from tiny_models import some_ids
 
-from beacon_memory.evaluation.contestants import slot_bytes
-
 CONTINUATION = some_ids(40, seed=7)
 
 
@@ -32,7 +30,7 @@ def prompt(text: str) -> list[int]:
 def test_it_answers_as_the_stock_model_with_its_own_template() -> None:
     outcome = answer(contestant("base", model_with_reader()))
     assert outcome.text == continued(stock(), prompt(TEXT))
-    assert outcome.kv_bytes == len(TEXT) * slot_bytes(saved_model())
+    assert outcome.kv_bytes == len(TEXT) * saved_model().slot_bytes
     assert not outcome.cut
 
 
@@ -58,4 +56,4 @@ def test_a_text_that_does_not_fit_is_cut_in_the_middle() -> None:
     outcome = answer(contestant("base", saved_model(1200)), an_item(context=CONTEXT))
     assert outcome.cut
     assert outcome.text == continued(stock(1200), prompt(TEXT[:88] + TEXT[-87:]))
-    assert outcome.kv_bytes == 175 * slot_bytes(saved_model())
+    assert outcome.kv_bytes == 175 * saved_model().slot_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ __all__ = [
     "Truncated",
     "greedy",
     "mean_nll",
-    "slot_bytes",
 ]
 
 
@@ -257,11 +255,6 @@ def greedy(model: BeaconModel, max_new_tokens: int) -> GenerationConfig:
     """The most likely token each time, whatever else the base model's own settings ask for."""
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     return generation_config(model, None, {"max_new_tokens": max_new_tokens, **plain})
-
-
-def slot_bytes(model: BeaconModel) -> int:
-    """Bytes of the K/V of one slot, all layers."""
-    return 2 * math.prod(model.kv_shape) * model.dtype.itemsize
 
 
 def mean_nll(logits: Tensor, ids: Sequence[int]) -> float:

@@ -26,7 +26,7 @@ from beacon_memory.generation import chat_prompt
 from beacon_memory.loading import load_base, merge_reader
 from beacon_memory.modeling import BeaconModel
 
-from .contestants import Outcome, ReadingContestant, mean_nll, slot_bytes
+from .contestants import Outcome, ReadingContestant, mean_nll
 from .items import Item
 from .pieces import Passages, cut_middle
 
@@ -123,7 +123,7 @@ class Selected(ReadingContestant[Selection]):
         slots = sum(layer.get_seq_length() for layer in _layers(cache)) / len(cache.layers)
         if hidden is not None:
             slots -= hidden.sum().item() / hidden[..., 0].numel()
-        kv_bytes = round((slots - sink) * slot_bytes(self.model))
+        kv_bytes = round((slots - sink) * self.model.slot_bytes)
         return Selection(cache, hidden, len(tokens), kv_bytes, cut=len(kept_ids) < len(ids))
 
     def _set_press(self, tokens: int, kept: int) -> None:

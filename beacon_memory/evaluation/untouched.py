@@ -10,7 +10,7 @@ from beacon_memory.generation import Request, chat_prompt, generate
 from beacon_memory.loading import load_base
 from beacon_memory.modeling import BeaconModel
 
-from .contestants import Contestant, Outcome, Truncated, greedy, slot_bytes
+from .contestants import Contestant, Outcome, Truncated, greedy
 from .items import Item
 from .pieces import cut_middle, token_ids
 
@@ -45,7 +45,7 @@ class Untouched(Contestant):
         answers = generate(self.model, requests, config)
         each = (time.perf_counter() - started) / len(items)
         return [
-            Outcome(answer.text, size * slot_bytes(self.model), each, cut)
+            Outcome(answer.text, size * self.model.slot_bytes, each, cut)
             for (answer,), (size, cut) in zip(answers, sizes, strict=True)
         ]
 
