@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .compressor import BeaconCompressor as BeaconCompressor
     from .config import BeaconConfig as BeaconConfig
     from .kv import BeaconKV as BeaconKV
+    from .kv import MemoryKV as MemoryKV
     from .memory import BeaconMemory as BeaconMemory
     from .modeling import BeaconModel as BeaconModel
     from .results import Added as Added
@@ -39,6 +40,7 @@ _LAZY = {
     "BeaconModel": "modeling",
     "BeaconSequence": "sequence",
     "Document": "results",
+    "MemoryKV": "kv",
     "MemoryStore": "store",
     "Progress": "results",
     "Usage": "results",

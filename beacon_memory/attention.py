@@ -1,29 +1,88 @@
 """The attention function of a compressing pass, registered with transformers under the name `beacon_memory`.
 
-A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`. The pass travels as a keyword argument
-of the model call, never through a global, so that threads and gradient checkpointing cannot mix passes up.
+A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`, or a cache with memories in front. Both
+travel as keyword arguments of the model call, never through a global, so that threads and gradient checkpointing cannot
+mix passes up.
+
+A memory in front (`Front`) has its positions before 0, where the tokens behind it begin: rotary attention knows
+distances only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .kv import BeaconKV
+from .kv import BeaconKV, MemoryKV
 from .layout import BeaconLayout, WindowRows
 from .rope import Rope, apply_rotation
 
-__all__ = ["IMPLEMENTATION", "BeaconPass"]
+__all__ = ["IMPLEMENTATION", "BeaconPass", "Front", "MemoryCache", "Watch", "bring_fronts"]
 
 IMPLEMENTATION = "beacon_memory"
+
+Block = tuple[slice, Tensor, Tensor]
+# Hears what each window attends with: layer, number of its sequence; queries [heads, rows, head_dim], scaled, and
+# keys [kv_heads, memory + own, head_dim], both rotated; how many keys are memory slots; the blocks in front.
+Watch = Callable[[int, int, Tensor, Tensor, int, Sequence[Block]], None]
+
+
+class Front:
+    """A memory in front of what is read, at the positions -span to -1, for all layers of a model.
+
+    blocks: for each layer (kv heads, keys [heads, entries, head_dim], values), keys rotated: all heads in one block if
+            they have equally many entries, else a block for each.
+    """
+
+    def __init__(self, memory: MemoryKV, rope: Rope) -> None:
+        self.blocks: list[list[Block]] = []
+        for layer, counts in enumerate(memory.counts.tolist()):
+            heads = [
+                (apply_rotation(keys, *rope.table(places.float() - memory.span)), values)
+                for keys, values, places in memory.layer(layer)
+            ]
+            width = len(heads) if len(set(counts)) == 1 else 1
+            blocks = []
+            for at in range(0, len(heads), width):
+                keys, values = zip(*heads[at : at + width], strict=True)
+                blocks.append((slice(at, at + width), torch.stack(keys), torch.stack(values)))
+            self.blocks.append(blocks)
+
+
+class MemoryCache(DynamicCache):
+    """A cache that holds the tokens behind a memory, and brings the memory along.
+
+    fronts: one for each row of the batch. Rows of one request share theirs, whatever beams do.
+    """
+
+    def __init__(self, fronts: Sequence[Front], **options: Any) -> None:
+        super().__init__(**options)
+        self.fronts = list(fronts)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See DynamicCache."""
+        super().batch_repeat_interleave(repeats)
+        self.fronts = [front for front in self.fronts for _ in range(repeats)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See DynamicCache."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # it takes any tensor of indices
+        self.fronts = [self.fronts[row] for row in beam_idx.tolist()]
+
+
+def bring_fronts(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A pre-hook of attention modules: hands the memories of a `MemoryCache` to the attention function."""
+    cache = kwargs.get("past_key_values")
+    return args, {**kwargs, "fronts": cache.fronts} if isinstance(cache, MemoryCache) else kwargs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,11 +104,23 @@ class _Window:
 class BeaconPass:
     """A `BeaconLayout` on a device, shared by all layers of one forward pass.
 
-    past: K/V of the pool entries in front of the rows, before RoPE.
-    keep: pool entries whose K/V the pass shall hand back, see `collected`.
+    past:   K/V of the pool entries in front of the rows, before RoPE.
+    keep:   pool entries whose K/V the pass shall hand back, see `collected`.
+    fronts: for each sequence the memory in front of all its windows, if any.
+    watch:  see Watch.
     """
 
-    def __init__(self, layout: BeaconLayout, rope: Rope, past: BeaconKV, keep: list[int], *, hidden: bool) -> None:
+    def __init__(
+        self,
+        layout: BeaconLayout,
+        rope: Rope,
+        past: BeaconKV,
+        keep: list[int],
+        *,
+        hidden: bool,
+        fronts: Sequence[Front | None] = (),
+        watch: Watch | None = None,
+    ) -> None:
         device, dtype = past.keys.device, past.keys.dtype
 
         def indices(numbers: list[int]) -> Tensor:
@@ -58,6 +129,8 @@ class BeaconPass:
         self.raw_rows = len(layout.raw_ids)
         self.rope = rope
         self.past = past
+        self.fronts = fronts
+        self.watch = watch
         # Attention takes the rows window by window, while the linear layers want all raw ones first.
         self.by_window = indices([row for window in layout.windows for row in window.queries])
         self.by_kind = self.by_window.argsort()
@@ -109,6 +182,73 @@ def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tenso
     return seen
 
 
+def _attend_behind(
+    front: Sequence[Block],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attention of one sequence to a memory in front of it, which every row sees, and to itself.
+
+    query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim], all rotated; mask: [rows, own], added to the
+    scores. Returns [heads, rows, head_dim].
+    """
+    groups = len(query) // len(key)
+    blocks = front or [(slice(0, len(key)), key[:, :0], value[:, :0])]
+    longest = max(keys.shape[1] for _, keys, _ in blocks)
+    wide = None if mask is None else pad(mask, (longest, 0))
+    output = []
+    for heads, keys, values in blocks:
+        of_heads = slice(heads.start * groups, heads.stop * groups)
+        attended = scaled_dot_product_attention(
+            query[None, of_heads],
+            _for_queries(torch.cat((keys, key[heads]), dim=1), groups),
+            _for_queries(torch.cat((values, value[heads]), dim=1), groups),
+            attn_mask=None if wide is None else wide[:, longest - keys.shape[1] :],
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        output.append(attended[0])
+    return torch.cat(output)
+
+
+def _for_queries(part: Tensor, groups: int) -> Tensor:
+    """Keys or values [kv_heads, entries, head_dim] for each query head [1, heads, ...]; those of one head, uncopied."""
+    return part[:, None].expand(-1, groups, -1, -1).flatten(0, 1)[None]
+
+
+def _attend_behind_fronts(
+    fronts: Sequence[Front],
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Stock attention, each row of the batch behind its own memory.
+
+    query: [batch, heads, rows, head_dim]; key, value: [batch, kv_heads, own, head_dim]; attention_mask: [batch or 1, 1,
+    rows, own], bool or added to the scores; None is causal. Returns [batch, rows, heads, head_dim].
+    """
+    batch, _, rows, _ = query.shape
+    own = key.shape[2]
+    if attention_mask is None:
+        attention_mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
+    mask = attention_mask[:, 0, :, :own].expand(batch, -1, -1)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    output = [
+        _attend_behind(front.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
+        for row, front in enumerate(fronts)
+    ]
+    return torch.stack(output).transpose(1, 2)
+
+
 def _attend_by_window(
     beacon_pass: BeaconPass,
     layer: int,
@@ -137,7 +277,6 @@ def _attend_by_window(
         cos, sin = (part[: len(memory)] for part in beacon_pass.memory_table)
         memories.append((apply_rotation(pool_keys[:, :, memory], cos, sin), pool_values[:, :, memory]))
 
-    groups = query.shape[1] // key.shape[1]
     output = []
     for window in beacon_pass.windows:
         memory_keys, memory_values = (part[:, :, : window.memory] for part in memories[window.sequence])
@@ -146,17 +285,17 @@ def _attend_by_window(
             cos, sin = (part[window.cached] for part in beacon_pass.table)
             keys.append(apply_rotation(pool_keys[:, :, window.cached], cos, sin))
             values.append(pool_values[:, :, window.cached])
-        output.append(
-            scaled_dot_product_attention(
-                query[:, :, window.rows],
-                torch.cat((*keys, own_keys[:, :, window.rows]), dim=2).repeat_interleave(groups, dim=1),
-                torch.cat((*values, own_values[:, :, window.rows]), dim=2).repeat_interleave(groups, dim=1),
-                attn_mask=window.mask.to(query.dtype),
-                dropout_p=dropout,
-                scale=scaling,
-            )
-        )
-    return torch.cat(output, dim=2).transpose(1, 2)[:, beacon_pass.by_kind]
+        queries = query[0, :, window.rows]
+        keys_seen = torch.cat((*keys, own_keys[:, :, window.rows]), dim=2)[0]
+        values_seen = torch.cat((*values, own_values[:, :, window.rows]), dim=2)[0]
+        before = beacon_pass.fronts[window.sequence] if beacon_pass.fronts else None
+        front = [] if before is None else before.blocks[layer]
+        if beacon_pass.watch is not None:
+            scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
+            beacon_pass.watch(layer, window.sequence, scaled, keys_seen, window.memory, front)
+        mask = window.mask.to(query.dtype)
+        output.append(_attend_behind(front, queries, keys_seen, values_seen, mask, scaling, dropout))
+    return torch.cat(output, dim=1).transpose(0, 1)[None, beacon_pass.by_kind]
 
 
 def beacon_attention(
@@ -168,15 +307,18 @@ def beacon_attention(
     dropout: float = 0.0,  # sixth, as stock functions have it: packages that wrap them all, such as kvpress, rely on it
     scaling: float | None = None,
     beacon_pass: BeaconPass | None = None,
+    fronts: Sequence[Front] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by windows where the call brings a `BeaconPass`, stock SDPA where it does not."""
+    """Attention by windows where the call brings a `BeaconPass`, behind memories where its cache does; else SDPA."""
+    layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
+    if fronts:
+        return _attend_behind_fronts(fronts, layer, query, key, value, attention_mask, scaling, dropout), None
     if beacon_pass is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
     return _attend_by_window(beacon_pass, layer, query, key, value, scaling, dropout), None
 
 

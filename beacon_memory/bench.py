@@ -25,6 +25,7 @@ import torch
 
 from .compressor import BeaconCompressor
 from .generation import Request, chat_prompt, generate, generation_config
+from .kv import MemoryKV
 from .memory import BeaconMemory
 from .modeling import BeaconModel
 from .sequence import SequenceState, advance
@@ -78,12 +79,12 @@ def _text(tokens: int) -> str:
 
 def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder, BeaconMemory(folder, model) as memory:
-        added = memory.add("document", _text(tokens), ratio=ratio)
+        added = memory.add("document", _text(tokens), ratio=ratio, compression="beacon")
         path = memory.store.folder / memory.store.row("document").file
         config = generation_config(model, None, {"max_new_tokens": 1})
         text = memory.compressor.tokenize(memory.store.text("document"))
         prompt = [*model.sink_ids, *text.ids, *chat_prompt(model, QUESTION, behind_memory=True)]
-        empty = Request(model.empty_kv(), prompt)
+        empty = Request(MemoryKV.of(model.empty_kv()), prompt)
 
         def from_store() -> float:
             _evict(path)
@@ -119,7 +120,7 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 
     def compress(documents: list[list[int]]) -> Callable[[], object]:
         work = [(one, compressor.ratios(len(one), ratio)) for one in documents]
-        return lambda: list(compressor.compress(work))
+        return lambda: list(compressor.compress(work, compression="beacon"))
 
     @torch.inference_mode()
     def stock(documents: list[list[int]]) -> None:
@@ -184,11 +185,11 @@ def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: s
     work = [(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
     if loaded.device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
-        list(compressor.compress(work))
+        list(compressor.compress(work, compression="beacon"))
         return int(torch.accelerator.max_memory_allocated())
     with contextlib.suppress(OSError):  # Linux begins anew to measure the peak: so far it was loading the model
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    list(compressor.compress(work))
+    list(compressor.compress(work, compression="beacon"))
     return _peak_resident()
 
 

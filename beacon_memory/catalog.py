@@ -48,7 +48,8 @@ class DocumentRow:
     file:         name of the K/V file, relative to the store's folder, with forward slashes
     content_hash: sha256 of the text, in hexadecimal
     fingerprint:  digest of the `Fingerprint` of the K/V
-    tokens, slots, bytes: raw tokens of the text; memory slots and bytes of its K/V
+    compression:  how the text became slots, one of `config.COMPRESSIONS`
+    tokens, slots, bytes: raw tokens of the text; memory slots (of a head, the mean over all) and bytes of its K/V
     ratios:       the different ratios of its windows, ascending; the file's header has each window's own
     created_at, updated_at: ISO 8601, UTC; the first survives replacement
     """
@@ -57,6 +58,7 @@ class DocumentRow:
     file: str
     content_hash: str
     fingerprint: str
+    compression: str
     tokens: int
     slots: int
     bytes: int

@@ -12,7 +12,7 @@ import typer
 
 from . import __version__, cli_eval
 from .errors import BeaconMemoryError, InputError
-from .options import Adapter, AsJson, Device, Dtype, DtypeOption, Model, Store
+from .options import Adapter, AsJson, Compression, Device, Dtype, DtypeOption, Model, Score, Store
 from .terminal import (
     answer_fields,
     note_usage,
@@ -82,6 +82,20 @@ def add(
         str,
         typer.Option(help="Tokens per memory slot: 2, 4, 8, 16, 32; or auto, the smallest that fits the model."),
     ] = "auto",
+    compression: Annotated[
+        Compression,
+        typer.Option(
+            help="beacon: beacons of the adapter; select: K/V of the tokens that each head needs, works without an "
+            "adapter; hybrid: both; auto: what the adapter asks for, select without one."
+        ),
+    ] = Compression.AUTO,
+    score: Annotated[
+        Score,
+        typer.Option(
+            help="How select and hybrid choose tokens: repeat, by what heads read of them while the model repeats the "
+            "text; expected, by the attention to be expected, which is worse and saves a pass."
+        ),
+    ] = Score.REPEAT,
     store: Store = None,
     model: Model = None,
     adapter: Adapter = None,
@@ -92,7 +106,7 @@ def add(
     """Read documents once and store them compressed.
 
     A document that is stored already and has not changed is skipped, so an interrupted run can just be repeated.
-    With --json one object a line: id, status, tokens, slots, bytes, ratios, seconds.
+    With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, seconds.
     """
     from .sources import find_sources
 
@@ -103,12 +117,13 @@ def add(
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
         if not sources:
             raise InputError("there is nothing to add: no text or markdown file was found")
-        failed = _add_all(_memory(store, model, adapter, device, dtype), sources, chosen, as_json)
+        memory = _memory(store, model, adapter, device, dtype, score)
+        failed = _add_all(memory, sources, chosen, compression.value, as_json)
     if failed:
         raise typer.Exit(1)
 
 
-def _add_all(memory: BeaconMemory, sources: list[Source], ratio: int | str, as_json: bool) -> int:
+def _add_all(memory: BeaconMemory, sources: list[Source], ratio: int | str, compression: str, as_json: bool) -> int:
     """Add all sources behind a progress bar; returns how many could not be."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -150,7 +165,7 @@ def _add_all(memory: BeaconMemory, sources: list[Source], ratio: int | str, as_j
             bar.advance(whole)
             say(as_json, asdict(added))
 
-        memory.add_many(documents(), ratio, progress=advanced, on_added=stored, on_error=failure)
+        memory.add_many(documents(), ratio, compression, progress=advanced, on_added=stored, on_error=failure)
     return len(failed)
 
 
@@ -288,6 +303,7 @@ def info(
             "positions": loaded.max_positions,
             "window": loaded.config.beacon_window,
             "ratios": list(loaded.config.beacon_ratio),
+            "compression": loaded.compression,
             "fingerprint": loaded.fingerprint.digest,
             "store": str(memory.store.folder),
             "documents": len(rows),
@@ -352,12 +368,17 @@ def train(
 
 
 def _memory(
-    store: Path | None, model: str | None, adapter: str | None, device: str | None, dtype: Dtype
+    store: Path | None,
+    model: str | None,
+    adapter: str | None,
+    device: str | None,
+    dtype: Dtype,
+    score: Score = Score.REPEAT,
 ) -> BeaconMemory:
     from .memory import BeaconMemory
 
     _quiet()
-    return BeaconMemory(store or default_store(), model, adapter, device=device, dtype=dtype.value)
+    return BeaconMemory(store or default_store(), model, adapter, device=device, dtype=dtype.value, score=score.value)
 
 
 def _store(store: Path | None) -> MemoryStore:

@@ -27,7 +27,9 @@ app = typer.Typer(
     [bold]truncated:R[/bold]: the first 1/R of the text
     [bold]bm25:R[/bold]: the passages that match the question, 1/R of the text
     [bold]beacon:R[/bold]: beacons, R tokens for each
-    [bold]beacon:R:N[/bold]: the same, the text cut into N documents, composed
+    [bold]select:R[/bold], [bold]select-expected:R[/bold]: K/V of the tokens that each head needs, by either score
+    [bold]hybrid:R[/bold]: both, beacons and chosen tokens
+    [bold]beacon:R:N[/bold], [bold]select:R:N[/bold], ...: the same, the text cut into N documents, composed
     [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
 
     Needs the extra: pip install 'beacon-memory\\[eval]'.""",
@@ -48,7 +50,7 @@ Where = Annotated[
     list[str] | None, typer.Option(help="Only rows with this value, as KEY=VALUE; repeat it for several keys.")
 ]
 
-_ANSWERS = "full,none,truncated:4,bm25:4,beacon:2,beacon:4,beacon:8"
+_ANSWERS = "full,none,truncated:4,bm25:4,beacon:2,select:2,select:4,select:8"
 _TEXTS = "full,none,truncated:8,beacon:2,beacon:4,beacon:8,beacon:16,beacon:32"
 
 

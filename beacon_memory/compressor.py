@@ -1,22 +1,28 @@
-"""Compressing documents, many to a pass."""
+"""Compressing documents: to beacons, many to a pass, or to K/V of chosen tokens, window by window."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
+from .config import COMPRESSIONS
 from .errors import CapacityError, ConfigError
-from .kv import BeaconKV
+from .kv import BeaconKV, MemoryKV
 from .layout import Window
 from .modeling import BeaconModel
 from .ratio import auto_ratio, positions_needed, too_long, window_ratios
+from .scoring import PIECE, repeated
+from .selection import read_raw, read_window
 from .sequence import SequenceState, advance
 
-__all__ = ["BeaconCompressor", "CompressedDocument", "CompressedWindow", "TokenizedText"]
+__all__ = ["BeaconCompressor", "CompressedDocument", "CompressedWindow", "TokenizedText", "check_score"]
 
+SCORES = ("repeat", "expected")
 Ratio = int | str | Sequence[int]
 
 
@@ -43,43 +49,60 @@ class CompressedWindow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompressedDocument:
-    """What is kept of a document: K/V of its beacons, without the sink, and how its windows were compressed."""
+    """What is kept of a document: its memory, without the sink, and how its windows were compressed."""
 
-    kv: BeaconKV
+    kv: MemoryKV
     tokens: int
     windows: tuple[CompressedWindow, ...]
 
 
-class BeaconCompressor:
-    """Documents to K/V of beacons, window after window of many documents in passes of bounded size.
+def check_score(score: str) -> str:
+    """`score` if it is one; raises ConfigError otherwise."""
+    if score not in SCORES:
+        raise ConfigError(f"score={score!r} must be one of {', '.join(map(repr, SCORES))}")
+    return score
 
-    rows_per_pass: rows (raw tokens and beacons) that one forward pass may have, at least one window. It bounds the
-                   memory that compression takes, whatever the length of the documents, and changes no number.
+
+class BeaconCompressor:
+    """Documents to memories, window after window in passes of bounded size.
+
+    rows_per_pass: rows (raw tokens and beacons) that one forward pass of a `beacon` compression may have, at least one
+                   window. It bounds the memory that it takes, whatever the length of the documents, and changes no
+                   number. The other compressions read one window of one document at a time.
     reserve:       positions of the model to leave free for question and answer behind a document.
+    score:         how tokens are chosen for `select` and `hybrid`, see `scoring`: `repeat`, or `expected`, which is
+                   worse and saves a pass.
+
+    Raises ConfigError for another score.
     """
 
-    def __init__(self, model: BeaconModel, *, rows_per_pass: int = 4096, reserve: int = 1024) -> None:
+    def __init__(
+        self, model: BeaconModel, *, rows_per_pass: int = 4096, reserve: int = 1024, score: str = "repeat"
+    ) -> None:
         self.model = model
+        self.score = check_score(score)
         self.rows_per_pass = rows_per_pass
         self.reserve = reserve
         self._sink: BeaconKV | None = None
+        self._measured: Tensor | None = None
 
     @property
     def sink(self) -> BeaconKV:
         """K/V of the sink, the same for every document of a model; of no slots where the model has none."""
         if self._sink is None:
             with torch.inference_mode():
-                self._sink = self._read_sink()
+                ids = self.model.sink_ids
+                self._sink = read_raw(self.model, None, ids) if ids else self.model.empty_kv()
         return self._sink
 
-    def _read_sink(self) -> BeaconKV:
-        ids = self.model.sink_ids
-        start = SequenceState.start(self.model)
-        if not ids:
-            return start.memory
-        windows = self.model.cut(start.cursor, ids, iter([0]), tail="close")  # ratio 0: their own K/V
-        (state,), _ = advance(self.model, [(start, windows)])
-        return state.memory
+    def _scores(self) -> Tensor | None:
+        """For the score `expected`, what heads need of the text that is kept for this; measured once."""
+        if self.score == "expected" and self._measured is None:
+            text = files("beacon_memory").joinpath("calibration.txt").read_text(encoding="utf-8")
+            ids = self.tokenize(text).ids[: self.model.config.beacon_window]
+            front = self.model.front(MemoryKV.of(self.sink))
+            self._measured = repeated(self.model, front, read_raw(self.model, front, ids), ids)
+        return self._measured
 
     def tokenize(self, text: str) -> TokenizedText:
         """Token ids of a document. Where the model has no sink, a bos token leads, if its tokenizer sets one."""
@@ -107,16 +130,54 @@ class BeaconCompressor:
             raise CapacityError(too_long(tokens, ratio, config, positions, self.reserve))
         return ratios
 
+    def compression(self, name: str) -> str:
+        """What `name` stands for: itself, or for `auto` the model's own. Raises ConfigError for one it cannot have."""
+        if name not in ("auto", *COMPRESSIONS):
+            raise ConfigError(f"compression={name!r} must be one of 'auto', {', '.join(map(repr, COMPRESSIONS))}")
+        chosen = self.model.compression if name == "auto" else name
+        if chosen == "hybrid" and self.model.config.beacon_attn != "hidden":
+            raise ConfigError(
+                "compression='hybrid' needs beacon_attn='hidden': with 'full-coverage' raw tokens see the beacons"
+            )
+        return chosen
+
     def compress(
         self,
         documents: Iterable[tuple[Sequence[int], Sequence[int]]],
         progress: Callable[[int], None] = lambda _: None,
+        *,
+        compression: str = "auto",
     ) -> Iterator[CompressedDocument]:
         """Compress documents, given as token ids and the ratio of each window (see `ratios`), in their order.
 
         A document is yielded as soon as its last window was read; `documents` is only read as far as one pass needs.
-        `progress` is called after each pass with the raw tokens it read.
+        `progress` is called after each pass with the raw tokens it read. compression: `beacon`, `select` (K/V of chosen
+        tokens), `hybrid` (both) or `auto`, the model's own.
         """
+        compression = self.compression(compression)
+        if compression == "beacon":
+            return self._to_beacons(documents, progress)
+        return (self._choose(ids, ratios, compression == "hybrid", progress) for ids, ratios in documents)
+
+    @torch.inference_mode()
+    def _choose(
+        self, ids: Sequence[int], ratios: Sequence[int], hybrid: bool, progress: Callable[[int], None]
+    ) -> CompressedDocument:
+        """Read a document window by window, each behind the memory of those before it."""
+        size = self.model.config.beacon_window
+        parts, windows, measured = [MemoryKV.of(self.sink)], [], self._scores()
+        for number, ratio in enumerate(window_ratios(len(ids), ratios, self.model.config)):
+            window = ids[number * size : (number + 1) * size]
+            room = max(1, self.model.max_positions - len(window) - min(PIECE, len(window)))
+            front = self.model.front(MemoryKV.concat(parts, room).squeezed(room))
+            parts.append(read_window(self.model, front, window, ratio, hybrid=hybrid, measured=measured))
+            windows.append(CompressedWindow(number * size, len(window), ratio))
+            progress(len(window))
+        return CompressedDocument(MemoryKV.concat(parts[1:]), len(ids), tuple(windows))
+
+    def _to_beacons(
+        self, documents: Iterable[tuple[Sequence[int], Sequence[int]]], progress: Callable[[int], None]
+    ) -> Iterator[CompressedDocument]:
         current: list[_Reading] = []  # documents with windows in the next pass, or unfinished
         rows = 0
         for ids, ratios in documents:
@@ -171,4 +232,4 @@ class _Reading:
             CompressedWindow(first, len(window.ids), window.ratio)
             for first, window in zip(firsts, self.windows, strict=False)  # the last of `firsts` is the end
         )
-        return CompressedDocument(self.state.memory[sink_slots:], self.tokens, windows)
+        return CompressedDocument(MemoryKV.of(self.state.memory[sink_slots:]), self.tokens, windows)

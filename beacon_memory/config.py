@@ -9,7 +9,10 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["BeaconConfig"]
+__all__ = ["COMPRESSIONS", "BeaconConfig"]
+
+# How a text can become memory slots; `auto` chooses one of them for a model.
+COMPRESSIONS = ("beacon", "select", "hybrid")
 
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -45,6 +48,10 @@ class BeaconConfig:
                       `salient-words`: as many as there are units stand after the tokens of the window's most
                       informative words, wherever those are.
     beacon_sink_size: first tokens whose K/V are kept uncompressed in front of the memory.
+    beacon_compression: what becomes of a text where nobody says otherwise: `beacon`, `select` (K/V of chosen tokens),
+                      `hybrid` (both) or `auto`: `beacon` with trained beacons, `select` without.
+    beacon_hybrid_factor: a `hybrid` memory at ratio r has beacons at this multiple of r, and chosen tokens in the
+                      slots that are left.
 
     Raises ConfigError, which names key and value, for anything out of range.
     """
@@ -58,10 +65,13 @@ class BeaconConfig:
     beacon_embed_init: str = "eos"
     beacon_placement: str = "end"
     beacon_sink_size: int = 1
+    beacon_compression: str = "auto"
+    beacon_hybrid_factor: int = 4
 
     def __post_init__(self) -> None:
         _require_int("beacon_window", self.beacon_window, least=1)
         _require_int("beacon_sink_size", self.beacon_sink_size, least=0)
+        _require_int("beacon_hybrid_factor", self.beacon_hybrid_factor, least=2)
         if self.beacon_sink_size > self.beacon_window:
             raise ConfigError(
                 f"beacon_sink_size={self.beacon_sink_size} must not exceed beacon_window={self.beacon_window}"
@@ -79,6 +89,7 @@ class BeaconConfig:
             "beacon_embed": ("last-token", "learned"),
             "beacon_embed_init": ("eos", "bos"),
             "beacon_placement": ("end", "salient", "salient-words"),
+            "beacon_compression": ("auto", *COMPRESSIONS),
         }.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")

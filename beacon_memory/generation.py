@@ -1,8 +1,8 @@
-"""Answering behind a KV prefix with the stock model: all that is known of `generate` with a filled cache is here.
+"""Answering behind a memory with the stock model: all that is known of `generate` is here.
 
-Facts that the tests pin down: `attention_mask` covers prefix and prompt, `input_ids` hold the prompt alone; positions
-follow from the mask, so prefixes and prompts of different lengths batch when padded on the left; beams and several
-sequences for one prompt need the cache repeated; a cache grows out of place, so requests may share tensors.
+Facts that the tests pin down: to `generate`, a `MemoryCache` is empty, so prompts begin at position 0, behind the
+memory; positions follow from the mask, so prompts of different lengths batch when padded on the left; beams and several
+sequences for one prompt need the cache repeated; requests may share a memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from .attention import MemoryCache
 from .errors import CapacityError, InputError
-from .kv import BeaconKV
+from .kv import MemoryKV
 from .modeling import BeaconModel
-from .rope import apply_rotation
 
-__all__ = ["Generation", "Request", "chat_prompt", "generate", "generation_config", "prefix_cache", "stream"]
+__all__ = ["Generation", "Request", "chat_prompt", "generate", "generation_config", "require_room", "stream"]
 
 Messages = str | Sequence[Mapping[str, str]]
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -42,13 +42,13 @@ _RANGES: dict[str, tuple[Any, float, float]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """A prompt behind a prefix.
+    """A prompt behind a memory.
 
-    prefix: sink and memories, slot j at position j; may have no slots.
+    prefix: sink and memories; may have no slots.
     prompt: token ids that follow it.
     """
 
-    prefix: BeaconKV
+    prefix: MemoryKV
     prompt: Sequence[int]
 
 
@@ -116,33 +116,11 @@ def generation_config(
     return config
 
 
-def prefix_cache(model: BeaconModel, prefixes: Sequence[BeaconKV]) -> tuple[DynamicCache, Tensor]:
-    """A cache whose row i is prefix i, slot j at position j, padded on the left; and its mask [batch, slots]."""
-    longest = max(prefix.slots for prefix in prefixes)
-    mask = torch.zeros(len(prefixes), longest, dtype=torch.long, device=model.device)
-    for row, prefix in enumerate(prefixes):
-        mask[row, longest - prefix.slots :] = 1
-    cos, sin = model.rope.table(torch.arange(longest, device=model.device))
-
-    def padded(part: Tensor) -> Tensor:
-        return torch.nn.functional.pad(part, (0, 0, longest - part.shape[1], 0))
-
-    cache = DynamicCache(config=model.base.config)
-    for layer in range(model.kv_shape[0] if longest else 0):  # one at a time: a long memory is large
-        keys, values = [], []
-        for prefix in prefixes:
-            key, value = (part[layer].to(model.device, model.dtype) for part in (prefix.keys, prefix.values))
-            keys.append(padded(apply_rotation(key, cos[: prefix.slots], sin[: prefix.slots])))
-            values.append(padded(value))
-        cache.update(torch.stack(keys), torch.stack(values), layer)
-    return cache, mask
-
-
 def require_room(model: BeaconModel, slots: int, prompt: int, new_tokens: int) -> None:
     """Raise CapacityError unless memory, prompt and answer together fit the model's positions."""
     if slots + prompt + new_tokens > model.max_positions:
         raise CapacityError(
-            f"{slots} memory slots, {prompt} prompt tokens and {new_tokens} tokens for the answer need "
+            f"{slots} positions of memory, {prompt} prompt tokens and {new_tokens} tokens for the answer need "
             f"{slots + prompt + new_tokens} positions, but the model has {model.max_positions}; ask with fewer "
             "documents, add them again with a higher ratio, or allow fewer new tokens"
         )
@@ -162,13 +140,15 @@ def generate(
     Raises CapacityError, before any work, if a request does not fit the model's positions.
     """
     for request in requests:
-        require_room(model, request.prefix.slots, len(request.prompt), config.max_new_tokens or 0)
+        require_room(model, request.prefix.span, len(request.prompt), config.max_new_tokens or 0)
     tokenizer = model.tokenizer
     longest = max(len(request.prompt) for request in requests)
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     prompts = torch.tensor([[pad] * (longest - len(r.prompt)) + list(r.prompt) for r in requests], device=model.device)
     prompt_mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
-    cache, prefix_mask = prefix_cache(model, [request.prefix for request in requests])
+    prefixes = {id(request.prefix): request.prefix for request in requests}  # questions on one memory share it
+    fronts = {key: model.front(prefix) for key, prefix in prefixes.items()}
+    cache = MemoryCache([fronts[id(request.prefix)] for request in requests], config=model.base.config)
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
@@ -176,7 +156,7 @@ def generate(
     with _seeded(seed, model.device), torch.inference_mode():
         output = model.base.generate(  # type: ignore[operator]
             input_ids=prompts,
-            attention_mask=torch.cat((prefix_mask, prompt_mask.to(model.device)), dim=1),
+            attention_mask=prompt_mask.to(model.device),
             past_key_values=cache,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([watch]),

@@ -1,25 +1,27 @@
 """One document's K/V as one file that describes itself.
 
-A file is a safetensors file with the tensors `keys` and `values`, [layers, kv_heads, slots, head_dim], keys before
-RoPE, and one metadata entry `beacon_memory`, a JSON object:
+A file is a safetensors file with the tensors of a MemoryKV, `keys` and `values` [entries, head_dim], `places` [entries]
+and `counts` [layers, kv_heads], the last two int32, and one metadata entry `beacon_memory`, a JSON object:
 
     format    version of this form, an integer
     header    a DocumentHeader
-    tensors   dtype and shape of keys and of values, and the sha256 of both
+    tensors   dtype and shape of each tensor under its name, and the sha256 of all
     sha256    of the three above, so that a damaged header is noticed whenever it is read
+
+Files of format 1 are still read: a stack of beacons, `keys` and `values` [layers, kv_heads, slots, head_dim], with one
+dtype and shape for both, and neither compression nor span in the header.
 
 Files are never changed in place: `stage_kv_file` writes and syncs a temporary file, `publish` renames it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .config import COMPRESSIONS
 from .document import check_id, utc_now
 from .durable import make_folder, sync_file, sync_folder
 from .errors import CorruptFileError, InputError, StoreError
 from .fingerprint import Fingerprint
-from .kv import BeaconKV
+from .kv import BeaconKV, MemoryKV
 
 __all__ = [
     "FORMAT_VERSION",
@@ -48,7 +51,7 @@ __all__ = [
     "write_kv_file",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TEMP_PREFIX = ".tmp"  # safetensors names its own temporary files so, too: one pattern finds what a crash left
 _ENTRY = "beacon_memory"
 _REMEDY = "run `beacon-memory verify` to list every damaged file, and add the document again to replace this one"
@@ -59,7 +62,7 @@ class WindowSpan:
     """One window of a document.
 
     tokens: raw tokens in this window
-    ratio:  raw tokens per beacon; 0: the window is kept raw, one slot a token
+    ratio:  raw tokens per slot; 0: the window is kept raw, one slot a token
     start, stop: where in the text the window lies, in characters
     """
 
@@ -76,7 +79,7 @@ class WindowSpan:
 
     @property
     def slots(self) -> int:
-        """Memory slots that the window takes; its last, incomplete unit has a beacon as well."""
+        """Slots of a head that the window takes, the mean over all heads; its last, incomplete unit has one, too."""
         return -(-self.tokens // self.ratio) if self.ratio else self.tokens
 
 
@@ -89,6 +92,8 @@ class DocumentHeader:
     windows:     in the order of the text, the last and perhaps incomplete one included
     tail_ids:    raw token ids of the last window if it is incomplete, so that `append` can go on where the text
                  stopped; empty if it is full
+    compression: how the text became slots, one of `config.COMPRESSIONS`
+    span:        positions of the model that the memory takes
     fingerprint: of the model, adapter and settings that made the K/V
     created_at:  when they were made, ISO 8601, UTC
     """
@@ -98,6 +103,8 @@ class DocumentHeader:
     tokens: int
     windows: tuple[WindowSpan, ...]
     tail_ids: tuple[int, ...]
+    compression: str
+    span: int
     fingerprint: Fingerprint
     created_at: str = field(default_factory=utc_now)
 
@@ -106,7 +113,10 @@ class DocumentHeader:
         for name in ("content_hash", "created_at"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a text, got {getattr(self, name)!r}")
-        _check_count("tokens", self.tokens)
+        if self.compression not in COMPRESSIONS:
+            raise InputError(f"compression is {self.compression!r}, but must be one of {', '.join(COMPRESSIONS)}")
+        for name in ("tokens", "span"):
+            _check_count(name, getattr(self, name))
         for token in self.tail_ids:
             _check_count("a token id of tail_ids", token)
         if self.tokens != sum(window.tokens for window in self.windows):
@@ -121,7 +131,7 @@ class DocumentHeader:
 
     @property
     def slots(self) -> int:
-        """Memory slots of all windows together."""
+        """Slots of a head, the mean over all heads, of all windows together."""
         return sum(window.slots for window in self.windows)
 
     @property
@@ -142,31 +152,33 @@ class DocumentHeader:
         return cls(**{**stored, **read})
 
 
-def write_kv_file(path: Path, header: DocumentHeader, kv: BeaconKV) -> None:
+def write_kv_file(path: Path, header: DocumentHeader, kv: MemoryKV) -> None:
     """Write a document's K/V to `path`, whole or not at all, replacing what is there."""
     publish(stage_kv_file(path.parent, header, kv), path)
 
 
-def stage_kv_file(folder: Path, header: DocumentHeader, kv: BeaconKV) -> Path:
+def stage_kv_file(folder: Path, header: DocumentHeader, kv: MemoryKV) -> Path:
     """Write a temporary file into `folder`, created if missing, and sync it to disk; `publish` gives it its name.
 
-    Raises InputError if `kv` has not the slots that the header's windows take, StoreError if the file cannot be
-    written. Nothing is left behind then.
+    Raises InputError if `kv` is not a memory that the header describes, or is squeezed, StoreError if the file cannot
+    be written. Nothing is left behind then.
     """
-    if kv.slots != header.slots:
-        raise InputError(f"the windows of {header.id!r} take {header.slots} slots, but its K/V have {kv.slots}")
-    if kv.keys.dtype != kv.values.dtype:
-        raise InputError(f"keys and values must have one dtype, got {kv.keys.dtype} and {kv.values.dtype}")
-    keys = kv.keys.detach().to("cpu").contiguous()
-    values = kv.values.detach().to("cpu").contiguous()
-    if keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
-        values = values.clone()  # safetensors refuses tensors that overlap in memory
-    described = {"format": FORMAT_VERSION, "header": asdict(header), "tensors": _describe(keys, values)}
+    if flaw := _misfit(header, kv) or _misplaced(kv):
+        raise InputError(f"the K/V of {header.id!r} cannot be stored: {flaw}")
+    tensors = {"keys": kv.keys, "values": kv.values, "places": kv.places, "counts": kv.counts.to(torch.int32)}
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses those that overlap
+    described = {
+        "format": FORMAT_VERSION,
+        "header": asdict(header),
+        "tensors": {**{name: _form(tensor) for name, tensor in tensors.items()}, "sha256": _digest(tensors)},
+    }
     entry = json.dumps({**described, "sha256": _seal(described)})
     make_folder(folder)
     temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
     try:
-        save_file({"keys": keys, "values": values}, temp, metadata={_ENTRY: entry})
+        save_file(tensors, temp, metadata={_ENTRY: entry})
         # safetensors creates files that only their owner may read; a store is as open as its folder
         temp.chmod(folder.stat().st_mode & 0o666)
         sync_file(temp)
@@ -194,43 +206,53 @@ def read_header(path: Path) -> DocumentHeader:
     This and the other readers raise CorruptFileError, naming the file and what is wrong, for anything that
     `write_kv_file` did not write, and let FileNotFoundError through.
     """
-    with _opened(path, "cpu") as (_, header, _):
-        return header
+    return _read(path)[0]
 
 
-def read_kv_file(path: Path, device: torch.device | str = "cpu") -> tuple[DocumentHeader, BeaconKV]:
+def read_kv_file(path: Path, device: torch.device | str = "cpu") -> tuple[DocumentHeader, MemoryKV]:
     """Read a document's header and its K/V, onto `device`. Damage inside the tensors is left to `check_kv_file`."""
-    with _opened(path, device) as (file, header, tensors):
-        kv = BeaconKV(file.get_tensor("keys"), file.get_tensor("values"))
-        if {str(kv.keys.dtype), str(kv.values.dtype)} != {tensors["dtype"]}:
-            raise _corrupt(path, f"its tensors are {kv.keys.dtype} and {kv.values.dtype}, not {tensors['dtype']}")
-        return header, kv
+    header, kv = _read(path)
+    if flaw := _misplaced(kv):
+        raise _corrupt(path, flaw)
+    return header, kv.to(device)
 
 
 def check_kv_file(path: Path) -> DocumentHeader:
     """Read a whole file and compare every byte of its tensors with the digest taken when it was written."""
-    with _opened(path, "cpu") as (file, header, tensors):
-        if _describe(file.get_tensor("keys"), file.get_tensor("values")) != tensors:
-            raise _corrupt(path, "its tensors are not those that were written: their digest differs")
-        return header
+    header, kv = _read(path, whole=True)
+    if flaw := _misplaced(kv):
+        raise _corrupt(path, flaw)
+    return header
 
 
-@contextlib.contextmanager
-def _opened(path: Path, device: torch.device | str) -> Iterator[tuple[Any, DocumentHeader, dict[str, Any]]]:
-    """An open file, its header and what it says of its tensors, checked against each other."""
+def _read(path: Path, *, whole: bool = False) -> tuple[DocumentHeader, MemoryKV]:
+    """A file's header and K/V, checked against each other, and with `whole` against the digest."""
+    header, described, tensors = _mapped(path)
+    digest = described.pop("sha256")
+    if tensors.keys() != described.keys():
+        raise _corrupt(path, f"it holds the tensors {', '.join(tensors)}, not {', '.join(sorted(described))}")
+    for name, tensor in tensors.items():
+        if _form(tensor) != described[name]:
+            raise _corrupt(path, f"its {name} are {_form(tensor)}, not {described[name]}")
+    try:
+        kv = _memory(tensors, header.span)
+    except InputError as error:
+        raise _corrupt(path, str(error)) from error
+    if flaw := _misfit(header, kv):
+        raise _corrupt(path, flaw)
+    if whole and _digest(tensors) != digest:
+        raise _corrupt(path, "its tensors are not those that were written: their digest differs")
+    return header, kv
+
+
+def _mapped(path: Path) -> tuple[DocumentHeader, dict[str, Any], dict[str, Tensor]]:
+    """A file's header, what it says of its tensors, and these: mapped, so that only what is used of them is read."""
     if path.is_dir():
         raise _corrupt(path, "it is a folder")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header, tensors = _read_entry(path, file.metadata() or {})
-            if sorted(file.keys()) != ["keys", "values"]:
-                raise _corrupt(path, f"it holds the tensors {sorted(file.keys())}, not keys and values")
-            shapes = [list(file.get_slice(name).get_shape()) for name in ("keys", "values")]
-            if shapes != [tensors["shape"]] * 2 or len(shapes[0]) != 4:
-                raise _corrupt(path, f"its keys are {shapes[0]} and its values {shapes[1]}, not {tensors['shape']}")
-            if shapes[0][2] != header.slots:
-                raise _corrupt(path, f"it holds {shapes[0][2]} slots, but its windows take {header.slots}")
-            yield file, header, tensors
+        with safe_open(path, framework="pt") as file:
+            header, described = _read_entry(path, file.metadata() or {})
+            return header, described, {name: file.get_tensor(name) for name in sorted(file.keys())}
     except SafetensorError as error:
         raise _corrupt(path, f"it is not a whole safetensors file ({error})") from error
     except RuntimeError as error:
@@ -240,8 +262,20 @@ def _opened(path: Path, device: torch.device | str) -> Iterator[tuple[Any, Docum
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
 
 
+def _memory(tensors: Mapping[str, Tensor], span: int) -> MemoryKV:
+    """The K/V that a file's tensors are. Raises InputError for tensors that cannot be any."""
+    if "counts" not in tensors:  # format 1
+        return MemoryKV.of(BeaconKV(**tensors))
+    if tensors["counts"].dtype != torch.int32:
+        raise InputError(f"its counts must be int32, got {tensors['counts'].dtype}")
+    return MemoryKV(**{**tensors, "counts": tensors["counts"].long()}, span=span)
+
+
 def _read_entry(path: Path, metadata: Mapping[str, str]) -> tuple[DocumentHeader, dict[str, Any]]:
-    """The header in a file's metadata and what it says of the tensors, its version and digest checked."""
+    """The header in a file's metadata and what it says of the tensors, its version and digest checked.
+
+    What it says is the `_form` of each tensor by name, and `sha256`.
+    """
     if _ENTRY not in metadata:
         raise _corrupt(path, f"it has no metadata entry {_ENTRY!r}, so beacon_memory did not write it")
     try:
@@ -259,9 +293,15 @@ def _read_entry(path: Path, metadata: Mapping[str, str]) -> tuple[DocumentHeader
     if entry.pop("sha256", None) != _seal(entry):
         raise _corrupt(path, "its header is damaged: the digest of the header differs")
     try:
-        tensors = {name: entry["tensors"][name] for name in ("dtype", "shape", "sha256")}
-        return DocumentHeader.from_dict(entry["header"]), tensors
-    except (AttributeError, KeyError, TypeError, InputError, CorruptFileError) as error:
+        header, tensors = entry["header"], entry["tensors"]
+        if version == 1:
+            form = {"dtype": tensors["dtype"], "shape": tensors["shape"]}
+            header = {**header, "compression": "beacon", "span": form["shape"][2]}
+            described = {"keys": form, "values": form, "sha256": tensors["sha256"]}
+        else:
+            described = {name: tensors[name] for name in ("keys", "values", "places", "counts", "sha256")}
+        return DocumentHeader.from_dict(header), described
+    except (AttributeError, IndexError, KeyError, TypeError, InputError, CorruptFileError) as error:
         raise _corrupt(path, f"its header cannot be read ({error})") from error
 
 
@@ -278,10 +318,38 @@ def _seal(described: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _describe(keys: Tensor, values: Tensor) -> dict[str, Any]:
-    """What a file says of its tensors, both contiguous and on the CPU: dtype, shape and the sha256 of their bytes."""
+def _form(tensor: Tensor) -> dict[str, Any]:
+    """What a file says of a tensor."""
+    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of tensors in the order of their names, all contiguous and on the CPU: dtypes, shapes and bytes."""
     hasher = hashlib.sha256()
-    for tensor in (keys, values):
+    for _, tensor in sorted(tensors.items()):
         hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return {"dtype": str(keys.dtype), "shape": list(keys.shape), "sha256": hasher.hexdigest()}
+    return hasher.hexdigest()
+
+
+def _misfit(header: DocumentHeader, kv: MemoryKV) -> str | None:
+    """What is wrong if a document of this header has other K/V than these. Reads none of them but the counts."""
+    if kv.keys.dtype != kv.values.dtype:
+        return f"its keys and values must have one dtype, got {kv.keys.dtype} and {kv.values.dtype}"
+    if kv.places.dtype != torch.int32:
+        return f"its places must be int32, got {kv.places.dtype}; of a squeezed memory, keep what was squeezed"
+    if kv.span != header.span:
+        return f"it spans {kv.span} positions, but its header says {header.span}"
+    heads = kv.counts.numel()
+    if not heads or len(kv.keys) != header.slots * heads:
+        return f"it holds {len(kv.keys)} entries, but its windows take {header.slots} slots of each of {heads} heads"
+    return None
+
+
+def _misplaced(kv: MemoryKV) -> str | None:
+    """What is wrong if a head has less than no entries, or an entry lies outside the span."""
+    if (kv.counts < 0).any():
+        return f"one of its heads has {int(kv.counts.min())} entries"
+    if len(kv.places) and (kv.places.min() < 0 or kv.places.max() >= kv.span):
+        return f"its places go from {int(kv.places.min())} to {int(kv.places.max())}, but it spans {kv.span} positions"
+    return None

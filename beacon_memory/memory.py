@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .catalog import DocumentRow
-from .compressor import BeaconCompressor, CompressedDocument, Ratio, TokenizedText
+from .compressor import BeaconCompressor, CompressedDocument, Ratio, TokenizedText, check_score
 from .document import check_id, check_metadata, content_hash
 from .errors import BeaconMemoryError, CorruptFileError, DocumentNotFoundError, InputError
 from .generation import Generation, Messages, Request, chat_prompt, generate, generation_config, require_room, stream
-from .kv import BeaconKV
+from .kv import MemoryKV
 from .kv_file import DocumentHeader, WindowSpan
 from .modeling import BeaconModel
 from .results import Added, Answer, Document, Progress, Usage
@@ -67,6 +67,7 @@ class BeaconMemory:
     model:   folder or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
+    score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
 
     The model is loaded when it is first needed: listing, searching and removing do without.
     """
@@ -80,12 +81,13 @@ class BeaconMemory:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = "auto",
         reserve: int = 1024,
+        score: str = "repeat",
     ) -> None:
         if isinstance(model, BeaconModel) and (adapter is not None or device is not None):
             raise InputError("adapter and device belong to a model that is still to be loaded, and this one is")
         self.store = MemoryStore(store)
         self._source = (model, adapter, device, dtype)
-        self._reserve = reserve
+        self._options: dict[str, Any] = {"reserve": reserve, "score": check_score(score)}
         self._compressor: BeaconCompressor | None = None
         self._loading = threading.Lock()
 
@@ -109,7 +111,7 @@ class BeaconMemory:
                 model, adapter, device, dtype = self._source
                 if not isinstance(model, BeaconModel):
                     model = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
-                compressor = BeaconCompressor(model, reserve=self._reserve)
+                compressor = BeaconCompressor(model, **self._options)
                 compressor.sink, model.fingerprint  # noqa: B018  # now, so that no answer waits for them
                 self._compressor = compressor
             return self._compressor
@@ -119,19 +121,28 @@ class BeaconMemory:
         """The loaded model."""
         return self.compressor.model
 
-    def add(self, id: str, text: str, metadata: Mapping[str, object] | None = None, ratio: Ratio = "auto") -> Added:
+    def add(
+        self,
+        id: str,
+        text: str,
+        metadata: Mapping[str, object] | None = None,
+        ratio: Ratio = "auto",
+        compression: str = "auto",
+    ) -> Added:
         """Compress a document and store it under `id`, in place of what was there.
 
         ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
-        one for each window. A text that is stored already, at the same ratio and by the same model, is left as it is.
-        Raises InputError or CapacityError for a document that cannot be compressed; then nothing has changed.
+        one for each window. compression: `beacon`, `select` (K/V of chosen tokens; needs no adapter), `hybrid` (both)
+        or `auto`, the model's own. A text that is stored already, compressed in the same way by the same model, is left
+        as it is. Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
         """
-        return self.add_many([Document(id, text, metadata)], ratio=ratio)[0]
+        return self.add_many([Document(id, text, metadata)], ratio=ratio, compression=compression)[0]
 
     def add_many(
         self,
         documents: Iterable[Document | tuple[str, str]],
         ratio: Ratio = "auto",
+        compression: str = "auto",
         *,
         progress: Callable[[Progress], None] = lambda _: None,
         on_added: Callable[[Added], None] = lambda _: None,
@@ -147,6 +158,7 @@ class BeaconMemory:
         added: builtins.list[Added] = []
         waiting: builtins.list[_Job] = []  # handed to the compressor, which keeps their order
         failed: builtins.list[BeaconMemoryError] = []
+        compression = self.compressor.compression(compression)
         read = begun = 0
         since = time.perf_counter()
 
@@ -164,7 +176,7 @@ class BeaconMemory:
             for given in documents:
                 document = given if isinstance(given, Document) else Document(*given)
                 try:
-                    job = self._prepare(document, ratio)
+                    job = self._prepare(document, ratio, compression)
                 except BeaconMemoryError as error:
                     if on_error is None:
                         failed.append(error)
@@ -178,15 +190,15 @@ class BeaconMemory:
                 waiting.append(job)
                 yield job.text.ids, job.ratios
 
-        for compressed in self.compressor.compress(work(), advanced):
+        for compressed in self.compressor.compress(work(), advanced, compression=compression):
             now = time.perf_counter()
-            note(self._put(waiting.pop(0), compressed, now - since))
+            note(self._put(waiting.pop(0), compressed, compression, now - since))
             since = now
         if failed:
             raise failed[0]
         return added
 
-    def _prepare(self, document: Document, ratio: Ratio) -> _Job | Added:
+    def _prepare(self, document: Document, ratio: Ratio, compression: str) -> _Job | Added:
         """Check a document before any work on it; says `unchanged` if there is none."""
         check_id(document.id)
         digest = content_hash(document.text)
@@ -198,24 +210,25 @@ class BeaconMemory:
             ratios = compressor.ratios(len(text.ids), ratio)
         except BeaconMemoryError as error:
             raise type(error)(f"document {document.id!r}: {error}") from error
-        if self._is_stored(document.id, digest, ratios):
+        if self._is_stored(document.id, digest, ratios, compression):
             row = self.store.row(document.id)
             if document.metadata is not None and document.metadata != row.metadata:
                 row = self.store.set_metadata(document.id, document.metadata)
-            return Added(row.id, "unchanged", row.tokens, row.slots, row.bytes, row.ratios, 0.0)
+            return Added(row.id, "unchanged", row.tokens, row.slots, row.bytes, row.ratios, row.compression, 0.0)
         return _Job(document, digest, text, ratios)
 
-    def _is_stored(self, id: str, digest: str, ratios: builtins.list[int]) -> bool:
-        """Whether this very text is stored whole, at these ratios and by this model."""
+    def _is_stored(self, id: str, digest: str, ratios: builtins.list[int], compression: str) -> bool:
+        """Whether this very text is stored whole, compressed in this way and by this model."""
         try:
             row = self.store.row(id)
-            if (row.content_hash, row.fingerprint) != (digest, self.model.fingerprint.digest):
+            wanted = (digest, self.model.fingerprint.digest, compression)
+            if (row.content_hash, row.fingerprint, row.compression) != wanted:
                 return False
             return [window.ratio for window in self.store.check(id).windows] == ratios
         except (DocumentNotFoundError, CorruptFileError):
             return False
 
-    def _put(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
+    def _put(self, job: _Job, compressed: CompressedDocument, compression: str, seconds: float) -> Added:
         ids, offsets, document = job.text.ids, job.text.offsets, job.document
         spans = tuple(
             WindowSpan(w.tokens, w.ratio, offsets[w.first][0], offsets[w.first + w.tokens - 1][1])
@@ -229,10 +242,12 @@ class BeaconMemory:
             windows=spans,
             tail_ids=tuple(ids[last.first :]) if last.tokens < self.model.config.beacon_window else (),
             fingerprint=self.model.fingerprint,
+            compression=compression,
+            span=compressed.kv.span,
         )
         status: Literal["added", "replaced"] = "replaced" if document.id in self.store else "added"
         row = self.store.put(header, compressed.kv.to("cpu"), document.text, document.metadata)
-        return Added(row.id, status, row.tokens, row.slots, row.bytes, row.ratios, seconds)
+        return Added(row.id, status, row.tokens, row.slots, row.bytes, row.ratios, row.compression, seconds)
 
     def ask(
         self,
@@ -297,7 +312,7 @@ class BeaconMemory:
         chosen = self.pick(question, limit, room) if ids is None else [ids] if isinstance(ids, str) else list(ids)
         rows = [self.store.row(id) for id in chosen]
         require_room(model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
-        prefix = BeaconKV.concat([sink, *(self._load(id) for id in chosen)])
+        prefix = MemoryKV.concat([MemoryKV.of(sink), *(self._load(id) for id in chosen)], room + sink.slots)
         return _Question(tuple(chosen), Request(prefix, prompt), config, started)
 
     def pick(self, question: Messages, limit: int = DEFAULT_DOCUMENTS, room: int | None = None) -> builtins.list[str]:
@@ -326,7 +341,7 @@ class BeaconMemory:
                 room = None if room is None else room - slots
         return chosen
 
-    def _load(self, id: str) -> BeaconKV:
+    def _load(self, id: str) -> MemoryKV:
         stored = self.store.get(id)
         self.model.fingerprint.require(stored.header.fingerprint, id)
         return stored.kv.to(self.model.device, self.model.dtype)

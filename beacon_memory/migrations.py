@@ -65,6 +65,16 @@ def m002_passages(db: Database) -> None:
     db.table("passages").enable_fts(["text"], create_triggers=True, tokenize="porter unicode61")
 
 
+@migrations()
+def m003_compression(db: Database) -> None:
+    """How a text became slots. SQLite adds columns at the end, so `text` is moved behind it again."""
+    db.execute("ALTER TABLE documents ADD COLUMN compression TEXT NOT NULL DEFAULT 'beacon'")
+    db.execute("ALTER TABLE documents RENAME COLUMN text TO moved")
+    db.execute("ALTER TABLE documents ADD COLUMN text TEXT NOT NULL DEFAULT ''")
+    db.execute("UPDATE documents SET text = moved")
+    db.execute("ALTER TABLE documents DROP COLUMN moved")
+
+
 def migrate(db: Database) -> None:
     """Apply the steps that `db` lacks; raises StoreError if it has steps that this version does not know."""
     known = {name for name in globals() if re.match(r"m\d{3}_", name)}

@@ -24,12 +24,12 @@ from .adapter import (
     with_absent_kinds,
     write_adapter,
 )
-from .attention import IMPLEMENTATION, BeaconPass
+from .attention import IMPLEMENTATION, BeaconPass, Front, Watch, bring_fronts
 from .config import BeaconConfig
 from .default_model import default_adapter, ensure_default_model
 from .errors import AdapterError, ConfigError, InputError
 from .fingerprint import Fingerprint, digest_json, digest_tensors
-from .kv import BeaconKV
+from .kv import BeaconKV, MemoryKV
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
 from .loading import load_base, merge_reader, reader_digest, tokenizer_digest
 from .projections import beacon_parameters, install_projections
@@ -38,6 +38,8 @@ from .rope import Rope
 from .support import attention_modules, check_salience, max_positions, model_rope
 
 __all__ = ["BeaconModel", "PassOutput"]
+
+UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +91,7 @@ class BeaconModel(nn.Module):
         self.base = base if reader is None else merge_reader(base, reader)
         self.config = config
         self.max_positions = max_positions(base.config)
-        self.adapter = "untrained"
+        self.adapter = UNTRAINED
         self._reader = reader
         self._tokenizer = tokenizer
         self._salience = token_salience
@@ -171,6 +173,7 @@ class BeaconModel(nn.Module):
         check_salience(self.base, adapter.config, adapter.token_salience, adapter.token_starts_word)
         self.set_beacon_parameters(adapter.tensors)
         self._salience, self._starts_word = adapter.token_salience, adapter.token_starts_word
+        self.adapter = str(source)
         self.__dict__.pop("fingerprint", None)
 
     @torch.no_grad()
@@ -198,6 +201,8 @@ class BeaconModel(nn.Module):
 
     def _install(self) -> None:
         install_projections(self._attentions, self.config.beacon_param)
+        for attention in self._attentions:
+            attention.register_forward_pre_hook(bring_fronts, with_kwargs=True)
         embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
         if self.config.beacon_embed == "last-token":
             self.beacon_embed = nn.Parameter(torch.zeros_like(embeddings[0]))
@@ -242,6 +247,13 @@ class BeaconModel(nn.Module):
         return len(self._attentions), heads, attention.head_dim
 
     @property
+    def compression(self) -> str:
+        """What becomes of a text where nobody says otherwise, see `BeaconConfig.beacon_compression`."""
+        if self.config.beacon_compression != "auto":
+            return self.config.beacon_compression
+        return "select" if self.adapter == UNTRAINED else "beacon"
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of the K/V of one slot, all layers."""
         return 2 * math.prod(self.kv_shape) * self.dtype.itemsize
@@ -282,7 +294,8 @@ class BeaconModel(nn.Module):
         of_tokens = {"token_salience": self._salience, "token_starts_word": self._starts_word}
         trained += [(name, tensor) for name, tensor in of_tokens.items() if tensor is not None]
         settings = self.config.to_dict()
-        settings = {key: settings[key] for key in settings if "ratio" not in key}  # any ratio can be read
+        without = ("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_hybrid_factor")
+        settings = {key: settings[key] for key in settings if key not in without}  # any can be read
         return Fingerprint(
             base=self._base_digest,
             adapter=digest_json([digest_tensors(trained), reader_digest(self._reader)]),
@@ -310,16 +323,30 @@ class BeaconModel(nn.Module):
         """`layout.cut_windows` with this model's settings."""
         return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
 
+    def front(self, memory: MemoryKV) -> Front:
+        """A memory made ready to stand in front of what is read, on the model's device."""
+        return Front(memory.to(self.device, self.dtype), self.rope)
+
     def empty_kv(self) -> BeaconKV:
         """K/V of no slots, on the model's device."""
         return BeaconKV.empty(*self.kv_shape, dtype=self.dtype, device=self.device)
 
-    def run(self, layout: BeaconLayout, past: BeaconKV, keep: list[int]) -> PassOutput:
+    def run(
+        self,
+        layout: BeaconLayout,
+        past: BeaconKV,
+        keep: list[int],
+        *,
+        fronts: Sequence[Front | None] = (),
+        watch: Watch | None = None,
+    ) -> PassOutput:
         """One forward pass through the base's decoder, without its language-model head.
 
-        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order.
+        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order; fronts: for
+        each sequence, or for none, a memory in front of position 0; watch: hears of the attention of every window.
         """
-        beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=self.config.beacon_attn == "hidden")
+        hidden = self.config.beacon_attn == "hidden"
+        beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, fronts=fronts, watch=watch)
         embed = self.base.get_input_embeddings()
         ids = torch.tensor([layout.raw_ids + layout.anchor_ids], device=self.device)
         rows = embed(ids)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Adapter", "AsJson", "Device", "Dtype", "DtypeOption", "Model", "Store"]
+__all__ = ["Adapter", "AsJson", "Compression", "Device", "Dtype", "DtypeOption", "Model", "Score", "Store"]
 
 
 class Dtype(StrEnum):
@@ -18,6 +18,22 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+
+
+class Compression(StrEnum):
+    """What becomes of a text."""
+
+    AUTO = "auto"
+    BEACON = "beacon"
+    SELECT = "select"
+    HYBRID = "hybrid"
+
+
+class Score(StrEnum):
+    """How tokens are chosen."""
+
+    REPEAT = "repeat"
+    EXPECTED = "expected"
 
 
 Store = Annotated[

@@ -22,9 +22,10 @@ class Document:
 class Added:
     """What became of a document that was added.
 
-    status:  `added`, `replaced`, or `unchanged` if the same text was stored already at the same ratio.
+    status:  `added`, `replaced`, or `unchanged` if the same text was stored already, compressed in the same way.
     tokens:  raw tokens. slots: memory slots they were compressed to. bytes: of its K/V.
-    ratios:  raw tokens per beacon, each value that occurs.
+    ratios:  raw tokens per memory slot, each value that occurs.
+    compression: `beacon`, `select` or `hybrid`.
     seconds: since the document before it was done.
     """
 
@@ -34,6 +35,7 @@ class Added:
     slots: int
     bytes: int
     ratios: tuple[int, ...]
+    compression: str
     seconds: float
 
 

@@ -29,7 +29,7 @@ from .catalog import Catalog, DocumentRow, PassageHit
 from .document import check_id, check_metadata, content_hash, utc_now
 from .durable import make_folder
 from .errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
-from .kv import BeaconKV
+from .kv import MemoryKV
 from .kv_file import TEMP_PREFIX, DocumentHeader, check_kv_file, publish, read_header, read_kv_file, stage_kv_file
 
 __all__ = ["MemoryStore", "Problem", "ProblemKind", "StoredDocument"]
@@ -48,7 +48,7 @@ class StoredDocument:
 
     row: DocumentRow
     header: DocumentHeader
-    kv: BeaconKV
+    kv: MemoryKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class MemoryStore:
         return self._open().search(query, limit)
 
     def put(
-        self, header: DocumentHeader, kv: BeaconKV, text: str, metadata: Mapping[str, object] | None = None
+        self, header: DocumentHeader, kv: MemoryKV, text: str, metadata: Mapping[str, object] | None = None
     ) -> DocumentRow:
         """Store a document, or replace the one of the same id; returns its row.
 
@@ -159,6 +159,7 @@ class MemoryStore:
                     file=path.relative_to(self.folder).as_posix(),
                     content_hash=header.content_hash,
                     fingerprint=header.fingerprint.digest,
+                    compression=header.compression,
                     tokens=header.tokens,
                     slots=header.slots,
                     bytes=kv.nbytes,
@@ -276,6 +277,7 @@ def _difference(row: DocumentRow, header: DocumentHeader) -> str | None:
         "id": (row.id, header.id),
         "content hash": (row.content_hash, header.content_hash),
         "fingerprint": (row.fingerprint, header.fingerprint.digest),
+        "compression": (row.compression, header.compression),
         "number of tokens": (row.tokens, header.tokens),
         "number of slots": (row.slots, header.slots),
     }

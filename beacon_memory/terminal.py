@@ -77,7 +77,7 @@ def note_usage(answer: Answer) -> None:
 
 def row_fields(row: DocumentRow) -> dict[str, Any]:
     """A catalog row as JSON fields."""
-    names = ("id", "tokens", "slots", "bytes", "ratios", "metadata", "created_at", "updated_at")
+    names = ("id", "compression", "tokens", "slots", "bytes", "ratios", "metadata", "created_at", "updated_at")
     return {name: getattr(row, name) for name in names}
 
 
@@ -87,14 +87,14 @@ def print_rows(rows: Sequence[DocumentRow]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("id", box=None, pad_edge=False)
+    table = Table("id", "compression", box=None, pad_edge=False)
     for name in ("tokens", "slots", "ratio", "size"):
         table.add_column(name, justify="right")
     table.add_column("stored")
     for row in rows:
         ratios = "/".join(map(str, row.ratios))
         size, stored = f"{row.bytes / 1e6:.1f} MB", row.updated_at[:16].replace("T", " ")
-        table.add_row(escape(row.id), f"{row.tokens:,}", f"{row.slots:,}", ratios, size, stored)
+        table.add_row(escape(row.id), row.compression, f"{row.tokens:,}", f"{row.slots:,}", ratios, size, stored)
     rich_print(table)
 
 
@@ -118,8 +118,8 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
         print_line(f"{what}: {fields['reason']}", err=True)
     elif "tokens" in fields:
         print_line(
-            f"{what}: {fields['tokens']:,} tokens in {fields['slots']:,} slots ({fields['bytes'] / 1e6:.1f} MB), "
-            f"{fields['seconds']:.1f} s"
+            f"{what}: {fields['tokens']:,} tokens in {fields['slots']:,} slots "
+            f"({fields['compression']}, {fields['bytes'] / 1e6:.1f} MB), {fields['seconds']:.1f} s"
         )
     else:
         print_line(what)

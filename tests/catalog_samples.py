@@ -13,6 +13,7 @@ def row(id: str, text: str, **changes: object) -> DocumentRow:
         "file": f"kv/{id!r}",
         "content_hash": content_hash(text),
         "fingerprint": "f" * 16,
+        "compression": "beacon",
         "tokens": 13,
         "slots": 6,
         "bytes": 1024,

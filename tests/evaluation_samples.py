@@ -14,16 +14,20 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_base, tiny_checkpoint, train
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.evaluation.contestants import Contestant, Outcome
 from beacon_memory.evaluation.field import contestants
 from beacon_memory.evaluation.items import Item
+from beacon_memory.evaluation.presses import _hiding
 from beacon_memory.generation import chat_prompt
+from beacon_memory.kv import MemoryKV
 from beacon_memory.loading import load_base
 from beacon_memory.modeling import BeaconModel
+from beacon_memory.rope import apply_rotation
 
 RIVERS = ("Amber", "Birch", "Cobalt", "Dune", "Ember", "Fern", "Garnet", "Hazel")
 CONTEXT = tuple(f"The river {name} rises near {name[::-1]} and is {20 + 7 * len(name)} miles long." for name in RIVERS)
@@ -108,6 +112,29 @@ def stock_nll(text: Sequence[int], continuation: Sequence[int], base: PreTrained
     """Mean NLL that the stock model gives the continuation without its first token, behind [sink | text]."""
     tokens = torch.tensor([[*saved_model().sink_ids, *text, *continuation]])
     logits = (base or stock())(input_ids=tokens).logits[0, -len(continuation) : -1]
+    return _nll(logits, continuation)
+
+
+@torch.no_grad()
+def nll_behind(memory: MemoryKV, continuation: Sequence[int]) -> float:
+    """The same behind a memory in a cache of the stock model's own, where a mask hides from each head what it lacks."""
+    model, base, cache = saved_model(), stock(), DynamicCache()
+    longest = int(memory.counts.max())
+    hidden = torch.arange(longest) >= memory.counts[..., None]
+    for layer in range(len(memory.counts)):
+        heads = [
+            (apply_rotation(keys, *model.rope.table(places)), values) for keys, values, places in memory.layer(layer)
+        ]
+        padded = [[torch.nn.functional.pad(part, (0, 0, 0, longest - len(part))) for part in head] for head in heads]
+        keys, values = (torch.stack(parts)[None] for parts in zip(*padded, strict=True))
+        cache.update(keys, values, layer)
+    positions = torch.arange(memory.span, memory.span + len(continuation))[None]
+    with _hiding(base, hidden):
+        logits = base(torch.tensor([list(continuation)]), past_key_values=cache, position_ids=positions).logits[0]
+    return _nll(logits[:-1], continuation)
+
+
+def _nll(logits: Tensor, continuation: Sequence[int]) -> float:
     return cross_entropy(logits, torch.tensor(list(continuation[1:]))).item()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from beacon_memory.document import content_hash
 from beacon_memory.fingerprint import Fingerprint
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import BeaconKV, MemoryKV
 from beacon_memory.kv_file import DocumentHeader, WindowSpan
 
 FINGERPRINT = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
@@ -31,22 +31,31 @@ folder = Path(sys.argv[1])
 """
 
 
+def stack(slots: int, *, dtype: torch.dtype = torch.float32) -> BeaconKV:
+    """Random K/V of 2 layers and 3 kv heads with head_dim 4."""
+    return BeaconKV(torch.randn(2, 3, slots, 4).to(dtype), torch.randn(2, 3, slots, 4).to(dtype))
+
+
+def memory(span: int, entries: int, *, dtype: torch.dtype = torch.float32) -> MemoryKV:
+    """Random K/V as of `stack`, of which every head has kept what chance gave it, `entries` all together."""
+    kept = torch.zeros(6 * span, dtype=torch.bool)
+    kept[torch.randperm(6 * span)[:entries]] = True
+    return MemoryKV.chosen(stack(span, dtype=dtype), kept.view(2, 3, span))
+
+
 def sample(
     id: str = "doc", text: str = TEXT, *, dtype: torch.dtype = torch.bfloat16
-) -> tuple[DocumentHeader, BeaconKV]:
+) -> tuple[DocumentHeader, MemoryKV]:
     """A header of two windows, 4 slots of ratio 2 and 2 of ratio 4 for an incomplete unit, and K/V to fit."""
     windows = (WindowSpan(8, 2, 0, len(text) // 2), WindowSpan(5, 4, len(text) // 2, len(text)))
-    header = DocumentHeader(id, content_hash(text), 13, windows, (7, 8, 9, 10, 11), FINGERPRINT)
-    return header, BeaconKV(torch.randn(2, 3, 6, 4).to(dtype), torch.randn(2, 3, 6, 4).to(dtype))
+    header = DocumentHeader(id, content_hash(text), 13, windows, (7, 8, 9, 10, 11), "select", 13, FINGERPRINT)
+    return header, memory(13, 6 * header.slots, dtype=dtype)
 
 
-def same(ours: BeaconKV, theirs: BeaconKV) -> bool:
-    """Equal bit for bit, in dtype too."""
-    return (
-        ours.keys.dtype == theirs.keys.dtype
-        and torch.equal(ours.keys, theirs.keys)
-        and torch.equal(ours.values, theirs.values)
-    )
+def same(ours: MemoryKV, theirs: MemoryKV) -> bool:
+    """Equal bit for bit, in dtypes too."""
+    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in ("keys", "values", "places", "counts")]
+    return ours.span == theirs.span and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def start(script: str, folder: Path) -> subprocess.Popen[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kv_samples import TEXT, sample
 
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import MemoryKV
 from beacon_memory.store import MemoryStore
 
 
@@ -14,7 +14,7 @@ def files(store: MemoryStore) -> list[Path]:
     return sorted(path for path in (store.folder / "kv").rglob("*") if path.is_file())
 
 
-def put(store: MemoryStore, id: str = "doc", text: str = TEXT, **metadata: object) -> BeaconKV:
+def put(store: MemoryStore, id: str = "doc", text: str = TEXT, **metadata: object) -> MemoryKV:
     header, kv = sample(id, text)
     store.put(header, kv, text, metadata or None)
     return kv

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,7 @@ def test_a_row_and_its_text_are_read_back(catalog: Catalog) -> None:
     assert catalog.get("doc") == catalog.require("doc") == stored
     assert catalog.list() == [stored]
     assert catalog.text("doc") == "text\r\n \0 end"
-    assert stored.ratios == (2, 4)
+    assert (stored.ratios, stored.compression) == ((2, 4), "beacon")
     assert stored.metadata == {"tags": ["a", None, 1.5], "nested": {"b": True}}
 
 
@@ -229,9 +231,42 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
     assert again.created_at() == created
     again.close()
     db = Database(path)
-    assert [step.name for step in migrations.applied(db)] == ["m001_documents", "m002_passages"]
+    assert [step.name for step in migrations.applied(db)] == [
+        "m001_documents",
+        "m002_passages",
+        "m003_compression",
+    ]
     assert db.journal_mode == "wal"
     db.close()
+
+
+def test_an_old_catalog_keeps_its_documents_which_are_of_beacons(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    db = Database(path)
+    migrations.apply(db, stop_before=["m003_compression"])
+    old = {**asdict(row("doc", "about apples")), "ratios": "[2, 4]", "metadata": '{"a": 1}', "text": "about apples"}
+    del old["compression"]
+    db.table("documents").insert(old)
+    db.table("passages").insert({"document": "doc", "ordinal": 0, "start": 0, "stop": 12, "text": "about apples"})
+    db.close()
+    with contextlib.closing(Catalog(path)) as catalog:
+        (found,) = catalog.list()
+        assert (found.compression, found.ratios, found.metadata) == ("beacon", (2, 4), {"a": 1})
+        assert catalog.text("doc") == "about apples"
+        assert [hit.document for hit in catalog.search("apples")] == ["doc"]
+        assert add(catalog, "doc", "about pears", compression="select") == catalog.require("doc")
+        assert catalog.require("doc").compression == "select"
+        assert catalog.text("doc") == "about pears"
+        assert not catalog.search("apples")
+        catalog.delete("doc")
+        assert not catalog.search("pears")
+
+
+def test_rows_are_listed_without_reading_their_texts(catalog: Catalog, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "catalog.sqlite3") as connection:
+        columns = [column[1] for column in connection.execute("PRAGMA table_info(documents)")]
+    connection.close()
+    assert columns[-1] == "text"  # SQLite reads a row's pages up to the last column that was asked for
 
 
 def test_many_processes_may_create_the_same_catalog(tmp_path: Path) -> None:
@@ -257,9 +292,9 @@ def test_a_newer_catalog_says_to_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
     Catalog(path).close()
     db = Database(path)
-    db.table("_sqlite_migrations").insert({"migration_set": "beacon_memory", "name": "m003_future", "applied_at": "x"})
+    db.table("_sqlite_migrations").insert({"migration_set": "beacon_memory", "name": "m999_future", "applied_at": "x"})
     db.close()
-    with pytest.raises(StoreError, match=r"newer beacon_memory \(m003_future\); upgrade"):
+    with pytest.raises(StoreError, match=r"newer beacon_memory \(m999_future\); upgrade"):
         Catalog(path)
 
 

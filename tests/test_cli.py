@@ -56,7 +56,7 @@ def test_add_file_prints_what_machines_need(run: Run, model: Path) -> None:
     result = run("add", "roof.txt", "--ratio", "8", "--json")
     (added,) = lines(result)
     layers, heads, head_dim = BeaconModel.from_pretrained(model).kv_shape
-    slot_bytes = 2 * layers * heads * head_dim * 4  # keys and values in float32
+    slot_bytes = layers * heads * (2 * head_dim * 4 + 4)  # keys and values in float32, and where they stand
     assert result.exit_code == 0
     assert added | {"seconds": 0} == {
         "id": "roof.txt",
@@ -65,10 +65,71 @@ def test_add_file_prints_what_machines_need(run: Run, model: Path) -> None:
         "slots": -(-len(ROOF) // 8),
         "bytes": -(-len(ROOF) // 8) * slot_bytes,
         "ratios": [8],
+        "compression": "select",
         "seconds": 0,
     }
     assert isinstance(added["seconds"], float)
     assert lines(run("add", "roof.txt", "--ratio", "8", "--json"))[0]["status"] == "unchanged"
+
+
+@pytest.mark.parametrize("compression", ["beacon", "select", "hybrid"])
+def test_compression_that_add_is_told_is_shown_wherever_a_document_is(run: Run, compression: str) -> None:
+    Path("roof.txt").write_text(ROOF, encoding="utf-8")
+    arguments = ["add", "roof.txt", "--ratio", "4", "--compression", compression]
+    slots = -(-len(ROOF) // 4)
+    assert f"added roof.txt: {len(ROOF)} tokens in {slots} slots ({compression}, " in run(*arguments).stdout
+    (again,) = lines(run(*arguments, "--json"))
+    assert (again["status"], again["compression"], again["slots"]) == ("unchanged", compression, slots)
+    assert lines(run("list", "--json"))[0]["compression"] == compression
+    assert compression in run("list").stdout
+    assert json.loads(run("show", "roof.txt", "--json").stdout)["compression"] == compression
+    assert f"compression  {compression}\n" in run("show", "roof.txt").stdout
+
+
+def test_only_another_compression_makes_add_compress_again(run: Run) -> None:
+    write("a.txt")
+    statuses = [
+        (added["status"], added["compression"])
+        for name in ("auto", "select", "beacon", "beacon", "hybrid", "auto")
+        for added in lines(run("add", "a.txt", "--compression", name, "--json"))
+    ]
+    assert statuses == [
+        ("added", "select"),
+        ("unchanged", "select"),
+        ("replaced", "beacon"),
+        ("unchanged", "beacon"),
+        ("replaced", "hybrid"),
+        ("replaced", "select"),
+    ]
+    assert run("verify").exit_code == 0
+
+
+def test_question_is_answered_from_documents_of_every_compression_at_once(run: Run) -> None:
+    write("beacon.txt", "select.txt", "hybrid.txt")
+    for name in ("beacon", "select", "hybrid"):
+        assert run("add", f"{name}.txt", "--ratio", "4", "--compression", name).exit_code == 0
+    documents = [part for name in ("beacon", "select", "hybrid") for part in ("--doc", f"{name}.txt")]
+    (answer,) = lines(run("ask", "Who?", *documents, "--max-new-tokens", "4", "--json"))
+    assert answer["ids"] == ["beacon.txt", "select.txt", "hybrid.txt"]
+    assert answer["slots"] == 1 + sum(int(str(row["slots"])) for row in lines(run("list", "--json")))
+
+
+def test_tokens_can_be_chosen_by_the_attention_to_be_expected(run: Run) -> None:
+    write("a.txt", "b.txt")
+    (repeat,) = lines(run("add", "a.txt", "--compression", "select", "--json"))
+    (expected,) = lines(run("add", "b.txt", "--compression", "select", "--score", "expected", "--json"))
+    assert (expected["status"], expected["slots"], expected["bytes"]) == ("added", repeat["slots"], repeat["bytes"])
+
+
+@pytest.mark.parametrize("option", ["--compression", "--score"])
+def test_compression_or_score_that_there_is_not_is_wrong_usage_and_nothing_is_stored(run: Run, option: str) -> None:
+    write("a.txt")
+    run("add", "a.txt")
+    before = run("list", "--json").stdout
+    result = run("add", "a.txt", option, "best")
+    assert result.exit_code == 2
+    assert "'best' is not one of 'auto'" in result.stderr or "'best' is not one of 'repeat'" in result.stderr
+    assert run("list", "--json").stdout == before
 
 
 def test_add_takes_folders_globs_and_standard_input(run: Run) -> None:
@@ -199,6 +260,7 @@ def test_info_names_model_adapter_device_and_store(run: Run, model: Path, tmp_pa
     assert (shown["model"], shown["adapter"]) == (str(model), "untrained")
     assert (shown["device"], shown["dtype"], shown["positions"]) == ("cpu", "float32", 4096)
     assert (shown["store"], shown["documents"]) == (str(tmp_path / "store"), 0)
+    assert shown["compression"] == "select"  # without an adapter
 
 
 def test_help_names_every_command_and_version_is_printed(run: Run) -> None:
@@ -282,6 +344,17 @@ class TestTrain:
         assert lines(run("train", str(recipe), "run", "--json")) == [{"adapter": "run/adapter"}]
         shown = json.loads(run("info", "--adapter", "run/adapter", "--json").stdout)
         assert (shown["adapter"], shown["window"]) == ("run/adapter", 8)
+        assert shown["compression"] == "beacon"
+        Path("roof.txt").write_text(ROOF, encoding="utf-8")
+        assert lines(run("add", "roof.txt", "--adapter", "run/adapter", "--json"))[0]["compression"] == "beacon"
+
+    def test_an_adapter_may_ask_for_a_compression(self, run: Run, recipe: Path) -> None:
+        asking = recipe.read_text().replace("beacon = { ", 'beacon = { beacon_compression = "hybrid", ')
+        recipe.write_text(asking)
+        assert run("train", str(recipe), "run").exit_code == 0
+        assert json.loads(run("info", "--adapter", "run/adapter", "--json").stdout)["compression"] == "hybrid"
+        Path("roof.txt").write_text(ROOF, encoding="utf-8")
+        assert lines(run("add", "roof.txt", "--adapter", "run/adapter", "--json"))[0]["compression"] == "hybrid"
 
     def test_data_may_lie_elsewhere(self, run: Run, recipe: Path, data: Path, tmp_path: Path) -> None:
         moved = recipe.rename(tmp_path / "moved.toml")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beacon_memory.config import BeaconConfig
+from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.errors import BeaconMemoryError, ConfigError
 
 PUBLISHED_KEYS = {
@@ -24,7 +24,7 @@ PUBLISHED_KEYS = {
     "beacon_pos",
     "beacon_parallel_window",
 }
-OWN_KEYS = {"beacon_embed", "beacon_placement"}
+OWN_KEYS = {"beacon_embed", "beacon_placement", "beacon_compression", "beacon_hybrid_factor"}
 
 configs = st.builds(
     BeaconConfig,
@@ -37,6 +37,8 @@ configs = st.builds(
     beacon_embed_init=st.sampled_from(["eos", "bos"]),
     beacon_placement=st.sampled_from(["end", "salient", "salient-words"]),
     beacon_sink_size=st.integers(0, 32),
+    beacon_compression=st.sampled_from(["auto", *COMPRESSIONS]),
+    beacon_hybrid_factor=st.integers(2, 32),
 )
 
 
@@ -65,6 +67,8 @@ def test_absent_keys_mean_what_they_mean_in_published_checkpoints() -> None:
         beacon_embed_init="eos",
         beacon_placement="end",
         beacon_sink_size=0,
+        beacon_compression="auto",
+        beacon_hybrid_factor=4,
     )
 
 
@@ -123,6 +127,10 @@ def test_published_keys_without_effect_are_accepted(key: str, value: object) -> 
         ("beacon_sink_size", -1),
         ("beacon_sink_size", 1.5),
         ("beacon_sink_size", 2048),
+        ("beacon_compression", "none"),
+        ("beacon_compression", None),
+        ("beacon_hybrid_factor", 1),
+        ("beacon_hybrid_factor", 4.0),
         ("beacon_stride", 512),
         ("beacon_stride", "1024"),
         ("beacon_pos", "append"),

@@ -11,12 +11,21 @@ import pytest
 import torch
 
 from beacon_memory import BeaconMemory, BeaconModel, MissingDependencyError, default_model
+from beacon_memory.attention import MemoryCache
 from beacon_memory.compressor import BeaconCompressor
 from beacon_memory.default_model import default_adapter, ensure_default_model
 from beacon_memory.generation import Request, chat_prompt, generate, generation_config
+from beacon_memory.kv import MemoryKV
 
 ROOT = Path(__file__).parent.parent
 CHAPTER = (ROOT / "examples" / "treasure_island_chapter_1.txt").read_text(encoding="utf-8")
+HARBOUR = (
+    "The harbour of the island lies to the north, behind a wall of grey stone. The lighthouse keeper, whose name is "
+    "Josiah Tavershaw, has lived there for thirty years, with two goats and a barometer that nobody else may touch. "
+    "Every morning at seven he walks down to the pier to wait for the ferry. The ferry is called the Ombrelline; she "
+    "carries the post, flour and paraffin, and in summer a few visitors who come to see the birds. When the fog is "
+    "thick, the keeper rings a bell until she has made fast, and then the crew has coffee in his kitchen."
+)
 pytestmark = pytest.mark.slow
 
 
@@ -77,7 +86,7 @@ def test_uncompressed_memory_gives_the_answer_of_the_full_text(model: BeaconMode
     ):
         ids = memory.compressor.tokenize(CHAPTER).ids
         prompt = [*model.sink_ids, *ids, *chat_prompt(model, question, behind_memory=True)]
-        ((full,),) = generate(model, [Request(model.empty_kv(), prompt)], config)
+        ((full,),) = generate(model, [Request(MemoryKV.of(model.empty_kv()), prompt)], config)
         assert expected in full.text
         assert expected in memory.ask(question, "chapter", max_new_tokens=24).text
 
@@ -97,27 +106,33 @@ def test_beacons_keep_more_of_the_text_the_more_there_are(model: BeaconModel) ->
 def passage_loss(
     model: BeaconModel, compressor: BeaconCompressor, text: list[int], passage: list[int], ratio: int
 ) -> float:
-    from beacon_memory.generation import prefix_cache
-    from beacon_memory.kv import BeaconKV
-
-    parts = [compressor.sink]
+    memory = MemoryKV.of(compressor.sink)
     if text:
-        parts += [one.kv for one in compressor.compress([(text, compressor.ratios(len(text), ratio))])]
-    prefix = BeaconKV.concat(parts)
-    cache, mask = prefix_cache(model, [prefix])
+        ratios = compressor.ratios(len(text), ratio)
+        memory = MemoryKV.concat([memory, next(compressor.compress([(text, ratios)], compression="beacon")).kv])
     tokens = torch.tensor([passage])
-    output = model.base(
-        input_ids=tokens, attention_mask=torch.cat((mask, torch.ones_like(tokens)), dim=1), past_key_values=cache
-    )
+    output = model.base(tokens, past_key_values=MemoryCache([model.front(memory)]))
     return float(torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:]))
 
 
 def test_beacon_answers_of_the_default_model_rest_on_the_document(model: BeaconModel, tmp_path: Path) -> None:
     memory = BeaconMemory(tmp_path, model)
-    memory.add("chapter", CHAPTER, ratio=2)
+    memory.add("chapter", CHAPTER, ratio=2, compression="beacon")
     question = "Who told the captain that rum would kill him?"
     assert "Livesey" in memory.ask(question, "chapter", max_new_tokens=24).text
     assert "Livesey" not in memory.ask(question, [], max_new_tokens=24).text
+
+
+def test_chosen_tokens_answer_what_nothing_else_tells(model: BeaconModel, tmp_path: Path) -> None:
+    memory = BeaconMemory(tmp_path, model)
+    added = memory.add("harbour", HARBOUR, ratio=4, compression="select")
+    assert (added.compression, added.slots) == ("select", -(-added.tokens // 4))
+    for question, expected in (
+        ("What is the name of the lighthouse keeper?", "Tavershaw"),
+        ("What is the name of the ferry?", "Ombrelline"),
+    ):
+        assert expected in memory.ask(question, "harbour", max_new_tokens=24).text
+        assert expected not in memory.ask(question, [], max_new_tokens=24).text
 
 
 def test_example_runs(tmp_path: Path) -> None:

@@ -35,14 +35,14 @@ def test_readme_names_every_module_and_no_other() -> None:
     package = ROOT / "beacon_memory"
     modules = [path.relative_to(package) for path in package.rglob("*.py") if not path.name.startswith("__")]
     packages = {f"{path.parent}/" for path in modules if path.parent.name}
-    data = {"adapters/", "training/recipes/"}
+    data = {"adapters/", "calibration.txt", "training/recipes/"}
     assert sorted(named) == sorted({path.as_posix() for path in modules} | packages | data)
 
 
 def test_the_page_of_evaluation_names_what_there_is() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     names = (field.__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
-    for name in re.findall(r"(?:^    |, )([a-z0-9]+(?::R)?(?::N)?)(?=,|  )", names, re.MULTILINE):
+    for name in re.findall(r"(?:^    |, )([a-z0-9-]+(?::R)?(?::N)?)(?=,|  )", names, re.MULTILINE):
         assert f"`{name}`" in page, name
     for metric in METRICS:
         assert f"`{metric}`" in page, metric

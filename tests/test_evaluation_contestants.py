@@ -15,46 +15,60 @@ from evaluation_samples import (
     answer,
     contestant,
     ids_of,
+    nll_behind,
     saved_model,
     stock,
     stock_answer,
     stock_nll,
 )
 from tiny_models import some_ids
-from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.evaluation.contestants import Contestant
 from beacon_memory.evaluation.pieces import cut_middle, passage_ids
-from beacon_memory.generation import Request, chat_prompt, generate, generation_config, prefix_cache
-from beacon_memory.kv import BeaconKV
+from beacon_memory.generation import Request, chat_prompt, generate, generation_config
+from beacon_memory.kv import MemoryKV
+from beacon_memory.rope import apply_rotation
 
 TOKENS = len(TEXT)  # every byte is one
 CONTINUATION = some_ids(40, seed=7)
+HEADS = 6  # of all layers of the tiny model
+PLACE = 4  # bytes, beside the K/V of each slot of a head
+
+every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
 
 
-def prefix_of(one: Any, question: str | None = QUESTION, text: tuple[str, ...] = CONTEXT) -> BeaconKV:
-    prefix: BeaconKV = one.read(passage_ids(one.model.tokenizer, text), question).kv
+def prefix_of(one: Any, question: str | None = QUESTION, text: tuple[str, ...] = CONTEXT) -> MemoryKV:
+    prefix: MemoryKV = one.read(passage_ids(one.model.tokenizer, text), question).kv
     return prefix
 
 
-def by_hand(documents: list[list[int]], ratio: int) -> BeaconKV:
+def by_hand(documents: list[list[int]], ratio: int, compression: str = "beacon") -> MemoryKV:
     """The sink and documents, compressed one after another."""
     compressor = BeaconCompressor(saved_model())
-    memories = [next(compressor.compress([(ids, compressor.ratios(len(ids), ratio))])).kv for ids in documents]
-    return BeaconKV.concat([compressor.sink, *memories])
+    work = [[(ids, compressor.ratios(len(ids), ratio))] for ids in documents]
+    memories = [next(compressor.compress(one, compression=compression)).kv for one in work]
+    return MemoryKV.concat([MemoryKV.of(compressor.sink), *memories])
 
 
-def generated(prefix: BeaconKV) -> str:
+def generated(prefix: MemoryKV) -> str:
     model = saved_model()
     config = generation_config(model, None, {"max_new_tokens": 12, "do_sample": False})
     ((answered,),) = generate(model, [Request(prefix, chat_prompt(model, QUESTION, behind_memory=True))], config)
     return answered.text
 
 
-def same(first: BeaconKV, second: BeaconKV) -> bool:
-    return first.slots == second.slots and torch.allclose(first.keys, second.keys, atol=1e-5)
+def same(first: MemoryKV, second: MemoryKV) -> bool:
+    alike = first.span == second.span and torch.equal(first.counts, second.counts)
+    return alike and torch.equal(first.places, second.places) and torch.allclose(first.keys, second.keys, atol=1e-5)
+
+
+def slots_in(kv_bytes: int) -> float:
+    """How many slots, the mean over heads, take so many bytes."""
+    return kv_bytes / (saved_model().slot_bytes + HEADS * PLACE)
 
 
 class TestFull:
@@ -120,23 +134,30 @@ class TestTextsThatDoNotFit:
         outcome = answer(one)
         size = math.ceil(TOKENS / getattr(one, "ratio", 1))
         assert outcome.cut
-        assert outcome.kv_bytes == room * one.model.slot_bytes
+        assert slots_in(outcome.kv_bytes) == room
         assert outcome.text == stock_answer(cut_middle(ids_of(TEXT)[:size], room), base=stock(self.POSITIONS))
 
     def test_what_fits_is_not_cut(self) -> None:
         assert not answer(self.contestant("truncated:3")).cut
-        assert not answer(self.contestant("beacon:4")).cut
+        assert not any(answer(self.contestant(f"{compression}:4")).cut for compression in COMPRESSIONS)
         assert not answer(self.contestant("bm25:1")).cut  # it takes what fits
 
-    @pytest.mark.parametrize("name", ["beacon:2", "beacon:2:3"])
+    @pytest.mark.parametrize("name", ["beacon:2", "beacon:2:3", "select:2", "select:2:3", "hybrid:2"])
     def test_compressed_they_are_cut_to_what_fits_compressed(self, name: str) -> None:
         one, item = self.contestant(name), an_item(context=CONTEXT * 2)
         outcome = answer(one, item)
-        slots = outcome.kv_bytes // one.model.slot_bytes
         assert outcome.cut
-        assert self.ROOM - 3 * 16 - 3 < slots <= self.ROOM  # but for windows that are not full
+        assert self.ROOM - 3 * 16 - 3 < slots_in(outcome.kv_bytes) <= self.ROOM  # but for windows that are not full
 
-    @pytest.mark.parametrize("name", ["full", "beacon:2"])
+    def test_a_memory_whose_span_does_not_fit_is_squeezed_and_nothing_of_it_lost(self) -> None:
+        one = self.contestant("select:4")
+        prefix, alone = prefix_of(one), by_hand([ids_of(TEXT)], 4, "select")
+        assert self.ROOM - 1 <= prefix.span <= 1 + self.ROOM < alone.span == 1 + TOKENS
+        assert int(prefix.counts.sum()) == int(alone.counts.sum())
+        assert 0 <= float(prefix.places.min()) <= float(prefix.places.max()) < prefix.span
+        assert not answer(one).cut
+
+    @pytest.mark.parametrize("name", ["full", "beacon:2", "select:2", "hybrid:2"])
     def test_a_score_of_a_part_would_not_be_comparable(self, name: str) -> None:
         with pytest.raises(CapacityError, match=rf"{name}: a text of {2 * TOKENS} tokens .* 1200 positions whole"):
             self.contestant(name).score(ids_of(TEXT) * 2, CONTINUATION)
@@ -174,48 +195,89 @@ class TestRetrieved:
             contestant("bm25:4").score(ids_of(TEXT), CONTINUATION)
 
 
-class TestBeacons:
+@every_compression
+class TestCompressed:
     @pytest.mark.parametrize("ratio", [2, 4, 8])
-    def test_they_are_what_the_compressor_makes(self, ratio: int) -> None:
-        beacons, prefix = contestant(f"beacon:{ratio}"), by_hand([ids_of(TEXT)], ratio)
-        assert same(prefix_of(beacons), prefix)
-        assert answer(beacons).text == generated(prefix)
+    def test_its_memory_is_what_the_compressor_makes(self, compression: str, ratio: int) -> None:
+        one, prefix = contestant(f"{compression}:{ratio}"), by_hand([ids_of(TEXT)], ratio, compression)
+        assert same(prefix_of(one), prefix)
+        assert answer(one).text == generated(prefix)
 
-    def test_documents_are_compressed_alone_and_composed_cut_between_passages(self) -> None:
+    def test_documents_are_compressed_alone_and_composed_cut_between_passages(self, compression: str) -> None:
         ends = [0, *(sum(map(len, CONTEXT[:n])) + n - 1 for n in (2, 4, 6)), TOKENS]
         parts = [ids_of(TEXT[start:stop]) for start, stop in pairwise(ends)]
-        prefix = by_hand(parts, 4)
-        beacons = contestant("beacon:4:4")
-        assert same(prefix_of(beacons), prefix)
-        assert answer(beacons).text == generated(prefix)
-        assert not torch.equal(prefix.keys[:, :, :80], prefix_of(contestant("beacon:4")).keys[:, :, :80])
+        prefix = by_hand(parts, 4, compression)
+        composed = contestant(f"{compression}:4:4")
+        assert same(prefix_of(composed), prefix)
+        assert answer(composed).text == generated(prefix)
+        assert not same(prefix_of(composed), prefix_of(contestant(f"{compression}:4")))
 
-    def test_one_document_is_the_text(self) -> None:
-        assert torch.equal(prefix_of(contestant("beacon:4:1")).keys, prefix_of(contestant("beacon:4")).keys)
+    def test_one_document_is_the_text(self, compression: str) -> None:
+        whole = prefix_of(contestant(f"{compression}:4"))
+        assert torch.equal(prefix_of(contestant(f"{compression}:4:1")).keys, whole.keys)
 
-    def test_the_question_is_never_seen(self) -> None:
-        beacons = contestant("beacon:4")
-        assert torch.equal(prefix_of(beacons).keys, prefix_of(beacons, "How long is the Fern?").keys)
+    def test_the_question_is_never_seen(self, compression: str) -> None:
+        one = contestant(f"{compression}:4")
+        assert torch.equal(prefix_of(one).keys, prefix_of(one, "How long is the Fern?").keys)
 
-    @pytest.mark.parametrize("name", ["beacon:4", "beacon:2:3"])
-    def test_they_score_as_the_stock_model_does_behind_their_prefix(self, name: str) -> None:
-        beacons = contestant(name)
-        cache, _ = prefix_cache(saved_model(), [prefix_of(beacons, None, (TEXT,))])
-        with torch.inference_mode():
-            logits = saved_model().base(input_ids=torch.tensor([CONTINUATION]), past_key_values=cache).logits[0]
-        naive = cross_entropy(logits[:-1], torch.tensor(CONTINUATION[1:])).item()
-        assert beacons.score(ids_of(TEXT), CONTINUATION) == pytest.approx(naive, abs=1e-4)
+    @pytest.mark.parametrize("numbers", ["4", "2:3"])
+    def test_it_scores_as_the_stock_model_does_behind_its_prefix(self, compression: str, numbers: str) -> None:
+        one = contestant(f"{compression}:{numbers}")
+        naive = nll_behind(prefix_of(one, None, (TEXT,)), CONTINUATION)
+        assert one.score(ids_of(TEXT), CONTINUATION) == pytest.approx(naive, abs=1e-4)
+
+    def test_without_a_sink_a_bos_leads_the_text(self, compression: str) -> None:
+        one = contestant(f"{compression}:4", saved_model(sink=0))
+        slots = sum(math.ceil(min(32, 1 + TOKENS - at) / 4) for at in range(0, 1 + TOKENS, 32))
+        assert prefix_of(one).slots == slots
+        assert answer(one).text
+        assert math.isfinite(one.score(ids_of(TEXT), CONTINUATION))
+
+
+def test_the_expected_score_chooses_as_many_tokens_and_others() -> None:
+    repeat, expected = (prefix_of(contestant(f"{name}:4")) for name in ("select", "select-expected"))
+    assert (expected.span, len(expected.places)) == (repeat.span, len(repeat.places))
+    assert not same(expected, repeat)
+
+
+def test_beacons_take_a_position_each_and_chosen_tokens_keep_theirs() -> None:
+    beacons, chosen, both = (prefix_of(contestant(f"{compression}:4")) for compression in COMPRESSIONS)
+    assert beacons.span == beacons.slots
+    assert chosen.span == 1 + TOKENS
+    assert both.span == chosen.span + sum(math.ceil(min(32, TOKENS - at) / 16) for at in range(0, TOKENS, 32))
+    assert len(set(beacons.counts.flatten().tolist())) == 1
+    assert len(set(chosen.counts.flatten().tolist())) > 1
+    assert len(set(both.counts.flatten().tolist())) > 1
+
+
+def test_chosen_tokens_of_one_window_are_those_of_the_stock_model() -> None:
+    """Of a text that needs no memory of earlier windows: its K/V, some of them hidden from some heads."""
+    model, chosen = saved_model(), prefix_of(contestant("select:4"), None, (TEXT[:32],))
+    cache = DynamicCache()
+    with torch.no_grad():
+        stock()(torch.tensor([[*model.sink_ids, *ids_of(TEXT[:32])]]), past_key_values=cache)
+    for layer, whole in enumerate(cache.layers):
+        for head, (keys, values, places) in enumerate(chosen.layer(layer)):
+            turned = apply_rotation(keys, *model.rope.table(places))
+            assert torch.allclose(whole.keys[0, head, places], turned, atol=1e-4)  # type: ignore[union-attr, attr-defined]
+            assert torch.allclose(whole.values[0, head, places], values, atol=1e-4)  # type: ignore[union-attr, attr-defined]
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 9])
 def test_contestants_of_one_ratio_have_one_budget(ratio: int) -> None:
     slots = math.ceil(TOKENS / ratio)
     windows = -(-TOKENS // 32)
-    for name in ("truncated", "bm25", "beacon"):
+    for name in ("truncated", "bm25", *COMPRESSIONS):
         one = contestant(f"{name}:{ratio}")
-        kv_bytes = answer(one).kv_bytes
-        assert kv_bytes == (prefix_of(one).slots - 1) * one.model.slot_bytes
-        assert slots <= kv_bytes / one.model.slot_bytes <= slots + windows  # of a window's last, incomplete unit
+        kv_bytes, prefix = answer(one).kv_bytes, prefix_of(one)
+        assert slots_in(kv_bytes) == prefix.slots - 1
+        assert kv_bytes - PLACE * HEADS * (prefix.slots - 1) == (prefix.slots - 1) * one.model.slot_bytes
+        assert slots <= slots_in(kv_bytes) <= slots + windows  # of a window's last, incomplete unit
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 9])
+def test_all_compressions_keep_as_much_to_the_last_byte(ratio: int) -> None:
+    assert len({answer(contestant(f"{compression}:{ratio}")).kv_bytes for compression in COMPRESSIONS}) == 1
 
 
 class TestReading:
@@ -232,7 +294,7 @@ class TestReading:
 
     ITEMS = (an_item("One?"), an_item("Two?"), an_item("Three?", CONTEXT[:3]), an_item("Four?"))
 
-    @pytest.mark.parametrize("name", ["full", "none", "truncated:4", "beacon:4"])
+    @pytest.mark.parametrize("name", ["full", "none", "truncated:4", "beacon:4", "select:4", "hybrid:4"])
     def test_a_text_is_read_once_for_questions_that_follow_each_other(
         self, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -254,8 +316,9 @@ class TestReading:
         _, read = beacons.memory(self.ITEMS[0])
         assert all(outcome.seconds > read for outcome in beacons.answer(self.ITEMS[:2], 2))
 
-    def test_a_batch_answers_as_each_item_alone(self) -> None:
-        beacons = contestant("beacon:4")
-        together = [outcome.text for outcome in beacons.answer(self.ITEMS, 12)]
-        assert together == [answer(beacons, item).text for item in self.ITEMS]
-        assert len(set(together)) == len(self.ITEMS)
+    @every_compression
+    def test_a_batch_answers_as_each_item_alone(self, compression: str) -> None:
+        one = contestant(f"{compression}:4")
+        together = [outcome.text for outcome in one.answer(self.ITEMS, 12)]
+        assert together == [answer(one, item).text for item in self.ITEMS]
+        assert len(set(together)) > 2  # the tiny model does not mind every question

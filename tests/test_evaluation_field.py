@@ -4,9 +4,9 @@ import pytest
 from evaluation_samples import saved_model
 
 from beacon_memory.errors import InputError
-from beacon_memory.evaluation.contestants import Beacons, NoText, Retrieved, Truncated
+from beacon_memory.evaluation.contestants import Compressed, NoText, Retrieved, Truncated
 from beacon_memory.evaluation.field import contestants
-from beacon_memory.evaluation.selection import Selected
+from beacon_memory.evaluation.presses import Selected
 from beacon_memory.evaluation.untouched import Untouched
 
 KINDS = {
@@ -16,8 +16,14 @@ KINDS = {
     "truncated:8": Truncated,
     "bm25": Retrieved,
     "bm25:2": Retrieved,
-    "beacon:4": Beacons,
-    "beacon:4:3": Beacons,
+    "beacon:4": Compressed,
+    "beacon:4:3": Compressed,
+    "select:4": Compressed,
+    "select:4:3": Compressed,
+    "hybrid:4": Compressed,
+    "hybrid:4:3": Compressed,
+    "select-expected:4": Compressed,
+    "select-expected:4:3": Compressed,
     "expected:4": Selected,
     "snapkv:4": Selected,
     "kvzip:4": Selected,
@@ -28,8 +34,10 @@ def test_every_name_has_its_contestant_in_order() -> None:
     field = contestants(list(KINDS), saved_model())
     assert {one.name: type(one) for one in field} == KINDS
     assert [one.name for one in field] == list(KINDS)
-    assert (vars(field[7])["ratio"], vars(field[7])["documents"]) == (4, 3)
     assert vars(field[4])["ratio"] == 4
+    made = [tuple(vars(one)[name] for name in ("compression", "ratio", "documents")) for one in field[6:14]]
+    assert made == [(name, 4, documents) for name in ("beacon", "select", "hybrid", "select") for documents in (1, 3)]
+    assert [vars(one)["compressor"].score for one in field[6:14]] == ["repeat"] * 6 + ["expected"] * 2
 
 
 def test_presses_share_one_stock_model() -> None:
@@ -37,14 +45,14 @@ def test_presses_share_one_stock_model() -> None:
     assert vars(field[0])["stock"] is vars(field[2])["stock"]
 
 
-UNKNOWN = ("", "fulll", "Beacon:4", "full:2", "none:1", "base:1", "bm25:4:2", "beacon:4:2:1")
-MALFORMED = ("beacon", "beacon:", "beacon:x", "beacon:0", "beacon:-2", "beacon:4.5", "beacon:²", "truncated", "kvzip")
+UNKNOWN = ("", "fulll", "Beacon:4", "auto:4", "full:2", "none:1", "base:1", "bm25:4:2", "beacon:4:2:1", "select:4:2:1")
+MALFORMED = ("beacon", "beacon:", "beacon:x", "beacon:0", "beacon:-2", "beacon:4.5", "beacon:²", "select", "hybrid:0:2",
+             "truncated", "kvzip")  # fmt: skip
 REPEATED = (["full", "full"], ["full", "beacon:4", "beacon:4"])
 
 
 @pytest.mark.parametrize("names", [[], *([name] for name in UNKNOWN + MALFORMED), *REPEATED])
 def test_other_names_are_refused_with_those_that_there_are(names: list[str]) -> None:
-    with pytest.raises(
-        InputError, match=r"full, none, base, truncated:R, bm25, bm25:R, beacon:R, beacon:R:N, expected:R"
-    ):
+    known = "bm25, bm25:R, beacon:R, beacon:R:N, select:R, select:R:N, hybrid:R, hybrid:R:N, select-expected:R, "
+    with pytest.raises(InputError, match=rf"full, none, base, truncated:R, {known}"):
         contestants(names, saved_model())

@@ -1,4 +1,4 @@
-"""The facts of `generate` behind a filled cache that generation.py relies on, each pinned against the stock model."""
+"""The facts of `generate` behind a memory that generation.py relies on, each pinned against the stock model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, some_ids, tiny_model, tiny_tokenizer
-from torch import Tensor
+from stock_behind import eager, stock_reading
+from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
 
 from beacon_memory.compressor import BeaconCompressor
-from beacon_memory.config import BeaconConfig
+from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.generation import (
     Generation,
@@ -21,22 +22,29 @@ from beacon_memory.generation import (
     chat_prompt,
     generate,
     generation_config,
-    prefix_cache,
     stream,
 )
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import MemoryKV
 from beacon_memory.modeling import BeaconModel
 
-
-def make_model(family: str = "llama", **overrides: Any) -> BeaconModel:
-    return tiny_model(family, BeaconConfig(beacon_window=16), tokenizer=tiny_tokenizer(), **overrides)
+every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
 
 
-def compressed(model: BeaconModel, ids: list[int], ratio: int) -> BeaconKV:
+def make_model(name: str = "llama", window: int = 16, **overrides: Any) -> BeaconModel:
+    family, settings = MODELS[name]
+    config = BeaconConfig(beacon_window=window)
+    return tiny_model(family, config, tokenizer=tiny_tokenizer(), **settings, **overrides)
+
+
+def compressed(model: BeaconModel, ids: list[int], ratio: int, compression: str = "select") -> MemoryKV:
     """Sink and document, as they are loaded."""
     compressor = BeaconCompressor(model, reserve=0)
-    (document,) = compressor.compress([(ids, compressor.ratios(len(ids), ratio))])
-    return BeaconKV.concat([compressor.sink, document.kv])
+    (document,) = compressor.compress([(ids, compressor.ratios(len(ids), ratio))], compression=compression)
+    return MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
+
+
+def no_memory(model: BeaconModel) -> MemoryKV:
+    return MemoryKV.of(model.empty_kv())
 
 
 def greedy(model: BeaconModel, stop: str | None = None, **options: Any) -> Any:
@@ -49,53 +57,75 @@ def printable_part(model: BeaconModel, tokens: Sequence[int]) -> str:
     return next(c for c in characters[1:-1] if c.isascii() and c.isprintable() and c != characters[0])
 
 
-def greedy_by_hand(model: BeaconModel, prefix: BeaconKV, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens from full attention over [prefix | everything so far] with explicit positions, without a mask."""
-    tokens, made = list(prompt), []
-    for _ in range(count):
-        cache, _ = prefix_cache(model, [prefix])
-        positions = torch.arange(prefix.slots, prefix.slots + len(tokens))[None]
-        with torch.inference_mode():
-            output = model.base(input_ids=torch.tensor([tokens]), past_key_values=cache, position_ids=positions)
-        made.append(int(output.logits[0, -1].argmax()))
-        tokens.append(made[-1])
+def greedy_by_hand(stock: PreTrainedModel, prefix: MemoryKV, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens from full attention over [prefix | everything so far], all of it read anew for each."""
+    made: list[int] = []
+    while len(made) < count:
+        made.append(int(stock_reading(stock, [*prompt, *made], prefix).logits[-1].argmax()))
     return made
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_follow_the_prefix_at_consecutive_positions(family: str) -> None:
-    model = make_model(family)
+@pytest.mark.parametrize("name", MODELS)
+@every_compression
+def test_tokens_follow_the_prefix_at_consecutive_positions(name: str, compression: str) -> None:
+    model = make_model(name)
+    prefix, prompt = compressed(model, some_ids(40), 4, compression), some_ids(5, seed=1)
+    ((one,),) = generate(model, [Request(prefix, prompt)], greedy(model))
+    assert list(one.tokens) == greedy_by_hand(eager(name), prefix, prompt, 12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@every_compression
+def test_uncompressed_memory_answers_like_the_full_text(name: str, compression: str) -> None:
+    ids, prompt, model = some_ids(30), some_ids(6, seed=1), make_model(name)
+    prefix = compressed(model, ids, 0, compression)
+    ((behind,),) = generate(model, [Request(prefix, prompt)], greedy(model))
+    ((read,),) = generate(model, [Request(no_memory(model), [1, *ids, *prompt])], greedy(model))
+    assert behind.tokens == read.tokens
+    stock = eager(name).generate(torch.tensor([[1, *ids, *prompt]]), max_new_tokens=12, eos_token_id=None)
+    assert list(behind.tokens) == stock[0, 37:].tolist()
+
+
+@every_compression
+def test_prompt_longer_than_the_prefix_sees_all_of_the_prefix(compression: str) -> None:
+    model = make_model()
+    prefix, prompt = compressed(model, some_ids(8), 4, compression), some_ids(30, seed=1)
+    assert len(prompt) > prefix.span
+    ((one,),) = generate(model, [Request(prefix, prompt)], greedy(model))
+    assert list(one.tokens) == greedy_by_hand(eager("llama"), prefix, prompt, 12)
+
+
+def test_a_squeezed_prefix_leaves_the_prompt_right_behind_it() -> None:
+    model = make_model()
     prefix, prompt = compressed(model, some_ids(40), 4), some_ids(5, seed=1)
-    ((one,),) = generate(model, [Request(prefix, prompt)], greedy(model))
-    assert list(one.tokens) == greedy_by_hand(model, prefix, prompt, 12)
+    tokens = []
+    for span in (prefix.span, 20):
+        ((one,),) = generate(model, [Request(prefix.squeezed(span), prompt)], greedy(model))
+        assert list(one.tokens) == greedy_by_hand(eager("llama"), prefix.squeezed(span), prompt, 12)
+        tokens.append(one.tokens)
+    assert tokens[0] != tokens[1]
 
 
-def test_uncompressed_memory_answers_like_the_full_text() -> None:
-    model = make_model()
-    ids, prompt = some_ids(30), some_ids(6, seed=1)
-    ((behind,),) = generate(model, [Request(compressed(model, ids, 0)[:0], [1, *ids, *prompt])], greedy(model))
-    # windows of 64 tokens hold the whole text, so nothing of it is forgotten
-    wide = tiny_model("llama", BeaconConfig(beacon_window=64), tokenizer=tiny_tokenizer())
-    ((loaded,),) = generate(wide, [Request(compressed(wide, ids, 0), prompt)], greedy(wide))
-    assert loaded.tokens == behind.tokens
-
-
-def test_prompt_longer_than_the_prefix_sees_all_of_the_prefix() -> None:
-    """Without a mask over prefix and prompt `generate` is silently wrong just then."""
-    model = make_model()
-    prefix, prompt = compressed(model, some_ids(8), 4), some_ids(30, seed=1)
-    assert len(prompt) > prefix.slots
-    ((one,),) = generate(model, [Request(prefix, prompt)], greedy(model))
-    assert list(one.tokens) == greedy_by_hand(model, prefix, prompt, 12)
-
-
-def test_batch_of_different_prefixes_and_prompts_equals_one_at_a_time() -> None:
-    model = make_model()
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_of_different_prefixes_and_prompts_equals_one_at_a_time(name: str) -> None:
+    model = make_model(name)
     requests = [
-        Request(compressed(model, some_ids(50, seed=seed), 2 + seed), some_ids(4 + 3 * seed, seed=9 + seed))
-        for seed in range(3)
+        Request(
+            compressed(model, some_ids(50, seed=seed), 2 + seed, compression), some_ids(4 + 3 * seed, seed=9 + seed)
+        )
+        for seed, compression in enumerate(COMPRESSIONS)
     ]
-    requests.append(Request(model.empty_kv(), some_ids(7)))
+    requests.append(Request(no_memory(model), some_ids(7)))
+    together = generate(model, requests, greedy(model))
+    alone = [generate(model, [request], greedy(model))[0] for request in requests]
+    assert [one.tokens for (one,) in together] == [one.tokens for (one,) in alone]
+
+
+def test_requests_may_share_a_memory() -> None:
+    model = make_model()
+    prefix = compressed(model, some_ids(50), 4)
+    requests = [Request(prefix, some_ids(4 + seed, seed=seed)) for seed in range(3)]
+    requests.insert(1, Request(compressed(model, some_ids(20, seed=5), 2), some_ids(9)))
     together = generate(model, requests, greedy(model))
     alone = [generate(model, [request], greedy(model))[0] for request in requests]
     assert [one.tokens for (one,) in together] == [one.tokens for (one,) in alone]
@@ -103,7 +133,7 @@ def test_batch_of_different_prefixes_and_prompts_equals_one_at_a_time() -> None:
 
 @pytest.mark.parametrize("beams", [2, 4])
 def test_beams_behind_a_prefix_equal_beams_over_the_full_text(beams: int) -> None:
-    model = tiny_model("llama", BeaconConfig(beacon_window=64), tokenizer=tiny_tokenizer())
+    model = make_model()
     ids, prompt = some_ids(20), some_ids(5, seed=1)
     config = greedy(model, num_beams=beams)
     ((behind,),) = generate(model, [Request(compressed(model, ids, 0), prompt)], config)
@@ -131,38 +161,16 @@ def test_several_sequences_for_each_prompt_of_a_batch() -> None:
 def test_generating_leaves_the_stored_tensors_alone() -> None:
     model = make_model()
     prefix = compressed(model, some_ids(40), 4)
-    before = prefix.keys.clone(), prefix.values.clone()
+    before = [part.clone() for part in (prefix.keys, prefix.values, prefix.places)]
     first = generate(model, [Request(prefix, some_ids(5))], greedy(model))
     again = generate(model, [Request(prefix, some_ids(5))], greedy(model))
-    assert torch.equal(prefix.keys, before[0])
-    assert torch.equal(prefix.values, before[1])
+    assert all(torch.equal(*pair) for pair in zip((prefix.keys, prefix.values, prefix.places), before, strict=True))
     assert first[0][0].tokens == again[0][0].tokens
-
-
-def test_prefix_cache_gives_slot_j_position_j_and_pads_on_the_left() -> None:
-    model = make_model()
-    long, short = compressed(model, some_ids(40), 4), compressed(model, some_ids(9), 4)
-    cache, mask = prefix_cache(model, [long, short])
-    padding = long.slots - short.slots
-    assert mask.sum(dim=1).tolist() == [long.slots, short.slots]
-    assert mask[1, :padding].sum() == 0
-    for row, kv in enumerate((long, short)):
-        expected = stock_rotation(model, kv.keys[0], torch.arange(kv.slots))
-        torch.testing.assert_close(cache.layers[0].keys[row, :, long.slots - kv.slots :], expected)
-        torch.testing.assert_close(cache.layers[0].values[row, :, long.slots - kv.slots :], kv.values[0])
-
-
-def stock_rotation(model: BeaconModel, keys: Tensor, positions: Tensor) -> Tensor:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    cos, sin = model.base.model.rotary_emb(keys[None], positions[None])
-    rotated: Tensor = apply_rotary_pos_emb(keys[None], keys[None], cos, sin)[1]
-    return rotated[0]
 
 
 def test_too_many_positions_are_refused_before_any_work_with_the_numbers() -> None:
     model = make_model(max_position_embeddings=64)
-    prefix = compressed(model, some_ids(60), 2)
+    prefix = compressed(model, some_ids(60), 2, "beacon")
 
     def fail(*_: Any) -> None:
         raise AssertionError("the model ran")
@@ -170,6 +178,15 @@ def test_too_many_positions_are_refused_before_any_work_with_the_numbers() -> No
     model.base.model.layers[0].register_forward_pre_hook(fail)
     with pytest.raises(CapacityError, match=r"31 memory slots, 30 prompt tokens and 12 .* need 73 .* has 64"):
         generate(model, [Request(prefix, some_ids(30))], greedy(model))
+
+
+def test_what_counts_is_the_positions_that_a_memory_takes_not_its_entries() -> None:
+    model = make_model(max_position_embeddings=64)
+    prefix = compressed(model, some_ids(60), 8)
+    assert prefix.slots < 10
+    with pytest.raises(CapacityError, match=r"61 memory .*, 5 prompt tokens"):
+        generate(model, [Request(prefix, some_ids(5))], greedy(model))
+    assert generate(model, [Request(prefix.squeezed(47), some_ids(5))], greedy(model))
 
 
 def test_stop_string_ends_the_text_and_is_not_part_of_it() -> None:

@@ -156,6 +156,11 @@ def test_a_sharded_checkpoint_is_the_same_model(name: str, tmp_path: Path) -> No
     check_turns(name, load(name, tmp_path, shards=2))
 
 
+@pytest.mark.parametrize("name", names("inference")[:1])
+def test_its_texts_become_beacons(name: str, tmp_path: Path) -> None:
+    assert load(name, tmp_path).compression == "beacon"
+
+
 @pytest.mark.parametrize("name", generating())
 def test_greedy_continuation_from_an_empty_memory(name: str, tmp_path: Path) -> None:
     case, expected = cases()[name], tensors(name)

@@ -22,9 +22,9 @@ from beacon_memory import (
     InputError,
     Progress,
 )
-from beacon_memory.config import BeaconConfig
+from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.generation import Request, chat_prompt, generate, generation_config
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import MemoryKV
 from beacon_memory.modeling import BeaconModel
 
 ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n\n"
@@ -32,9 +32,11 @@ WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n
 OWLS = "Two barn owls nest above the hayloft every spring and leave in October.\n\n"
 SHORT: dict[str, Any] = {"max_new_tokens": 6}
 
+every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
 
-def make_model(**overrides: Any) -> BeaconModel:
-    settings = BeaconConfig(beacon_window=32)
+
+def make_model(*, compression: str = "auto", **overrides: Any) -> BeaconModel:
+    settings = BeaconConfig(beacon_window=32, beacon_compression=compression)
     return tiny_model("llama", settings, tokenizer=tiny_tokenizer(), max_position_embeddings=1024, **overrides)
 
 
@@ -48,15 +50,17 @@ def memory(model: BeaconModel, tmp_path: Path) -> BeaconMemory:
     return BeaconMemory(tmp_path / "store", model, reserve=100)
 
 
-def test_added_document_is_described_as_it_is_stored(memory: BeaconMemory) -> None:
-    added = memory.add("roof", ROOF, {"year": 2024}, ratio=4)
+@every_compression
+def test_added_document_is_described_as_it_is_stored(memory: BeaconMemory, compression: str) -> None:
+    added = memory.add("roof", ROOF, {"year": 2024}, ratio=4, compression=compression)
     row = memory.show("roof")
-    assert (added.id, added.status, added.ratios) == ("roof", "added", (4,))
+    assert (added.id, added.status, added.ratios, added.compression) == ("roof", "added", (4,), compression)
     assert added.tokens == len(ROOF)  # the tiny tokenizer has one token for each byte
     assert added.slots == sum(-(-min(32, len(ROOF) - at) // 4) for at in range(0, len(ROOF), 32))
     layers, heads, head_dim = memory.model.kv_shape
-    assert added.bytes == 2 * layers * heads * added.slots * head_dim * 4  # keys and values in float32
+    assert added.bytes == layers * heads * added.slots * (2 * head_dim * 4 + 4)  # keys and values in float32, places
     assert (row.tokens, row.slots, row.bytes, row.metadata) == (added.tokens, added.slots, added.bytes, {"year": 2024})
+    assert row.compression == memory.store.get("roof").header.compression == compression
     assert memory.store.text("roof") == ROOF
 
 
@@ -67,32 +71,80 @@ def test_header_says_where_each_window_lies_and_how_the_text_goes_on(memory: Bea
     assert memory.model.tokenizer.decode(header.tail_ids) == ROOF[64:]
 
 
-def test_unchanged_document_is_not_compressed_again(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = memory.add("roof", ROOF, ratio=4)
+@every_compression
+def test_unchanged_document_is_not_compressed_again(
+    memory: BeaconMemory, compression: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = memory.add("roof", ROOF, ratio=4, compression=compression)
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(memory.model, "run", fail)
-    again = memory.add("roof", ROOF, ratio=4)
-    assert again.status == "unchanged"
+    again = memory.add("roof", ROOF, ratio=4, compression=compression)
+    assert (again.status, again.compression, again.seconds) == ("unchanged", compression, 0.0)
     assert (again.tokens, again.slots, again.bytes) == (first.tokens, first.slots, first.bytes)
-    assert memory.add("roof", ROOF, {"new": True}, ratio=4).status == "unchanged"
+    assert memory.add("roof", ROOF, {"new": True}, ratio=4, compression=compression).status == "unchanged"
     assert memory.show("roof").metadata == {"new": True}
 
 
-@pytest.mark.parametrize("change", ["text", "ratio", "file"])
+@pytest.mark.parametrize("change", ["text", "ratio", "file", "compression"])
 def test_changed_document_is_compressed_again(memory: BeaconMemory, change: str) -> None:
-    memory.add("roof", ROOF, {"year": 2024}, ratio=4)
+    memory.add("roof", ROOF, {"year": 2024}, ratio=4, compression="beacon")
     if change == "file":
         path = memory.store.folder / memory.store.row("roof").file
         data = bytearray(path.read_bytes())
         data[-1] ^= 255
         path.write_bytes(data)
     text, ratio = (WELL if change == "text" else ROOF), (2 if change == "ratio" else 4)
-    assert memory.add("roof", text, ratio=ratio).status == "replaced"
+    compression = "select" if change == "compression" else "beacon"
+    assert memory.add("roof", text, ratio=ratio, compression=compression).status == "replaced"
     assert memory.verify() == []
-    assert memory.show("roof").metadata == {"year": 2024}
+    assert (memory.show("roof").metadata, memory.show("roof").compression) == ({"year": 2024}, compression)
+
+
+def test_compression_is_the_models_own_unless_one_is_named(memory: BeaconMemory, tmp_path: Path) -> None:
+    assert memory.add("roof", ROOF, ratio=4).compression == "select"  # beacons that no adapter brought
+    assert memory.add("roof", ROOF, ratio=4, compression="select").status == "unchanged"
+    for wanted in COMPRESSIONS:
+        asking = BeaconMemory(tmp_path / wanted, make_model(compression=wanted), reserve=100)
+        assert asking.add("roof", ROOF, ratio=4).compression == wanted
+        assert asking.add("roof", ROOF, ratio=4, compression="auto").status == "unchanged"
+        assert asking.add("roof", ROOF, ratio=4, compression="beacon").compression == "beacon"
+
+
+def test_compression_that_there_is_not_is_refused_and_the_store_left_as_it_was(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    before = memory.list()
+    known = r"compression='beacons' must be one of 'auto', 'beacon', 'select', 'hybrid'"
+    with pytest.raises(ConfigError, match=known):
+        memory.add("roof", WELL, compression="beacons")
+    with pytest.raises(ConfigError, match=known):
+        memory.add_many([("well", WELL)], compression="beacons")
+    assert memory.list() == before
+    assert memory.store.text("roof") == ROOF
+
+
+def test_score_that_there_is_not_is_refused_before_anything_is_stored(model: BeaconModel, tmp_path: Path) -> None:
+    memory = BeaconMemory(tmp_path / "store", model, score="guess")
+    with pytest.raises(ConfigError, match=r"score='guess' must be one of 'repeat', 'expected'"):
+        memory.add("roof", ROOF)
+    assert memory.list() == []
+
+
+@pytest.mark.parametrize("compression", ["select", "hybrid"])
+def test_score_decides_which_tokens_are_kept_and_not_how_many(
+    model: BeaconModel, tmp_path: Path, compression: str
+) -> None:
+    stored = []
+    for score in ("repeat", "expected"):
+        memory = BeaconMemory(tmp_path / score, model, reserve=100, score=score)
+        memory.add("roof", ROOF, ratio=4, compression=compression)
+        assert memory.ask("Who?", "roof", **SHORT).usage.generated_tokens > 0
+        stored.append(memory.store.get("roof").kv)
+    repeat, expected = stored
+    assert len(repeat.places) == len(expected.places)
+    assert not torch.equal(repeat.places, expected.places)
 
 
 def test_another_model_recompresses_on_add_and_is_refused_on_ask(memory: BeaconMemory, tmp_path: Path) -> None:
@@ -105,13 +157,13 @@ def test_another_model_recompresses_on_add_and_is_refused_on_ask(memory: BeaconM
 
 
 def test_answer_is_the_stock_models_behind_sink_and_documents_in_the_order_given(memory: BeaconMemory) -> None:
-    for id, text in (("roof", ROOF), ("well", WELL)):
-        memory.add(id, text, ratio=2)
+    for (id, text), compression in zip({"roof": ROOF, "well": WELL, "owls": OWLS}.items(), COMPRESSIONS, strict=True):
+        memory.add(id, text, ratio=2, compression=compression)
     model = memory.model
     prompt = chat_prompt(model, "Who?", behind_memory=True)
-    for ids in (["roof", "well"], ["well", "roof"], ["well"], []):
-        parts = [memory.compressor.sink, *(memory.store.get(id).kv for id in ids)]
-        request = Request(BeaconKV.concat(parts), prompt)
+    for ids in (["roof", "well", "owls"], ["owls", "well", "roof"], ["well"], ["owls", "roof"], []):
+        parts = [MemoryKV.of(memory.compressor.sink), *(memory.store.get(id).kv for id in ids)]
+        request = Request(MemoryKV.concat(parts), prompt)
         ((expected,),) = generate(model, [request], generation_config(model, None, SHORT))
         answer = memory.ask("Who?", ids, **SHORT)
         assert (answer.text, answer.ids) == (expected.text, tuple(ids))
@@ -165,6 +217,16 @@ def test_memories_that_do_not_fit_together_are_refused_before_any_is_read(
         memory.ask("Who?", ["a", "b"], **SHORT)
 
 
+def test_spans_that_do_not_fit_together_are_squeezed_and_answers_still_come(memory: BeaconMemory) -> None:
+    for id, text in (("a", ROOF * 7), ("b", WELL * 7)):
+        memory.add(id, text, ratio=4, compression="select")
+    spans = [memory.store.get(id).header.span for id in ("a", "b")]
+    assert sum(spans) > memory.model.max_positions > 1 + sum(memory.show(id).slots for id in ("a", "b"))
+    answer = memory.ask("Who?", ["a", "b"], **SHORT)
+    assert answer.usage.generated_tokens > 0
+    assert answer.usage.slots == 1 + sum(memory.show(id).slots for id in ("a", "b"))
+
+
 def test_document_too_long_for_the_model_is_refused_with_the_numbers(memory: BeaconMemory) -> None:
     with pytest.raises(CapacityError, match=r"document 'long': 7900 tokens at ratio 4 .*has 1024.*higher ratio"):
         memory.add("long", ROOF * 100, ratio=4)
@@ -210,15 +272,17 @@ def test_bad_document_among_many_stops_after_those_before_it(memory: BeaconMemor
     assert [row.id for row in memory.list()] == ["roof"]
 
 
-def test_bad_document_among_many_can_be_reported_and_the_others_go_on(memory: BeaconMemory) -> None:
+@every_compression
+def test_bad_document_among_many_can_be_reported_and_the_others_go_on(memory: BeaconMemory, compression: str) -> None:
     failed: list[tuple[str, BeaconMemoryError]] = []
     progress: list[Progress] = []
     told: list[Added] = []
-    memory.add("owls", OWLS, ratio=4)
+    memory.add("owls", OWLS, ratio=4, compression=compression)
     documents = [Document("owls", OWLS), Document("roof", ROOF), Document("none", ""), Document("well", WELL)]
     added = memory.add_many(
         documents,
         ratio=4,
+        compression=compression,
         progress=progress.append,
         on_added=told.append,
         on_error=lambda document, error: failed.append((document.id, error)),
@@ -229,7 +293,8 @@ def test_bad_document_among_many_can_be_reported_and_the_others_go_on(memory: Be
     assert progress[-1] == Progress(tokens=len(ROOF + WELL), begun=len(ROOF + WELL))
 
 
-def test_documents_are_stored_as_soon_as_they_are_done(memory: BeaconMemory) -> None:
+@every_compression
+def test_documents_are_stored_as_soon_as_they_are_done(memory: BeaconMemory, compression: str) -> None:
     """Interrupted while a later document is read, the earlier ones stay."""
     memory.compressor.rows_per_pass = 40
 
@@ -239,11 +304,12 @@ def test_documents_are_stored_as_soon_as_they_are_done(memory: BeaconMemory) -> 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        memory.add_many(documents(), ratio=4)
-    assert [row.id for row in memory.list()] == ["roof"]
+        memory.add_many(documents(), ratio=4, compression=compression)
+    done = ["roof"] if compression == "beacon" else ["roof", "well"]  # beacons of several documents share a pass
+    assert [row.id for row in memory.list()] == done
     assert memory.verify() == []
-    statuses = [one.status for one in memory.add_many([Document("roof", ROOF), Document("well", WELL)], ratio=4)]
-    assert statuses == ["unchanged", "added"]
+    again = memory.add_many([("roof", ROOF), ("well", WELL)], ratio=4, compression=compression)
+    assert [one.id for one in again if one.status == "unchanged"] == done
 
 
 def test_removed_document_is_gone(memory: BeaconMemory) -> None:
@@ -259,7 +325,8 @@ def test_bfloat16_memory_is_stored_in_bfloat16(tmp_path: Path) -> None:
     half.to(torch.bfloat16)
     memory = BeaconMemory(tmp_path, half, reserve=100)
     memory.add("roof", ROOF, ratio=4)
-    assert memory.store.get("roof").kv.keys.dtype == torch.bfloat16
+    stored = memory.store.get("roof").kv
+    assert (stored.keys.dtype, stored.places.dtype) == (torch.bfloat16, torch.int32)
     assert memory.ask("Who?", "roof", **SHORT).usage.generated_tokens > 0
 
 

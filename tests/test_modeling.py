@@ -7,30 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BOS, FAMILIES, VOCAB, reference_read, some_ids, tiny_base, tiny_model, tiny_tokenizer
+from stock_behind import eager, stock_reading
+from tiny_models import (
+    BOS,
+    FAMILIES,
+    MODELS,
+    VOCAB,
+    reference_read,
+    some_ids,
+    tiny_base,
+    tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+    train,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from beacon_memory.attention import MemoryCache
 from beacon_memory.compressor import BeaconCompressor
-from beacon_memory.config import BeaconConfig
+from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.errors import AdapterError, ConfigError, InputError
-from beacon_memory.generation import prefix_cache
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import MemoryKV
 from beacon_memory.kv_file import DocumentHeader, WindowSpan, read_kv_file, write_kv_file
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling import BeaconModel
-
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 128,
-    "attention_factor": 1.3,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
-    "llama with yarn": ("llama", {"rope_parameters": YARN}),
-}
 
 # how documents are read before they are composed: ours, the paper's, and beacons after words
 COMPOSED: list[dict[str, Any]] = [
@@ -39,6 +40,7 @@ COMPOSED: list[dict[str, Any]] = [
     {"beacon_placement": "salient-words"},
 ]
 
+every_raw_memory = pytest.mark.parametrize("compression", ["beacon", "select"])
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -56,6 +58,12 @@ def stock_and_ours(name: str, beacon_config: BeaconConfig) -> tuple[Any, BeaconM
 
 def close(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def answer(model: BeaconModel, memory: MemoryKV, question: list[int]) -> Tensor:
+    """Logits [1, tokens, vocab] of a question that the base reads behind a memory."""
+    logits: Tensor = model.base(torch.tensor([question]), past_key_values=MemoryCache([model.front(memory)])).logits
+    return logits
 
 
 def padded() -> dict[str, Tensor]:
@@ -97,7 +105,8 @@ class TestStockModel:
             texts.append(model.generate(**padded(), max_new_tokens=12, pad_token_id=0, **how).tolist())
         assert texts[0] == texts[1]
 
-    def test_a_pass_that_fails_leaves_it_as_it_was(self) -> None:
+    @pytest.mark.parametrize("compression", COMPRESSIONS)
+    def test_a_pass_that_fails_leaves_it_as_it_was(self, compression: str) -> None:
         stock, ours = stock_and_ours("llama", config())
 
         def fail(*_: Any) -> None:
@@ -105,19 +114,25 @@ class TestStockModel:
 
         hook = ours.base.model.layers[1].self_attn.o_proj.register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            list(BeaconCompressor(ours).compress([(some_ids(8), [2])]))
+            list(BeaconCompressor(ours).compress([(some_ids(8), [2])], compression=compression))
         hook.remove()
         ids = torch.tensor([some_ids(20)])
         assert torch.equal(ours.base(ids).logits, stock(ids).logits)
 
-    def test_threads_that_compress_do_not_disturb_it(self) -> None:
+    @pytest.mark.parametrize("compression", ["beacon", "hybrid"])
+    def test_threads_that_compress_do_not_disturb_it(self, compression: str) -> None:
         stock, ours = stock_and_ours("llama", config())
         ids, documents = torch.tensor([some_ids(20)]), [(some_ids(30, seed=seed), [2, 4, 4, 2]) for seed in range(30)]
         with torch.no_grad():
             expected = stock(ids).logits
-        alone = list(BeaconCompressor(ours).compress(documents))
+        alone = list(BeaconCompressor(ours).compress(documents, compression=compression))
         compressed: list[Any] = []
-        worker = Thread(target=lambda: compressed.extend(BeaconCompressor(ours, rows_per_pass=8).compress(documents)))
+
+        def work() -> None:
+            compressor = BeaconCompressor(ours, rows_per_pass=8)
+            compressed.extend(compressor.compress(documents, compression=compression))
+
+        worker = Thread(target=work)
         worker.start()
         same, rounds = True, 0
         with torch.no_grad():
@@ -134,40 +149,41 @@ class TestStockModel:
 class TestRawMemory:
     """Ratio 0 keeps the K/V of raw tokens, so behind them the stock model must answer as behind the tokens."""
 
-    def stored(self, model: BeaconModel, ids: list[int], folder: Path) -> BeaconKV:
+    def stored(self, model: BeaconModel, ids: list[int], folder: Path, compression: str) -> MemoryKV:
         """K/V of the tokens, once through a file."""
-        (document,) = BeaconCompressor(model).compress([(ids, [0])])
+        (document,) = BeaconCompressor(model).compress([(ids, [0])], compression=compression)
         spans = (WindowSpan(len(ids), 0, 0, len(ids)),)
-        header = DocumentHeader("a", "0" * 64, len(ids), spans, tuple(ids), model.fingerprint)
+        header = DocumentHeader(
+            "a", "0" * 64, len(ids), spans, tuple(ids), compression, document.kv.span, model.fingerprint
+        )
         write_kv_file(folder / "a.safetensors", header, document.kv)
         read, kv = read_kv_file(folder / "a.safetensors")
         assert read.fingerprint == model.fingerprint
         return kv
 
-    def answer(self, model: BeaconModel, memory: BeaconKV, question: list[int]) -> Tensor:
-        cache, mask = prefix_cache(model, [memory])
-        mask = torch.cat((mask, torch.ones(1, len(question), dtype=torch.long)), dim=1)
-        logits: Tensor = model.base(torch.tensor([question]), attention_mask=mask, past_key_values=cache).logits
-        return logits
-
     @every_model
-    def test_behind_the_sink_it_is_the_text_itself(self, name: str, tmp_path: Path) -> None:
+    @every_raw_memory
+    def test_behind_the_sink_it_is_the_text_itself(self, name: str, compression: str, tmp_path: Path) -> None:
         stock, ours = stock_and_ours(name, config(16))
         document, question = some_ids(11, seed=1), some_ids(5, seed=2)
-        memory = BeaconKV.concat([BeaconCompressor(ours).sink, self.stored(ours, document, tmp_path)])
+        sink = MemoryKV.of(BeaconCompressor(ours).sink)
+        memory = MemoryKV.concat([sink, self.stored(ours, document, tmp_path, compression)])
         expected = stock(torch.tensor([[BOS, *document, *question]])).logits[:, -5:]
-        close(self.answer(ours, memory, question), expected)
+        close(answer(ours, memory, question), expected)
 
     @every_model
-    def test_behind_another_memory_it_stands_at_later_positions(self, name: str, tmp_path: Path) -> None:
+    @every_raw_memory
+    def test_behind_another_memory_it_stands_at_later_positions(
+        self, name: str, compression: str, tmp_path: Path
+    ) -> None:
         stock, ours = stock_and_ours(name, config(16, beacon_sink_size=0))
         first, second, question = some_ids(11, seed=1), some_ids(7, seed=2), some_ids(5, seed=3)
-        memory = BeaconKV.concat([self.stored(ours, ids, tmp_path) for ids in (first, second)])
+        memory = MemoryKV.concat([self.stored(ours, ids, tmp_path, compression) for ids in (first, second)])
         seen = torch.ones(23, 23).tril()
         seen[11:18, :11] = 0  # the second document does not see the first
         mask = torch.zeros(23, 23).masked_fill(seen == 0, float("-inf"))[None, None]
         expected = stock(torch.tensor([[*first, *second, *question]]), attention_mask=mask).logits[:, -5:]
-        close(self.answer(ours, memory, question), expected)
+        close(answer(ours, memory, question), expected)
 
 
 class TestComposition:
@@ -176,7 +192,7 @@ class TestComposition:
     DOCUMENTS = ((some_ids(19, seed=1), [2, 4, 0]), (some_ids(6, seed=2), [4]))
     BRANCHES = (some_ids(5, seed=3), some_ids(1, seed=4), some_ids(9, seed=5))
 
-    def in_one_pass(self, model: BeaconModel, branches: Sequence[list[int]]) -> tuple[BeaconKV, list[Tensor]]:
+    def in_one_pass(self, model: BeaconModel, branches: Sequence[list[int]]) -> tuple[MemoryKV, list[Tensor]]:
         """The memory behind which the branches stand, and the logits of each."""
         sink = model.sink_ids
         pieces = [Piece(Cursor(), model.cut(Cursor(), sink, iter([0]), tail="close"))] if sink else []
@@ -189,7 +205,7 @@ class TestComposition:
         layout = BeaconLayout.build(pieces, model.config)
         output = model.run(layout, model.empty_kv(), keep=layout.memories[-1])
         lengths = [len(ids) for ids in branches]
-        return output.kept, list(model.head(output.hidden[-sum(lengths) :]).split(lengths))
+        return MemoryKV.of(output.kept), list(model.head(output.hidden[-sum(lengths) :]).split(lengths))
 
     @every_family
     @pytest.mark.parametrize("settings", COMPOSED, ids=str)
@@ -198,15 +214,13 @@ class TestComposition:
     ) -> None:
         model = tiny_model(family, config(**settings), tokenizer=tiny_tokenizer())
         compressor = BeaconCompressor(model)
-        stored = [next(compressor.compress([document])).kv for document in self.DOCUMENTS]
-        expected = BeaconKV.concat([compressor.sink, *stored])
+        stored = [next(compressor.compress([one], compression="beacon")).kv for one in self.DOCUMENTS]
+        expected = MemoryKV.concat([MemoryKV.of(compressor.sink), *stored])
         memory, logits = self.in_one_pass(model, self.BRANCHES)
         close(memory.keys, expected.keys)
         close(memory.values, expected.values)
         for ids, ours in zip(self.BRANCHES, logits, strict=True):
-            cache, mask = prefix_cache(model, [expected])
-            mask = torch.cat((mask, torch.ones(1, len(ids), dtype=torch.long)), dim=1)
-            close(ours, model.base(torch.tensor([ids]), attention_mask=mask, past_key_values=cache).logits[0])
+            close(ours, answer(model, expected, ids)[0])
 
     @pytest.mark.parametrize("settings", COMPOSED, ids=str)
     def test_branches_do_not_see_each_other(self, settings: dict[str, Any]) -> None:
@@ -229,14 +243,12 @@ class TestForward:
     @every_model
     @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
     def test_a_raw_window_is_the_stock_model_reading_behind_the_memory(self, name: str, attn: str) -> None:
-        stock, ours = stock_and_ours(name, config(beacon_attn=attn, beacon_sink_size=0))
+        _, ours = stock_and_ours(name, config(beacon_attn=attn, beacon_sink_size=0))
         document, question = some_ids(16, seed=1), some_ids(6, seed=2)
-        (compressed,) = BeaconCompressor(ours).compress([(document, [2, 4])])
-        cache, mask = prefix_cache(ours, [compressed.kv])
-        mask = torch.cat((mask, torch.ones(1, 6, dtype=torch.long)), dim=1)
-        answer = stock(torch.tensor([question]), attention_mask=mask, past_key_values=cache).logits
+        (compressed,) = BeaconCompressor(ours).compress([(document, [2, 4])], compression="beacon")
         read = ours(torch.tensor([document + question]), ratios=[iter([2, 4])]).logits
-        close(read[:, 16:], answer)
+        close(read[0, 16:], stock_reading(eager(name), question, compressed.kv).logits)
+        close(read[:, 16:], answer(ours, compressed.kv, question))
 
     @every_family
     def test_rows_of_a_batch_do_not_see_each_other(self, family: str) -> None:
@@ -293,10 +305,11 @@ class TestUntrained:
     def test_a_beacon_begins_as_the_token_before_it(self, family: str) -> None:
         model = tiny_model(family, config(), trained=False)
         ids = some_ids(16)
-        beacons, raw = (next(BeaconCompressor(model).compress([(ids, [r, r])])).kv for r in (4, 0))
-        anchors = torch.arange(3, 16, 4)
-        close(beacons.keys[0], raw.keys[0][:, anchors])
-        close(beacons.values[0], raw.values[0][:, anchors])
+        compressor = BeaconCompressor(model)
+        beacons, raw = (next(compressor.compress([(ids, [r, r])], compression="beacon")).kv for r in (4, 0))
+        for of_beacons, of_tokens in zip(beacons.layer(0), raw.layer(0), strict=True):
+            close(of_beacons[0], of_tokens[0][3::4])
+            close(of_beacons[1], of_tokens[1][3::4])
 
     @pytest.mark.parametrize(("init", "eos", "token"), [("eos", 2, 2), ("eos", [9, 2], 9), ("bos", 2, BOS)])
     def test_a_learned_vector_begins_as_the_eos_or_bos(self, init: str, eos: Any, token: int) -> None:
@@ -330,6 +343,33 @@ class TestUntrained:
     def test_text_cannot_be_read_without_a_tokenizer(self) -> None:
         with pytest.raises(InputError, match="tokenizer"):
             _ = tiny_model("llama", config()).tokenizer
+
+
+class TestCompression:
+    """What becomes of a text where nobody says otherwise."""
+
+    def test_untrained_beacons_leave_it_to_chosen_tokens(self) -> None:
+        assert tiny_model("llama", config(), trained=False).compression == "select"
+
+    @pytest.mark.parametrize("compression", ["auto", *COMPRESSIONS])
+    @pytest.mark.parametrize("adapter", [False, True])
+    def test_an_adapter_brings_beacons_unless_its_settings_say_otherwise(
+        self, compression: str, adapter: bool, tmp_path: Path
+    ) -> None:
+        settings = config(beacon_compression=compression)
+        base, folder = tiny_checkpoint(tmp_path / "base", tiny_base("llama")), tmp_path / "adapter"
+        train(BeaconModel.from_pretrained(base, config=settings)).save_adapter(folder)
+        how: dict[str, Any] = {"adapter": folder} if adapter else {"config": settings}
+        model = BeaconModel.from_pretrained(base, **how)
+        of_auto = "beacon" if adapter else "select"
+        assert model.compression == (of_auto if compression == "auto" else compression)
+        assert BeaconCompressor(model).compression("auto") == model.compression
+
+    def test_an_adapter_that_is_loaded_later_brings_beacons_too(self, tmp_path: Path) -> None:
+        train(tiny_model("llama", config(), tokenizer=tiny_tokenizer())).save_adapter(tmp_path)
+        model = tiny_model("llama", config(), trained=False)
+        model.load_adapter(tmp_path)
+        assert (model.adapter, model.compression) == (str(tmp_path), "beacon")
 
 
 class TestSalience:

@@ -20,6 +20,7 @@ PUBLIC = {
     "BeaconModel",
     "BeaconSequence",
     "Document",
+    "MemoryKV",
     "MemoryStore",
     "Progress",
     "Usage",

@@ -71,6 +71,13 @@ def test_rotation_is_that_of_the_stock_model(kind: str) -> None:
 
 
 @every_kind
+def test_positions_may_be_negative_or_fractional(kind: str) -> None:
+    rope, rotary = both(kind)
+    x, positions = some_rows(6), torch.tensor([-512.0, -1.0, -0.25, 0.5, 1.75, 100.125])
+    torch.testing.assert_close(rotate(rope, x, positions), stock(rotary, x, positions), atol=1e-5, rtol=0)
+
+
+@every_kind
 def test_position_zero_is_the_scaling_alone_and_can_be_taken_back(kind: str) -> None:
     rope, rotary = both(kind)
     x = some_rows()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_samples import FINGERPRINT, TEXT, finish, same, sample, start
+from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, start
 from store_samples import files, put
 
+from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import MemoryKV
 from beacon_memory.kv_file import WindowSpan
 from beacon_memory.store import MemoryStore
 
@@ -34,6 +35,7 @@ def test_a_stored_document_is_read_back_bit_for_bit(store: MemoryStore, dtype: t
     assert store.list() == [row]
     assert "doc" in store
     assert (row.tokens, row.slots, row.bytes, row.ratios) == (13, 6, kv.nbytes, (2, 4))
+    assert row.compression == "select"
     assert (row.metadata, row.fingerprint) == ({"source": "test"}, FINGERPRINT.digest)
     assert [hit.document for hit in store.search("Where is the boat?")] == ["doc"]
     assert store.verify() == []
@@ -100,6 +102,19 @@ def test_replacement_leaves_one_file_and_keeps_created_at_and_metadata(store: Me
     assert store.get("doc").row.metadata == {}
 
 
+def test_documents_of_every_compression_live_side_by_side(store: MemoryStore) -> None:
+    kept = {}
+    for compression in COMPRESSIONS:
+        header, kept[compression] = sample(compression)
+        store.put(replace(header, compression=compression), kept[compression], TEXT)
+    assert {row.id: row.compression for row in store.list()} == {name: name for name in COMPRESSIONS}
+    for name, kv in kept.items():
+        found = store.get(name)
+        assert found.header.compression == name
+        assert same(found.kv, kv)
+    assert store.verify() == []
+
+
 def test_metadata_can_be_set_alone(store: MemoryStore) -> None:
     kv = put(store)
     assert store.set_metadata("doc", {"b": 1}) == store.get("doc").row
@@ -113,10 +128,11 @@ def test_what_does_not_fit_together_is_refused_and_changes_nothing(store: Memory
     before = store.get("doc").row
     header, other = sample()
     beyond = replace(header, windows=(WindowSpan(13, 0, 0, 10_000),), tail_ids=())
-    thirteen = BeaconKV(torch.zeros(2, 3, 13, 4), torch.zeros(2, 3, 13, 4))
+    thirteen = MemoryKV.of(stack(13))
     for arguments, message in [
         ((header, other, "another text", None), "made for another text"),
-        ((header, other[:3], TEXT, None), "take 6 slots, but its K/V have 3"),
+        ((header, memory(13, 35), TEXT, None), "35 entries, but its windows take 6 slots"),
+        ((header, other.squeezed(7), TEXT, None), "squeezed"),
         ((header, other, TEXT, {"a": {1}}), "of type set"),
         ((beyond, thirteen, TEXT, None), "ends after the text's 66 characters"),
         ((header, other, "\ud800", None), "surrogate"),

@@ -11,7 +11,7 @@ from kv_samples import FINGERPRINT, TEXT, finish, same, start
 from store_samples import files, put
 
 from beacon_memory.document import content_hash
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import BeaconKV, MemoryKV
 from beacon_memory.kv_file import DocumentHeader, WindowSpan
 from beacon_memory.store import MemoryStore
 
@@ -127,9 +127,10 @@ def test_processes_that_put_at_the_same_time_lose_nothing(store: MemoryStore) ->
 def test_a_reader_sees_one_version_while_threads_replace_it(store: MemoryStore) -> None:
     def versioned(n: int) -> None:
         text = f"version {n}"
-        header = DocumentHeader("doc", content_hash(text), 2, (WindowSpan(2, 1, 0, len(text)),), (), FINGERPRINT)
+        window = WindowSpan(2, 1, 0, len(text))
+        header = DocumentHeader("doc", content_hash(text), 2, (window,), (), "beacon", 2, FINGERPRINT)
         full = torch.full((1, 1, 2, 2), float(n))
-        store.put(header, BeaconKV(full, full), text)
+        store.put(header, MemoryKV.of(BeaconKV(full, full)), text)
 
     versioned(0)
     writer = threading.Thread(target=lambda: list(map(versioned, range(1, 40))))
@@ -137,7 +138,7 @@ def test_a_reader_sees_one_version_while_threads_replace_it(store: MemoryStore) 
     seen = set()
     while writer.is_alive():
         found = store.get("doc")
-        n = int(found.kv.keys[0, 0, 0, 0])
+        n = int(found.kv.keys[0, 0])
         assert found.row.content_hash == found.header.content_hash == content_hash(f"version {n}")
         assert (found.kv.values == n).all()
         seen.add(n)

@@ -55,6 +55,7 @@ def test_a_damaged_file_is_reported_and_kept(store: MemoryStore) -> None:
     [
         ({"id": "another"}, "id"),
         ({"content_hash": "0" * 64}, "content hash"),
+        ({"compression": "hybrid"}, "compression"),
         ({"fingerprint": replace(FINGERPRINT, adapter="another")}, "fingerprint"),
         ({"windows": (WindowSpan(16, 4, 0, 1), WindowSpan(5, 4, 1, 2)), "tokens": 21}, "number of tokens"),
     ],

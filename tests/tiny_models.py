@@ -29,6 +29,19 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 BOS, EOS = 1, 2
 VOCAB = len(SPECIAL) + 256  # every byte is a token
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "attention_factor": 1.3,
+}
+# Every family, and a rotation that scales: family and settings.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama with yarn": ("llama", {"rope_parameters": YARN}),
+}
+
 _CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 _OF_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 16}}
 _CHAT = (

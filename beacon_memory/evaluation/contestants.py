@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from beacon_memory.compressor import BeaconCompressor
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.generation import Request, chat_prompt, generate, generation_config
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import MemoryKV
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from beacon_memory.modeling import BeaconModel
 
@@ -25,7 +25,7 @@ from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
 from .retrieval import rank_passages
 
 __all__ = [
-    "Beacons",
+    "Compressed",
     "Contestant",
     "NoText",
     "Outcome",
@@ -134,7 +134,7 @@ class ReadingContestant(Contestant, Generic[M]):
 class Prefix:
     """A memory that is a prefix for any question, at positions 0, 1, 2, ..."""
 
-    kv: BeaconKV
+    kv: MemoryKV
     cut: bool = False
 
 
@@ -146,13 +146,13 @@ class PrefixContestant(ReadingContestant[Prefix]):
         config = greedy(self.model, max_new_tokens)
         memories = [self.memory(item) for item in items]
         requests = [
-            Request(memory.kv, chat_prompt(self.model, item.question, behind_memory=bool(memory.kv.slots)))
+            Request(memory.kv, chat_prompt(self.model, item.question, behind_memory=bool(memory.kv.span)))
             for item, (memory, _) in zip(items, memories, strict=True)
         ]
         started = time.perf_counter()
         answers = generate(self.model, requests, config)
         each = (time.perf_counter() - started) / len(items)
-        sink = self.compressor.sink.nbytes
+        sink = MemoryKV.of(self.compressor.sink).nbytes
         return [
             Outcome(answer.text, memory.kv.nbytes - sink, seconds + each, memory.cut)
             for (answer,), (memory, seconds) in zip(answers, memories, strict=True)
@@ -162,17 +162,20 @@ class PrefixContestant(ReadingContestant[Prefix]):
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
         """See Contestant."""
         prefix = self.memory_to_continue(context).kv
-        window = Window.behind(prefix.slots, continuation)
-        layout = BeaconLayout.build([Piece(Cursor(memory=prefix.slots), [window])], self.model.config)
-        hidden = self.model.run(layout, prefix, keep=[]).hidden
+        layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, continuation)])], self.model.config)
+        hidden = self.model.run(layout, self.model.empty_kv(), [], fronts=[self.model.front(prefix)]).hidden
         return mean_nll(self.model.head(hidden[:-1]), continuation[1:])
 
-    def prefix(self, documents: Sequence[Sequence[int]], ratio: int, *, cut: bool = False) -> Prefix:
+    def prefix(
+        self, documents: Sequence[Sequence[int]], ratio: int, *, compression: str = "beacon", cut: bool = False
+    ) -> Prefix:
         """The sink and the memories of documents, composed. Ratio 0 keeps the K/V of every token."""
         lead = [] if self.model.sink_ids else self.model.leading_bos
         whole = [[*lead, *ids] for ids in documents]
         work = [(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
-        return Prefix(BeaconKV.concat([self.compressor.sink, *(one.kv for one in self.compressor.compress(work))]), cut)
+        memories = [one.kv for one in self.compressor.compress(work, compression=compression)]
+        sink = MemoryKV.of(self.compressor.sink)
+        return Prefix(MemoryKV.concat([sink, *memories], sink.slots + self.room), cut)
 
 
 class NoText(PrefixContestant):
@@ -180,7 +183,7 @@ class NoText(PrefixContestant):
 
     def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # it has no text
         """The sink alone."""
-        return Prefix(self.compressor.sink)
+        return Prefix(MemoryKV.of(self.compressor.sink))
 
 
 class Truncated(PrefixContestant):
@@ -222,20 +225,31 @@ class Retrieved(PrefixContestant):
         return self.prefix([[id for number in sorted(chosen) for id in chosen[number]]], 0)
 
 
-class Beacons(PrefixContestant):
-    """`beacon:R` and `beacon:R:N`."""
+class Compressed(PrefixContestant):
+    """`beacon:R`, `beacon:R:N` and the same of the other compressions."""
 
-    def __init__(self, name: str, model: BeaconModel, ratio: int, documents: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: BeaconModel,
+        compression: str,
+        ratio: int,
+        documents: int = 1,
+        *,
+        score: str = "repeat",
+    ) -> None:
         super().__init__(name, model)
-        self.ratio, self.documents = ratio, documents
+        self.compressor = BeaconCompressor(model, score=score)
+        self.compression, self.ratio, self.documents = compression, ratio, documents
 
     def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # compression is blind to it
         """One or more documents, compressed and composed."""
         parts = split_documents(passages, self.documents)
         if sum(self._slots(len(part) + 1) for part in parts) <= self.room:  # a bos leads where there is no sink
-            return self.prefix(parts, self.ratio)
+            return self.prefix(parts, self.ratio, compression=self.compression)
         kept = cut_middle([id for passage in passages for id in passage], self.capacity)
-        return self.prefix(split_documents([kept], self.documents), self.ratio, cut=True)
+        parts = split_documents([kept], self.documents)
+        return self.prefix(parts, self.ratio, compression=self.compression, cut=True)
 
     def _slots(self, tokens: int) -> int:
         whole, rest = divmod(tokens, self.model.config.beacon_window)

@@ -6,7 +6,10 @@
     truncated:R    the first 1/R of the text (where a continuation is scored: the last)
     bm25:R         the passages that match the question best, up to 1/R of the text, uncompressed; bm25 alone: R = 4
     beacon:R       beacons at ratio R
-    beacon:R:N     the same, the text cut into N documents that are compressed alone and composed
+    select:R       K/V of the tokens that each head needs, 1/R of all
+    select-expected:R   the same, chosen by the cheaper score
+    hybrid:R       both, beacons and K/V of chosen tokens
+    beacon:R:N     the same, the text cut into N documents that are compressed alone and composed; so for the others
     expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip as the package
                    kvpress has them
 
@@ -16,21 +19,23 @@ R counts tokens of text for each slot of K/V, so all contestants with one R have
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from transformers import PreTrainedModel
 
+from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import InputError
 from beacon_memory.modeling import BeaconModel
 
-from .contestants import Beacons, Contestant, NoText, Retrieved, Truncated
-from .selection import PRESSES, Selected, stock_model
+from .contestants import Compressed, Contestant, NoText, Retrieved, Truncated
+from .presses import PRESSES, Selected, stock_model
 from .untouched import Untouched
 
 __all__ = ["contestants"]
 
 _NAMES = (
-    *("full", "none", "base", "truncated:R", "bm25", "bm25:R", "beacon:R", "beacon:R:N"),
+    *("full", "none", "base", "truncated:R", "bm25", "bm25:R"),
+    *(f"{name}{numbers}" for name in (*COMPRESSIONS, "select-expected") for numbers in (":R", ":R:N")),
     *(f"{name}:R" for name in PRESSES),
 )
 
@@ -67,6 +72,7 @@ def _contestant(
         "base": lambda: Untouched(name, model),
         "truncated": lambda ratio: Truncated(name, model, ratio),
         "bm25": lambda ratio=4: Retrieved(name, model, ratio),
-        "beacon": lambda ratio, documents=1: Beacons(name, model, ratio, documents),
+        **{one: partial(Compressed, name, model, one) for one in COMPRESSIONS},
+        "select-expected": partial(Compressed, name, model, "select", score="expected"),
     }
     return made[kind](*numbers)

@@ -16,10 +16,12 @@ __all__ = ["run_suite"]
 
 RATIOS = (2, 4, 8)
 _BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
+_SELECTED = ("select:2", "select:4", "select:8", "select:16")
+_OTHERS = ("select-expected:4", "select-expected:8", "hybrid:4", "hybrid:8")
 _BESIDE = ("full", "none", "base", "truncated:4", "bm25:4")
-_PRESSES = tuple(f"{press}:{ratio}" for press in ("expected", "snapkv", "kvzip") for ratio in RATIOS)
+_PRESSES = ("expected:4", "snapkv:4", *(f"kvzip:{ratio}" for ratio in RATIOS))
 _COMPOSED = tuple(f"beacon:{ratio}:{count}" for ratio in (2, 4) for count in (1, 2, 4, 8))
-_SHORT = ("full", "none", "beacon:2", "beacon:4", "beacon:8")
+_SHORT = ("full", "none", "beacon:2", "select:2", "select:4", "select:8", "select:16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def _qa(name: str, source: str, names: Sequence[str]) -> _Task:
 
 
 _TASKS = (
-    _qa("qa-squad", "squad_v1.1", (*_BESIDE, *_BEACONS, *_PRESSES)),
+    _qa("qa-squad", "squad_v1.1", (*_BESIDE, *_BEACONS[:3], *_SELECTED, *_OTHERS, *_PRESSES)),
     _qa("qa-composed", "squad_v1.1", _COMPOSED),
     _qa("qa-fairytale", "fairytaleqa", _SHORT),
     _Task(
@@ -80,7 +82,7 @@ _TASKS = (
     _Task(
         "needle",
         "paul_graham_essays",
-        ("full", "beacon:2", "beacon:4", "beacon:8"),
+        ("full", "beacon:2", "select:4", "select:8", "select:16"),
         lambda e, data, _: e.needle(data, lengths=(500, 1000, 2000, 4000), depths=(0, 0.25, 0.5, 0.75, 1)),
     ),
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from beacon_memory.generation import Request, chat_prompt, generate
+from beacon_memory.kv import MemoryKV
 from beacon_memory.loading import load_base
 from beacon_memory.modeling import BeaconModel
 
@@ -31,6 +32,7 @@ class Untouched(Contestant):
     def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
         """Answer items in one batch."""
         config = greedy(self.model, max_new_tokens)
+        nothing = MemoryKV.of(self.model.empty_kv())
         requests, sizes = [], []
         for item in items:
             text = "\n".join(item.context)
@@ -39,7 +41,7 @@ class Untouched(Contestant):
             if len(kept) < len(ids):
                 text = str(self.model.tokenizer.decode(kept))
             message = f"{text}\n\n{INSTRUCTION}\nQuestion: {item.question}"
-            requests.append(Request(self.model.empty_kv(), chat_prompt(self.model, message, behind_memory=False)))
+            requests.append(Request(nothing, chat_prompt(self.model, message, behind_memory=False)))
             sizes.append((len(kept), len(kept) < len(ids)))
         started = time.perf_counter()
         answers = generate(self.model, requests, config)

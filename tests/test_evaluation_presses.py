@@ -31,7 +31,7 @@ from beacon_memory.attention import IMPLEMENTATION, beacon_attention
 from beacon_memory.errors import CapacityError, InputError, MissingDependencyError
 from beacon_memory.evaluation.field import contestants
 from beacon_memory.evaluation.pieces import cut_middle
-from beacon_memory.evaluation.selection import PRESSES, Selection
+from beacon_memory.evaluation.presses import PRESSES, Selection
 from beacon_memory.generation import chat_prompt
 
 TOKENS = len(TEXT)  # every byte is one
@@ -82,7 +82,8 @@ class TestEveryPress:
         one = contestant(f"{press}:{ratio}")
         slots = answer(one).kv_bytes / one.model.slot_bytes
         assert slots == pytest.approx(math.ceil(TOKENS / ratio), abs=1.01 / (LAYERS * HEADS))
-        assert answer(contestant(f"truncated:{ratio}")).kv_bytes == math.ceil(TOKENS / ratio) * one.model.slot_bytes
+        truncated = answer(contestant(f"truncated:{ratio}")).kv_bytes
+        assert truncated == math.ceil(TOKENS / ratio) * (one.model.slot_bytes + LAYERS * HEADS * 4)  # and their places
 
     def test_the_question_is_never_shown_to_it(self, press: str) -> None:
         one, read = contestant(f"{press}:4"), []
@@ -277,8 +278,9 @@ class TestHiddenSlots:
 def test_beacons_read_the_same_after_kvpress_has_wrapped_all_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     contestant("expected:2")  # imports kvpress
     assert ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] is not beacon_attention
-    wrapped = [answer(contestant(name)).text for name in ("full", "beacon:4")]
+    names = ("full", "beacon:4", "select:4")
+    wrapped = [answer(contestant(name)).text for name in names]
     keys_wrapped = contestant("beacon:4").read([ids_of(TEXT)], None).kv.keys
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, IMPLEMENTATION, beacon_attention)
     assert torch.equal(contestant("beacon:4").read([ids_of(TEXT)], None).kv.keys, keys_wrapped)
-    assert [answer(contestant(name)).text for name in ("full", "beacon:4")] == wrapped
+    assert [answer(contestant(name)).text for name in names] == wrapped

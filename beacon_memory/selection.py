@@ -1,0 +1,65 @@
+"""Reading a window into K/V of chosen tokens, each head its own: no training, on any supported model.
+
+All heads of all layers compete for one budget of slots. Some heads look every word up, most need next to nothing of a
+text; a budget of the same size for each would starve the former. Which tokens a head needs, `scoring` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .attention import Front
+from .kv import BeaconKV, MemoryKV
+from .layout import BeaconLayout, Cursor, Piece, Window, slots_of
+from .modeling import BeaconModel
+from .scoring import ExpectedAttention, repeated, spread
+
+__all__ = ["best", "read_raw", "read_window"]
+
+
+def read_window(
+    model: BeaconModel,
+    front: Front,
+    ids: Sequence[int],
+    ratio: int,
+    *,
+    hybrid: bool = False,
+    measured: Tensor | None = None,
+) -> MemoryKV:
+    """The memory of one window behind a memory in front of it: len(ids) / ratio slots, the mean over heads.
+
+    hybrid:   some of the slots hold beacons, at `beacon_hybrid_factor` times the ratio; they stand behind the others.
+    measured: scores of another text, `repeated`; with them the window is not repeated but its attention `expected`.
+
+    Without beacons, ratio 0 and 1 keep every token.
+    """
+    beacon_ratio = ratio * model.config.beacon_hybrid_factor if hybrid else 0
+    (window,) = model.cut(Cursor(), ids, iter([beacon_ratio]), tail="close")
+    expected = None if measured is None else ExpectedAttention(model.rope, len(ids))
+    layout = BeaconLayout.build([Piece(Cursor(), [window])], model.config)
+    kept = model.run(layout, model.empty_kv(), layout.windows[0].own, fronts=[front], watch=expected).kept
+    raw, beacons = kept[: len(ids)], kept[len(ids) :]
+    budget = slots_of(len(ids), ratio) - beacons.slots
+    if budget == len(ids):
+        return MemoryKV.of(raw)
+    if expected is None or measured is None:
+        scores = repeated(model, front, raw, ids)
+    else:
+        scores = spread(measured, expected.scores)
+    return MemoryKV.concat([MemoryKV.chosen(raw, best(scores, budget)), MemoryKV.of(beacons)])
+
+
+def read_raw(model: BeaconModel, front: Front | None, ids: Sequence[int]) -> BeaconKV:
+    """K/V of all tokens of a window, read behind a memory or behind nothing."""
+    layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
+    return model.run(layout, model.empty_kv(), layout.windows[0].own, fronts=[front]).kept
+
+
+def best(scores: Tensor, budget: int) -> Tensor:
+    """The entries with the highest scores [layers, kv_heads, tokens], `budget` for each head in the mean, as bool."""
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept.view(-1)[scores.flatten().topk(budget * scores[..., 0].numel()).indices] = True
+    return kept
