@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from training_samples import READER, a_model, a_sample
 
+from beacon_memory.attention import MemoryCache
 from beacon_memory.compressor import BeaconCompressor
-from beacon_memory.generation import prefix_cache
-from beacon_memory.kv import BeaconKV
+from beacon_memory.kv import MemoryKV
 from beacon_memory.modeling import BeaconModel
 from beacon_memory.training.losses import TrainingModel
 from beacon_memory.training.samples import Branch, Sample
@@ -32,23 +32,23 @@ every_method = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 with_and_without_reader = pytest.mark.parametrize("reader", [None, READER], ids=["no reader", "reader"])
 
 
-def behind(model: BeaconModel, sample: Sample, branch: Branch) -> Tensor:
+def behind(model: BeaconModel, sample: Sample, branch: Branch, compression: str = "beacon") -> Tensor:
     """Logits that predict a branch's labels: documents compressed one by one, then the stock model behind them."""
     compressor = BeaconCompressor(model)
     documents = zip(sample.parts, sample.ratios, strict=True)
-    memory = BeaconKV.concat([compressor.sink, *(next(compressor.compress([one])).kv for one in documents)])
-    cache, mask = prefix_cache(model, [memory])
-    mask = torch.cat((mask, torch.ones(1, len(branch.ids), dtype=torch.long)), dim=1)
-    logits = model.base(torch.tensor([branch.ids]), attention_mask=mask, past_key_values=cache).logits[0]
+    memories = [next(compressor.compress([one], compression=compression)).kv for one in documents]
+    front = model.front(MemoryKV.concat([MemoryKV.of(compressor.sink), *memories]))
+    cache = MemoryCache([front], config=model.base.config)
+    logits = model.base(torch.tensor([branch.ids]), past_key_values=cache).logits[0]
     return logits[branch.labelled - 1 : -1]  # type: ignore[no-any-return]
 
 
-def losses_behind(model: BeaconModel, sample: Sample) -> Tensor:
+def losses_behind(model: BeaconModel, sample: Sample, compression: str = "beacon") -> Tensor:
     """The cross-entropy of each label."""
-    each = [
-        cross_entropy(behind(model, sample, branch), torch.tensor(branch.ids[branch.labelled :]), reduction="none")
-        for branch in sample.branches
-    ]
+    each = []
+    for branch in sample.branches:
+        labels = torch.tensor(branch.ids[branch.labelled :])
+        each.append(cross_entropy(behind(model, sample, branch, compression), labels, reduction="none"))
     return torch.cat(each)
 
 
@@ -116,6 +116,30 @@ class TestLabels:
         close(loss(model, LONG, label_weight=3.0), 3 * loss(model, LONG))
         mixed = loss(model, LONG, label_weight=2.0, distill_weight=0.5)
         close(mixed, 2 * loss(model, LONG) + 0.5 * loss(model, LONG, label_weight=0.0, distill_weight=1.0))
+
+
+class TestHybrid:
+    """Documents of one window, whose beacons stand behind chosen tokens."""
+
+    WINDOW = a_sample([some_ids(8, seed=1)], [[2]], (some_ids(9, seed=3), 6), (some_ids(4, seed=4), 1))
+    SHORT = a_sample([some_ids(5, seed=2)], [[4]], (some_ids(7, seed=6), 2))
+
+    @every_method
+    @with_and_without_reader
+    def test_it_is_that_of_the_stock_model_behind_hybrid_memories(self, settings: dict[str, Any], reader: Any) -> None:
+        model = a_model(reader, **settings)
+        with torch.no_grad():
+            expected = [losses_behind(model, one, "hybrid") for one in (self.WINDOW, self.SHORT)]
+            ours = TrainingModel(model, hybrid=True)([self.WINDOW, self.SHORT])
+        close(ours.labels, torch.stack([one.mean() for one in expected]))
+        assert abs(float(ours.loss - loss(model, self.WINDOW, self.SHORT))) > 0.01
+
+    def test_gradient_reaches_the_beacons(self) -> None:
+        model = a_model(READER)
+        TrainingModel(model.train(), hybrid=True)([self.WINDOW]).loss.backward()
+        gradients = {name: parameter.grad for name, parameter in trained_parameters(model)}
+        for kind in ("beacon_k_proj", "beacon_v_proj", ".lora_"):
+            assert any(kind in name and gradient is not None and gradient.any() for name, gradient in gradients.items())
 
 
 class TestDistillation:

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import BOS, EOS
 from training_samples import QA, TEXT, TEXTS, a_model, a_recipe, a_stage, question_rows, write_rows
 
-from beacon_memory.errors import InputError
+from beacon_memory.errors import ConfigError, InputError
 from beacon_memory.generation import chat_prompt
 from beacon_memory.modeling import BeaconModel
 from beacon_memory.training import DataSource, Stage
@@ -141,3 +141,12 @@ class TestQuestions:
         model.tokenizer.chat_template = None
         with pytest.raises(InputError, match="no chat template"):
             samples(model, data, a_stage())
+
+
+def test_documents_of_hybrid_memories_must_fit_a_window(model: BeaconModel, data: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"tokens=\[4, 9\] of stage 'first' must fit beacon_window=8: hybrid memories"
+    ):
+        samples(model, data, a_stage(compression="hybrid", tokens=(4, 9)))
+    drawn = samples(model, data, a_stage(compression="hybrid", tokens=(4, 8)))
+    assert max(len(part) for one in drawn for part in one.parts) <= 8

@@ -326,3 +326,13 @@ def test_documents_can_be_compressed_with_what_was_trained(base: Path, data: Pat
     model = BeaconModel.from_pretrained(base, adapter, device="cpu")
     (document,) = BeaconCompressor(model).compress([(some_ids(20), [2, 4, 2])])
     assert document.kv.slots == 4 + 2 + 2
+
+
+def test_beacons_can_be_trained_beside_chosen_tokens(base: Path, data: Path, tmp_path: Path) -> None:
+    stage = a_stage(compression="hybrid", tokens=(4, 8), ratios=(2,))
+    settings = {"beacon_window": 8, "beacon_ratio": [2, 4], "beacon_compression": "hybrid"}
+    adapter = run(a_recipe(base, stage, beacon=settings), data, tmp_path / "run")
+    model = BeaconModel.from_pretrained(base, adapter, device="cpu")
+    assert model.compression == "hybrid"
+    start = dict(BeaconModel.from_pretrained(base, device="cpu").named_beacon_parameters())
+    assert any(not torch.equal(parameter, start[name]) for name, parameter in model.named_beacon_parameters())

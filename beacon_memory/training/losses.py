@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from beacon_memory.attention import Front
+from beacon_memory.kv import MemoryKV
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from beacon_memory.modeling import BeaconModel
+from beacon_memory.scoring import repeated
+from beacon_memory.selection import best, read_raw
 
 from .samples import Sample
 
@@ -35,16 +39,22 @@ class TrainingModel(nn.Module):
     label_weight:   of the cross-entropy of the labels.
     distill_weight: of KL(full || compressed) over the labels: the distribution of the same model, reader included,
                     when it reads the full text, without gradient, against the one behind the compressed memory.
+    hybrid:         branches see chosen tokens beside the beacons, as in a `hybrid` memory: the beacons learn the rest.
+                    A sample has one part then, of one window. The K/V of chosen tokens are without gradient.
     """
 
-    def __init__(self, model: BeaconModel, label_weight: float = 1.0, distill_weight: float = 0.0) -> None:
+    def __init__(
+        self, model: BeaconModel, label_weight: float = 1.0, distill_weight: float = 0.0, *, hybrid: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
+        self.hybrid = hybrid
         self.label_weight, self.distill_weight = label_weight, distill_weight
 
     def forward(self, samples: Sequence[Sample]) -> Losses:
-        """Loss of the samples, all in one pass (one more without gradient if there is distillation)."""
-        plan = _plan(self.model, samples)
+        """Loss of the samples, all in one pass; further ones, for distillation and chosen tokens, have no gradient."""
+        fronts = [self._chosen(sample) for sample in samples] if self.hybrid else []
+        plan = _plan(self.model, samples, fronts)
         ids = torch.tensor(plan.ids, device=self.model.device)
         logits = self._logits(plan)
         each = cross_entropy(logits, ids, reduction="none")
@@ -63,8 +73,20 @@ class TrainingModel(nn.Module):
     def _logits(self, plan: _Plan) -> Tensor:
         """[labels, vocab] float32: the head runs on rows that have a label, and on no other."""
         layout = BeaconLayout.build(plan.pieces, self.model.config)
-        hidden = self.model.run(layout, self.model.empty_kv(), keep=[]).hidden
+        hidden = self.model.run(layout, self.model.empty_kv(), keep=[], fronts=plan.fronts).hidden
         return self.model.head(hidden[torch.tensor(plan.rows, device=hidden.device)]).float()
+
+    @torch.no_grad()
+    def _chosen(self, sample: Sample) -> Front:
+        """The sink and the chosen tokens of a sample's only part, in front of its beacons."""
+        model = self.model
+        sink = read_raw(model, None, model.sink_ids) if model.sink_ids else model.empty_kv()
+        behind = model.front(MemoryKV.of(sink))
+        (ids,), ((ratio,),) = sample.parts, sample.ratios
+        raw = read_raw(model, behind, ids)
+        budget = slots_of(len(ids), ratio) - slots_of(len(ids), ratio * model.config.beacon_hybrid_factor)
+        chosen = MemoryKV.chosen(raw, best(repeated(model, behind, raw, ids), budget))
+        return model.front(MemoryKV.concat([MemoryKV.of(sink), chosen]))
 
 
 def _uncompressed(sample: Sample, model: BeaconModel) -> Sample:
@@ -84,10 +106,12 @@ class _Plan:
     ids: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     read: int = 0
+    fronts: list[Front | None] = field(default_factory=list)
 
-    def add(self, cursor: Cursor, windows: Sequence[Window], behind: Sequence[int]) -> int:
-        """Read a piece after those before; returns its number."""
+    def add(self, cursor: Cursor, windows: Sequence[Window], behind: Sequence[int], front: Front | None = None) -> int:
+        """Read a piece after those before, perhaps behind chosen tokens; returns its number."""
         self.pieces.append(Piece(cursor, windows, behind))
+        self.fronts.append(front)
         self.read += sum(len(window.new_ids) for window in windows)
         return len(self.pieces) - 1
 
@@ -98,25 +122,31 @@ class _Plan:
         self.samples.extend([sample] * (len(tokens) - labelled))
 
 
-def _plan(model: BeaconModel, samples: Sequence[Sample]) -> _Plan:
-    """Lay all samples out in one pass: the sink once, the parts behind it, the branches behind their parts."""
+def _plan(model: BeaconModel, samples: Sequence[Sample], fronts: Sequence[Front] = ()) -> _Plan:
+    """Lay all samples out in one pass: the sink once, the parts behind it, the branches behind their parts.
+
+    fronts: for hybrid memories, the sink and the chosen tokens of each sample.
+    """
     plan = _Plan()
     sink = model.sink_ids
-    front = [plan.add(Cursor(), model.cut(Cursor(), sink, iter([0]), tail="close"), ())] if sink else []
+    first = [plan.add(Cursor(), model.cut(Cursor(), sink, iter([0]), tail="close"), ())] if sink else []
     start = Cursor(memory=len(sink))
+    factor = model.config.beacon_hybrid_factor if fronts else 1
     for number, sample in enumerate(samples):
-        composed, slots = list(front), len(sink)
+        composed, slots = ([], 0) if fronts else (list(first), len(sink))
         for part, ratios in zip(sample.parts, sample.ratios, strict=True):
             if sample.label_text:
                 plan.label(plan.read, part, 1, number)
             # what nothing stands behind needs no beacons in its last window, as in BeaconModel.forward
-            windows = model.cut(start, part, iter(ratios), tail="close" if sample.branches else "raw")
-            composed.append(plan.add(start, windows, front))
+            tail = "close" if sample.branches else "raw"
+            windows = model.cut(start, part, (factor * ratio for ratio in ratios), tail=tail)
+            composed.append(plan.add(start, windows, first))
             slots += sum(slots_of(len(window.ids), window.ratio) for window in windows)
         row = plan.read
         for branch in sample.branches:
             plan.label(row, branch.ids, branch.labelled, number)
             row += len(branch.ids)
         if sample.branches:
-            plan.add(Cursor(memory=slots), [Window.behind(slots, branch.ids) for branch in sample.branches], composed)
+            windows = [Window.behind(slots, branch.ids) for branch in sample.branches]
+            plan.add(Cursor(memory=slots), windows, composed, fronts[number] if fronts else None)
     return plan

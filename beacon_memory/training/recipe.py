@@ -92,6 +92,8 @@ class Stage:
     parts:           into how many independently compressed parts a document is split: one of these at random.
     ratios:          what windows draw their ratio from; 0 reads them uncompressed. Default: the adapter's.
     ratio_per:       `window`: a ratio for each window, as in the paper; `document`: one for all its windows.
+    compression:     `beacon`; or `hybrid`: what is predicted sees chosen tokens beside the beacons, see
+                     `beacon_hybrid_factor`. Then `tokens` must fit a window, `parts` be [1] and no ratio 0.
     branches:        most questions on one document; they share its compression.
     continuation:    tokens behind a text that are read raw and predicted from its memory; with `label_text` also 0.
     label_text:      also predict the raw tokens of the text's own windows, each from the memory in front of it.
@@ -111,6 +113,7 @@ class Stage:
     parts: tuple[int, ...] = (1,)
     ratios: tuple[int, ...] = ()
     ratio_per: str = "window"
+    compression: str = "beacon"
     branches: int = 12
     continuation: int = 256
     label_text: bool = False
@@ -137,6 +140,10 @@ class Stage:
         _require(bool(self.parts) and min(self.parts) >= 1, "parts", self.parts, "whole numbers of at least 1")
         _require(min(self.ratios, default=0) >= 0, "ratios", self.ratios, "whole numbers of at least 0")
         _require(self.ratio_per in ("window", "document"), "ratio_per", self.ratio_per, "'window' or 'document'")
+        _require(self.compression in ("beacon", "hybrid"), "compression", self.compression, "'beacon' or 'hybrid'")
+        if self.compression == "hybrid":
+            _require(0 not in self.ratios, "ratios", self.ratios, "above 0 with compression = 'hybrid'")
+            _require(set(self.parts) == {1}, "parts", self.parts, "[1] with compression = 'hybrid'")
         least = 0 if self.label_text else 2
         _require(self.continuation >= least, "continuation", self.continuation, f"at least {least}")
         for name in ("label_weight", "distill_weight", "weight_decay", "max_grad_norm"):

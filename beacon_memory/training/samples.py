@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from beacon_memory.errors import InputError
+from beacon_memory.errors import ConfigError, InputError
 from beacon_memory.generation import chat_prompt
 from beacon_memory.modeling import BeaconModel
 
@@ -67,6 +67,14 @@ class SampleSet(Dataset[Sample]):
         self.ratios = stage.ratios or model.config.beacon_ratio
         # a sink stands in front of every document; without one, a document begins with the tokenizer's bos, if any
         self.lead = [] if model.sink_ids else model.leading_bos
+        window = model.config.beacon_window
+        if stage.compression == "hybrid" and model.config.beacon_attn != "hidden":
+            raise ConfigError(f"compression='hybrid' of stage {stage.name!r} needs beacon_attn='hidden'")
+        if stage.compression == "hybrid" and len(self.lead) + stage.tokens[1] > window:
+            raise ConfigError(
+                f"tokens={list(stage.tokens)} of stage {stage.name!r} must fit beacon_window={window}: hybrid memories "
+                "are trained on documents of one window"
+            )
         self.draws = [self._source(source, folder) for source in stage.data]
         self.weights = [source.weight for source in stage.data]
 

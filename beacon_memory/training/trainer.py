@@ -85,7 +85,7 @@ def _run_stage(model: BeaconModel, recipe: Recipe, stage: Stage, data: Path, fol
     arguments = _arguments(model, recipe, stage, folder)
     size = stage.steps * stage.batch_size * stage.accumulate * arguments.world_size
     trainer = _BeaconTrainer(
-        model=TrainingModel(model, stage.label_weight, stage.distill_weight),
+        model=TrainingModel(model, stage.label_weight, stage.distill_weight, hybrid=stage.compression == "hybrid"),
         args=arguments,
         train_dataset=SampleSet(model, recipe, stage, data, size),
         data_collator=lambda samples: {"samples": samples},
