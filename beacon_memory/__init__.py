@@ -1,8 +1,9 @@
 """Long-term memory for local LLM agents.
 
-A document is read once, offline: Activation Beacon (arXiv 2401.03462) compresses it to the keys and values of a few
-beacon tokens at every layer. At query time they are loaded as a KV prefix of the model, and the prompt holds only the
-question. Start with `BeaconMemory`; everything named in `__all__` is public and imported when it is first used.
+A document is read once, offline, and compressed to a fraction of its keys and values: those of a few beacon tokens
+(Activation Beacon, arXiv 2401.03462), or those of the tokens that each head needs. At query time they are loaded in
+front of the prompt, which holds only the question. Start with `BeaconMemory`; everything named in `__all__` is public
+and imported when it is first used.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def _attend_behind(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
@@ -199,15 +199,16 @@ def _attend_behind(
     groups = len(query) // len(key)
     blocks = front or [(slice(0, len(key)), key[:, :0], value[:, :0])]
     longest = max(keys.shape[1] for _, keys, _ in blocks)
-    wide = None if mask is None else pad(mask, (longest, 0))
+    # The memory comes last: so the mask of every head begins where the tensor does, which CUDA's kernels need.
+    wide = pad(mask, (0, longest))
     output = []
     for heads, keys, values in blocks:
         of_heads = slice(heads.start * groups, heads.stop * groups)
         attended = scaled_dot_product_attention(
             query[None, of_heads],
-            _for_queries(torch.cat((keys, key[heads]), dim=1), groups),
-            _for_queries(torch.cat((values, value[heads]), dim=1), groups),
-            attn_mask=None if wide is None else wide[:, longest - keys.shape[1] :],
+            _for_queries(torch.cat((key[heads], keys), dim=1), groups),
+            _for_queries(torch.cat((value[heads], values), dim=1), groups),
+            attn_mask=wide[:, : key.shape[1] + keys.shape[1]],
             dropout_p=dropout,
             scale=scaling,
         )

@@ -116,7 +116,7 @@ class BeaconCompressor:
     def ratios(self, tokens: int, ratio: Ratio) -> list[int]:
         """The ratio of each window of a document of so many tokens.
 
-        ratio: raw tokens per beacon; `auto` for the smallest of 2 to 32 that leaves `reserve` positions; or a list
+        ratio: raw tokens per slot; `auto` for the smallest of 2 to 32 that leaves `reserve` positions; or a list
         with one ratio for each window. Raises ConfigError for another value, InputError for no tokens and
         CapacityError, with the numbers, for a document that would not fit.
         """

@@ -49,7 +49,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer took, in positions of the model: memory slots loaded (sink included), prompt and answer."""
+    """What an answer took: memory slots loaded (sink included, the mean over heads), tokens of prompt and answer."""
 
     slots: int
     prompt_tokens: int

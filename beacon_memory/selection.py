@@ -60,6 +60,6 @@ def read_raw(model: BeaconModel, front: Front | None, ids: Sequence[int]) -> Bea
 
 def best(scores: Tensor, budget: int) -> Tensor:
     """The entries with the highest scores [layers, kv_heads, tokens], `budget` for each head in the mean, as bool."""
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept.view(-1)[scores.flatten().topk(budget * scores[..., 0].numel()).indices] = True
-    return kept
+    kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    kept[scores.flatten().topk(budget * scores[..., 0].numel()).indices] = True
+    return kept.view(scores.shape)

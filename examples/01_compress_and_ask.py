@@ -1,4 +1,4 @@
-"""Read a chapter once, keep it as beacon K/V, and answer questions from that alone.
+"""Read a chapter once, keep a part of its keys and values, and answer questions from that alone.
 
     python examples/01_compress_and_ask.py
 

@@ -13,6 +13,7 @@ from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from beacon_memory import attention
 from beacon_memory.attention import Front, MemoryCache
 from beacon_memory.config import BeaconConfig
 from beacon_memory.kv import BeaconKV, MemoryKV
@@ -194,6 +195,22 @@ def test_bf16_is_close_to_float32(ids: list[int]) -> None:
     for rounded in (answer(model, memory, ids), run(model, [memory], [ids])[0]):
         assert rounded.dtype == torch.bfloat16
         assert float((rounded.float() - exact).norm() / exact.norm()) < 0.1
+
+
+def test_masks_of_uneven_heads_begin_where_their_tensor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory-efficient kernels of CUDA refuse a mask that begins at an address that is not aligned, or fail."""
+    stock, model = both("llama")
+    attend, offsets = attention.scaled_dot_product_attention, []
+
+    def noting(*args: Any, attn_mask: Tensor, **kwargs: Any) -> Tensor:
+        offsets.append(attn_mask.storage_offset())
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noting)
+    memory = uneven(stock)
+    answer(model, memory)
+    run(model, [memory], [QUESTION])
+    assert set(offsets) == {0}
 
 
 class TestFront:

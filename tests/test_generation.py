@@ -176,7 +176,7 @@ def test_too_many_positions_are_refused_before_any_work_with_the_numbers() -> No
         raise AssertionError("the model ran")
 
     model.base.model.layers[0].register_forward_pre_hook(fail)
-    with pytest.raises(CapacityError, match=r"31 memory slots, 30 prompt tokens and 12 .* need 73 .* has 64"):
+    with pytest.raises(CapacityError, match=r"31 positions of memory, 30 prompt tokens and 12 .* need 73 .* has 64"):
         generate(model, [Request(prefix, some_ids(30))], greedy(model))
 
 
@@ -184,7 +184,7 @@ def test_what_counts_is_the_positions_that_a_memory_takes_not_its_entries() -> N
     model = make_model(max_position_embeddings=64)
     prefix = compressed(model, some_ids(60), 8)
     assert prefix.slots < 10
-    with pytest.raises(CapacityError, match=r"61 memory .*, 5 prompt tokens"):
+    with pytest.raises(CapacityError, match=r"61 positions of memory, 5 prompt tokens"):
         generate(model, [Request(prefix, some_ids(5))], greedy(model))
     assert generate(model, [Request(prefix.squeezed(47), some_ids(5))], greedy(model))
 

@@ -125,11 +125,9 @@ def test_compression_that_there_is_not_is_refused_and_the_store_left_as_it_was(m
     assert memory.store.text("roof") == ROOF
 
 
-def test_score_that_there_is_not_is_refused_before_anything_is_stored(model: BeaconModel, tmp_path: Path) -> None:
-    memory = BeaconMemory(tmp_path / "store", model, score="guess")
+def test_score_that_there_is_not_is_refused_at_once(model: BeaconModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"score='guess' must be one of 'repeat', 'expected'"):
-        memory.add("roof", ROOF)
-    assert memory.list() == []
+        BeaconMemory(tmp_path / "store", model, score="guess")
 
 
 @pytest.mark.parametrize("compression", ["select", "hybrid"])
@@ -213,7 +211,7 @@ def test_memories_that_do_not_fit_together_are_refused_before_any_is_read(
         memory.add(id, ROOF * 7, ratio=1)
     monkeypatch.setattr(memory.store, "get", lambda *_: pytest.fail("a document was read"))
     slots = 1 + 2 * memory.show("a").slots
-    with pytest.raises(CapacityError, match=rf"{slots} memory slots.*has 1024.*higher ratio"):
+    with pytest.raises(CapacityError, match=rf"{slots} positions of memory.*has 1024.*higher ratio"):
         memory.ask("Who?", ["a", "b"], **SHORT)
 
 

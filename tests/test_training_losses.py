@@ -124,7 +124,7 @@ class TestHybrid:
     WINDOW = a_sample([some_ids(8, seed=1)], [[2]], (some_ids(9, seed=3), 6), (some_ids(4, seed=4), 1))
     SHORT = a_sample([some_ids(5, seed=2)], [[4]], (some_ids(7, seed=6), 2))
 
-    @every_method
+    @pytest.mark.parametrize("settings", [{}, {"beacon_sink_size": 0}, {"beacon_placement": "salient-words"}], ids=str)
     @with_and_without_reader
     def test_it_is_that_of_the_stock_model_behind_hybrid_memories(self, settings: dict[str, Any], reader: Any) -> None:
         model = a_model(reader, **settings)

@@ -132,7 +132,7 @@ class ReadingContestant(Contestant, Generic[M]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """A memory that is a prefix for any question, at positions 0, 1, 2, ..."""
+    """A memory that stands in front of any question, the sink included."""
 
     kv: MemoryKV
     cut: bool = False
