@@ -12,7 +12,7 @@ from pathlib import Path
 from beacon_memory import BeaconMemory
 
 CHAPTER = Path(__file__).with_name("treasure_island_chapter_1.txt")
-RATIOS = (0, 2, 4, 8)  # 0 keeps the K/V of every token
+RATIOS = (0, 2, 4, 8, 16)  # 0 keeps the K/V of every token
 QUESTIONS = (
     "Who told the captain that rum would kill him?",
     "What is the name of the inn?",
