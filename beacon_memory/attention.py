@@ -197,22 +197,20 @@ def _attend_behind(
     scores. Returns [heads, rows, head_dim].
     """
     groups = len(query) // len(key)
-    blocks = front or [(slice(0, len(key)), key[:, :0], value[:, :0])]
-    longest = max(keys.shape[1] for _, keys, _ in blocks)
+
+    def attend(heads: slice, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        rows = query[None, heads.start * groups : heads.stop * groups]
+        of_queries = _for_queries(keys, groups), _for_queries(values, groups)
+        return scaled_dot_product_attention(rows, *of_queries, attn_mask=seen, dropout_p=dropout, scale=scaling)[0]
+
+    if not front:
+        return attend(slice(0, len(key)), key, value, mask)
     # The memory comes last: so the mask of every head begins where the tensor does, which CUDA's kernels need.
-    wide = pad(mask, (0, longest))
+    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in front)))
     output = []
-    for heads, keys, values in blocks:
-        of_heads = slice(heads.start * groups, heads.stop * groups)
-        attended = scaled_dot_product_attention(
-            query[None, of_heads],
-            _for_queries(torch.cat((key[heads], keys), dim=1), groups),
-            _for_queries(torch.cat((value[heads], values), dim=1), groups),
-            attn_mask=wide[:, : key.shape[1] + keys.shape[1]],
-            dropout_p=dropout,
-            scale=scaling,
-        )
-        output.append(attended[0])
+    for heads, keys, values in front:
+        all_keys, all_values = torch.cat((key[heads], keys), dim=1), torch.cat((value[heads], values), dim=1)
+        output.append(attend(heads, all_keys, all_values, wide[:, : all_keys.shape[1]]))
     return torch.cat(output)
 
 

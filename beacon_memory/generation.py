@@ -148,7 +148,10 @@ def generate(
     prompt_mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
     prefixes = {id(request.prefix): request.prefix for request in requests}  # questions on one memory share it
     fronts = {key: model.front(prefix) for key, prefix in prefixes.items()}
-    cache = MemoryCache([fronts[id(request.prefix)] for request in requests], config=model.base.config)
+    behind = any(request.prefix.slots for request in requests)  # what stands behind nothing is stock altogether
+    cache = MemoryCache(
+        [fronts[id(request.prefix)] for request in requests] if behind else (), config=model.base.config
+    )
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
