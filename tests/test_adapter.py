@@ -85,7 +85,8 @@ def assert_same_model(ours: BeaconModel, theirs: BeaconModel) -> None:
     for name, parameter in parameters(theirs).items():
         assert torch.equal(parameters(ours)[name], parameter), name
     document = (some_ids(21), [2, 4, 2])
-    kv, expected = (next(BeaconCompressor(model).compress([document], compression="beacon")).kv for model in (ours, theirs))
+    compressors = (BeaconCompressor(model) for model in (ours, theirs))
+    kv, expected = (next(one.compress([document], compression="beacon")).kv for one in compressors)
     assert torch.equal(kv.keys, expected.keys)
     assert torch.equal(kv.values, expected.values)
     assert ours.fingerprint == theirs.fingerprint
