@@ -193,8 +193,8 @@ def _attend_behind(
 ) -> Tensor:
     """Attention of one sequence to a memory in front of it, which every row sees, and to itself.
 
-    query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim], all rotated; mask: [rows, own], added to the
-    scores. Returns [heads, rows, head_dim].
+    query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim], all rotated; mask: [rows, own], bool or added
+    to the scores. Returns [heads, rows, head_dim].
     """
     groups = len(query) // len(key)
 
@@ -206,7 +206,7 @@ def _attend_behind(
     if not front:
         return attend(slice(0, len(key)), key, value, mask)
     # The memory comes last: so the mask of every head begins where the tensor does, which CUDA's kernels need.
-    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in front)))
+    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in front)), value=mask.dtype == torch.bool)  # seen by all
     output = []
     for heads, keys, values in front:
         all_keys, all_values = torch.cat((key[heads], keys), dim=1), torch.cat((value[heads], values), dim=1)
@@ -239,8 +239,6 @@ def _attend_behind_fronts(
     if attention_mask is None:
         attention_mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
     mask = attention_mask[:, 0, :, :own].expand(batch, -1, -1)
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
     output = [
         _attend_behind(front.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
         for row, front in enumerate(fronts)

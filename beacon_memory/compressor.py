@@ -17,7 +17,7 @@ from .layout import Window
 from .modeling import BeaconModel
 from .ratio import auto_ratio, positions_needed, too_long, window_ratios
 from .scoring import PIECE, repeated
-from .selection import read_raw, read_window
+from .selection import read_raw, read_sink, read_window
 from .sequence import SequenceState, advance
 
 __all__ = ["BeaconCompressor", "CompressedDocument", "CompressedWindow", "TokenizedText", "check_score"]
@@ -88,11 +88,10 @@ class BeaconCompressor:
 
     @property
     def sink(self) -> BeaconKV:
-        """K/V of the sink, the same for every document of a model; of no slots where the model has none."""
+        """See `read_sink`; read once."""
         if self._sink is None:
             with torch.inference_mode():
-                ids = self.model.sink_ids
-                self._sink = read_raw(self.model, None, ids) if ids else self.model.empty_kv()
+                self._sink = read_sink(self.model)
         return self._sink
 
     def _scores(self) -> Tensor | None:

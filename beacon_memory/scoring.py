@@ -49,20 +49,27 @@ def spread(measured: Tensor, ranking: Tensor) -> Tensor:
     return torch.empty_like(falling).scatter_(-1, ranking.argsort(dim=-1, descending=True), falling)
 
 
-class _Received:
+class _Scores:
+    """What a `Watch` made of the attention of each layer, in their order."""
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
+
+    @property
+    def scores(self) -> Tensor:
+        """[layers, kv_heads, tokens] float32."""
+        return torch.stack(self.layers)
+
+
+class _Received(_Scores):
     """Hears of the attention of a pass (a `Watch`) and adds up the squares of the weights that memory slots receive.
 
     spans: the rows of each branch, first and stop; a branch sees itself and the memory, not the others.
     """
 
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
         self.spans = spans
-        self.layers: list[Tensor] = []
-
-    @property
-    def scores(self) -> Tensor:
-        """[layers, kv_heads, slots] float32."""
-        return torch.stack(self.layers)
 
     def __call__(
         self, _layer: int, _sequence: int, query: Tensor, key: Tensor, memory: int, front: Sequence[Block]
@@ -82,25 +89,21 @@ class _Received:
         self.layers.append(received)
 
 
-class ExpectedAttention:
+class ExpectedAttention(_Scores):
     """Hears of a pass over one window (a `Watch`) and works out what its tokens may expect of the queries behind it.
 
     With mean m and covariance C of a head's queries before RoPE, both rotated by the mean rotation over the next
-    positions, a key k expects the weight exp(k m + k C k / 2), over the sum of these (as the package kvpress has it).
+    positions, a key k expects the weight exp(k m + k C k / 2), over the sum of these (as the package kvpress has it);
+    scores are comparable within a head only.
     """
 
     def __init__(self, rope: Rope, tokens: int) -> None:
+        super().__init__()
         here = rope.table(torch.arange(tokens, device=rope.inv_freq.device))
         self.inverse = [part / rope.scaling**2 for part in here]  # takes the scaling back too
         future = torch.arange(tokens, tokens + _FUTURE, device=rope.inv_freq.device)
         self.future = [part.mean(0) for part in rope.table(future)]
         self.tokens = tokens
-        self.layers: list[Tensor] = []
-
-    @property
-    def scores(self) -> Tensor:
-        """[layers, kv_heads, tokens] float32; comparable within a head only."""
-        return torch.stack(self.layers)
 
     def __call__(
         self, _layer: int, _sequence: int, query: Tensor, key: Tensor, _memory: int, _front: Sequence[Block]

@@ -17,7 +17,7 @@ from .layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from .modeling import BeaconModel
 from .scoring import ExpectedAttention, repeated, spread
 
-__all__ = ["best", "read_raw", "read_window"]
+__all__ = ["best", "read_raw", "read_sink", "read_window"]
 
 
 def read_window(
@@ -56,6 +56,11 @@ def read_raw(model: BeaconModel, front: Front | None, ids: Sequence[int]) -> Bea
     """K/V of all tokens of a window, read behind a memory or behind nothing."""
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
     return model.run(layout, model.empty_kv(), layout.windows[0].own, fronts=[front]).kept
+
+
+def read_sink(model: BeaconModel) -> BeaconKV:
+    """K/V of the sink, the same for every document of a model; of no slots where the model has none."""
+    return read_raw(model, None, model.sink_ids) if model.sink_ids else model.empty_kv()
 
 
 def best(scores: Tensor, budget: int) -> Tensor:

@@ -14,7 +14,7 @@ from beacon_memory.kv import MemoryKV
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from beacon_memory.modeling import BeaconModel
 from beacon_memory.scoring import repeated
-from beacon_memory.selection import best, read_raw
+from beacon_memory.selection import best, read_raw, read_sink
 
 from .samples import Sample
 
@@ -80,13 +80,13 @@ class TrainingModel(nn.Module):
     def _chosen(self, sample: Sample) -> Front:
         """The sink and the chosen tokens of a sample's only part, in front of its beacons."""
         model = self.model
-        sink = read_raw(model, None, model.sink_ids) if model.sink_ids else model.empty_kv()
-        behind = model.front(MemoryKV.of(sink))
+        sink = MemoryKV.of(read_sink(model))
+        behind = model.front(sink)
         (ids,), ((ratio,),) = sample.parts, sample.ratios
         raw = read_raw(model, behind, ids)
         budget = slots_of(len(ids), ratio) - slots_of(len(ids), ratio * model.config.beacon_hybrid_factor)
         chosen = MemoryKV.chosen(raw, best(repeated(model, behind, raw, ids), budget))
-        return model.front(MemoryKV.concat([MemoryKV.of(sink), chosen]))
+        return model.front(MemoryKV.concat([sink, chosen]))
 
 
 def _uncompressed(sample: Sample, model: BeaconModel) -> Sample:
