@@ -16,7 +16,9 @@ from .errors import *  # noqa: F403  # the exceptions are public, every one
 
 if TYPE_CHECKING:
     from .compressor import BeaconCompressor as BeaconCompressor
+    from .compressor import Work as Work
     from .config import BeaconConfig as BeaconConfig
+    from .document import Label as Label
     from .kv import BeaconKV as BeaconKV
     from .kv import MemoryKV as MemoryKV
     from .memory import BeaconMemory as BeaconMemory
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .results import Progress as Progress
     from .results import Usage as Usage
     from .sequence import BeaconSequence as BeaconSequence
+    from .session import Session as Session
     from .store import MemoryStore as MemoryStore
 
 __version__ = "0.1.0"
@@ -41,10 +44,13 @@ _LAZY = {
     "BeaconModel": "modeling",
     "BeaconSequence": "sequence",
     "Document": "results",
+    "Label": "document",
     "MemoryKV": "kv",
     "MemoryStore": "store",
     "Progress": "results",
+    "Session": "session",
     "Usage": "results",
+    "Work": "compressor",
 }
 
 __all__ = sorted([*_LAZY, *errors.__all__, "__version__"])  # noqa: PLE0605  # a list, sorted from what there is

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .compressor import BeaconCompressor
+from .compressor import BeaconCompressor, Work
 from .generation import Request, chat_prompt, generate, generation_config
 from .kv import MemoryKV
 from .memory import BeaconMemory
@@ -119,7 +119,7 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
     shorts = [ids[at : at + _SHORT] for at in range(0, len(ids), _SHORT)]
 
     def compress(documents: list[list[int]]) -> Callable[[], object]:
-        work = [(one, compressor.ratios(len(one), ratio)) for one in documents]
+        work = [Work(one, compressor.ratios(len(one), ratio)) for one in documents]
         return lambda: list(compressor.compress(work, compression="beacon"))
 
     @torch.inference_mode()
@@ -182,7 +182,7 @@ def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: s
     """Bytes that this process takes at most while it compresses so many tokens."""
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     compressor = BeaconCompressor(loaded)
-    work = [(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
+    work = [Work(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
     if loaded.device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
         list(compressor.compress(work, compression="beacon"))

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import __version__, cli_eval
-from .errors import BeaconMemoryError, InputError
-from .options import Adapter, AsJson, Compression, Device, Dtype, DtypeOption, Model, Score, Store
-from .terminal import (
-    answer_fields,
-    note_usage,
-    print_fields,
-    print_json,
-    print_rows,
-    remarks,
-    reported,
-    row_fields,
-    say,
+from . import __version__, cli_eval, cli_store
+from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
+from .options import (
+    Adapter,
+    AsJson,
+    Compression,
+    Device,
+    Dtype,
+    DtypeOption,
+    Model,
+    Namespace,
+    Precision,
+    Score,
+    ScoreOption,
+    Store,
+    expiry,
+    open_memory,
+    quiet,
 )
+from .terminal import answer_fields, compressing, note_usage, print_fields, print_json, reported, say
 
 if TYPE_CHECKING:
     from .memory import BeaconMemory
     from .results import Added
     from .sources import Source
-    from .store import MemoryStore
 
 __all__ = ["app", "main"]
 
@@ -47,14 +53,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(cli_store.app)
 app.add_typer(cli_eval.app, name="eval")
-
-
-def default_store() -> Path:
-    """The store of a user who names none."""
-    import platformdirs
-
-    return platformdirs.user_data_path("beacon-memory") / "store"
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,14 +89,24 @@ def add(
             "adapter; hybrid: both; auto: what the adapter asks for, select without one."
         ),
     ] = Compression.AUTO,
-    score: Annotated[
-        Score,
+    score: ScoreOption = Score.REPEAT,
+    precision: Annotated[
+        Precision,
         typer.Option(
-            help="How select and hybrid choose tokens: repeat, by what heads read of them while the model repeats the "
-            "text; expected, by the attention to be expected, which is worse and saves a pass."
+            help="What to keep the K/V in: int8 takes about half of the 16-bit ones, int4 a quarter; auto: what the "
+            "settings of the store say, else as computed."
         ),
-    ] = Score.REPEAT,
+    ] = Precision.AUTO,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag to find it by; repeat it for several.")] = None,
+    pin: Annotated[
+        bool | None,
+        typer.Option("--pin/--no-pin", help="Whether a quota must never evict it.", show_default=False),
+    ] = None,
+    ttl: Annotated[
+        str | None, typer.Option(help="Time to live from now, after which it is gone: 90m, 12h, 30d, 8w.")
+    ] = None,
     store: Store = None,
+    namespace: Namespace = "",
     model: Model = None,
     adapter: Adapter = None,
     device: Device = None,
@@ -106,67 +116,99 @@ def add(
     """Read documents once and store them compressed.
 
     A document that is stored already and has not changed is skipped, so an interrupted run can just be repeated.
-    With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, seconds.
+    It keeps its tags, pin and time to live where none are given.
+
+    With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
     from .sources import find_sources
 
     with reported():
-        chosen: int | str = int(ratio) if ratio.lstrip("-").isdigit() else ratio
+        label = {"tags": tag or None, "pinned": pin, "expires_at": None if ttl is None else expiry(ttl)}
+        chosen: int | str = int(ratio) if re.fullmatch("-?[0-9]+", ratio) else ratio
         sources, skipped = find_sources(paths, id)
         for one in skipped:
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
         if not sources:
             raise InputError("there is nothing to add: no text or markdown file was found")
-        memory = _memory(store, model, adapter, device, dtype, score)
-        failed = _add_all(memory, sources, chosen, compression.value, as_json)
+        memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        failed = _add_all(memory, sources, label, (chosen, compression.value, precision.value), as_json)
     if failed:
         raise typer.Exit(1)
 
 
-def _add_all(memory: BeaconMemory, sources: list[Source], ratio: int | str, compression: str, as_json: bool) -> int:
-    """Add all sources behind a progress bar; returns how many could not be."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _add_all(
+    memory: BeaconMemory, sources: list[Source], label: dict[str, Any], how: tuple[int | str, str, str], as_json: bool
+) -> int:
+    """Add all sources behind a progress bar; returns how many could not be. how: ratio, compression, precision."""
     from .results import Document
-    from .results import Progress as Advance
     from .sources import read_source
 
     failed: list[str] = []
 
     def failure(document: Document, error: BeaconMemoryError) -> None:
         failed.append(document.id)
-        bar.advance(whole)
+        bar.document()
         say(as_json, {"id": document.id, "status": "failed", "reason": str(error)})
 
     def documents() -> Iterator[Document]:
         for source in sources:
             try:
-                text = read_source(source)
-            except InputError as error:
+                text, metadata = read_source(source), _metadata(memory, source)
+            except BeaconMemoryError as error:
                 failure(Document(source.id, ""), error)
                 continue
-            yield Document(source.id, text, {"path": str(source.path.absolute())} if source.path else None)
+            yield Document(source.id, text, metadata, **label)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    def stored(added: Added) -> None:
+        bar.document()
+        say(as_json, asdict(added))
+
     memory.compressor  # noqa: B018  # load the model before the bar shows
-    # with standard output in a pipe rich would send what is printed there to the bar's console
-    with Progress(*columns, console=remarks(), transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-        estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
-        tokens = bar.add_task("tokens", total=max(1, estimate))
-        whole = bar.add_task("documents", total=len(sources))
-
-        def advanced(progress: Advance) -> None:
-            last = bar.tasks[whole].remaining == 1
-            bar.update(
-                tokens, completed=progress.tokens, total=progress.begun if last else max(estimate, progress.begun)
-            )
-
-        def stored(added: Added) -> None:
-            bar.advance(whole)
-            say(as_json, asdict(added))
-
-        memory.add_many(documents(), ratio, compression, progress=advanced, on_added=stored, on_error=failure)
+    estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
+    with compressing(len(sources), estimate) as bar:
+        memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
     return len(failed)
+
+
+def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
+    """What a document has already, and where its text is from now."""
+    if source.path is None:
+        return None
+    with contextlib.suppress(DocumentNotFoundError):
+        return {**memory.show(source.id).metadata, "path": str(source.path.absolute())}
+    return {"path": str(source.path.absolute())}
+
+
+@app.command()
+def append(
+    id: Annotated[str, typer.Argument(help="Id of the document.")],
+    path: Annotated[
+        str, typer.Argument(help="Text file whose text comes behind the document's; - for standard input.")
+    ],
+    ratio: Annotated[
+        int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
+    ] = None,
+    score: ScoreOption = Score.REPEAT,
+    store: Store = None,
+    namespace: Namespace = "",
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Put more text behind a stored document: only its last window is read again.
+
+    Compression and precision stay. With another --score than it was added with, all of it is read again.
+
+    With --json one object: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
+    """
+    from .sources import STDIN, Source, read_source
+
+    with reported("the document is as it was"):
+        source = Source(id, None) if path == STDIN else Source(path, Path(path))
+        memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        say(as_json, asdict(memory.append(id, read_source(source), ratio)))
 
 
 @app.command()
@@ -183,6 +225,7 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="End the answer at this text; repeat it for several.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     store: Store = None,
+    namespace: Namespace = "",
     model: Model = None,
     adapter: Adapter = None,
     device: Device = None,
@@ -198,18 +241,18 @@ def ask(
     with reported():
         if stream and as_json:
             raise InputError("--stream prints text and --json one object: choose one")
-        memory = _memory(store, model, adapter, device, dtype)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
-        if stream:
-            for piece in memory.stream(question, doc or None, limit=limit, stop=stop, seed=seed, **options):
-                if isinstance(piece, Answer):
-                    typer.echo()
-                    note_usage(piece)
-                else:
-                    typer.echo(piece, nl=False)
-            return
-        answer = memory.ask(question, doc or None, limit=limit, stop=stop, seed=seed, **options)
+        with open_memory(store, namespace, model, adapter, device, dtype) as memory:  # closing notes what was used
+            if stream:
+                for piece in memory.stream(question, doc or None, **options):
+                    if isinstance(piece, Answer):
+                        typer.echo()
+                        note_usage(piece)
+                    else:
+                        typer.echo(piece, nl=False)
+                return
+            answer = memory.ask(question, doc or None, **options)
         if as_json:
             print_json(answer_fields(answer))
         else:
@@ -217,84 +260,24 @@ def ask(
             note_usage(answer)
 
 
-@app.command("list")
-def list_documents(store: Store = None, as_json: AsJson = False) -> None:
-    """List the stored documents. With --json one object a line."""
-    with reported():
-        rows = _store(store).list()
-        if as_json:
-            for row in rows:
-                print_json(row_fields(row))
-        elif rows:
-            print_rows(rows)
-        else:
-            remarks().print("nothing is stored yet; add documents with: beacon-memory add PATH")
-
-
-@app.command()
-def show(
-    id: Annotated[str, typer.Argument(help="Id of the document.")],
-    text: Annotated[bool, typer.Option("--text", help="Print the source text instead.")] = False,
-    store: Store = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what is known of a document."""
-    with reported():
-        documents = _store(store)
-        row = documents.row(id)
-        if text:
-            typer.echo(documents.text(id), nl=False)
-        else:
-            fields = row_fields(row) | {"file": str(documents.folder / row.file), "fingerprint": row.fingerprint}
-            print_fields(fields, as_json)
-
-
-@app.command()
-def remove(
-    ids: Annotated[list[str], typer.Argument(help="Ids of the documents.", metavar="ID...")],
-    store: Store = None,
-    as_json: AsJson = False,
-) -> None:
-    """Forget documents."""
-    with reported():
-        documents = _store(store)
-        for row in [documents.row(id) for id in dict.fromkeys(ids)]:  # all must exist before the first goes
-            documents.delete(row.id)
-            say(as_json, {"id": row.id, "status": "removed"})
-
-
-@app.command()
-def verify(
-    repair: Annotated[bool, typer.Option("--repair", help="Remove files that a crash left behind.")] = False,
-    store: Store = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read every stored file in full and report what is wrong; exits with 1 if something is."""
-    with reported():
-        documents = _store(store)
-        problems = documents.verify(repair=repair)
-        for problem in problems:
-            fields = asdict(problem) | {"path": str(problem.path) if problem.path else None}
-            print_json(fields) if as_json else typer.echo(f"{problem.kind}: {problem.message}")
-        if not as_json:
-            remarks().print(f"{len(documents.list())} documents, {len(problems)} problems")
-    if any(not problem.removed for problem in problems):
-        raise typer.Exit(1)
-
-
 @app.command()
 def info(
     store: Store = None,
+    namespace: Namespace = "",
     model: Model = None,
     adapter: Adapter = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Show model, adapter, device and store."""
+    """Show model, adapter, device and store.
+
+    With --json one object: model, adapter, device, dtype, positions, window, ratios, compression, fingerprint, store,
+    namespace, documents, bytes.
+    """
     with reported():
-        memory = _memory(store, model, adapter, device, dtype)
-        loaded, rows = memory.model, memory.list()
+        memory = open_memory(store, namespace, model, adapter, device, dtype)
+        loaded, kept = memory.model, memory.store.totals()
         fields = {
             "model": loaded.base.config.name_or_path,
             "adapter": loaded.adapter,
@@ -305,29 +288,45 @@ def info(
             "ratios": list(loaded.config.beacon_ratio),
             "compression": loaded.compression,
             "fingerprint": loaded.fingerprint.digest,
-            "store": str(memory.store.folder),
-            "documents": len(rows),
-            "bytes": sum(row.bytes for row in rows),
+            "store": str(memory.store.root),
+            "namespace": namespace,
+            "documents": kept.documents,
+            "bytes": kept.bytes,
         }
         print_fields(fields, as_json)
 
 
 @app.command()
 def bench(
-    tokens: Annotated[int, typer.Option(help="Length of the document, in tokens.", min=256)] = 8000,
-    ratio: Annotated[int, typer.Option(help="Ratio at which speed is measured.", min=1)] = 8,
+    what: Annotated[
+        Literal["model", "store"],
+        typer.Argument(
+            help="model: speed and memory against the stock model; store: speed of a store of many documents, which "
+            "needs no model."
+        ),
+    ] = "model",
+    tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
+    ratio: Annotated[int, typer.Option(help="Of a model: ratio at which speed is measured.", min=1)] = 8,
+    rows: Annotated[
+        int, typer.Option(help="Of a store: how many documents. A million take some minutes and 2.5 GB.", min=1000)
+    ] = 1_000_000,
     model: Model = None,
     adapter: Adapter = None,
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Measure speed and memory against the stock model, on this machine, as one table."""
-    with reported():
+    """Measure speed, and memory, on this machine, as one table."""
+    with reported("nothing is left behind"):
         from . import bench as measure
 
-        _quiet()
-        figures = measure.run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
+        quiet()
+        if what == "store":
+            from . import bench_store
+
+            figures = bench_store.run(rows)
+        else:
+            figures = measure.run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:
@@ -362,36 +361,9 @@ def train(
         if data is None and recipe in training.shipped_recipes():
             raise InputError(f"the recipe {recipe!r} is shipped without its data; name their folder with --data")
         run = training.train  # refuses before anything is loaded if the extra is not installed
-        _quiet()
+        quiet()
         adapter = run(settings, file.parent, data or file.parent, output, device)
         print_json({"adapter": str(adapter)}) if as_json else typer.echo(adapter)
-
-
-def _memory(
-    store: Path | None,
-    model: str | None,
-    adapter: str | None,
-    device: str | None,
-    dtype: Dtype,
-    score: Score = Score.REPEAT,
-) -> BeaconMemory:
-    from .memory import BeaconMemory
-
-    _quiet()
-    return BeaconMemory(store or default_store(), model, adapter, device=device, dtype=dtype.value, score=score.value)
-
-
-def _store(store: Path | None) -> MemoryStore:
-    from .store import MemoryStore
-
-    return MemoryStore(store or default_store())
-
-
-def _quiet() -> None:
-    """No progress bars for loading weights, which take no time worth showing."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def main() -> None:

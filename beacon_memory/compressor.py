@@ -1,26 +1,30 @@
-"""Compressing documents: to beacons, many to a pass, or to K/V of chosen tokens, window by window."""
+"""Compressing documents: to beacons, many to a pass, or to K/V of chosen tokens, window by window.
+
+Both go on where an earlier compression stopped, see `Work`: a window's memory depends on nothing behind the window.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from .config import COMPRESSIONS
-from .errors import CapacityError, ConfigError
+from .errors import CapacityError, ConfigError, InputError
 from .kv import BeaconKV, MemoryKV
-from .layout import Window
+from .layout import Window, slots_of
 from .modeling import BeaconModel
 from .ratio import auto_ratio, positions_needed, too_long, window_ratios
 from .scoring import PIECE, repeated
-from .selection import read_raw, read_sink, read_window
+from .selection import read_raw, read_sink, read_window, span_of
 from .sequence import SequenceState, advance
 
-__all__ = ["BeaconCompressor", "CompressedDocument", "CompressedWindow", "TokenizedText", "check_score"]
+__all__ = ["BeaconCompressor", "CompressedDocument", "CompressedWindow", "TokenizedText", "Work", "check_score"]
 
 SCORES = ("repeat", "expected")
 Ratio = int | str | Sequence[int]
@@ -38,13 +42,39 @@ class TokenizedText:
     offsets: list[tuple[int, int]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """A document to compress, from its start or from where an earlier compression stopped.
+
+    ids:     token ids of the whole document.
+    ratios:  the ratio of each window, see `BeaconCompressor.ratios`.
+    read:    the memory, without the sink, of the first `windows` windows, which are not read again.
+    windows: how many windows that is, all of them full.
+
+    An earlier compression of the same kind and `method`, by the same model, must have read these very ids at these very
+    ratios into `read`: of this only the sizes are checked.
+    """
+
+    ids: Sequence[int]
+    ratios: Sequence[int]
+    read: MemoryKV | None = None
+    windows: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class CompressedWindow:
-    """A window of a compressed document: its raw tokens, its ratio, and where it starts among the document's tokens."""
+    """A window of a compressed document.
+
+    first:  where it starts among the document's tokens.
+    tokens: its raw tokens.
+    ratio:  raw tokens per slot.
+    span:   positions that it takes of the document's memory; those of all windows, in their order, make up the whole.
+    """
 
     first: int
     tokens: int
     ratio: int
+    span: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,55 +170,103 @@ class BeaconCompressor:
             )
         return chosen
 
+    def method(self, compression: str) -> dict[str, str | int]:
+        """What else decides how a text becomes slots, by name: to be recorded with it.
+
+        compression: not `auto`, see `compression`. Raises ConfigError for that, and for one that there is not.
+        """
+        if compression not in COMPRESSIONS:
+            raise ConfigError(f"compression={compression!r} must be one of {', '.join(map(repr, COMPRESSIONS))}")
+        if compression == "beacon":
+            return {}
+        of_beacons = {"hybrid_factor": self.model.config.beacon_hybrid_factor} if compression == "hybrid" else {}
+        return {"score": self.score, **of_beacons}
+
     def compress(
         self,
-        documents: Iterable[tuple[Sequence[int], Sequence[int]]],
+        documents: Iterable[Work],
         progress: Callable[[int], None] = lambda _: None,
         *,
         compression: str = "auto",
     ) -> Iterator[CompressedDocument]:
-        """Compress documents, given as token ids and the ratio of each window (see `ratios`), in their order.
+        """Compress documents, in their order.
 
-        A document is yielded as soon as its last window was read; `documents` is only read as far as one pass needs.
-        `progress` is called after each pass with the raw tokens it read. compression: `beacon`, `select` (K/V of chosen
-        tokens), `hybrid` (both) or `auto`, the model's own.
+        A document is yielded, whole, as soon as its last window was read; one of which all was read before takes no
+        pass. `documents` is only read as far as one pass needs. `progress` is called after each pass with the raw
+        tokens it read. compression: `beacon`, `select` (K/V of chosen tokens), `hybrid` (both) or `auto`, the model's
+        own. Raises InputError for a document whose `read` cannot be the memory of its first `windows` windows.
         """
         compression = self.compression(compression)
         if compression == "beacon":
             return self._to_beacons(documents, progress)
-        return (self._choose(ids, ratios, compression == "hybrid", progress) for ids, ratios in documents)
+        return (self._choose(work, compression, progress) for work in documents)
+
+    def _windows(self, work: Work, compression: str) -> tuple[CompressedWindow, ...]:
+        """The windows of a document as they will be, or were, compressed."""
+        config, windows = self.model.config, []
+        factor = config.beacon_hybrid_factor if compression == "hybrid" else 0
+        for number, ratio in enumerate(window_ratios(len(work.ids), work.ratios, config)):
+            first = number * config.beacon_window
+            tokens = min(config.beacon_window, len(work.ids) - first)
+            span = slots_of(tokens, ratio) if compression == "beacon" else span_of(tokens, ratio, factor)
+            windows.append(CompressedWindow(first, tokens, ratio, span))
+        return tuple(windows)
+
+    def _read_before(self, work: Work, windows: Sequence[CompressedWindow]) -> list[MemoryKV]:
+        """The memory of each window that was read before. Raises InputError where it cannot be that of these windows.
+
+        They go on as parts of their own, because a memory that is squeezed is squeezed part by part.
+        """
+        full = len(work.ids) // self.model.config.beacon_window
+        if not 0 <= work.windows <= full:
+            raise InputError(f"windows={work.windows} cannot have been read before: the document has {full} full ones")
+        read = MemoryKV.of(self.model.empty_kv()) if work.read is None else work.read
+        read = read.to(self.model.device, self.model.dtype)
+        ends = list(accumulate((window.span for window in windows[: work.windows]), initial=0))
+        if read.span != ends[-1]:
+            raise InputError(f"read spans {read.span} positions, but the first {work.windows} windows take {ends[-1]}")
+        parts = [read.between(start, stop) for start, stop in pairwise(ends)]
+        heads = math.prod(self.model.kv_shape[:2])
+        for number, (part, window) in enumerate(zip(parts, windows, strict=False)):
+            entries = heads * slots_of(window.tokens, window.ratio)
+            if len(part.keys) != entries:
+                raise InputError(
+                    f"read has {len(part.keys)} entries of window {number}, which at ratio {window.ratio} leaves "
+                    f"{entries} in {heads} heads"
+                )
+        return parts
 
     @torch.inference_mode()
-    def _choose(
-        self, ids: Sequence[int], ratios: Sequence[int], hybrid: bool, progress: Callable[[int], None]
-    ) -> CompressedDocument:
+    def _choose(self, work: Work, compression: str, progress: Callable[[int], None]) -> CompressedDocument:
         """Read a document window by window, each behind the memory of those before it."""
-        size = self.model.config.beacon_window
-        parts, windows, measured = [MemoryKV.of(self.sink)], [], self._scores()
-        for number, ratio in enumerate(window_ratios(len(ids), ratios, self.model.config)):
-            window = ids[number * size : (number + 1) * size]
-            room = max(1, self.model.max_positions - len(window) - min(PIECE, len(window)))
+        windows = self._windows(work, compression)
+        parts = [MemoryKV.of(self.sink), *self._read_before(work, windows)]
+        for window in windows[work.windows :]:
+            ids = work.ids[window.first : window.first + window.tokens]
+            room = max(1, self.model.max_positions - len(ids) - min(PIECE, len(ids)))
             front = self.model.front(MemoryKV.concat(parts, room).squeezed(room))
-            parts.append(read_window(self.model, front, window, ratio, hybrid=hybrid, measured=measured))
-            windows.append(CompressedWindow(number * size, len(window), ratio))
-            progress(len(window))
-        return CompressedDocument(MemoryKV.concat(parts[1:]), len(ids), tuple(windows))
+            hybrid, measured = compression == "hybrid", self._scores()
+            parts.append(read_window(self.model, front, ids, window.ratio, hybrid=hybrid, measured=measured))
+            progress(len(ids))
+        return CompressedDocument(MemoryKV.concat(parts[1:]), len(work.ids), windows)
 
-    def _to_beacons(
-        self, documents: Iterable[tuple[Sequence[int], Sequence[int]]], progress: Callable[[int], None]
-    ) -> Iterator[CompressedDocument]:
+    def _to_beacons(self, documents: Iterable[Work], progress: Callable[[int], None]) -> Iterator[CompressedDocument]:
         current: list[_Reading] = []  # documents with windows in the next pass, or unfinished
         rows = 0
-        for ids, ratios in documents:
-            reading = _Reading(self.model, self.sink, ids, window_ratios(len(ids), ratios, self.model.config))
+        for work in documents:
+            windows = self._windows(work, "beacon")
+            before = [part.stack() for part in self._read_before(work, windows)]
+            reading = _Reading(self.model, work, windows, BeaconKV.concat([self.sink, *before]))
             current.append(reading)
-            for window in reading.windows:
+            for window in reading.to_read:
                 size = len(window.new_ids) + len(window.anchors)
                 if rows and rows + size > self.rows_per_pass:
                     yield from self._run(current, progress)
                     rows = 0
                 reading.next.append(window)
                 rows += size
+            if not rows:  # all of it was read before, and no other document waits
+                yield current.pop().result(self.sink.slots)
         if current:
             yield from self._run(current, progress)
 
@@ -207,18 +285,21 @@ class BeaconCompressor:
 
 
 class _Reading:
-    """One document on its way through the passes."""
+    """One document on its way through the passes, behind a memory of its windows that were read before."""
 
-    def __init__(self, model: BeaconModel, sink: BeaconKV, ids: Sequence[int], ratios: Sequence[int]) -> None:
-        self.tokens = len(ids)
-        self.state = SequenceState.start(model, memory=sink)
-        self.windows: list[Window] = model.cut(self.state.cursor, ids, iter(ratios), tail="close")
+    def __init__(self, model: BeaconModel, work: Work, windows: tuple[CompressedWindow, ...], memory: BeaconKV) -> None:
+        self.tokens = len(work.ids)
+        self.windows = windows
+        self.state = SequenceState.start(model, memory=memory)
+        ids = work.ids[work.windows * model.config.beacon_window :]
+        ratios = iter([window.ratio for window in windows[work.windows :]])
+        self.to_read: list[Window] = model.cut(self.state.cursor, ids, ratios, tail="close")
         self.next: list[Window] = []
         self.read = 0
 
     @property
     def finished(self) -> bool:
-        return self.read == len(self.windows)
+        return self.read == len(self.to_read)
 
     def take(self, state: SequenceState) -> None:
         self.state = state
@@ -226,9 +307,4 @@ class _Reading:
         self.next = []
 
     def result(self, sink_slots: int) -> CompressedDocument:
-        firsts = accumulate((len(window.ids) for window in self.windows), initial=0)
-        windows = tuple(
-            CompressedWindow(first, len(window.ids), window.ratio)
-            for first, window in zip(firsts, self.windows, strict=False)  # the last of `firsts` is the end
-        )
-        return CompressedDocument(MemoryKV.of(self.state.memory[sink_slots:]), self.tokens, windows)
+        return CompressedDocument(MemoryKV.of(self.state.memory[sink_slots:]), self.tokens, self.windows)

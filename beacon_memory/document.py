@@ -1,4 +1,4 @@
-"""What describes a document without its tensors: id, hash of the text, metadata, time.
+"""What describes a document without its tensors: id, hash of the text, label, time.
 
 Nothing here imports torch or SQL, so that the file format, the catalog and the command line can share it.
 """
@@ -8,12 +8,40 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from .errors import InputError
 
-__all__ = ["check_id", "check_metadata", "content_hash", "utc_now"]
+__all__ = ["PRECISIONS", "Label", "check_id", "check_precision", "content_hash", "utc_now"]
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # of stored K/V, each takes no more bytes than the last
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What may be changed of a document without compressing it anew.
+
+    metadata:   whatever JSON can hold, under text keys.
+    tags:       words to find the document by; kept sorted, each once.
+    pinned:     whether a quota must never evict the document.
+    expires_at: when the document ceases to be there, as ISO 8601 with an offset, kept in UTC; None for never.
+
+    Raises InputError, naming the part, for what cannot be kept.
+    """
+
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    tags: Iterable[str] = ()
+    pinned: bool = False
+    expires_at: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pinned, bool):
+            raise InputError(f"pinned must be true or false, got {self.pinned!r}")
+        object.__setattr__(self, "metadata", _check_metadata(self.metadata))
+        object.__setattr__(self, "tags", _check_tags(self.tags))
+        object.__setattr__(self, "expires_at", _check_time(self.expires_at))
 
 
 def check_id(id: str) -> str:
@@ -36,7 +64,7 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(_encode(text, "the document's text")).hexdigest()
 
 
-def check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
+def _check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
     """A copy of `metadata` as it will be read back; raises InputError naming the part that JSON cannot hold."""
     if not isinstance(metadata, Mapping):
         raise InputError(f"metadata must be a dict with text keys, got {metadata!r} of type {type(metadata).__name__}")
@@ -52,9 +80,47 @@ def check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
     return copy
 
 
+def check_precision(precision: str) -> str:
+    """Return `precision` unchanged; raises InputError unless it is one of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
+    return precision
+
+
 def utc_now() -> str:
-    """The time in UTC as ISO 8601, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    """The time in UTC as ISO 8601, to the millisecond; later times sort behind earlier ones."""
+    return _utc(datetime.now(UTC))
+
+
+def _utc(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+def _check_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        raise InputError(f"tags must be several texts, got the one text {tags!r}; write [{tags!r}]")
+    if not isinstance(tags, Iterable):
+        raise InputError(f"tags must be several texts, got {tags!r}")
+    given: tuple[object, ...] = tuple(tags)
+    for tag in given:
+        if not isinstance(tag, str) or not tag:
+            raise InputError(f"a tag must be a text that is not empty, got {tag!r}")
+        _encode(tag, "a tag")
+    return tuple(sorted({str(tag) for tag in given}))
+
+
+def _check_time(time: str | None) -> str | None:
+    if time is None:
+        return None
+    try:
+        read = datetime.fromisoformat(time)
+        if read.tzinfo is None:
+            raise ValueError("it names no offset from UTC")
+        return _utc(read)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"a time must be ISO 8601 with an offset, such as 2031-05-03T00:00:00+00:00, got {time!r}: {error}"
+        ) from None
 
 
 def _encode(text: str, what: str) -> bytes:

@@ -12,10 +12,10 @@ __all__ = ["make_folder", "sync_file", "sync_folder"]
 
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents; one that exists is left as it is. Raises StoreError if it cannot be created."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
     try:
+        if folder.is_dir():
+            return
+        make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
     except OSError as error:

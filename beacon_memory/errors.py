@@ -11,6 +11,8 @@ BeaconMemoryError
 └── StoreError
     ├── DocumentNotFoundError (LookupError)   no document is stored under this id
     ├── CorruptFileError               a stored file is damaged or not one of ours
+    ├── ConflictError                  a document was changed by somebody else in the meantime
+    ├── QuotaError                     there is no room for a document
     └── FingerprintMismatchError       stored K/V were made by another model, adapter or setting
 """
 
@@ -19,12 +21,14 @@ __all__ = [
     "BeaconMemoryError",
     "CapacityError",
     "ConfigError",
+    "ConflictError",
     "CorruptFileError",
     "DocumentNotFoundError",
     "FingerprintMismatchError",
     "InputError",
     "MissingDependencyError",
     "ModelError",
+    "QuotaError",
     "StoreError",
     "UnsupportedModelError",
 ]
@@ -72,6 +76,14 @@ class DocumentNotFoundError(StoreError, LookupError):
 
 class CorruptFileError(StoreError):
     """A stored file is damaged or was not written by this package."""
+
+
+class ConflictError(StoreError):
+    """A document was changed or removed by somebody else between reading and writing it."""
+
+
+class QuotaError(StoreError):
+    """There is no room for a document within the quota, whatever else goes."""
 
 
 class FingerprintMismatchError(StoreError):

@@ -161,6 +161,29 @@ class MemoryKV:
             return self
         return replace(self, places=self.places.float() * (span / self.span), span=span)
 
+    def between(self, start: int, stop: int) -> MemoryKV:
+        """The entries at the places from `start` up to `stop`, as a memory of that span: what `concat` put together."""
+        kept = (self.places >= start) & (self.places < stop)
+        heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
+        return MemoryKV(
+            keys=self.keys[kept],
+            values=self.values[kept],
+            places=self.places[kept] - start,
+            counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
+            span=stop - start,
+        )
+
+    def stack(self) -> BeaconKV:
+        """The stack that this is the memory `of`. Raises InputError unless every head has an entry at every place."""
+        shape = (*self.counts.shape, self.span)
+        places = torch.arange(self.span, device=self.places.device)
+        if (self.counts != self.span).any() or (self.places.unflatten(0, shape) != places).any():
+            raise InputError(
+                f"a memory of {self.span} positions with {int(self.counts.min())} to {int(self.counts.max())} entries "
+                "in a head is no stack: not every head has one at every place"
+            )
+        return BeaconKV(self.keys.unflatten(0, shape), self.values.unflatten(0, shape))
+
     def layer(self, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and places of each head of a layer: views, [entries of the head, ...]."""
         start = int(self.counts[:number].sum())

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from .catalog import DocumentRow
-from .compressor import BeaconCompressor, CompressedDocument, Ratio, TokenizedText, check_score
-from .document import check_id, check_metadata, content_hash
-from .errors import BeaconMemoryError, CorruptFileError, DocumentNotFoundError, InputError
+from .compressor import BeaconCompressor, Ratio, check_score
+from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
 from .generation import Generation, Messages, Request, chat_prompt, generate, generation_config, require_room, stream
+from .intake import Intake
 from .kv import MemoryKV
-from .kv_file import DocumentHeader, WindowSpan
 from .modeling import BeaconModel
 from .results import Added, Answer, Document, Progress, Usage
-from .store import MemoryStore, Problem
+from .rows import DocumentRow
+from .store import MemoryStore
+from .upkeep import RECOMPRESSED, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +33,6 @@ __all__ = ["BeaconMemory"]
 DEFAULT_DOCUMENTS = 3  # documents that a question without ids may pick
 _HITS = 50  # passages to look at for them
 _WEAKEST = 0.5  # of the best passage's BM25 score: what a document must reach to be loaded beside it
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A document on its way to the store."""
-
-    document: Document
-    content_hash: str
-    text: TokenizedText
-    ratios: list[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,10 +57,12 @@ class BeaconMemory:
     store:   folder of the documents; created when first written to.
     model:   folder or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
+    namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
     score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
 
-    The model is loaded when it is first needed: listing, searching and removing do without.
+    The model is loaded when it is first needed: listing, searching and removing do without. What needs no model at all
+    is found at `store`: labels, renaming, settings, precision.
     """
 
     def __init__(
@@ -78,6 +71,7 @@ class BeaconMemory:
         model: str | Path | BeaconModel | None = None,
         adapter: str | Path | None = None,
         *,
+        namespace: str = "",
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = "auto",
         reserve: int = 1024,
@@ -85,11 +79,18 @@ class BeaconMemory:
     ) -> None:
         if isinstance(model, BeaconModel) and (adapter is not None or device is not None):
             raise InputError("adapter and device belong to a model that is still to be loaded, and this one is")
-        self.store = MemoryStore(store)
-        self._source = (model, adapter, device, dtype)
-        self._options: dict[str, Any] = {"reserve": reserve, "score": check_score(score)}
-        self._compressor: BeaconCompressor | None = None
-        self._loading = threading.Lock()
+        check_score(score)
+        self.store = MemoryStore(store, namespace)
+
+        def load() -> BeaconCompressor:
+            loaded = model
+            if not isinstance(loaded, BeaconModel):
+                loaded = BeaconModel.from_pretrained(loaded, adapter, device=device, dtype=dtype)
+            compressor = BeaconCompressor(loaded, reserve=reserve, score=score)
+            compressor.sink, loaded.fingerprint  # noqa: B018  # now, so that no answer waits for them
+            return compressor
+
+        self._load_once = _Once(load)
 
     def __enter__(self) -> Self:
         return self
@@ -103,23 +104,25 @@ class BeaconMemory:
         """Close the store's catalog."""
         self.store.close()
 
+    def within(self, namespace: str) -> BeaconMemory:
+        """The same model and store in another namespace; "" is the one outside all others."""
+        other = copy.copy(self)
+        other.store = self.store.within(namespace)
+        return other
+
     @property
     def compressor(self) -> BeaconCompressor:
         """The compressor, and with it the loaded model."""
-        with self._loading:
-            if self._compressor is None:
-                model, adapter, device, dtype = self._source
-                if not isinstance(model, BeaconModel):
-                    model = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
-                compressor = BeaconCompressor(model, **self._options)
-                compressor.sink, model.fingerprint  # noqa: B018  # now, so that no answer waits for them
-                self._compressor = compressor
-            return self._compressor
+        return self._load_once()
 
     @property
     def model(self) -> BeaconModel:
         """The loaded model."""
         return self.compressor.model
+
+    @property
+    def _intake(self) -> Intake:
+        return Intake(self.store, self.compressor)
 
     def add(
         self,
@@ -128,21 +131,25 @@ class BeaconMemory:
         metadata: Mapping[str, object] | None = None,
         ratio: Ratio = "auto",
         compression: str = "auto",
+        precision: str = "auto",
     ) -> Added:
         """Compress a document and store it under `id`, in place of what was there.
 
         ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
         one for each window. compression: `beacon`, `select` (K/V of chosen tokens; needs no adapter), `hybrid` (both)
-        or `auto`, the model's own. A text that is stored already, compressed in the same way by the same model, is left
-        as it is. Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
+        or `auto`, the model's own. precision: what to keep the K/V in, one of PRECISIONS, or `auto`, what the store's
+        settings say. A text that is stored already, compressed in the same way by the same model, is left as it is.
+        Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
         """
-        return self.add_many([Document(id, text, metadata)], ratio=ratio, compression=compression)[0]
+        document = Document(id, text, metadata)
+        return self.add_many([document], ratio=ratio, compression=compression, precision=precision)[0]
 
     def add_many(
         self,
         documents: Iterable[Document | tuple[str, str]],
         ratio: Ratio = "auto",
         compression: str = "auto",
+        precision: str = "auto",
         *,
         progress: Callable[[Progress], None] = lambda _: None,
         on_added: Callable[[Added], None] = lambda _: None,
@@ -152,102 +159,40 @@ class BeaconMemory:
 
         Returns what became of each, in the order in which they were done. Interrupted, it has lost only what was
         unfinished: run it again with the same documents, and those that are stored are skipped. `on_error` is told of a
-        document that cannot be compressed, and the others go on; without it the error is raised, after all documents
-        in front of it were stored.
+        document that cannot be compressed or stored, and the others go on; without it the error is raised, after all
+        documents in front of it were stored.
         """
-        added: builtins.list[Added] = []
-        waiting: builtins.list[_Job] = []  # handed to the compressor, which keeps their order
-        failed: builtins.list[BeaconMemoryError] = []
-        compression = self.compressor.compression(compression)
-        read = begun = 0
-        since = time.perf_counter()
+        return self._intake.add_many(documents, ratio, compression, precision, progress, on_added, on_error)
 
-        def note(one: Added) -> None:
-            added.append(one)
-            on_added(one)
+    def append(self, id: str, text: str, ratio: int | None = None) -> Added:
+        """Let a stored document go on: the memory is that of the whole text, but only its last window is read again.
 
-        def advanced(tokens: int) -> None:
-            nonlocal read
-            read += tokens
-            progress(Progress(read, begun))
+        ratio: of new windows; by default that of the last one. How it was compressed and what it is kept in stay.
+        Raises DocumentNotFoundError, FingerprintMismatchError if another model compressed it, or CapacityError if it
+        becomes too long; then nothing has changed.
+        """
+        return self._intake.append(id, text, ratio)
 
-        def work() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-            nonlocal begun
-            for given in documents:
-                document = given if isinstance(given, Document) else Document(*given)
-                try:
-                    job = self._prepare(document, ratio, compression)
-                except BeaconMemoryError as error:
-                    if on_error is None:
-                        failed.append(error)
-                        return
-                    on_error(document, error)
-                    continue
-                if isinstance(job, Added):
-                    note(job)
-                    continue
-                begun += len(job.text.ids)
-                waiting.append(job)
-                yield job.text.ids, job.ratios
+    def recompress(
+        self,
+        ids: Iterable[str] | None = None,
+        *,
+        progress: Callable[[Progress], None] = lambda _: None,
+        on_added: Callable[[Added], None] = lambda _: None,
+        on_error: Callable[[Document, BeaconMemoryError], None] | None = None,
+    ) -> builtins.list[Added]:
+        """Compress all documents that another model or adapter compressed anew from their texts, or some of them.
 
-        for compressed in self.compressor.compress(work(), advanced, compression=compression):
-            now = time.perf_counter()
-            note(self._put(waiting.pop(0), compressed, compression, now - since))
-            since = now
-        if failed:
-            raise failed[0]
-        return added
-
-    def _prepare(self, document: Document, ratio: Ratio, compression: str) -> _Job | Added:
-        """Check a document before any work on it; says `unchanged` if there is none."""
-        check_id(document.id)
-        digest = content_hash(document.text)
-        if document.metadata is not None:
-            check_metadata(document.metadata)
-        compressor = self.compressor
-        text = compressor.tokenize(document.text)
-        try:
-            ratios = compressor.ratios(len(text.ids), ratio)
-        except BeaconMemoryError as error:
-            raise type(error)(f"document {document.id!r}: {error}") from error
-        if self._is_stored(document.id, digest, ratios, compression):
-            row = self.store.row(document.id)
-            if document.metadata is not None and document.metadata != row.metadata:
-                row = self.store.set_metadata(document.id, document.metadata)
-            return Added(row.id, "unchanged", row.tokens, row.slots, row.bytes, row.ratios, row.compression, 0.0)
-        return _Job(document, digest, text, ratios)
-
-    def _is_stored(self, id: str, digest: str, ratios: builtins.list[int], compression: str) -> bool:
-        """Whether this very text is stored whole, compressed in this way and by this model."""
-        try:
-            row = self.store.row(id)
-            wanted = (digest, self.model.fingerprint.digest, compression)
-            if (row.content_hash, row.fingerprint, row.compression) != wanted:
-                return False
-            return [window.ratio for window in self.store.check(id).windows] == ratios
-        except (DocumentNotFoundError, CorruptFileError):
-            return False
-
-    def _put(self, job: _Job, compressed: CompressedDocument, compression: str, seconds: float) -> Added:
-        ids, offsets, document = job.text.ids, job.text.offsets, job.document
-        spans = tuple(
-            WindowSpan(w.tokens, w.ratio, offsets[w.first][0], offsets[w.first + w.tokens - 1][1])
-            for w in compressed.windows
-        )
-        last = compressed.windows[-1]
-        header = DocumentHeader(
-            id=document.id,
-            content_hash=job.content_hash,
-            tokens=compressed.tokens,
-            windows=spans,
-            tail_ids=tuple(ids[last.first :]) if last.tokens < self.model.config.beacon_window else (),
-            fingerprint=self.model.fingerprint,
-            compression=compression,
-            span=compressed.kv.span,
-        )
-        status: Literal["added", "replaced"] = "replaced" if document.id in self.store else "added"
-        row = self.store.put(header, compressed.kv.to("cpu"), document.text, document.metadata)
-        return Added(row.id, status, row.tokens, row.slots, row.bytes, row.ratios, row.compression, seconds)
+        Ratios, compression, precision and label stay. Interrupted, just run it again. Readers with the old model go on
+        with the old K/V until all documents are renewed.
+        """
+        rows = self.list() if ids is None else [self.show(id) for id in ids]
+        current = self.model.fingerprint.digest
+        due = [row for row in rows if row.fingerprint != current]
+        done = self._intake.recompress(due, progress, on_added, on_error, keep_versions=True)
+        if all(row.fingerprint == current for row in self.list()):
+            self.store.drop_versions()
+        return done
 
     def ask(
         self,
@@ -257,19 +202,21 @@ class BeaconMemory:
         limit: int = DEFAULT_DOCUMENTS,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> Answer:
         """Answer a question from the memory of some documents.
 
-        question: a text, or a conversation as dicts with `role` and `content`.
+        question: a text, or a conversation as dicts with `role` and `content`, as the model's chat template takes them.
         ids:      documents to answer from, loaded in this order; None picks up to `limit` by full-text search.
         stop:     strings at which the answer ends. seed: of sampling.
+        tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them.
         options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
 
         Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
         positions, or FingerprintMismatchError for a document that another model compressed.
         """
-        asked = self._question(question, ids, limit, stop, options)
+        asked = self._question(question, ids, limit, stop, tools, options)
         ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
         return asked.answer(generation)
 
@@ -281,10 +228,11 @@ class BeaconMemory:
         limit: int = DEFAULT_DOCUMENTS,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> Iterator[str | Answer]:
         """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last."""
-        asked = self._question(question, ids, limit, stop, options)
+        asked = self._question(question, ids, limit, stop, tools, options)
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked, seed)
@@ -299,6 +247,7 @@ class BeaconMemory:
         ids: str | Sequence[str] | None,
         limit: int,
         stop: str | Sequence[str] | None,
+        tools: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
     ) -> _Question:
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
@@ -307,10 +256,10 @@ class BeaconMemory:
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
         sink = self.compressor.sink
-        prompt = chat_prompt(model, question, behind_memory=bool(sink.slots) or ids != [])
+        prompt = chat_prompt(model, question, behind_memory=bool(sink.slots) or ids != [], tools=tools)
         room = model.max_positions - sink.slots - len(prompt) - (config.max_new_tokens or 0)
         chosen = self.pick(question, limit, room) if ids is None else [ids] if isinstance(ids, str) else list(ids)
-        rows = [self.store.row(id) for id in chosen]
+        rows = [self.store.row(id, model.fingerprint.digest) for id in chosen]
         require_room(model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
         prefix = MemoryKV.concat([MemoryKV.of(sink), *(self._load(id) for id in chosen)], room + sink.slots)
         return _Question(tuple(chosen), Request(prefix, prompt), config, started)
@@ -328,7 +277,7 @@ class BeaconMemory:
         hits = self.store.search(text, _HITS)
         ranked = list(dict.fromkeys(hit.document for hit in hits if hit.score >= _WEAKEST * hits[0].score))
         if not ranked:
-            stored = [row.id for row in self.store.list()]
+            stored = [row.id for row in self.store.list(limit=2)]
             if len(stored) != 1:
                 what = "shares a word with the question; name documents by id" if stored else "is stored yet; add some"
                 raise DocumentNotFoundError(f"no document {what}")
@@ -342,13 +291,14 @@ class BeaconMemory:
         return chosen
 
     def _load(self, id: str) -> MemoryKV:
-        stored = self.store.get(id)
-        self.model.fingerprint.require(stored.header.fingerprint, id)
-        return stored.kv.to(self.model.device, self.model.dtype)
+        model = self.model
+        stored = self.store.get(id, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
+        model.fingerprint.require(stored.header.fingerprint, id)
+        return stored.kv
 
-    def list(self) -> builtins.list[DocumentRow]:
-        """All stored documents, by id."""
-        return self.store.list()
+    def list(self, **filters: Any) -> builtins.list[DocumentRow]:
+        """Stored documents by id; filters: see `Catalog.list`."""
+        return self.store.list(**filters)
 
     def show(self, id: str) -> DocumentRow:
         """What is known of a document; raises DocumentNotFoundError."""
@@ -358,6 +308,35 @@ class BeaconMemory:
         """Forget a document; returns what was known of it, or raises DocumentNotFoundError."""
         return self.store.delete(id)
 
-    def verify(self, *, repair: bool = False) -> builtins.list[Problem]:
-        """What is wrong with the stored files; see `MemoryStore.verify`."""
-        return self.store.verify(repair=repair)
+    def verify(self) -> builtins.list[Problem]:
+        """What is wrong with the store; see `MemoryStore.verify`."""
+        return self.store.verify()
+
+    def repair(self) -> builtins.list[Problem]:
+        """Mend what `verify` finds; documents whose files are lost or damaged are compressed anew from their texts."""
+        return [self._recompressed(problem) for problem in self.store.repair()]
+
+    def _recompressed(self, problem: Problem) -> Problem:
+        if problem.mended or problem.kind not in RECOMPRESSED or problem.document is None:
+            return problem
+        try:
+            row = self.show(problem.document)
+            self._intake.recompress([row], lambda _: None, lambda _: None, None, keep_versions=False)
+        except BeaconMemoryError as error:
+            return replace(problem, message=f"{problem.message}; it could not be compressed anew: {error}")
+        return replace(problem, mended=True)
+
+
+class _Once:
+    """Makes something when it is first asked for, once for all threads."""
+
+    def __init__(self, make: Callable[[], BeaconCompressor]) -> None:
+        self._make = make
+        self._made: BeaconCompressor | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> BeaconCompressor:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made

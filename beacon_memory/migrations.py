@@ -7,15 +7,19 @@ own transaction, which also records it.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import secrets
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 
 from sqlite_utils import Database, Migrations
 
-from .errors import StoreError
+from .errors import CorruptFileError, StoreError
+from .passages import split_passages
+from .rows import facts_of, seal
 
-__all__ = ["begin_immediate", "created_at", "migrate", "migrations"]
+__all__ = ["begin_immediate", "migrate", "migrations"]
 
 migrations = Migrations("beacon_memory")
 
@@ -75,10 +79,101 @@ def m003_compression(db: Database) -> None:
     db.execute("ALTER TABLE documents DROP COLUMN moved")
 
 
+@migrations()
+def m004_lifetimes(db: Database) -> None:
+    """What a document needs to live for years: label, precision, use, seal, and versions for more than one model.
+
+    The text is no longer kept twice: its passages, joined, are the text.
+    """
+    for column in (
+        "precision TEXT NOT NULL DEFAULT ''",
+        "tags TEXT NOT NULL DEFAULT '[]'",
+        "pinned INTEGER NOT NULL DEFAULT 0",
+        "expires_at TEXT",
+        "used_at INTEGER NOT NULL DEFAULT 0",
+        "seal TEXT NOT NULL DEFAULT ''",
+    ):
+        db.execute(f"ALTER TABLE documents ADD COLUMN {column}")
+    _keep_texts(db)
+    db.execute("ALTER TABLE documents DROP COLUMN text")
+    db.execute("CREATE INDEX documents_used ON documents (pinned, used_at)")
+    db.execute("CREATE INDEX documents_expiring ON documents (expires_at) WHERE expires_at IS NOT NULL")
+    # tags, and the plain values at the top of metadata, to filter by
+    db.execute(
+        """
+        CREATE TABLE labels (
+            name TEXT NOT NULL,
+            value TEXT NOT NULL,
+            document TEXT NOT NULL REFERENCES documents(id) ON DELETE CASCADE,
+            PRIMARY KEY (name, value, document)
+        ) WITHOUT ROWID
+        """
+    )
+    db.execute("CREATE INDEX labels_document ON labels (document)")
+    # K/V of the same text that another model made, kept while its readers go on
+    db.execute(
+        """
+        CREATE TABLE versions (
+            document TEXT NOT NULL REFERENCES documents(id) ON DELETE CASCADE,
+            fingerprint TEXT NOT NULL,
+            file TEXT NOT NULL UNIQUE,
+            bytes INTEGER NOT NULL,
+            record TEXT NOT NULL,
+            PRIMARY KEY (document, fingerprint)
+        )
+        """
+    )
+    # Numbers in names of files without a row that are no loss: being written, or replaced and about to be removed. Any
+    # other file without a row is a document whose row was lost.
+    db.execute("CREATE TABLE unsettled (number TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID")
+    db.execute("CREATE TABLE facts (name TEXT PRIMARY KEY NOT NULL, value NOT NULL)")
+    facts = {"identity": secrets.token_hex(16), "last": int(datetime.now(UTC).timestamp() * 1000), "documents": 0}
+    db.table("facts").insert_all({"name": name, "value": value} for name, value in facts.items())
+    db.execute("INSERT INTO facts SELECT 'bytes', coalesce(sum(bytes), 0) FROM documents")
+    db.execute("UPDATE facts SET value = (SELECT count(*) FROM documents) WHERE name = 'documents'")
+    named = "DELETE FROM unsettled WHERE number = substr(new.file, -24, 12)"  # ...-<number>.safetensors
+    # not OR IGNORE, which is nothing to a trigger that an upsert fires
+    left = "INSERT INTO unsettled SELECT substr(old.file, -24, 12) EXCEPT SELECT number FROM unsettled"
+    for table, counted in (("documents", 1), ("versions", 0)):
+        for event, bytes_, documents, files in (
+            ("INSERT", "new.bytes", counted, named),
+            ("DELETE", "-old.bytes", -counted, left),
+            ("UPDATE OF bytes, file", "new.bytes - old.bytes", 0, f"{left}; {named}"),
+        ):
+            db.execute(
+                f"""
+                CREATE TRIGGER {table}_{event.split()[0].lower()} AFTER {event} ON {table} BEGIN
+                    UPDATE facts SET value = value + ({bytes_}) WHERE name = 'bytes';
+                    UPDATE facts SET value = value + ({documents}) WHERE name = 'documents';
+                    {files};
+                END
+                """  # noqa: S608  # our own names
+            )
+    for row in list(db.query("SELECT * FROM documents")):
+        db.execute("UPDATE documents SET seal = ? WHERE id = ?", [seal(row), row["id"]])
+        for name, value in facts_of(json.loads(row["metadata"]), ()):
+            db.execute("INSERT INTO labels VALUES (?, ?, ?)", [name, value, row["id"]])
+
+
+def _keep_texts(db: Database) -> None:
+    """Cut the texts anew whose passages, joined, are not what the column holds."""
+    of_one = "SELECT text FROM passages WHERE document = documents.id ORDER BY ordinal"
+    joined = f"SELECT coalesce(group_concat(text, ''), '') FROM ({of_one})"  # noqa: S608  # our own words
+    for (id,) in db.execute(f"SELECT id FROM documents WHERE text != ({joined})").fetchall():  # noqa: S608
+        (text,) = db.execute("SELECT text FROM documents WHERE id = ?", [id]).fetchone()
+        db.execute("DELETE FROM passages WHERE document = ?", [id])
+        db.table("passages").insert_all(
+            {"document": id, "ordinal": n, "start": start, "stop": stop, "text": text[start:stop]}
+            for n, (start, stop) in enumerate(split_passages(text))
+        )
+
+
 def migrate(db: Database) -> None:
     """Apply the steps that `db` lacks; raises StoreError if it has steps that this version does not know."""
     known = {name for name in globals() if re.match(r"m\d{3}_", name)}
     if unknown := [step.name for step in migrations.applied(db) if step.name not in known]:
+        if db.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",):
+            raise CorruptFileError(f"the catalog's list of changes is damaged: {', '.join(map(repr, unknown))}")
         raise StoreError(
             f"the catalog was changed by a newer beacon_memory ({', '.join(unknown)}); upgrade beacon_memory to open it"
         )
@@ -87,11 +182,6 @@ def migrate(db: Database) -> None:
             # Read again under the write lock: another process may have been faster.
             later = [step.name for step in migrations.pending(db) if step.name != pending[0].name]
             migrations.apply(db, stop_before=later)
-
-
-def created_at(db: Database) -> datetime:
-    """When the catalog was created: the time of its first step."""
-    return datetime.fromisoformat(migrations.applied(db)[0].applied_at)
 
 
 @contextlib.contextmanager

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Added", "Answer", "Document", "Progress", "Usage"]
+__all__ = ["Added", "Answer", "Document", "Progress", "Status", "Usage"]
+
+Status = Literal["added", "replaced", "unchanged", "appended", "recompressed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text to remember under an id; any text will do as id."""
+    """A text to remember under an id; any text will do as id.
+
+    metadata, tags, pinned, expires_at: see `Label`. None for what a document of this id has already.
+    """
 
     id: str
     text: str
     metadata: Mapping[str, object] | None = None
+    tags: Sequence[str] | None = None
+    pinned: bool | None = None
+    expires_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
     """What became of a document that was added.
 
-    status:  `added`, `replaced`, or `unchanged` if the same text was stored already, compressed in the same way.
+    status:  `added`, `replaced`, `appended`, `recompressed`, or `unchanged` if the same text was stored already,
+             compressed in the same way.
     tokens:  raw tokens. slots: memory slots they were compressed to. bytes: of its K/V.
     ratios:  raw tokens per memory slot, each value that occurs.
     compression: `beacon`, `select` or `hybrid`.
+    precision:   what its K/V are kept in.
     seconds: since the document before it was done.
+    evicted: ids of documents that had to go to keep the quota.
     """
 
     id: str
-    status: Literal["added", "replaced", "unchanged"]
+    status: Status
     tokens: int
     slots: int
     bytes: int
     ratios: tuple[int, ...]
     compression: str
+    precision: str
     seconds: float
+    evicted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

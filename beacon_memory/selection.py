@@ -17,7 +17,7 @@ from .layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from .modeling import BeaconModel
 from .scoring import ExpectedAttention, repeated, spread
 
-__all__ = ["best", "read_raw", "read_sink", "read_window"]
+__all__ = ["best", "read_raw", "read_sink", "read_window", "span_of"]
 
 
 def read_window(
@@ -50,6 +50,15 @@ def read_window(
     else:
         scores = spread(measured, expected.scores)
     return MemoryKV.concat([MemoryKV.chosen(raw, best(scores, budget)), MemoryKV.of(beacons)])
+
+
+def span_of(tokens: int, ratio: int, hybrid_factor: int = 0) -> int:
+    """Positions that the memory of a window takes: those of its tokens, and of the beacons that stand behind them.
+
+    hybrid_factor: of a `hybrid` memory, `beacon_hybrid_factor`.
+    """
+    beacon_ratio = ratio * hybrid_factor
+    return tokens + (slots_of(tokens, beacon_ratio) if beacon_ratio else 0)
 
 
 def read_raw(model: BeaconModel, front: Front | None, ids: Sequence[int]) -> BeaconKV:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,12 +17,17 @@ from .errors import BeaconMemoryError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
-    from .catalog import DocumentRow
     from .results import Answer
+    from .results import Progress as Advance
+    from .rows import DocumentRow
 
 __all__ = [
     "answer_fields",
+    "compressing",
+    "counting",
+    "document_fields",
     "note_usage",
     "print_fields",
     "print_json",
@@ -32,6 +38,8 @@ __all__ = [
     "row_fields",
     "say",
 ]
+
+_PIPE_COLUMNS = 10_000  # where nobody looks, no line is broken
 
 
 def remarks() -> Console:
@@ -76,26 +84,37 @@ def note_usage(answer: Answer) -> None:
 
 
 def row_fields(row: DocumentRow) -> dict[str, Any]:
-    """A catalog row as JSON fields."""
-    names = ("id", "compression", "tokens", "slots", "bytes", "ratios", "metadata", "created_at", "updated_at")
-    return {name: getattr(row, name) for name in names}
+    """What `list` prints of a document as JSON."""
+    hidden = ("file", "content_hash", "fingerprint")
+    used_at = datetime.fromtimestamp(row.used_at, UTC).isoformat() if row.used_at else None
+    return {name: value for name, value in asdict(row).items() if name not in hidden} | {"used_at": used_at}
+
+
+def document_fields(row: DocumentRow) -> dict[str, Any]:
+    """What `show` prints of a document as JSON."""
+    return row_fields(row) | {"file": row.file, "fingerprint": row.fingerprint}
 
 
 def print_rows(rows: Sequence[DocumentRow]) -> None:
     """A table of documents."""
-    from rich import print as rich_print
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("id", "compression", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("id", overflow="fold")  # whole: ids are to be copied
+    table.add_column("compression")
+    table.add_column("kept in")
     for name in ("tokens", "slots", "ratio", "size"):
         table.add_column(name, justify="right")
-    table.add_column("stored")
+    table.add_column("stored", no_wrap=True)
     for row in rows:
         ratios = "/".join(map(str, row.ratios))
         size, stored = f"{row.bytes / 1e6:.1f} MB", row.updated_at[:16].replace("T", " ")
-        table.add_row(escape(row.id), row.compression, f"{row.tokens:,}", f"{row.slots:,}", ratios, size, stored)
-    rich_print(table)
+        table.add_row(
+            escape(row.id), row.compression, row.precision, f"{row.tokens:,}", f"{row.slots:,}", ratios, size, stored
+        )
+    Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS).print(table)
 
 
 def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
@@ -104,7 +123,7 @@ def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
         print_json(fields)
         return
     for name, value in fields.items():
-        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else value
+        shown = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
         typer.echo(f"{name:12} {shown}")
 
 
@@ -119,10 +138,63 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
     elif "tokens" in fields:
         print_line(
             f"{what}: {fields['tokens']:,} tokens in {fields['slots']:,} slots "
-            f"({fields['compression']}, {fields['bytes'] / 1e6:.1f} MB), {fields['seconds']:.1f} s"
+            f"({fields['compression']}, {fields['precision']}, {fields['bytes'] / 1e6:.1f} MB), "
+            f"{fields['seconds']:.1f} s"
         )
+        for id in fields["evicted"]:
+            print_line(f"evicted {id}: unused for longest, and the quota is used up", err=True)
+    elif "bytes" in fields:
+        print_line(f"{what}: {fields['precision']}, {fields['bytes'] / 1e6:.1f} MB")
     else:
         print_line(what)
+
+
+class CompressingBar:
+    """Progress of compressing documents."""
+
+    def __init__(self, bar: Progress, documents: int, estimate: int) -> None:
+        self._bar, self._estimate = bar, estimate
+        self._tokens = bar.add_task("tokens", total=max(1, estimate))
+        self._whole = bar.add_task("documents", total=documents)
+
+    def document(self) -> None:
+        """One document is done."""
+        self._bar.advance(self._whole)
+
+    def tokens(self, progress: Advance) -> None:
+        """Some tokens are read. How many there are to read is known when the last document was begun."""
+        last = self._bar.tasks[self._whole].remaining == 1
+        total = progress.begun if last else max(self._estimate, progress.begun)
+        self._bar.update(self._tokens, completed=progress.tokens, total=total)
+
+
+@contextmanager
+def compressing(documents: int, estimate: int) -> Iterator[CompressingBar]:
+    """A progress bar on standard error, for so many documents of about so many tokens together."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    with _bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        yield CompressingBar(bar, documents, estimate)
+
+
+@contextmanager
+def counting(documents: int | None) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error, for so many documents; yields what is to be called for each that is done."""
+    with _bar() as bar:
+        task = bar.add_task("documents", total=documents)
+        yield lambda: bar.advance(task)
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    """A progress bar on standard error if that is a terminal, else none."""
+    from rich.progress import Progress
+
+    console = remarks()
+    # with standard output in a pipe rich would send what is printed there to the bar's console
+    redirect = sys.stdout.isatty()
+    return Progress(
+        *columns, console=console, transient=True, redirect_stdout=redirect, disable=not console.is_terminal
+    )
 
 
 @contextmanager
@@ -139,6 +211,8 @@ def reported(interrupted: str = "whatever was finished is stored") -> Iterator[N
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # else only the reader of our output has gone
+            typer.echo(f"error: {error}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest of it can be written
         raise typer.Exit(1) from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from beacon_memory.catalog import Catalog, DocumentRow
 from beacon_memory.document import content_hash, utc_now
 
+LONG_AGO, LATER = "2020-01-01T00:00:00.000+00:00", "2999-01-01T00:00:00.000+00:00"
+
 
 def row(id: str, text: str, **changes: object) -> DocumentRow:
     now = utc_now()
@@ -14,11 +16,15 @@ def row(id: str, text: str, **changes: object) -> DocumentRow:
         "content_hash": content_hash(text),
         "fingerprint": "f" * 16,
         "compression": "beacon",
+        "precision": "bfloat16",
         "tokens": 13,
         "slots": 6,
         "bytes": 1024,
         "ratios": (2, 4),
         "metadata": {},
+        "tags": (),
+        "pinned": False,
+        "expires_at": None,
         "created_at": now,
         "updated_at": now,
     }

@@ -13,7 +13,8 @@ import torch
 from beacon_memory.document import content_hash
 from beacon_memory.fingerprint import Fingerprint
 from beacon_memory.kv import BeaconKV, MemoryKV
-from beacon_memory.kv_file import DocumentHeader, WindowSpan
+from beacon_memory.kv_file import DocumentHeader, StoredKV, WindowSpan, stage_kv_file
+from beacon_memory.quantize import QuantizedKV
 
 FINGERPRINT = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
 TEXT = "The red house stands on the hill. A blue boat lies in the harbour."
@@ -23,7 +24,7 @@ import os, resource, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from kv_samples import sample, same
+from kv_samples import TEXT, same, sample
 from beacon_memory import kv_file, store
 from beacon_memory.kv_file import stage_kv_file
 from beacon_memory.store import MemoryStore
@@ -47,15 +48,25 @@ def sample(
     id: str = "doc", text: str = TEXT, *, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[DocumentHeader, MemoryKV]:
     """A header of two windows, 4 slots of ratio 2 and 2 of ratio 4 for an incomplete unit, and K/V to fit."""
-    windows = (WindowSpan(8, 2, 0, len(text) // 2), WindowSpan(5, 4, len(text) // 2, len(text)))
-    header = DocumentHeader(id, content_hash(text), 13, windows, (7, 8, 9, 10, 11), "select", 13, FINGERPRINT)
+    windows = (WindowSpan(8, 2, 0, len(text) // 2, 8), WindowSpan(5, 4, len(text) // 2, len(text), 5))
+    method = {"score": "repeat"}
+    header = DocumentHeader(id, content_hash(text), 13, windows, (7, 8, 9, 10, 11), "select", 13, FINGERPRINT, method)
     return header, memory(13, 6 * header.slots, dtype=dtype)
 
 
-def same(ours: MemoryKV, theirs: MemoryKV) -> bool:
+def write_kv_file(path: Path, header: DocumentHeader, kv: StoredKV, text: str = TEXT) -> None:
+    """Write a file under its name at once."""
+    stage_kv_file(path.parent, header, kv, text).replace(path)
+
+
+def same(ours: StoredKV, theirs: StoredKV) -> bool:
     """Equal bit for bit, in dtypes too."""
-    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in ("keys", "values", "places", "counts")]
-    return ours.span == theirs.span and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    names = ["keys", "values", "places", "counts"]
+    if isinstance(ours, QuantizedKV):
+        names += ["key_scales", "key_zeros", "value_scales", "value_zeros"]
+    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in names]
+    same_kind = type(ours) is type(theirs) and ours.span == theirs.span
+    return same_kind and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def start(script: str, folder: Path) -> subprocess.Popen[str]:

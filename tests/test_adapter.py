@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from beacon_memory.adapter import Adapter, base_name, read_adapter, write_adapter
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import AdapterError, ConfigError, ModelError
 from beacon_memory.modeling import BeaconModel
@@ -84,7 +84,7 @@ def assert_same_model(ours: BeaconModel, theirs: BeaconModel) -> None:
     assert parameters(ours).keys() == parameters(theirs).keys()
     for name, parameter in parameters(theirs).items():
         assert torch.equal(parameters(ours)[name], parameter), name
-    document = (some_ids(21), [2, 4, 2])
+    document = Work(some_ids(21), [2, 4, 2])
     compressors = (BeaconCompressor(model) for model in (ours, theirs))
     kv, expected = (next(one.compress([document], compression="beacon")).kv for one in compressors)
     assert torch.equal(kv.keys, expected.keys)

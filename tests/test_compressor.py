@@ -1,21 +1,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from inspect import signature
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressor_samples import (
+    DOCUMENTS,
+    WINDOW,
+    assert_same,
+    by_choice,
+    compress,
+    every_compression,
+    every_method,
+    every_score,
+    model_of,
+)
 from kv_samples import same
 from stock_behind import best, eager, slow_repeated, stock_reading
 from tiny_models import (
     BOS,
     FAMILIES,
     MODELS,
-    ReferenceRead,
     reference_read,
     some_ids,
     tiny_base,
@@ -26,66 +34,13 @@ from tiny_models import (
 from torch import Tensor
 
 from beacon_memory.attention import MemoryCache
-from beacon_memory.compressor import BeaconCompressor, CompressedDocument, CompressedWindow
+from beacon_memory.compressor import BeaconCompressor, CompressedWindow, Work
 from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.errors import CapacityError, ConfigError, InputError
 from beacon_memory.generation import Request, generate, generation_config
 from beacon_memory.kv import BeaconKV, MemoryKV
 from beacon_memory.modeling import BeaconModel
 from beacon_memory.selection import read_window
-
-WINDOW = 8
-# lengths below a unit, of a window, one more, and of several windows; ratios that differ from window to window
-RATIOS = {1: [4], 3: [4], 8: [2], 9: [4, 2], 21: [2, 4, 3], 18: [0, 99, 1]}
-DOCUMENTS = [(some_ids(tokens, seed=tokens), ratios) for tokens, ratios in RATIOS.items()]
-
-every_method = pytest.mark.parametrize(
-    ("attn", "embed", "placement", "sink"),
-    list(product(["hidden", "full-coverage"], ["last-token", "learned"], ["end", "salient", "salient-words"], [0, 1])),
-)
-
-
-every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
-by_choice = pytest.mark.parametrize("compression", ["select", "hybrid"])
-every_score = pytest.mark.parametrize("score", ["repeat", "expected"])
-
-
-@cache
-def model_of(
-    family: str = "llama",
-    attn: str = "hidden",
-    embed: str = "last-token",
-    placement: str = "end",
-    sink: int = 1,
-    param: tuple[str, ...] = ("q", "k", "v"),
-) -> BeaconModel:
-    config = BeaconConfig(
-        beacon_window=WINDOW,
-        beacon_ratio=(2, 4),
-        beacon_param=param,
-        beacon_attn=attn,
-        beacon_embed=embed,
-        beacon_placement=placement,
-        beacon_sink_size=sink,
-    )
-    return tiny_model(family, config, tokenizer=tiny_tokenizer())
-
-
-def compress(
-    model: BeaconModel, documents: Any = tuple(DOCUMENTS), compression: str = "beacon", **options: Any
-) -> list[CompressedDocument]:
-    return list(BeaconCompressor(model, **options).compress(documents, compression=compression))
-
-
-def assert_same(ours: MemoryKV, theirs: MemoryKV | ReferenceRead) -> None:
-    """Equal, with numbers that are close; what is read of beacons has the same slots in every head."""
-    if isinstance(theirs, ReferenceRead):
-        theirs = MemoryKV.of(BeaconKV(theirs.keys, theirs.values))
-    assert torch.equal(ours.counts, theirs.counts)
-    assert torch.equal(ours.places, theirs.places)
-    assert ours.span == theirs.span
-    torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=0)
-    torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,24 +49,24 @@ def test_one_packed_pass_is_the_method_window_by_window(
     family: str, attn: str, embed: str, placement: str, sink: int
 ) -> None:
     model = model_of(family, attn, embed, placement, sink)
-    for (ids, ratios), compressed in zip(DOCUMENTS, compress(model), strict=True):
-        assert_same(compressed.kv, reference_read(model, ids, ratios))
+    for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
+        assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("param", [(), ("o",), ("k",), ("q", "v"), ("q", "k", "v", "o")], ids="".join)
 def test_beacons_have_projections_of_their_own_for_any_of_qkvo(family: str, param: tuple[str, ...]) -> None:
     model = model_of(family, param=param)
-    for (ids, ratios), compressed in zip(DOCUMENTS, compress(model), strict=True):
-        assert_same(compressed.kv, reference_read(model, ids, ratios))
+    for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
+        assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
 
 
 def test_biases_of_all_projections_are_used() -> None:
     config = BeaconConfig(beacon_window=WINDOW, beacon_ratio=(2,), beacon_param=("q", "k", "v", "o"))
     model = tiny_model("llama", config, attention_bias=True)
     assert any(name.endswith("beacon_o_proj.bias") for name, _ in model.named_beacon_parameters())
-    for (ids, ratios), compressed in zip(DOCUMENTS, compress(model), strict=True):
-        assert_same(compressed.kv, reference_read(model, ids, ratios))
+    for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
+        assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
 
 
 @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
@@ -137,17 +92,29 @@ def test_a_document_says_how_its_windows_were_compressed(compression: str, span:
     document = compress(model_of(), compression=compression)[4]
     assert document.tokens == 21
     assert (document.kv.slots, document.kv.span) == (4 + 2 + 2, span)
-    assert document.windows == (CompressedWindow(0, 8, 2), CompressedWindow(8, 8, 4), CompressedWindow(16, 5, 3))
+    windows = [(0, 8, 2), (8, 8, 4), (16, 5, 3)]
+    spans = {"beacon": (4, 2, 2), "select": (8, 8, 5), "hybrid": (9, 9, 6)}[compression]
+    assert document.windows == tuple(CompressedWindow(*one, span) for one, span in zip(windows, spans, strict=True))
+
+
+@every_compression
+def test_a_window_s_span_is_where_its_slots_stand_in_the_memory(compression: str) -> None:
+    for document in compress(model_of(), compression=compression):
+        start = 0
+        for window in document.windows:
+            part = document.kv.between(start, start := start + window.span)
+            assert part.slots == (-(-window.tokens // window.ratio) if window.ratio else window.tokens)
+        assert start == document.kv.span
 
 
 @pytest.mark.parametrize("rows", [1, 24, 4096])
 def test_documents_come_in_order_and_as_soon_as_they_are_read(rows: int) -> None:
     model, events = model_of(), []
 
-    def documents() -> Iterator[tuple[list[int], list[int]]]:
+    def documents() -> Iterator[Work]:
         for number in range(4):
             events.append(f"take {number}")
-            yield some_ids(8, seed=number), [2]  # 12 rows
+            yield Work(some_ids(8, seed=number), [2])  # 12 rows
 
     compressor = BeaconCompressor(model, rows_per_pass=rows)
     for number, compressed in enumerate(compressor.compress(documents(), compression="beacon")):
@@ -166,7 +133,7 @@ def test_progress_adds_up_to_all_tokens(rows: int) -> None:
     steps: list[int] = []
     compressor = BeaconCompressor(model_of(), rows_per_pass=rows)
     list(compressor.compress(DOCUMENTS, steps.append, compression="beacon"))
-    assert sum(steps) == sum(len(ids) for ids, _ in DOCUMENTS)
+    assert sum(steps) == sum(len(work.ids) for work in DOCUMENTS)
     assert all(step > 0 for step in steps)
     assert len(steps) == {1: 11, 20: 6, 4096: 1}[rows]
 
@@ -210,7 +177,7 @@ def test_an_empty_document_is_refused() -> None:
             compressor.ratios(0, ratio)
     for compression in COMPRESSIONS:
         with pytest.raises(InputError):
-            list(compressor.compress([([], [])], compression=compression))
+            list(compressor.compress([Work([], [])], compression=compression))
 
 
 class TestRatios:
@@ -277,7 +244,7 @@ class TestChosenTokens:
     RATIOS = (2, 4, 3)
 
     def compress(self, model: BeaconModel, ids: Any = IDS, ratios: Any = RATIOS, **how: Any) -> MemoryKV:
-        (document,) = compress(model, [(list(ids), list(ratios))], **how)
+        (document,) = compress(model, [Work(ids, ratios)], **how)
         return document.kv
 
     @pytest.mark.parametrize("name", MODELS)
@@ -301,7 +268,7 @@ class TestChosenTokens:
         config = BeaconConfig(beacon_window=WINDOW)
         model = tiny_model(family, config, tokenizer=tiny_tokenizer(), **overrides)
         compressor = BeaconCompressor(model, score=score)
-        (document,) = compressor.compress([(self.IDS, [ratio] * 3)], compression=compression)
+        (document,) = compressor.compress([Work(self.IDS, [ratio] * 3)], compression=compression)
         stock, question = eager(name), some_ids(5, seed=2)
         memory = MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
         with torch.no_grad():
@@ -316,7 +283,7 @@ class TestChosenTokens:
     def test_a_text_in_one_go_is_its_windows_one_by_one(self, compression: str, score: str, sink: int) -> None:
         model = model_of(sink=sink)
         compressor = BeaconCompressor(model, score=score)
-        (whole,) = compressor.compress([(self.IDS, self.RATIOS)], compression=compression)
+        (whole,) = compressor.compress([Work(self.IDS, self.RATIOS)], compression=compression)
         parts, measured = [MemoryKV.of(compressor.sink)], compressor._scores()
         for number, ratio in enumerate(self.RATIOS):
             window, front = self.IDS[number * WINDOW : (number + 1) * WINDOW], model.front(MemoryKV.concat(parts))
@@ -356,10 +323,10 @@ class TestChosenTokens:
     def test_documents_are_taken_one_at_a_time(self, compression: str) -> None:
         events: list[str] = []
 
-        def documents() -> Iterator[tuple[list[int], list[int]]]:
+        def documents() -> Iterator[Work]:
             for number in range(3):
                 events.append(f"take {number}")
-                yield some_ids(8, seed=number), [2]
+                yield Work(some_ids(8, seed=number), [2])
 
         for number, _ in enumerate(BeaconCompressor(model_of()).compress(documents(), compression=compression)):
             events.append(f"give {number}")
@@ -368,7 +335,7 @@ class TestChosenTokens:
     @by_choice
     def test_progress_is_told_of_every_window(self, compression: str) -> None:
         steps: list[int] = []
-        documents = [(self.IDS, self.RATIOS), (some_ids(3), [2])]
+        documents = [Work(self.IDS, self.RATIOS), Work(some_ids(3), [2])]
         list(BeaconCompressor(model_of()).compress(documents, steps.append, compression=compression))
         assert steps == [8, 8, 5, 3]
 
@@ -401,16 +368,18 @@ class TestChosenTokens:
     def test_questions_do_not_change_what_is_chosen(self, compression: str, score: str) -> None:
         """A memory is made before anybody asks: no argument takes a question, and none leaves a trace."""
         taken = set(signature(BeaconCompressor.__init__).parameters) | set(signature(read_window).parameters)
-        taken |= set(signature(BeaconCompressor.compress).parameters)
+        taken |= set(signature(BeaconCompressor.compress).parameters) | set(signature(Work).parameters)
         assert taken == {
             *("self", "model", "rows_per_pass", "reserve", "score"),
             *("documents", "progress", "compression"),
+            *("ids", "ratios", "read", "windows"),
             *("front", "ids", "ratio", "hybrid", "measured"),
         }
         compressor = BeaconCompressor(model_of(), score=score)
         before, after = [], []
         for memories in (before, after):
-            memories += [one.kv for one in compressor.compress([(self.IDS, self.RATIOS)], compression=compression)]
+            work = Work(self.IDS, self.RATIOS)
+            memories += [one.kv for one in compressor.compress([work], compression=compression)]
             request = Request(memories[0], some_ids(5, seed=len(after)))
             generate(compressor.model, [request], generation_config(compressor.model, None, {"max_new_tokens": 3}))
         assert same(before[0], after[0])
@@ -421,7 +390,7 @@ class TestChosenTokens:
         assert compressor.sink.slots == 1
         hook = model.base.model.register_forward_pre_hook(lambda *_: passes.append(1))
         try:
-            list(compressor.compress([(some_ids(8, seed=n), [2]) for n in range(3)], compression="select"))
+            list(compressor.compress([Work(some_ids(8, seed=n), [2]) for n in range(3)], compression="select"))
         finally:
             hook.remove()
         assert len(passes) == 2 + 3  # our text read and repeated, then a pass for each window
@@ -447,5 +416,19 @@ class TestChosenTokens:
     def test_without_a_word_it_is_the_model_s_own(self) -> None:
         model = model_of()
         assert model.compression == "select"
-        (own,) = BeaconCompressor(model).compress([(self.IDS, self.RATIOS)])
+        (own,) = BeaconCompressor(model).compress([Work(self.IDS, self.RATIOS)])
         assert same(own.kv, self.compress(model, compression="select"))
+
+
+class TestMethod:
+    @pytest.mark.parametrize("score", ["repeat", "expected"])
+    def test_it_names_what_else_decides(self, score: str) -> None:
+        compressor = BeaconCompressor(model_of(), score=score)
+        assert compressor.method("beacon") == {}
+        assert compressor.method("select") == {"score": score}
+        assert compressor.method("hybrid") == {"score": score, "hybrid_factor": 4}
+
+    @pytest.mark.parametrize("compression", ["auto", "beacons", None])
+    def test_it_must_be_known_which_compression(self, compression: Any) -> None:
+        with pytest.raises(ConfigError, match=f"compression={compression!r} must be one of 'beacon'"):
+            BeaconCompressor(model_of()).method(compression)

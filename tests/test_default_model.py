@@ -12,7 +12,7 @@ import torch
 
 from beacon_memory import BeaconMemory, BeaconModel, MissingDependencyError, default_model
 from beacon_memory.attention import MemoryCache
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.default_model import default_adapter, ensure_default_model
 from beacon_memory.generation import Request, chat_prompt, generate, generation_config
 from beacon_memory.kv import MemoryKV
@@ -109,7 +109,7 @@ def passage_loss(
     memory = MemoryKV.of(compressor.sink)
     if text:
         ratios = compressor.ratios(len(text), ratio)
-        memory = MemoryKV.concat([memory, next(compressor.compress([(text, ratios)], compression="beacon")).kv])
+        memory = MemoryKV.concat([memory, next(compressor.compress([Work(text, ratios)], compression="beacon")).kv])
     tokens = torch.tensor([passage])
     output = model.base(tokens, past_key_values=MemoryCache([model.front(memory)]))
     return float(torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from command_page import json_fields, sections
 from evaluation_samples import answer, contestant, saved_model
 
 from beacon_memory.cli import app
@@ -21,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_names_every_module_and_no_other() -> None:
-    tree = re.search(r"```\nbeacon_memory/\n(.*?)\ndocs/", README, re.DOTALL)
+    tree = re.search(r"```\nbeacon_memory/\n(.*?)\nintegrations/", README, re.DOTALL)
     assert tree is not None
     named: list[str] = []
     folder = ""
@@ -74,17 +75,30 @@ def commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from commands(command, f"{prefix} {name}")
 
 
-def test_every_command_and_option_has_help_and_a_place_on_the_page() -> None:
-    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    found = dict(commands(typer.main.get_command(app), "beacon-memory"))
-    assert {"beacon-memory add", "beacon-memory eval", "beacon-memory eval qa"} <= found.keys()
+def test_every_command_option_and_argument_has_help_and_a_place_in_its_section_of_the_page() -> None:
+    page = sections()
+    shared, opening = page[""], "beacon-memory"
+    found = dict(commands(typer.main.get_command(app), opening))
+    assert {f"{opening} {name}" for name in ("add", "import", "settings", "eval", "eval qa")} <= found.keys()
+    assert {name.split()[1] for name in found} == page.keys() - {""}
     for name, command in found.items():
+        section = page[name.split()[1]]
         assert command.help, name
-        assert name in page, name
+        assert f"    {name}" in section, name
         for parameter in command.params:
-            if parameter.param_type_name == "option" and parameter.name != "help":
-                assert parameter.help, f"{name} {parameter.name}"
-                assert any(flag in page for flag in parameter.opts), f"{name} {parameter.opts}"
+            assert parameter.help or parameter.name == "help", f"{name} {parameter.name}"
+            flags = [] if parameter.name == "help" else [*parameter.opts, *parameter.secondary_opts]
+            for flag in flags if parameter.param_type_name == "option" else []:
+                assert re.search(rf"{flag}\b", shared + section), f"{name} {flag}"
+
+
+def test_help_and_the_page_name_the_same_fields_of_json() -> None:
+    named = 0
+    for name, command in commands(typer.main.get_command(app), ""):
+        if said := re.search(r"--json one object(?: a line)?: ([\w, \n]+)\.", command.help):
+            assert said[1].replace("\n", " ").split(", ") == json_fields(name.strip()), name
+            named += 1
+    assert named >= 20
 
 
 def test_the_smallest_recipe_on_the_page_can_be_read(tmp_path: Path) -> None:
@@ -96,8 +110,8 @@ def test_the_smallest_recipe_on_the_page_can_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102  # our own document
-    assert [row.id for row in names["memory"].list()] == ["lease", "owls", "well"]  # type: ignore[attr-defined]
+    assert [row.id for row in names["memory"].list()] == ["contracts/mill", "owls", "well"]  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -24,13 +25,14 @@ from evaluation_samples import (
 from tiny_models import some_ids
 from transformers import DynamicCache
 
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.evaluation.contestants import Contestant
 from beacon_memory.evaluation.pieces import cut_middle, passage_ids
 from beacon_memory.generation import Request, chat_prompt, generate, generation_config
 from beacon_memory.kv import MemoryKV
+from beacon_memory.quantize import quantized
 from beacon_memory.rope import apply_rotation
 
 TOKENS = len(TEXT)  # every byte is one
@@ -46,11 +48,16 @@ def prefix_of(one: Any, question: str | None = QUESTION, text: tuple[str, ...] =
     return prefix
 
 
-def by_hand(documents: list[list[int]], ratio: int, compression: str = "beacon") -> MemoryKV:
-    """The sink and documents, compressed one after another."""
+def by_hand(
+    documents: list[list[int]],
+    ratio: int,
+    compression: str = "beacon",
+    keep: Callable[[MemoryKV], MemoryKV] = lambda kv: kv,
+) -> MemoryKV:
+    """The sink and documents, compressed one after another, and what is kept of them."""
     compressor = BeaconCompressor(saved_model())
-    work = [[(ids, compressor.ratios(len(ids), ratio))] for ids in documents]
-    memories = [next(compressor.compress(one, compression=compression)).kv for one in work]
+    work = [[Work(ids, compressor.ratios(len(ids), ratio))] for ids in documents]
+    memories = [keep(next(compressor.compress(one, compression=compression)).kv) for one in work]
     return MemoryKV.concat([MemoryKV.of(compressor.sink), *memories])
 
 
@@ -232,6 +239,32 @@ class TestCompressed:
         assert prefix_of(one).slots == slots
         assert answer(one).text
         assert math.isfinite(one.score(ids_of(TEXT), CONTINUATION))
+
+
+@every_compression
+@pytest.mark.parametrize("bits", [8, 4])
+class TestQuantized:
+    DOCUMENTS = ("\n".join(CONTEXT[:4]), "\n" + "\n".join(CONTEXT[4:]))
+
+    def test_the_memory_of_each_document_is_quantized_and_the_sink_is_not(self, compression: str, bits: int) -> None:
+        one = contestant(f"{compression}:4:2@int{bits}")
+        documents = [ids_of(text) for text in self.DOCUMENTS]
+        prefix = by_hand(documents, 4, compression, lambda kv: quantized(kv, bits).dequantized())
+        assert same(prefix_of(one), prefix)
+        assert not same(prefix, by_hand(documents, 4, compression))
+        assert answer(one).text == generated(prefix)
+        continued = prefix_of(one, None, (TEXT,))
+        assert one.score(ids_of(TEXT), CONTINUATION) == pytest.approx(nll_behind(continued, CONTINUATION), abs=1e-4)
+
+    def test_its_bytes_are_those_of_the_quantized_documents(self, compression: str, bits: int) -> None:
+        sizes: list[int] = []
+
+        def noted(kv: MemoryKV) -> MemoryKV:
+            sizes.append(quantized(kv, bits).nbytes)
+            return kv
+
+        by_hand([ids_of(text) for text in self.DOCUMENTS], 4, compression, noted)
+        assert answer(contestant(f"{compression}:4:2@int{bits}")).kv_bytes == sum(sizes)
 
 
 def test_the_expected_score_chooses_as_many_tokens_and_others() -> None:

@@ -27,6 +27,10 @@ KINDS = {
     "expected:4": Selected,
     "snapkv:4": Selected,
     "kvzip:4": Selected,
+    "beacon:4@int8": Compressed,
+    "select:4:3@int4": Compressed,
+    "hybrid:4@int4": Compressed,
+    "select-expected:4@int8": Compressed,
 }
 
 
@@ -38,6 +42,8 @@ def test_every_name_has_its_contestant_in_order() -> None:
     made = [tuple(vars(one)[name] for name in ("compression", "ratio", "documents")) for one in field[6:14]]
     assert made == [(name, 4, documents) for name in ("beacon", "select", "hybrid", "select") for documents in (1, 3)]
     assert [vars(one)["compressor"].score for one in field[6:14]] == ["repeat"] * 6 + ["expected"] * 2
+    assert [vars(one)["bits"] for one in (*field[6:14], *field[17:])] == [None] * 8 + [8, 4, 4, 8]
+    assert (vars(field[18])["documents"], vars(field[20])["compressor"].score) == (3, "expected")
 
 
 def test_presses_share_one_stock_model() -> None:
@@ -48,10 +54,12 @@ def test_presses_share_one_stock_model() -> None:
 UNKNOWN = ("", "fulll", "Beacon:4", "auto:4", "full:2", "none:1", "base:1", "bm25:4:2", "beacon:4:2:1", "select:4:2:1")
 MALFORMED = ("beacon", "beacon:", "beacon:x", "beacon:0", "beacon:-2", "beacon:4.5", "beacon:²", "select", "hybrid:0:2",
              "truncated", "kvzip")  # fmt: skip
+UNQUANTIZED = ("full@int8", "bm25:4@int4", "kvzip:4@int8", "select:4@int2", "select:4@", "select@int8:4", "@int8",
+               "beacon:4@int8@int4", "beacon@int8")  # fmt: skip
 REPEATED = (["full", "full"], ["full", "beacon:4", "beacon:4"])
 
 
-@pytest.mark.parametrize("names", [[], *([name] for name in UNKNOWN + MALFORMED), *REPEATED])
+@pytest.mark.parametrize("names", [[], *([name] for name in UNKNOWN + MALFORMED + UNQUANTIZED), *REPEATED])
 def test_other_names_are_refused_with_those_that_there_are(names: list[str]) -> None:
     known = "bm25, bm25:R, beacon:R, beacon:R:N, select:R, select:R:N, hybrid:R, hybrid:R:N, select-expected:R, "
     with pytest.raises(InputError, match=rf"full, none, base, truncated:R, {known}"):

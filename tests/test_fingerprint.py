@@ -18,7 +18,7 @@ from tiny_models import (
     tiny_tokenizer,
 )
 
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import CorruptFileError, FingerprintMismatchError
 from beacon_memory.fingerprint import Fingerprint, digest_json, digest_tensors
@@ -57,7 +57,7 @@ def test_it_is_the_same_whenever_and_in_whichever_dtype_a_model_is_loaded(family
 def test_use_does_not_change_it() -> None:
     used = model()
     before = used.fingerprint
-    list(BeaconCompressor(used).compress([(some_ids(20), [2, 2, 2])]))
+    list(BeaconCompressor(used).compress([Work(some_ids(20), [2, 2, 2])]))
     used.tokenizer("a b c", truncation=True, max_length=1)
     del used.fingerprint
     assert used.fingerprint == before

@@ -13,7 +13,7 @@ from stock_behind import eager, stock_reading
 from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.generation import (
@@ -39,7 +39,7 @@ def make_model(name: str = "llama", window: int = 16, **overrides: Any) -> Beaco
 def compressed(model: BeaconModel, ids: list[int], ratio: int, compression: str = "select") -> MemoryKV:
     """Sink and document, as they are loaded."""
     compressor = BeaconCompressor(model, reserve=0)
-    (document,) = compressor.compress([(ids, compressor.ratios(len(ids), ratio))], compression=compression)
+    (document,) = compressor.compress([Work(ids, compressor.ratios(len(ids), ratio))], compression=compression)
     return MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
 
 
@@ -305,3 +305,21 @@ def test_chat_prompt_takes_a_conversation_and_refuses_anything_else() -> None:
     model.tokenizer.chat_template = None
     with pytest.raises(InputError, match="chat template"):
         chat_prompt(model, "Who?", behind_memory=True)
+
+
+def test_tools_go_through_the_template_or_are_refused() -> None:
+    model = make_model()
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(InputError, match="no place for tools"):
+        chat_prompt(model, "Is it raining?", behind_memory=False, tools=[tool])
+    model.tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}\n"
+        "{% endfor %}"
+    )
+    plain = model.tokenizer.decode(chat_prompt(model, "Is it raining?", behind_memory=False))
+    with_tool = model.tokenizer.decode(chat_prompt(model, "Is it raining?", behind_memory=False, tools=[tool]))
+    assert with_tool.endswith(plain)
+    assert '"weather"' in with_tool
+    called = [{"role": "assistant", "tool_calls": [tool]}, {"role": "tool", "content": "no"}]
+    assert '"weather"' in model.tokenizer.decode(chat_prompt(model, called, behind_memory=False))

@@ -131,6 +131,55 @@ class TestWhatAMemoryIsMadeOf:
             replace(kv, **change)  # type: ignore[arg-type]  # by field name
 
 
+def twice_at_one_place() -> MemoryKV:
+    """A stack but for one entry."""
+    kv = MemoryKV.of(stack(5))
+    kv.places[1] = 0
+    return kv
+
+
+class TestTakingApart:
+    @pytest.mark.parametrize(("start", "stop"), [(0, 9), (0, 4), (4, 9), (3, 5), (5, 5), (0, 0)])
+    def test_between_two_places_every_head_has_its_entries_there(self, start: int, stop: int) -> None:
+        kv = memory(9, 30)
+        part = kv.between(start, stop)
+        assert (part.span, part.places.dtype, part.counts.dtype) == (stop - start, torch.int32, torch.int64)
+        for head, entries in listed(kv).items():
+            there = [(place - start, key, value) for place, key, value in entries if start <= place < stop]
+            assert listed(part)[head] == there
+
+    def test_what_was_put_together_is_found_again(self) -> None:
+        parts = [memory(6, 12), memory(10, 24), MemoryKV.of(stack(3)), memory(4, 0), memory(4, 9)]
+        whole, start = MemoryKV.concat(parts), 0
+        for part in parts:
+            assert same(whole.between(start, start := start + part.span), part)
+
+    def test_parts_are_put_together_again(self) -> None:
+        kv = memory(20, 60)
+        bounds = [0, 3, 3, 11, 20]
+        assert same(MemoryKV.concat([kv.between(*bound) for bound in pairwise(bounds)]), kv)
+
+    def test_a_part_of_a_squeezed_memory_stays_squeezed(self) -> None:
+        part = memory(12, 60).squeezed(8).between(2, 6)
+        assert (part.span, part.places.dtype) == (4, torch.float32)
+        assert 0 <= part.places.min() <= part.places.max() < 4
+
+    @pytest.mark.parametrize("slots", [0, 1, 5])
+    def test_a_stack_is_found_again(self, slots: int) -> None:
+        kv = stack(slots)
+        again = MemoryKV.of(kv).stack()
+        assert torch.equal(again.keys, kv.keys)
+        assert torch.equal(again.values, kv.values)
+
+    @pytest.mark.parametrize(
+        "kv", [memory(7, 20), memory(7, 0), MemoryKV.of(stack(5)).squeezed(3), twice_at_one_place()]
+    )
+    def test_a_memory_without_an_entry_at_every_place_of_every_head_is_no_stack(self, kv: MemoryKV) -> None:
+        least, most = int(kv.counts.min()), int(kv.counts.max())
+        with pytest.raises(InputError, match=f"of {kv.span} positions with {least} to {most} entries in a head"):
+            kv.stack()
+
+
 class TestSqueezing:
     def test_places_move_together_evenly_and_nothing_else_changes(self) -> None:
         kv = memory(12, 30)

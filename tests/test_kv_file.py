@@ -11,60 +11,116 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_samples import FINGERPRINT, finish, memory, same, sample, stack, start
+from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, start, write_kv_file
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from beacon_memory.document import PRECISIONS, content_hash
 from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.kv import BeaconKV, MemoryKV
 from beacon_memory.kv_file import (
     FORMAT_VERSION,
     DocumentHeader,
     WindowSpan,
-    check_kv_file,
-    publish,
+    precision_of,
     read_header,
     read_kv_file,
     stage_kv_file,
-    write_kv_file,
+    stored_bytes,
+    with_precision,
 )
+from beacon_memory.quantize import QuantizedKV
 
-# What a file says of the tensors of `sample`, their digest apart.
+# What a file says of the tensors of `sample`, their hash apart.
 FORMS: dict[str, Any] = {
     "keys": {"dtype": "torch.bfloat16", "shape": [36, 4]},
     "values": {"dtype": "torch.bfloat16", "shape": [36, 4]},
-    "places": {"dtype": "torch.int32", "shape": [36]},
+    "places": {"dtype": "torch.int16", "shape": [36]},
     "counts": {"dtype": "torch.int32", "shape": [2, 3]},
+    "text": {"dtype": "torch.uint8", "shape": [len(TEXT)]},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_what_was_written_is_read_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    header, kv = sample(dtype=dtype)
-    write_kv_file(tmp_path / "a.safetensors", header, kv)
-    read, read_kv = read_kv_file(tmp_path / "a.safetensors")
-    assert read == header == read_header(tmp_path / "a.safetensors") == check_kv_file(tmp_path / "a.safetensors")
-    assert same(read_kv, kv)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_was_written_is_read_back_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    header, kv = sample()
+    stored = with_precision(kv, precision)
+    write_kv_file(tmp_path / "a.safetensors", header, stored)
+    read = read_kv_file(tmp_path / "a.safetensors")
+    assert read.header == header == read_header(tmp_path / "a.safetensors")
+    assert same(read.kv, stored)
+    assert precision_of(read.kv) == precision
+    assert read.text == TEXT
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-@given(id=st.text(min_size=1), tail=st.lists(st.integers(0, 2**31), min_size=1, max_size=5))
+@given(id=st.text(min_size=1), text=st.text(), tail=st.lists(st.integers(0, 2**31), min_size=1, max_size=5))
 @settings(max_examples=30, deadline=None)
-def test_a_header_of_any_id_survives(tmp_path_factory: pytest.TempPathFactory, id: str, tail: list[int]) -> None:
+def test_a_header_of_any_id_and_any_text_survive(
+    tmp_path_factory: pytest.TempPathFactory, id: str, text: str, tail: list[int]
+) -> None:
     kv = MemoryKV.of(stack(len(tail)))
-    window = WindowSpan(len(tail), 0, 0, 9)
-    header = DocumentHeader(id, "0" * 64, len(tail), (window,), tuple(tail), "beacon", kv.span, FINGERPRINT)
+    window = WindowSpan(len(tail), 0, 0, len(text), len(tail))
+    header = DocumentHeader(id, content_hash(text), len(tail), (window,), tuple(tail), "beacon", kv.span, FINGERPRINT)
     path = tmp_path_factory.mktemp("ids") / "a.safetensors"
-    write_kv_file(path, header, kv)
+    write_kv_file(path, header, kv, text)
     assert read_header(path) == header
+    assert read_kv_file(path).text == text
 
 
-def test_kv_of_no_slots_can_be_kept(tmp_path: Path) -> None:
-    header = DocumentHeader("nothing", "0" * 64, 0, (), (), "beacon", 0, FINGERPRINT)
-    write_kv_file(tmp_path / "a.safetensors", header, MemoryKV.of(BeaconKV.empty(2, 3, 4, dtype=torch.bfloat16)))
-    assert check_kv_file(tmp_path / "a.safetensors") == header
-    kv = read_kv_file(tmp_path / "a.safetensors")[1]
-    assert (kv.keys.shape, kv.counts.tolist(), kv.span) == ((0, 4), [[0, 0, 0]] * 2, 0)
+def test_kv_of_no_slots_and_no_text_can_be_kept(tmp_path: Path) -> None:
+    header = DocumentHeader("nothing", content_hash(""), 0, (), (), "beacon", 0, FINGERPRINT)
+    empty = MemoryKV.of(BeaconKV.empty(2, 3, 4, dtype=torch.bfloat16))
+    for precision in PRECISIONS:
+        write_kv_file(tmp_path / "a.safetensors", header, with_precision(empty, precision), "")
+        read = read_kv_file(tmp_path / "a.safetensors")
+        assert (read.header, read.text, precision_of(read.kv)) == (header, "", precision)
+        kv = read.memory()
+        assert (kv.keys.shape, kv.counts.tolist(), kv.span) == ((0, 4), [[0, 0, 0]] * 2, 0)
+
+
+@pytest.mark.parametrize(("span", "dtype"), [(1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)])
+def test_places_take_two_bytes_where_these_are_enough(tmp_path: Path, span: int, dtype: torch.dtype) -> None:
+    kv = replace(memory(13, 36, dtype=torch.bfloat16), span=span)
+    kv = replace(kv, places=kv.places.index_fill(0, torch.tensor([35]), span - 1))
+    window = WindowSpan(36, 6, 0, 4, span)
+    header = DocumentHeader("doc", content_hash("text"), 36, (window,), (), "select", span, FINGERPRINT)
+    write_kv_file(tmp_path / "a.safetensors", header, kv, "text")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.get_tensor("places").dtype == dtype
+    read = read_kv_file(tmp_path / "a.safetensors").kv
+    assert same(read, kv)
+    assert stored_bytes(kv) == stored_bytes(read) == 36 * (2 * 4 * 2 + dtype.itemsize)
+
+
+def test_a_file_is_read_onto_a_device_in_a_dtype(tmp_path: Path) -> None:
+    header, kv = sample()
+    path = tmp_path / "a.safetensors"
+    write_kv_file(path, header, kv)
+    assert same(read_kv_file(path).memory("cpu"), kv)
+    assert same(read_kv_file(path).memory(dtype=torch.float32), kv.to(dtype=torch.float32))
+    quantized = with_precision(kv, "int8")
+    assert isinstance(quantized, QuantizedKV)
+    write_kv_file(path, header, quantized)
+    assert same(read_kv_file(path).memory(), quantized.dequantized(torch.float32))
+    assert same(read_kv_file(path).memory(dtype=torch.float16), quantized.dequantized(torch.float16))
+
+
+@pytest.mark.parametrize(("now", "wanted"), [(now, wanted) for now in PRECISIONS for wanted in PRECISIONS])
+def test_kv_are_kept_in_any_precision_that_they_still_have(now: str, wanted: str) -> None:
+    kv = with_precision(sample(dtype=torch.float32)[1], now)
+    bits = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+    if now.startswith("int") and bits[wanted] > bits[now]:
+        with pytest.raises(InputError, match=f"{now} K/V hold no more than that: to keep them as {wanted}, compress"):
+            with_precision(kv, wanted)
+        return
+    converted = with_precision(kv, wanted)
+    assert precision_of(converted) == wanted
+    assert (converted is kv) == (now == wanted)
+    assert torch.equal(converted.places, kv.places)
+    assert (stored_bytes(converted) < stored_bytes(kv)) == (bits[wanted] < bits[now])
+    with pytest.raises(InputError, match="precision='int2' must be one of"):
+        with_precision(kv, "int2")
 
 
 def test_slices_and_tensors_that_share_memory_are_written_as_they_look(tmp_path: Path) -> None:
@@ -73,14 +129,14 @@ def test_slices_and_tensors_that_share_memory_are_written_as_they_look(tmp_path:
     for shared in (every_other, every_other.contiguous()):
         kv = replace(kv, keys=shared, values=shared, places=kv.places.repeat_interleave(2)[::2])
         write_kv_file(tmp_path / "a.safetensors", header, kv)
-        assert same(read_kv_file(tmp_path / "a.safetensors")[1], kv)
+        assert same(read_kv_file(tmp_path / "a.safetensors").kv, kv)
 
 
 def test_what_was_read_can_be_written_again(tmp_path: Path) -> None:
     header, kv = sample()
-    for name in ("a", "b"):
-        write_kv_file(tmp_path / name, header, kv)
-        header, kv = read_kv_file(tmp_path / name)
+    write_kv_file(tmp_path / "a", header, kv)
+    read = read_kv_file(tmp_path / "a")
+    write_kv_file(tmp_path / "b", read.header, read.kv, read.text)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -94,31 +150,39 @@ def test_a_replaced_file_stays_whole_for_who_has_read_it(tmp_path: Path) -> None
     path = tmp_path / "a.safetensors"
     header, kv = sample()
     write_kv_file(path, header, kv)
-    _, before = read_kv_file(path)
-    write_kv_file(path, *sample())
-    assert same(before, kv)
+    before = read_kv_file(path)
+    write_kv_file(path, *sample(text="another text"), "another text")
+    assert same(before.kv, kv)
+    assert before.text == TEXT
 
 
-def test_a_staged_file_is_not_seen_until_it_is_published(tmp_path: Path) -> None:
-    temp = stage_kv_file(tmp_path / "new" / "folder", *sample())
+def test_a_staged_file_is_a_temporary_one_until_it_is_given_its_name(tmp_path: Path) -> None:
+    temp = stage_kv_file(tmp_path / "new" / "folder", *sample(), TEXT)
     assert temp.parent == tmp_path / "new" / "folder"
+    assert temp.name.startswith(".tmp")
     assert not list(tmp_path.rglob("*.safetensors"))
-    publish(temp, temp.parent / "a.safetensors")
-    assert check_kv_file(temp.parent / "a.safetensors").id == "doc"
-    assert not temp.exists()
+    assert read_kv_file(temp).header.id == "doc"
 
 
-def test_a_failed_publish_removes_the_temporary_file(tmp_path: Path) -> None:
-    temp = stage_kv_file(tmp_path, *sample())
-    with pytest.raises(FileNotFoundError):
-        publish(temp, tmp_path / "no such folder" / "a.safetensors")
+def test_a_text_that_is_not_that_of_the_header_is_refused(tmp_path: Path) -> None:
+    for text, message in (("another text", "made for another text: its content_hash differs"), ("\ud800", "surrogate")):
+        with pytest.raises(InputError, match=message):
+            stage_kv_file(tmp_path, *sample(), text)
     assert not list(tmp_path.iterdir())
 
 
-def test_kv_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
+def test_a_header_that_no_reader_would_take_is_refused(tmp_path: Path) -> None:
+    header, kv = sample("x" * (9 << 20))
+    with pytest.raises(InputError, match=r"would take 9\d+ bytes; split the document"):
+        stage_kv_file(tmp_path, header, kv, TEXT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float64, torch.int8, torch.bool])
+def test_kv_of_no_precision_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     header, kv = sample()
-    with pytest.raises(Exception, match="complex128"):
-        stage_kv_file(tmp_path, header, kv.to(dtype=torch.complex128))
+    with pytest.raises(InputError, match=r"must be one of float32|must be of floating point, or quantized"):
+        stage_kv_file(tmp_path, header, kv.to(dtype=dtype), TEXT)
     assert not list(tmp_path.iterdir())
 
 
@@ -127,7 +191,7 @@ def test_a_full_disk_is_a_store_error_and_leaves_nothing(tmp_path: Path) -> None
         """
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # as a full disk: no file may grow over 64 bytes
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        stage_kv_file(folder, *sample())
+        stage_kv_file(folder, *sample(), TEXT)
         """,
         tmp_path,
     )
@@ -155,9 +219,9 @@ def test_kv_that_the_header_does_not_describe_are_refused(
     header, _ = sample()
     places = torch.tensor([0, 2, 4, 6, 8, 12], dtype=torch.int32).repeat(6)
     kv = replace(MemoryKV.of(stack(6, dtype=torch.bfloat16)), places=places, span=13)
-    stage_kv_file(tmp_path, header, kv).unlink()
+    stage_kv_file(tmp_path, header, kv, TEXT).unlink()
     with pytest.raises(InputError, match=f"the K/V of 'doc' cannot be stored: .*{message}"):
-        stage_kv_file(tmp_path, header, change(kv))
+        stage_kv_file(tmp_path, header, change(kv), TEXT)
     assert not list(tmp_path.iterdir())
 
 
@@ -175,6 +239,10 @@ def test_kv_that_the_header_does_not_describe_are_refused(
         ({"compression": None}, "compression is None"),
         ({"span": -1}, "span must be an integer of at least 0, got -1"),
         ({"span": 2.0}, "span must be an integer"),
+        ({"span": 12}, "span is 12, but the windows' are 13"),
+        ({"span": 1 << 63}, "below 2"),
+        ({"method": {"score": None}}, "method must have texts or numbers under names"),
+        ({"method": {3.5: "a"}}, "method must have texts or numbers"),
     ],
 )
 def test_a_header_that_contradicts_itself_is_refused(change: dict[str, object], message: str) -> None:
@@ -183,13 +251,16 @@ def test_a_header_that_contradicts_itself_is_refused(change: dict[str, object], 
 
 
 def test_a_window_counts_a_beacon_for_its_incomplete_unit() -> None:
-    assert [WindowSpan(tokens, ratio, 0, 0).slots for tokens, ratio in [(8, 4), (9, 4), (0, 4), (5, 0)]] == [2, 3, 0, 5]
+    slots = [WindowSpan(tokens, ratio, 0, 0, 9).slots for tokens, ratio in [(8, 4), (9, 4), (0, 4), (5, 0)]]
+    assert slots == [2, 3, 0, 5]
     with pytest.raises(InputError, match="stop 1 lies before its start 2"):
-        WindowSpan(1, 1, 2, 1)
+        WindowSpan(1, 1, 2, 1, 1)
+    with pytest.raises(InputError, match="a window's span must be an integer of at least 0, got -1"):
+        WindowSpan(1, 1, 0, 1, -1)
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
-    for read in (read_header, read_kv_file, check_kv_file):
+    for read in (read_header, read_kv_file):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "nowhere.safetensors")
 
@@ -199,11 +270,11 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path: Path) -> None:
     header, kv = sample()
     write_kv_file(path, header, kv)
     whole = path.read_bytes()
-    for position in range(0, len(whole), 3):
-        for mask in (0x01, 0x20, 0xFF):
+    for position in range(0, len(whole), 5):
+        for mask in (0x01, 0xFF):
             path.write_bytes(whole[:position] + bytes([whole[position] ^ mask]) + whole[position + 1 :])
             with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
-                check_kv_file(path)
+                read_kv_file(path)
 
 
 def test_a_header_that_is_read_is_the_one_that_was_written_or_an_error(tmp_path: Path) -> None:
@@ -211,7 +282,7 @@ def test_a_header_that_is_read_is_the_one_that_was_written_or_an_error(tmp_path:
     write_kv_file(path, *sample())
     whole = path.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
-    for position in range(0, end, 2):
+    for position in range(0, end, 3):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x01]) + whole[position + 1 :])
         with pytest.raises(CorruptFileError):
             read_kv_file(path)
@@ -223,14 +294,14 @@ def test_a_cut_file_is_corrupt(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        for read in (read_header, read_kv_file, check_kv_file):
+        for read in (read_header, read_kv_file):
             with pytest.raises(CorruptFileError, match=r"not a whole safetensors file.*beacon-memory verify"):
                 read(path)
 
 
 def test_what_is_not_ours_is_corrupt(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    with pytest.raises(CorruptFileError, match="folder"):
+    with pytest.raises(CorruptFileError, match="it is no plain file"):
         read_header(tmp_path)
     path.write_text("once upon a time " * 100)
     with pytest.raises(CorruptFileError, match="safetensors"):
@@ -256,7 +327,7 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_kv_file(path, *sample())
     _rewrite(path, {"format": FORMAT_VERSION + 1, "header": "of another kind"})
-    with pytest.raises(CorruptFileError, match=r"a\.safetensors has format 3.*newer.*upgrade beacon_memory"):
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors has format 4.*newer.*upgrade beacon_memory"):
         read_header(path)
 
 
@@ -271,11 +342,11 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:
         ({"header": [1, 2]}, "header cannot be read"),
         ({"tensors": {}}, "header cannot be read"),
         ({"tensors": [1, 2]}, "header cannot be read"),
-        ({"tensors": dict.fromkeys(FORMS, 3) | {"sha256": ""}}, "its counts are .*, not 3"),
+        ({"tensors": dict.fromkeys(FORMS, 3) | {"xxh3": ""}}, "its counts are .*, not 3"),
         ({"tensors": FORMS}, "header cannot be read"),
-        ({"tensors": FORMS | {"values": {"dtype": "torch.float32", "shape": [36, 4]}, "sha256": ""}}, "its values are"),
-        ({"tensors": FORMS | {"places": {"dtype": "torch.int32", "shape": [35]}, "sha256": ""}}, r"not .*\[35\]"),
-        ({"tensors": FORMS | {"counts": {"dtype": "torch.int64", "shape": [2, 3]}, "sha256": ""}}, "not .*int64"),
+        ({"tensors": FORMS | {"values": {"dtype": "torch.float32", "shape": [36, 4]}, "xxh3": ""}}, "its values are"),
+        ({"tensors": FORMS | {"places": {"dtype": "torch.int32", "shape": [35]}, "xxh3": ""}}, r"not .*\[35\]"),
+        ({"tensors": FORMS | {"counts": {"dtype": "torch.int64", "shape": [2, 3]}, "xxh3": ""}}, "not .*int64"),
         ({"format": 1}, "header cannot be read"),
         ({"format": 1, "tensors": FORMS["keys"] | {"sha256": ""}}, "header cannot be read"),
     ],
@@ -303,13 +374,16 @@ def test_a_header_without_one_of_its_fields_is_corrupt(tmp_path: Path, field: st
 
 def _replace_tensors(path: Path, **changed: torch.Tensor | None) -> None:
     """Write other tensors into the file, None for one that is left out, and describe them as they are."""
-    from beacon_memory.kv_file import _digest
+    from beacon_memory.kv_file import _hash
 
     with safe_open(path, framework="pt") as file:
+        said = json.loads(file.metadata()["beacon_memory"])["tensors"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     tensors = {name: tensor for name, tensor in (tensors | changed).items() if tensor is not None}
     forms = {name: {"dtype": str(tensor.dtype), "shape": [*tensor.shape]} for name, tensor in tensors.items()}
-    _rewrite(path, {"tensors": FORMS | forms | {"sha256": _digest(tensors)}}, tensors)
+    scales = {name for name in said if name not in FORMS and name not in tensors}
+    said = {name: form for name, form in said.items() if name not in scales}
+    _rewrite(path, {"tensors": said | forms | {"xxh3": _hash(tensors)}}, tensors)
 
 
 @pytest.mark.parametrize(
@@ -317,12 +391,16 @@ def _replace_tensors(path: Path, **changed: torch.Tensor | None) -> None:
     [
         ({"values": torch.zeros(35, 4, dtype=torch.bfloat16)}, r"\(36, 4\) and \(35, 4\)"),
         ({"values": torch.zeros(36, 4)}, "one dtype, got torch.bfloat16 and torch.float32"),
-        ({"keys": None, "values": None}, "holds the tensors counts, places, not counts, keys, places, values"),
-        ({"places": None, "counts": None}, "holds the tensors keys, values, not counts, keys, places, values"),
-        ({"more": torch.zeros(1)}, "holds the tensors counts, keys, more, places, values"),
+        ({"keys": None, "values": None}, "holds 3 tensors, but its header tells of counts, keys, places, text, values"),
+        ({"places": None, "counts": None}, "holds 3 tensors, but its header tells of counts, keys, places"),
+        ({"text": None}, "holds 4 tensors, but its header tells of counts, keys, places, text, values"),
+        ({"more": torch.zeros(1)}, "holds 6 tensors, but its header tells of counts, keys, places, text, values"),
         ({"places": torch.zeros(35, dtype=torch.int32)}, r"places must be \[36 entries\]"),
-        ({"places": torch.zeros(36)}, "places must be int32, got torch.float32"),
-        ({"counts": torch.full((2, 3), 6)}, "counts must be int32, got torch.int64"),
+        ({"places": torch.zeros(36)}, "places int16 or int32, got torch.int32 and torch.float32"),
+        ({"places": torch.zeros(36, dtype=torch.int64)}, "places int16 or int32, got torch.int32 and torch.int64"),
+        ({"counts": torch.full((2, 3), 6)}, "counts must be int32 and its places int16 or int32, got torch.int64"),
+        ({"text": torch.zeros(66)}, "its text is .*torch.float32.* and no bytes"),
+        ({"text": torch.zeros(6, 11, dtype=torch.uint8)}, "its text is .* and no bytes"),
         ({"counts": torch.full((6,), 6, dtype=torch.int32)}, r"counts \[layers, kv_heads\], got .* and \(6,\)"),
         ({"counts": torch.full((2, 3), 5, dtype=torch.int32)}, r"\[30 entries, head_dim\], got \(36, 4\)"),
         ({"counts": torch.full((2, 2), 9, dtype=torch.int32)}, "36 entries, but its windows take 6 slots of each of 4"),
@@ -334,11 +412,60 @@ def test_tensors_that_do_not_fit_each_other_or_the_header_are_corrupt(
     path = tmp_path / "a.safetensors"
     write_kv_file(path, *sample())
     _replace_tensors(path)
-    assert read_header(path).id == "doc"
+    assert read_kv_file(path).text == TEXT
     _replace_tensors(path, **changed)
-    for read in (read_header, read_kv_file, check_kv_file):
-        with pytest.raises(CorruptFileError, match=rf"a\.safetensors cannot be used: .*{message}"):
-            read(path)
+    with pytest.raises(CorruptFileError, match=rf"a\.safetensors cannot be used: .*{message}"):
+        read_kv_file(path)
+    assert read_header(path).id == "doc"
+
+
+@pytest.mark.parametrize("text", [b"another text", b"", TEXT.encode() + b" ", b"\xff\xfe"])
+def test_a_text_that_is_not_the_one_that_the_header_names_is_corrupt(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    header, kv = sample()
+    write_kv_file(path, header, kv)
+    _replace_tensors(path, text=torch.tensor(list(text), dtype=torch.uint8))
+    read = read_kv_file(path)
+    assert same(read.kv, kv)
+    with pytest.raises(CorruptFileError, match="text in the file of 'doc' is not the one that its header names"):
+        _ = read.text
+
+
+def test_a_text_that_is_no_utf8_is_corrupt(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    header, kv = sample()
+    write_kv_file(path, header, kv)
+    data = b"\xff\xfe"
+    _replace_tensors(path, text=torch.tensor(list(data), dtype=torch.uint8))
+    _rewrite(path, {"header": asdict(replace(header, content_hash=hashlib.sha256(data).hexdigest()))})
+    with pytest.raises(CorruptFileError, match="text in the file of 'doc' is not UTF-8"):
+        _ = read_kv_file(path).text
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"value_zeros": None}, "header cannot be read"),
+        ({"key_scales": torch.zeros(6, 8, dtype=torch.float16)}, "bits is 4, but must be|must be"),
+        ({"key_scales": torch.zeros(6, 3, dtype=torch.float16)}, "bits is 10"),
+        ({"key_scales": torch.zeros((), dtype=torch.float16)}, "must be"),
+        ({"key_zeros": torch.zeros(5, 4, dtype=torch.float16)}, "key_zeros must be"),
+        ({"value_scales": torch.zeros(36)}, "value_scales must be"),
+        ({"keys": torch.zeros(36, 4)}, "keys must be"),
+        ({"counts": torch.full((2, 3), 5, dtype=torch.int32)}, "must be"),
+    ],
+)
+def test_scales_that_do_not_fit_are_corrupt(
+    tmp_path: Path, changed: dict[str, torch.Tensor | None], message: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    header, kv = sample()
+    write_kv_file(path, header, with_precision(kv, "int8"))
+    _replace_tensors(path)
+    assert precision_of(read_kv_file(path).kv) == "int8"
+    _replace_tensors(path, **changed)
+    with pytest.raises(CorruptFileError, match=message):
+        read_kv_file(path)
 
 
 @pytest.mark.parametrize(
@@ -355,66 +482,15 @@ def test_entries_without_head_or_place_are_corrupt(
     path = tmp_path / "a.safetensors"
     write_kv_file(path, *sample())
     _replace_tensors(path, **changed)
-    for read in (read_kv_file, check_kv_file):
-        with pytest.raises(CorruptFileError, match=message):
-            read(path)
+    with pytest.raises(CorruptFileError, match=message):
+        read_kv_file(path)
 
 
 def test_a_span_of_another_document_is_corrupt(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     header, kv = sample()
     write_kv_file(path, header, replace(kv, places=kv.places.clamp(max=12).index_fill(0, torch.tensor([0]), 12)))
-    _rewrite(path, {"header": asdict(replace(header, span=12))})
+    first, last = header.windows
+    _rewrite(path, {"header": asdict(replace(header, span=12, windows=(first, replace(last, span=4))))})
     with pytest.raises(CorruptFileError, match="to 12, but it spans 12 positions"):
         read_kv_file(path)
-
-
-def _write_format_1(path: Path, kv: BeaconKV, change: dict[str, object]) -> DocumentHeader:
-    """A file as the first version wrote it, and the header that it reads as."""
-    header, _ = sample()
-    old = {name: value for name, value in asdict(header).items() if name not in ("compression", "span")}
-    hasher = hashlib.sha256()
-    for tensor in (kv.keys, kv.values):
-        hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        hasher.update(tensor.view(torch.uint8).numpy().tobytes())
-    said = {"dtype": str(kv.keys.dtype), "shape": list(kv.keys.shape), "sha256": hasher.hexdigest()}
-    entry = {"format": 1, "header": old, "tensors": said | change}
-    entry["sha256"] = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
-    save_file({"keys": kv.keys, "values": kv.values}, path, metadata={"beacon_memory": json.dumps(entry)})
-    return replace(header, compression="beacon", span=6)
-
-
-def test_a_stack_of_beacons_in_the_first_format_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    kv = stack(6, dtype=torch.bfloat16)
-    header = _write_format_1(path, kv, {})
-    read, read_kv = read_kv_file(path)
-    assert read == header == read_header(path) == check_kv_file(path)
-    assert same(read_kv, MemoryKV.of(kv))
-    write_kv_file(tmp_path / "b.safetensors", read, read_kv)
-    assert same(read_kv_file(tmp_path / "b.safetensors")[1], read_kv)
-    whole = path.read_bytes()
-    for position in range(len(whole) - 2 * kv.keys.nbytes, len(whole), 5):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(CorruptFileError, match="digest differs"):
-            check_kv_file(path)
-
-
-@pytest.mark.parametrize(
-    ("slots", "change", "message"),
-    [
-        (5, {}, "30 entries, but its windows take 6 slots"),
-        (6, {"shape": [2, 3, 7, 4]}, r"not .*\[2, 3, 7, 4\]"),
-        (6, {"shape": [36, 4]}, "header cannot be read"),
-        (6, {"dtype": "torch.float16"}, "not .*torch.float16"),
-        (6, {"shape": None}, "header cannot be read"),
-    ],
-)
-def test_a_first_format_that_contradicts_itself_is_corrupt(
-    tmp_path: Path, slots: int, change: dict[str, object], message: str
-) -> None:
-    path = tmp_path / "a.safetensors"
-    _write_format_1(path, stack(slots), change)
-    for read in (read_header, read_kv_file, check_kv_file):
-        with pytest.raises(CorruptFileError, match=message):
-            read(path)

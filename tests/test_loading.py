@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from beacon_memory.adapter import read_adapter
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import AdapterError, ModelError, UnsupportedModelError
 from beacon_memory.loading import tokenizer_digest
@@ -59,7 +59,7 @@ class TestBase:
 
     def test_it_needs_no_tokenizer(self, tmp_path: Path) -> None:
         tiny_base("llama").save_pretrained(tmp_path)
-        kv = next(BeaconCompressor(load(tmp_path, config=CONFIG)).compress([(some_ids(8), [2])])).kv
+        kv = next(BeaconCompressor(load(tmp_path, config=CONFIG)).compress([Work(some_ids(8), [2])])).kv
         assert kv.slots == 4
 
     def test_a_missing_parameter_is_named(self, base: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from beacon_memory.attention import MemoryCache
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.errors import AdapterError, ConfigError, InputError
 from beacon_memory.kv import MemoryKV
@@ -114,7 +114,7 @@ class TestStockModel:
 
         hook = ours.base.model.layers[1].self_attn.o_proj.register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            list(BeaconCompressor(ours).compress([(some_ids(8), [2])], compression=compression))
+            list(BeaconCompressor(ours).compress([Work(some_ids(8), [2])], compression=compression))
         hook.remove()
         ids = torch.tensor([some_ids(20)])
         assert torch.equal(ours.base(ids).logits, stock(ids).logits)
@@ -122,7 +122,7 @@ class TestStockModel:
     @pytest.mark.parametrize("compression", ["beacon", "hybrid"])
     def test_threads_that_compress_do_not_disturb_it(self, compression: str) -> None:
         stock, ours = stock_and_ours("llama", config())
-        ids, documents = torch.tensor([some_ids(20)]), [(some_ids(30, seed=seed), [2, 4, 4, 2]) for seed in range(30)]
+        ids, documents = torch.tensor([some_ids(20)]), [Work(some_ids(30, seed=n), [2, 4, 4, 2]) for n in range(30)]
         with torch.no_grad():
             expected = stock(ids).logits
         alone = list(BeaconCompressor(ours).compress(documents, compression=compression))
@@ -151,7 +151,7 @@ class TestRawMemory:
 
     def stored(self, model: BeaconModel, ids: list[int], folder: Path, compression: str) -> MemoryKV:
         """K/V of the tokens, once through a file."""
-        (document,) = BeaconCompressor(model).compress([(ids, [0])], compression=compression)
+        (document,) = BeaconCompressor(model).compress([Work(ids, [0])], compression=compression)
         spans = (WindowSpan(len(ids), 0, 0, len(ids)),)
         header = DocumentHeader(
             "a", "0" * 64, len(ids), spans, tuple(ids), compression, document.kv.span, model.fingerprint
@@ -214,7 +214,7 @@ class TestComposition:
     ) -> None:
         model = tiny_model(family, config(**settings), tokenizer=tiny_tokenizer())
         compressor = BeaconCompressor(model)
-        stored = [next(compressor.compress([one], compression="beacon")).kv for one in self.DOCUMENTS]
+        stored = [next(compressor.compress([Work(*one)], compression="beacon")).kv for one in self.DOCUMENTS]
         expected = MemoryKV.concat([MemoryKV.of(compressor.sink), *stored])
         memory, logits = self.in_one_pass(model, self.BRANCHES)
         close(memory.keys, expected.keys)
@@ -245,7 +245,7 @@ class TestForward:
     def test_a_raw_window_is_the_stock_model_reading_behind_the_memory(self, name: str, attn: str) -> None:
         _, ours = stock_and_ours(name, config(beacon_attn=attn, beacon_sink_size=0))
         document, question = some_ids(16, seed=1), some_ids(6, seed=2)
-        (compressed,) = BeaconCompressor(ours).compress([(document, [2, 4])], compression="beacon")
+        (compressed,) = BeaconCompressor(ours).compress([Work(document, [2, 4])], compression="beacon")
         read = ours(torch.tensor([document + question]), ratios=[iter([2, 4])]).logits
         close(read[0, 16:], stock_reading(eager(name), question, compressed.kv).logits)
         close(read[:, 16:], answer(ours, compressed.kv, question))
@@ -306,7 +306,7 @@ class TestUntrained:
         model = tiny_model(family, config(), trained=False)
         ids = some_ids(16)
         compressor = BeaconCompressor(model)
-        beacons, raw = (next(compressor.compress([(ids, [r, r])], compression="beacon")).kv for r in (4, 0))
+        beacons, raw = (next(compressor.compress([Work(ids, [r, r])], compression="beacon")).kv for r in (4, 0))
         for of_beacons, of_tokens in zip(beacons.layer(0), raw.layer(0), strict=True):
             close(of_beacons[0], of_tokens[0][3::4])
             close(of_beacons[1], of_tokens[1][3::4])

@@ -20,10 +20,13 @@ PUBLIC = {
     "BeaconModel",
     "BeaconSequence",
     "Document",
+    "Label",
     "MemoryKV",
     "MemoryStore",
     "Progress",
+    "Session",
     "Usage",
+    "Work",
     "__version__",
 }
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from training_samples import READER, a_model, a_sample
 
 from beacon_memory.attention import MemoryCache
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.kv import MemoryKV
 from beacon_memory.modeling import BeaconModel
 from beacon_memory.training.losses import TrainingModel
@@ -35,7 +35,7 @@ with_and_without_reader = pytest.mark.parametrize("reader", [None, READER], ids=
 def behind(model: BeaconModel, sample: Sample, branch: Branch, compression: str = "beacon") -> Tensor:
     """Logits that predict a branch's labels: documents compressed one by one, then the stock model behind them."""
     compressor = BeaconCompressor(model)
-    documents = zip(sample.parts, sample.ratios, strict=True)
+    documents = [Work(*one) for one in zip(sample.parts, sample.ratios, strict=True)]
     memories = [next(compressor.compress([one], compression=compression)).kv for one in documents]
     front = model.front(MemoryKV.concat([MemoryKV.of(compressor.sink), *memories]))
     cache = MemoryCache([front], config=model.base.config)

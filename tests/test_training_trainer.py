@@ -12,7 +12,7 @@ from tiny_models import some_ids, tiny_base
 from torch import Tensor
 from training_samples import QA, READER, TEXT, a_base, a_recipe, a_stage, write_rows
 
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.errors import AdapterError, ConfigError, InputError
 from beacon_memory.modeling import BeaconModel
 from beacon_memory.training import ReaderRecipe, Recipe, read_recipe, trainer
@@ -324,7 +324,7 @@ class TestStart:
 def test_documents_can_be_compressed_with_what_was_trained(base: Path, data: Path) -> None:
     adapter = run(a_recipe(base, reader=READER), data, data.parent / "run")
     model = BeaconModel.from_pretrained(base, adapter, device="cpu")
-    (document,) = BeaconCompressor(model).compress([(some_ids(20), [2, 4, 2])])
+    (document,) = BeaconCompressor(model).compress([Work(some_ids(20), [2, 4, 2])])
     assert document.kv.slots == 4 + 2 + 2
 
 

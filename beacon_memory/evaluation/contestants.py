@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
-from beacon_memory.compressor import BeaconCompressor
+from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.generation import Request, chat_prompt, generate, generation_config
 from beacon_memory.kv import MemoryKV
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from beacon_memory.modeling import BeaconModel
+from beacon_memory.quantize import quantized
 
 from .items import Item
 from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
@@ -132,9 +133,10 @@ class ReadingContestant(Contestant, Generic[M]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """A memory that stands in front of any question, the sink included."""
+    """A memory that stands in front of any question, the sink included. kv_bytes, cut: see Outcome."""
 
     kv: MemoryKV
+    kv_bytes: int = 0
     cut: bool = False
 
 
@@ -152,9 +154,8 @@ class PrefixContestant(ReadingContestant[Prefix]):
         started = time.perf_counter()
         answers = generate(self.model, requests, config)
         each = (time.perf_counter() - started) / len(items)
-        sink = MemoryKV.of(self.compressor.sink).nbytes
         return [
-            Outcome(answer.text, memory.kv.nbytes - sink, seconds + each, memory.cut)
+            Outcome(answer.text, memory.kv_bytes, seconds + each, memory.cut)
             for (answer,), (memory, seconds) in zip(answers, memories, strict=True)
         ]
 
@@ -167,15 +168,29 @@ class PrefixContestant(ReadingContestant[Prefix]):
         return mean_nll(self.model.head(hidden[:-1]), continuation[1:])
 
     def prefix(
-        self, documents: Sequence[Sequence[int]], ratio: int, *, compression: str = "beacon", cut: bool = False
+        self,
+        documents: Sequence[Sequence[int]],
+        ratio: int,
+        *,
+        compression: str = "beacon",
+        bits: int | None = None,
+        cut: bool = False,
     ) -> Prefix:
-        """The sink and the memories of documents, composed. Ratio 0 keeps the K/V of every token."""
+        """The sink and the memories of documents, composed.
+
+        Ratio 0 keeps the K/V of every token. bits: what keys and values are quantized to, see `quantized`.
+        """
         lead = [] if self.model.sink_ids else self.model.leading_bos
         whole = [[*lead, *ids] for ids in documents]
-        work = [(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
+        work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
         memories = [one.kv for one in self.compressor.compress(work, compression=compression)]
+        kv_bytes = sum(memory.nbytes for memory in memories)
+        if bits is not None:
+            stored = [quantized(memory, bits) for memory in memories]
+            kv_bytes = sum(one.nbytes for one in stored)
+            memories = [one.dequantized() for one in stored]
         sink = MemoryKV.of(self.compressor.sink)
-        return Prefix(MemoryKV.concat([sink, *memories], sink.slots + self.room), cut)
+        return Prefix(MemoryKV.concat([sink, *memories], sink.slots + self.room), kv_bytes, cut)
 
 
 class NoText(PrefixContestant):
@@ -226,7 +241,7 @@ class Retrieved(PrefixContestant):
 
 
 class Compressed(PrefixContestant):
-    """`beacon:R`, `beacon:R:N` and the same of the other compressions."""
+    """`beacon:R`, `beacon:R:N` and the same of the other compressions, with `bits` quantized."""
 
     def __init__(
         self,
@@ -237,19 +252,20 @@ class Compressed(PrefixContestant):
         documents: int = 1,
         *,
         score: str = "repeat",
+        bits: int | None = None,
     ) -> None:
         super().__init__(name, model)
         self.compressor = BeaconCompressor(model, score=score)
-        self.compression, self.ratio, self.documents = compression, ratio, documents
+        self.compression, self.ratio, self.documents, self.bits = compression, ratio, documents, bits
 
     def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # compression is blind to it
         """One or more documents, compressed and composed."""
         parts = split_documents(passages, self.documents)
-        if sum(self._slots(len(part) + 1) for part in parts) <= self.room:  # a bos leads where there is no sink
-            return self.prefix(parts, self.ratio, compression=self.compression)
-        kept = cut_middle([id for passage in passages for id in passage], self.capacity)
-        parts = split_documents([kept], self.documents)
-        return self.prefix(parts, self.ratio, compression=self.compression, cut=True)
+        cut = sum(self._slots(len(part) + 1) for part in parts) > self.room  # a bos leads where there is no sink
+        if cut:
+            kept = cut_middle([id for passage in passages for id in passage], self.capacity)
+            parts = split_documents([kept], self.documents)
+        return self.prefix(parts, self.ratio, compression=self.compression, bits=self.bits, cut=cut)
 
     def _slots(self, tokens: int) -> int:
         whole, rest = divmod(tokens, self.model.config.beacon_window)

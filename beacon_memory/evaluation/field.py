@@ -10,10 +10,12 @@
     select-expected:R   the same, chosen by the cheaper score
     hybrid:R       both, beacons and K/V of chosen tokens
     beacon:R:N     the same, the text cut into N documents that are compressed alone and composed; so for the others
+    beacon:R@int8, beacon:R@int4   the same, the K/V of each document quantized; so for the others, also with N
     expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip as the package
                    kvpress has them
 
-R counts tokens of text for each slot of K/V, so all contestants with one R have the same K/V budget.
+R counts tokens of text for each slot of K/V, so all contestants with one R have the same K/V budget, but for those that
+are quantized.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ from .untouched import Untouched
 
 __all__ = ["contestants"]
 
+_COMPRESSED = (*COMPRESSIONS, "select-expected")
 _NAMES = (
     *("full", "none", "base", "truncated:R", "bm25", "bm25:R"),
-    *(f"{name}{numbers}" for name in (*COMPRESSIONS, "select-expected") for numbers in (":R", ":R:N")),
+    *(f"{name}{numbers}" for name in _COMPRESSED for numbers in (":R", ":R:N")),
     *(f"{name}:R" for name in PRESSES),
 )
+_BITS = {"int8": 8, "int4": 4}
 
 
 def contestants(names: Sequence[str], model: BeaconModel) -> list[Contestant]:
@@ -49,20 +53,34 @@ def contestants(names: Sequence[str], model: BeaconModel) -> list[Contestant]:
     if not 0 < len(names) == len(parsed):
         raise InputError(f"contestants {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
     stock = cache(lambda: stock_model(model))  # one for all presses, and only if there is one
-    return [_contestant(name, kind, numbers, model, stock) for name, (kind, numbers) in parsed.items()]
+    return [_contestant(name, *parts, model, stock) for name, parts in parsed.items()]
 
 
-def _parse(name: str) -> tuple[str, list[int]]:
-    kind, *texts = name.split(":")
+def _parse(name: str) -> tuple[str, list[int], int | None]:
+    """Kind, numbers and bits."""
+    plain, at, precision = name.partition("@")
+    kind, *texts = plain.split(":")
     forms = [form.split(":") for form in _NAMES]
     numbers = [int(text) for text in texts if text.isascii() and text.isdigit() and int(text)]
-    if len(numbers) < len(texts) or not any(form[0] == kind and len(form) == 1 + len(texts) for form in forms):
-        raise InputError(f"contestant {name!r} must be one of {', '.join(_NAMES)}, with whole numbers for R and N")
-    return kind, numbers
+    if (
+        len(numbers) < len(texts)
+        or not any(form[0] == kind and len(form) == 1 + len(texts) for form in forms)
+        or (at and (precision not in _BITS or kind not in _COMPRESSED))
+    ):
+        raise InputError(
+            f"contestant {name!r} must be one of {', '.join(_NAMES)}, with whole numbers for R and N; "
+            f"{', '.join(_COMPRESSED)} may be followed by @{' or @'.join(_BITS)}"
+        )
+    return kind, numbers, _BITS.get(precision)
 
 
 def _contestant(
-    name: str, kind: str, numbers: list[int], model: BeaconModel, stock: Callable[[], PreTrainedModel]
+    name: str,
+    kind: str,
+    numbers: list[int],
+    bits: int | None,
+    model: BeaconModel,
+    stock: Callable[[], PreTrainedModel],
 ) -> Contestant:
     if kind in PRESSES:
         return Selected(name, model, stock(), kind, *numbers)
@@ -72,7 +90,7 @@ def _contestant(
         "base": lambda: Untouched(name, model),
         "truncated": lambda ratio: Truncated(name, model, ratio),
         "bm25": lambda ratio=4: Retrieved(name, model, ratio),
-        **{one: partial(Compressed, name, model, one) for one in COMPRESSIONS},
-        "select-expected": partial(Compressed, name, model, "select", score="expected"),
+        **{one: partial(Compressed, name, model, one, bits=bits) for one in COMPRESSIONS},
+        "select-expected": partial(Compressed, name, model, "select", bits=bits, score="expected"),
     }
     return made[kind](*numbers)

@@ -1,0 +1,70 @@
+"""How a namespace of a store keeps its documents; kept in its catalog."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePath
+
+from .catalog import Catalog
+from .document import check_precision
+from .errors import InputError
+from .files import Files, LocalFiles
+
+__all__ = ["Settings", "open_files"]
+
+_MOST = 2**63 - 1  # that SQLite keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a namespace of a store keeps its documents.
+
+    precision:   what K/V are kept in if `put` does not say: one of `document.PRECISIONS`, or `auto`, as they were made.
+    quota:       bytes that all K/V may take together, None for no bound; those that were not used for longest go for a
+                 new document, pinned ones never.
+    files:       URL of the object storage where K/V files lie, such as s3://bucket/prefix; None for the store's folder.
+    cache_bytes: bytes of remote files that are kept on this machine, those used last.
+
+    Raises InputError for a value that cannot be.
+    """
+
+    precision: str = "auto"
+    quota: int | None = None
+    files: str | None = None
+    cache_bytes: int = 10_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.precision != "auto":
+            check_precision(self.precision)
+        if self.quota is not None and (type(self.quota) is not int or not 1 <= self.quota <= _MOST):
+            raise InputError(f"quota={self.quota!r} must be a number of bytes from 1 to 2^63 - 1, or None for no bound")
+        if type(self.cache_bytes) is not int or not 0 <= self.cache_bytes <= _MOST:
+            raise InputError(f"cache_bytes={self.cache_bytes!r} must be a number of bytes from 0 to 2^63 - 1")
+        if self.files is not None and "://" not in self.files:
+            raise InputError(f"files={self.files!r} must be a URL such as s3://bucket/prefix")
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Settings:
+        """The settings that a catalog holds."""
+        known = {field.name: catalog.fact(field.name) for field in fields(cls)}
+        return cls(**{name: value for name, value in known.items() if value is not None})
+
+    def write(self, catalog: Catalog) -> None:
+        """Make a catalog hold these."""
+        for field in fields(self):
+            catalog.set_fact(field.name, getattr(self, field.name))
+
+    def below(self, folder: PurePath) -> Settings:
+        """The settings of a namespace in a folder of this store."""
+        return replace(self, files=f"{self.files.rstrip('/')}/{folder.as_posix()}") if self.files else self
+
+
+def open_files(settings: Settings, folder: Path, identity: str) -> Files:
+    """Where the files of a store in `folder` lie; identity: of its catalog, to which remote files belong."""
+    if settings.files is None:
+        return LocalFiles(folder)
+    from .remote import RemoteFiles
+
+    files = RemoteFiles(settings.files, folder / "cache", settings.cache_bytes)
+    files.claim(identity)
+    return files

@@ -1,0 +1,158 @@
+"""Conversations that fold: nothing is lost on the way, and they stay within their bounds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_model, tiny_tokenizer
+
+from beacon_memory import BeaconMemory, CorruptFileError, InputError, Session
+from beacon_memory.config import BeaconConfig
+from beacon_memory.modeling import BeaconModel
+
+
+@pytest.fixture(scope="module")
+def model() -> BeaconModel:
+    config = BeaconConfig(beacon_window=32)
+    return tiny_model("llama", config, tokenizer=tiny_tokenizer(), max_position_embeddings=2048)
+
+
+@pytest.fixture
+def memory(model: BeaconModel, tmp_path: Path) -> Iterator[BeaconMemory]:
+    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+        yield memory
+
+
+def exchange(n: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]
+
+
+def line(turn: dict[str, str]) -> str:
+    return f"{turn['role'].capitalize()}: {turn['content']}\n"
+
+
+def whole(session: Session) -> str:
+    """The conversation from its first turn on."""
+    folded = session.memory.store.text(session.id) if session.ids else ""
+    return folded + "".join(map(line, session.turns))
+
+
+def test_old_turns_fold_and_nothing_is_lost(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=120)
+    said = []
+    for n in range(12):
+        session.add(exchange(n))
+        said += exchange(n)
+        assert whole(session) == "".join(map(line, said))
+        assert sum(len(line(turn)) for turn in session.turns) <= 120
+        assert session.turns[0]["role"] == "user"
+    assert session.ids == ["chat"]
+    assert memory.show("chat").tags == ("session",)
+    assert memory.verify() == []
+
+
+def test_conversation_outlives_the_process(memory: BeaconMemory, model: BeaconModel, tmp_path: Path) -> None:
+    Session(memory, "chat", recent=100).add([*exchange(1), *exchange(2), *exchange(3)])
+    memory.close()
+    with BeaconMemory(tmp_path / "store", model, reserve=100) as again:
+        session = Session(again, "chat", recent=100)
+        assert session.turns == exchange(3)
+        assert session.ids == ["chat"]
+        assert Session(again, "another").turns == []
+        assert Session(again.within("alice"), "chat").turns == []
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_fold_that_was_interrupted_is_neither_lost_nor_doubled(
+    memory: BeaconMemory, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(memory, "chat", recent=60)
+    session.add(exchange(0))
+    steps = 0
+
+    def dying(work: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                raise KeyboardInterrupt
+            return work(*args, **options)
+
+        return wrapped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "_write", dying(Session._write))
+        patched.setattr(memory, "add_many", dying(memory.add_many))
+        with pytest.raises(KeyboardInterrupt):
+            session.add([*exchange(1), *exchange(2)])
+    said = exchange(0) if step == 1 else [*exchange(0), *exchange(1), *exchange(2)]
+    assert whole(session) == "".join(map(line, said))
+    session.add(exchange(3))
+    assert whole(session) == "".join(map(line, [*said, *exchange(3)]))
+
+
+def test_memory_stays_within_its_slots(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=64, slots=40)
+    ratios = set()
+    for n in range(60):
+        session.add(exchange(n))
+        if session.ids:
+            assert memory.show("chat").slots <= 40
+            ratios.add(memory.show("chat").ratios)
+    assert {(2,), (4,), (8,), (16,), (32,)} <= ratios
+    assert whole(session).endswith("".join(map(line, [*exchange(58), *exchange(59)])))
+    assert "question 0\n" not in whole(session)  # at the strongest ratio the oldest is forgotten
+
+
+def test_answers_come_from_behind_the_conversation(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=64)
+    memory.add("other", "another document", ratio=2)
+    first = session.ask("Who?", max_new_tokens=4)
+    assert (first.ids, first.text) == ((), session.turns[-1]["content"])
+    session.add([*exchange(1), *exchange(2), *exchange(3)])
+    asked = [*session.turns, {"role": "user", "content": "Where?"}]
+    expected = memory.ask(asked, ["chat"], max_new_tokens=4)
+    answer = session.ask("Where?", max_new_tokens=4)
+    assert (answer.text, answer.ids) == (expected.text, ("chat",))
+    assert "User: Where?\n" in whole(session)
+
+
+def test_threads_may_take_part_in_one_session(memory: BeaconMemory) -> None:
+    def talk(name: int) -> None:
+        for n in range(4):
+            Session(memory, "chat", recent=80).add(exchange(100 * name + n))
+
+    threads = [threading.Thread(target=talk, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    text = whole(Session(memory, "chat"))
+    for name in range(4):
+        for n in range(4):
+            assert text.count("".join(map(line, exchange(100 * name + n)))) == 1
+
+
+def test_clearing_forgets_everything(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=60)
+    session.add([*exchange(1), *exchange(2)])
+    session.clear()
+    assert (session.turns, session.ids, memory.list()) == ([], [], [])
+    session.clear()
+
+
+def test_what_is_no_conversation_is_refused(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat")
+    with pytest.raises(InputError, match="'role' and 'content'"):
+        session.add([{"role": "user"}])
+    with pytest.raises(InputError, match="recent=0"):
+        Session(memory, "chat", recent=0)
+    session.add(exchange(1))
+    (path,) = (memory.store.folder / "sessions").glob("*.json")
+    path.write_text(path.read_text().replace("answer 1", "answer 2"))
+    with pytest.raises(CorruptFileError, match="is no session"):
+        session.turns  # noqa: B018

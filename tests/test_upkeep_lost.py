@@ -1,0 +1,246 @@
+"""Catalogs that were lost, that cannot be used, and those of yesterday."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from catalog_samples import LONG_AGO
+from kv_samples import same, sample
+from store_samples import change, files, labels, put
+from upkeep_samples import (
+    LABEL,
+    LONG,
+    everything,
+    file,
+    flip,
+    kinds,
+    leave_catalog,
+    replaced_file,
+    stale_label,
+)
+
+from beacon_memory.document import Label
+from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.files import file_stem
+from beacon_memory.store import MemoryStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[MemoryStore]:
+    with MemoryStore(tmp_path / "store") as store:
+        yield store
+
+
+def copy_of_catalog(store: MemoryStore) -> bytes:
+    return leave_catalog(store).read_bytes()
+
+
+def test_a_lost_catalog_comes_back_with_all_but_settings_and_use(store: MemoryStore) -> None:
+    store.put(*sample("a", LONG), LONG, LABEL, created_at=LONG_AGO)
+    for id in ("b/ü 🚀\0", "c"):
+        put(store, id, n=1)
+    store.update("c", expires_at=LONG_AGO)
+    before = everything(store)
+    leave_catalog(store).unlink()
+    assert store.list() == []
+    assert kinds(store.repair()) == [("lost-row", id) for id in sorted(["a", "b/ü 🚀\0", "c"], key=file_stem)]
+    assert all(content.stands(store) for content in before)
+    assert [row.id for row in store.list()] == ["a", "b/ü 🚀\0"]
+    assert store.expire() == ["c"]
+    assert store.verify() == []
+
+
+def test_a_lost_row_without_a_label_comes_back_without_one(store: MemoryStore) -> None:
+    kv = put(store, a=1)
+    made = store.get("doc").header.created_at
+    leave_catalog(store).unlink()
+    labels(store)[0].unlink()
+    assert kinds(store.repair()) == [("lost-row", "doc")]
+    assert same(store.get("doc").kv, kv)
+    assert (store.row("doc").label, store.row("doc").created_at) == (Label(), made)
+    assert store.verify() == []
+
+
+def test_a_lost_row_does_not_take_the_label_of_another(store: MemoryStore) -> None:
+    put(store)
+    made = store.get("doc").header.created_at
+    stale_label(store, id="other")
+    leave_catalog(store).unlink()
+    assert kinds(store.repair()) == [("lost-row", "doc")]
+    assert (store.row("doc").label, store.row("doc").created_at) == (Label(), made)
+    assert store.verify() == []
+
+
+def test_of_several_files_of_a_lost_row_the_last_whole_one_counts(store: MemoryStore) -> None:
+    put(store, text="the first text", n=1)
+    replaced_file(store)
+    put(store, "other")
+    first, second = sorted(file(store).parent.glob("*.safetensors"))
+    leave_catalog(store).unlink()
+    flip(second, -5)
+    assert kinds(store.repair()) == [("lost-row", "doc"), ("lost-row", "other")]
+    assert file(store) == first
+    assert store.text("doc") == "the first text"
+    assert store.row("doc").metadata == {"n": 1}
+    for _ in range(2):  # the damaged one is the only copy of what was said last
+        (problem,) = store.repair()
+        assert (problem.kind, problem.document, problem.mended) == ("lost-row", "doc", False)
+    assert len(files(store)) == 3
+
+
+def test_a_lost_row_whose_file_is_damaged_is_kept_and_reported(store: MemoryStore) -> None:
+    put(store)
+    flip(file(store), -5)
+    leave_catalog(store).unlink()
+    for look in (store.verify, store.repair, store.repair):
+        (problem,) = look()
+        assert (problem.kind, problem.document, problem.mended) == ("lost-row", "doc", False)
+    assert len(files(store)) == len(labels(store)) == 1
+
+
+def test_a_label_alone_is_kept_and_reported(store: MemoryStore) -> None:
+    put(store)
+    file(store).unlink()
+    leave_catalog(store).unlink()
+    for look in (store.verify, store.repair, store.repair):
+        (problem,) = look()
+        assert (problem.kind, problem.mended) == ("orphan-file", False)
+        assert "is a label without K/V" in problem.message
+    assert len(labels(store)) == 1
+
+
+def test_a_document_that_was_added_again_is_not_replaced_by_its_lost_file(store: MemoryStore) -> None:
+    put(store, text="the old text")
+    leave_catalog(store).unlink()
+    put(store, text="the new text")
+    assert {problem.kind for problem in store.repair()} == {"orphan-file"}
+    assert store.text("doc") == "the new text"
+    assert len(files(store)) == len(labels(store)) == 1
+    assert store.verify() == []
+
+
+def test_a_catalog_of_yesterday_finds_what_came_later(store: MemoryStore) -> None:
+    for id in ("deleted", "kept", "replaced", "renamed"):
+        put(store, id, f"{id}, as it was yesterday")
+    yesterday = copy_of_catalog(store)
+    put(store, "replaced", "replaced, as it is today", day="today")
+    put(store, "new", "new, as it is today")
+    store.rename("renamed", "with a new name")
+    store.update("kept", tags=["today"])
+    store.delete("deleted")
+    today = everything(store)
+    leave_catalog(store).write_bytes(yesterday)
+    found = {problem.kind for problem in store.verify()}
+    assert found == {"missing-file", "lost-row", "stale-label"}
+    done = store.repair()
+    unmended = [problem.document for problem in done if not problem.mended]
+    assert unmended == ["deleted", "renamed"]  # their texts are there, and their K/V were removed
+    for content in today:
+        if content.row.id != "kept":  # of a label the catalog's counts
+            assert content.stands(store)
+    assert store.text("kept") == "kept, as it was yesterday"
+    assert kinds(store.verify()) == [("missing-file", "deleted"), ("missing-file", "renamed")]
+    for id in ("deleted", "renamed"):
+        store.delete(id)
+    assert store.verify() == []
+
+
+def test_what_came_later_is_found_after_new_documents_too(store: MemoryStore) -> None:
+    put(store, "replaced", "yesterday")
+    yesterday = copy_of_catalog(store)
+    put(store, "lost", "today")
+    put(store, "replaced", "today")
+    lost = everything(store)
+    leave_catalog(store).write_bytes(yesterday)
+    put(store, "new", "tomorrow")
+    store.update("new", tags=["x"])
+    put(store, "new", "the day after")
+    done = store.repair()
+    assert {problem.kind for problem in done} == {"missing-file", "stale-label", "lost-row"}
+    assert all(problem.mended for problem in done)
+    assert all(content.stands(store) for content in lost)
+    assert store.text("new") == "the day after"
+    assert store.verify() == []
+    assert len(files(store)) == 3
+
+
+def test_a_row_that_came_back_is_forgotten_again_by_the_next_delete(store: MemoryStore) -> None:
+    yesterday = copy_of_catalog(store) if store.settings and put(store, "other") else b""
+    put(store)
+    leave_catalog(store).write_bytes(yesterday)
+    store.repair()
+    assert "doc" in store
+    store.delete("doc")
+    put(store)
+    replaced_file(store)
+    assert {problem.kind for problem in store.repair()} == {"orphan-file"}
+    assert store.verify() == []
+
+
+def test_new_files_come_after_those_that_came_back(store: MemoryStore) -> None:
+    put(store)
+    ahead = store.folder / f"{file_stem('doc')}-{2**47:012x}.safetensors"  # of a clock that went wrong
+    file(store).rename(ahead)
+    leave_catalog(store).unlink()
+    store.repair()
+    assert file(store) == ahead
+    put(store, text="a later text")
+    assert file(store).name > ahead.name
+    leave_catalog(store).unlink()
+    store.repair()
+    assert store.text("doc") == "a later text"
+
+
+def test_a_catalog_that_cannot_be_read_is_put_aside(store: MemoryStore) -> None:
+    store.configure(quota=10**6, precision="bfloat16")
+    kv = put(store)
+    path = leave_catalog(store)
+    path.write_bytes(broken := b"not a database " * 100)
+    with pytest.raises(CorruptFileError, match="file is not a database; `beacon-memory repair` makes it anew"):
+        store.list()
+    (seen,) = store.verify()
+    assert (seen.kind, seen.mended, seen.path) == ("damaged-catalog", False, str(path))
+    assert path.read_bytes() == broken
+    first, second = store.repair()
+    assert (first.kind, first.mended, second.kind, second.mended) == ("damaged-catalog", True, "lost-row", True)
+    (aside,) = store.folder.glob("damaged-*.sqlite3")
+    assert aside.name in first.message
+    assert "its settings could not be read" in first.message
+    assert aside.read_bytes() == broken
+    assert same(store.get("doc").kv, kv)
+    assert store.verify() == []
+
+
+def test_a_catalog_that_is_put_aside_leaves_its_settings_and_identity(store: MemoryStore) -> None:
+    store.configure(quota=10**6, precision="float16")
+    put(store)
+    settings, identity = store.settings, store.catalog().fact("identity")
+    change(store, "DROP TABLE passages_fts_data")
+    assert [problem.kind for problem in store.repair()] == ["damaged-catalog", "lost-row"]
+    assert (store.settings, store.catalog().fact("identity")) == (settings, identity)
+    assert store.verify() == []
+
+
+def test_another_process_goes_on_with_the_new_catalog(store: MemoryStore) -> None:
+    put(store)
+    with MemoryStore(store.folder) as other:
+        assert len(other.list()) == 1
+        leave_catalog(store)
+        change(store, "DROP TABLE passages_fts_data")
+        store.repair()
+        put(other, "new")
+        assert [row.id for row in store.list()] == ["doc", "new"]
+    assert store.verify() == []
+
+
+def test_a_newer_catalog_is_left_alone(store: MemoryStore) -> None:
+    put(store)
+    change(store, "INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('beacon_memory', 'm999_future')")
+    store.close()
+    for look in (store.verify, store.repair):
+        with pytest.raises(StoreError, match="upgrade beacon_memory") as caught:
+            look()
+        assert not isinstance(caught.value, CorruptFileError)
+    assert not list(store.folder.glob("damaged-*"))
