@@ -1,0 +1,87 @@
+"""BeaconChatMessageHistory: a conversation of bounded size, kept in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.chat_history import BaseChatMessageHistory
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+
+from beacon_memory import BeaconMemory, Session
+
+from .chat_model import ChatBeaconMemory
+from .messages import from_session_turns, to_session_turn
+
+__all__ = ["BeaconChatMessageHistory", "behind_history"]
+
+_PREFIX = "session/"  # so that the id of a session is not by chance that of a document
+
+
+class BeaconChatMessageHistory(BaseChatMessageHistory):
+    """The messages of a session. Old ones are folded into a stored document, recent ones stay as they are.
+
+    It is kept in the store from the first message on. What is kept of a message is its role, its text and its tool
+    calls.
+
+    session_id: any text. Whoever may choose it reads that conversation: take it, and the namespace, from what your
+                program knows of the user.
+    memory, namespace: where it is kept; the model that continues it must have the same.
+    recent:     tokens of messages that stay as they are. When there are more, the oldest are folded until half is left.
+    slots:      memory slots that the folded ones may take; beyond, they are compressed more strongly.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        memory: BeaconMemory,
+        *,
+        namespace: str | None = None,
+        recent: int = 512,
+        slots: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.session_id = session_id
+        self.memory = memory if namespace is None else memory.within(namespace)
+        self.session = Session(self.memory, f"{_PREFIX}{session_id}", recent=recent, slots=slots)
+
+    @property
+    def namespace(self) -> str:
+        """Where it is kept."""
+        return self.memory.store.namespace
+
+    @property
+    def document_ids(self) -> list[str]:
+        """The document that older messages were folded into, if any: what to load in front of the recent ones."""
+        return self.session.ids
+
+    @property
+    def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # as in LangChain's own example
+        """The recent messages, oldest first."""
+        return from_session_turns(self.session.turns)
+
+    def add_messages(self, messages: Sequence[BaseMessage]) -> None:
+        """Let the conversation go on; folds older messages if there are too many."""
+        self.session.add([to_session_turn(message) for message in messages])
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self.session.clear()
+
+
+def behind_history(model: ChatBeaconMemory) -> Runnable[LanguageModelInput, AIMessage]:
+    """The model, behind what the message history of a run has folded; for `RunnableWithMessageHistory`.
+
+        RunnableWithMessageHistory(behind_history(model), lambda id: BeaconChatMessageHistory(id, memory))
+
+    It may also be the last part of a chain. Documents of the model itself are loaded in front.
+    """
+
+    def bound(_: Any, config: RunnableConfig) -> Any:
+        history: BeaconChatMessageHistory = config["configurable"]["message_history"]
+        ids = [*(model.document_ids or ()), *history.document_ids]
+        return model.bind(document_ids=ids, namespace=history.namespace)
+
+    return RunnableLambda(bound, name="behind_history")

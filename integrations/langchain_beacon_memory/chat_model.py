@@ -1,0 +1,226 @@
+"""ChatBeaconMemory: a chat model that answers from stored memories."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.runnables.config import run_in_executor
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
+
+from beacon_memory import Answer, BeaconMemory, InputError
+
+from .background import in_background
+from .language_model import BeaconLanguageModel, response_metadata, usage_metadata
+from .messages import to_turns
+from .tool_calls import OPENING, chosen_tools, parse_calls, require_call, text_before_calls, to_chunks
+
+__all__ = ["ChatBeaconMemory"]
+
+_METHODS = ("function_calling", "json_schema", "json_mode")
+
+
+class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
+    """A chat model in front of which stored documents are loaded: the prompt holds the conversation only.
+
+        model = ChatBeaconMemory(memory=BeaconMemory("my-store"), max_tokens=64)
+        model.invoke("Who pays the rent?", document_ids=["lease"])
+
+    The tokens of loaded documents are counted in `usage_metadata["input_token_details"]["cache_read"]`, and
+    `response_metadata` names the documents. Tools need a model whose chat template has them as Hermes and Qwen models
+    do; for another, a call with tools raises InputError.
+    """
+
+    streaming: bool = False
+
+    @property
+    def _llm_type(self) -> str:
+        return "beacon-memory-chat"
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002  # the base class names it
+        **kwargs: Any,
+    ) -> ChatResult:
+        tools, must_call = _offered(kwargs)
+        memory, turns, options = self._question(messages, stop, tools, kwargs)
+        return self._result(memory.ask(turns, **options), tools, must_call)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        if (kwargs.get("num_beams") or self.model_kwargs.get("num_beams") or 1) > 1:  # cannot be streamed
+            return await super()._agenerate(messages, stop, run_manager, **kwargs)
+        tools, must_call = _offered(kwargs)
+
+        def begin() -> Iterator[str | Answer]:
+            memory, turns, options = self._question(messages, stop, tools, kwargs)
+            return memory.stream(turns, **options)
+
+        *_, answer = [piece async for piece in in_background(begin)]  # a stream ends when the task is cancelled
+        return self._result(answer, tools, must_call)  # type: ignore[arg-type]  # an Answer comes last
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002  # the base class reports the tokens
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        tools, must_call = _offered(kwargs)
+        memory, turns, options = self._question(messages, stop, tools, kwargs)
+        seen = shown = ""
+        for piece in memory.stream(turns, **options):
+            if isinstance(piece, Answer):
+                message = self._message(piece, tools, must_call)
+                last = AIMessageChunk(
+                    content=message.text.removeprefix(shown),
+                    tool_call_chunks=to_chunks(message),
+                    usage_metadata=message.usage_metadata,
+                    response_metadata=message.response_metadata,
+                    chunk_position="last",
+                )
+                yield ChatGenerationChunk(message=last)
+                return
+            seen += piece
+            certain = (text_before_calls(seen) if tools else seen).strip()
+            if new := certain.removeprefix(shown):
+                shown = certain
+                yield ChatGenerationChunk(message=AIMessageChunk(content=new))
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002  # the base class reports the tokens
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async for chunk in in_background(lambda: self._stream(messages, stop, **kwargs)):
+            yield chunk
+
+    def _question(
+        self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, tools: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[BeaconMemory, list[dict[str, Any]], dict[str, Any]]:
+        """What to ask of which memory."""
+        memory = self._asked(kwargs)
+        template = str(memory.model.tokenizer.chat_template)
+        if tools and OPENING not in template:
+            raise InputError(
+                f"the model's chat template does not write tool calls as {OPENING}, so tools cannot be used; take a "
+                "model that does, for example Qwen2.5-Instruct or Hermes"
+            )
+        turns = to_turns(messages, calls_as_text="tool_calls" not in template)
+        options = {name: value for name, value in kwargs.items() if name != "tool_choice"}
+        return memory, turns, self._options(stop, options) | {"tools": tools}
+
+    def _result(self, answer: Answer, tools: Sequence[dict[str, Any]], must_call: bool) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=self._message(answer, tools, must_call))])
+
+    def _message(self, answer: Answer, tools: Sequence[dict[str, Any]], must_call: bool) -> AIMessage:
+        message = AIMessage(
+            answer.text, usage_metadata=usage_metadata(answer), response_metadata=response_metadata(answer, self.model)
+        )
+        if tools:
+            parsed = parse_calls(answer.text)
+            message.content, message.tool_calls, message.invalid_tool_calls = (
+                parsed.content,
+                parsed.calls,
+                parsed.invalid,
+            )
+        return require_call(message, [tool["function"]["name"] for tool in tools]) if must_call else message
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | dict[str, Any] | bool | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Offer tools to the model.
+
+        tool_choice: "auto", the default; "none"; "any", or a tool's name, for an answer that must call one, or that
+        one: there is no way to force the model, so an answer without a call raises OutputParserException.
+        """
+        formatted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        chosen_tools(formatted, tool_choice)  # refuses a choice that is none
+        return self.bind(tools=formatted, tool_choice=tool_choice, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: str = "function_calling",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """Answers in the form of a schema; one that has another form raises OutputParserException.
+
+        method: "function_calling" or "json_schema" offer the schema as a tool; with "json_mode" the answer is read as
+        JSON, which the prompt must ask for.
+        """
+        if kwargs or method not in _METHODS:
+            raise InputError(
+                f"with_structured_output takes the methods {', '.join(_METHODS)}, got {method!r}, {kwargs}"
+            )
+        tool = convert_to_openai_tool(schema, strict=strict)
+        name = tool["function"]["name"]
+        traced: dict[str, Any] = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
+        checked: Any = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
+        model: Runnable[LanguageModelInput, AIMessage]
+        parser: Runnable[Any, Any]
+        if method == "json_mode":
+            model = self.bind(**traced)
+            parser = PydanticOutputParser(pydantic_object=checked) if checked else JsonOutputParser()
+        else:
+            model = self.bind_tools([tool], **traced)
+            called: Runnable[AIMessage, AIMessage] = RunnableLambda(lambda message: require_call(message, [name]))
+            if checked:
+                parser = called | PydanticToolsParser(tools=[checked], first_tool_only=True)
+            else:
+                parser = called | JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+        if not include_raw:
+            return model | parser
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """As the base class; a model that is not loaded yet is loaded in a thread."""
+        await run_in_executor(None, lambda: self.memory.model)
+        return await super().agenerate(*args, **kwargs)
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The key of LangChain's cache of answers: it changes with the model and with every version of a document."""
+        memory, ids = self._asked(kwargs), kwargs.get("document_ids", self.document_ids)
+        fingerprint = memory.model.fingerprint.digest
+        if ids is None:  # what the search finds may change with any document
+            loaded = [secrets.token_hex(16)]
+        else:
+            loaded = [memory.store.row(id, fingerprint).file for id in ([ids] if isinstance(ids, str) else ids)]
+        return f"{super()._get_llm_string(stop=stop, **kwargs)}---{fingerprint}---{loaded}"
+
+
+def _offered(kwargs: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """The tools of a call, and whether one of them has to be called."""
+    tools = [convert_to_openai_tool(tool) for tool in kwargs.get("tools") or ()]
+    return chosen_tools(tools, kwargs.get("tool_choice"))

@@ -1,0 +1,66 @@
+"""Handles: how a memory block tells the model which memory to load, since messages cannot carry tensors.
+
+A handle is the id of a document with a seal over it, its store and its namespace. The seal is made with a secret that
+this process drew at its start and never gives out, so nobody else can make one, and one for another document, store or
+namespace does not fit. It stands beside the text of a system message, in `additional_kwargs`, never in a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+
+from beacon_memory import InputError, MemoryStore
+
+__all__ = ["KEY", "issue", "redeem_all"]
+
+KEY = "beacon_memory"
+
+_SECRET = secrets.token_bytes(32)
+_logger = logging.getLogger(__name__)
+
+
+def issue(store: MemoryStore, id: str) -> ChatMessage:
+    """A message without text that has the model load a document of this store and namespace."""
+    handle = {"id": id, "seal": _seal(store, id)}
+    return ChatMessage(role=MessageRole.SYSTEM, blocks=[], additional_kwargs={KEY: handle})
+
+
+def redeem_all(store: MemoryStore, messages: Sequence[ChatMessage]) -> list[str]:
+    """The ids that the handles in system messages name; what looks like one in another message is ignored.
+
+    Raises InputError for a handle that was not issued by this process for this store and namespace.
+    """
+    ids: dict[str, None] = {}
+    for message in messages:
+        if KEY not in message.additional_kwargs:
+            continue
+        if message.role != MessageRole.SYSTEM:
+            _logger.warning("a memory handle in a message of the role %s was ignored", message.role.value)
+            continue
+        ids[_redeem(store, message.additional_kwargs[KEY])] = None
+    return list(ids)
+
+
+def _redeem(store: MemoryStore, handle: Any) -> str:
+    id, seal = (handle.get("id"), handle.get("seal")) if isinstance(handle, dict) else (None, None)
+    if not (isinstance(id, str) and isinstance(seal, str)):
+        raise InputError(f"additional_kwargs[{KEY!r}] of a system message is no memory handle; leave it out")
+    if not hmac.compare_digest(seal.encode("utf-8", "replace"), _seal(store, id).encode()):
+        raise InputError(
+            "a memory handle in a system message was not issued by this process for this store and namespace; get the "
+            "messages anew from the Memory whose block issued it, and ask a model in the block's namespace"
+        )
+    return id
+
+
+def _seal(store: MemoryStore, id: str) -> str:
+    sealed = json.dumps([str(store.root.resolve()), store.namespace, id])
+    return hmac.new(_SECRET, sealed.encode(), hashlib.sha256).hexdigest()[:32]

@@ -1,0 +1,80 @@
+"""BeaconMemoryBlock: the part of a `Memory` that folds old messages into keys and values."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.memory import BaseMemoryBlock
+
+from beacon_memory import Session
+
+from . import handles
+from .llm import BeaconMemoryLLM
+from .messages import to_text_turns
+
+__all__ = ["BeaconMemoryBlock"]
+
+
+class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
+    """Folds the messages that a `Memory` flushes into a document, and has the model answer behind it.
+
+    The document grows with the conversation: only its last window is read again. It lies in the store and the namespace
+    of `llm`, under the name of the block and the id of the session, and survives the program. What a block gives to its
+    `Memory` is a message without text, with a handle that `llm` understands, and every other `BeaconMemoryLLM` of this
+    process on the same namespace.
+
+    Users who must not see each other's conversations get namespaces of their own:
+    `BeaconMemoryBlock(llm=llm.within("alice"))`, with the same `llm.within("alice")` to answer.
+    """
+
+    name: str = Field(default="BeaconMemory", description="The name of the block; part of its documents' ids.")
+    llm: BeaconMemoryLLM = Field(description="The model that reads the messages and answers behind them.")
+    slots: int = Field(
+        default=1024,
+        ge=1,
+        description="Memory slots that a conversation may take. When it needs more it is compressed twice as strongly, "
+        "and when that goes no further its older half is forgotten.",
+    )
+
+    def session(self, session_id: str | None = None) -> Session:
+        """The conversation that is kept for a `Memory` with this session id."""
+        id = self.name if session_id is None else f"{self.name}/{session_id}"
+        return Session(self.llm.memory, id, recent=1, slots=self.slots)  # one token: everything is folded
+
+    async def aput(
+        self,
+        messages: list[ChatMessage],
+        from_short_term_memory: bool = False,
+        session_id: str | None = None,
+    ) -> None:
+        """Fold messages. The session is the one that the `Memory` names, never one that a message claims to be of."""
+        if not from_short_term_memory or self.accept_short_term_memory:
+            await asyncio.to_thread(self._fold, messages, session_id)
+
+    async def _aput(self, messages: list[ChatMessage]) -> None:
+        await self.aput(messages)
+
+    async def _aget(
+        self,
+        messages: list[ChatMessage] | None = None,  # noqa: ARG002  # the framework passes it
+        session_id: str | None = None,
+        **block_kwargs: Any,  # noqa: ARG002  # the framework passes it
+    ) -> list[ChatMessage]:
+        """A handle of what was folded, and any messages that an interrupted program did not come to fold."""
+        return await asyncio.to_thread(self._messages, session_id)
+
+    def clear(self, session_id: str | None = None) -> None:
+        """Forget a conversation; `Memory.reset` leaves what was folded."""
+        self.session(session_id).clear()
+
+    def _fold(self, messages: list[ChatMessage], session_id: str | None) -> None:
+        if turns := to_text_turns(messages):
+            self.session(session_id).add(turns)
+
+    def _messages(self, session_id: str | None) -> list[ChatMessage]:
+        session = self.session(session_id)
+        folded = [handles.issue(self.llm.memory.store, id) for id in session.ids]
+        return [*folded, *(ChatMessage(turn["content"], role=MessageRole(turn["role"])) for turn in session.turns)]

@@ -1,0 +1,457 @@
+"""Ingestion, retrieval and answers from compressed documents, with their nodes kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core import MockEmbedding, PromptTemplate, VectorStoreIndex
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
+from llama_index.core.ingestion.pipeline import get_transformation_hash
+from llama_index.core.llms import MockLLM
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import BaseSynthesizer
+from llama_index.core.schema import (
+    BaseNode,
+    Document,
+    MetadataMode,
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+    TransformComponent,
+)
+from llama_index_beacon_memory import (
+    BeaconCompressionTransform,
+    BeaconMemoryBlock,
+    BeaconMemoryLLM,
+    BeaconQueryEngine,
+    BeaconRetriever,
+    BeaconSynthesizer,
+)
+from llama_index_beacon_memory.nodes import KEY, document_id
+from llama_index_samples import OWLS, ROOF, WELL, make_llm
+from tiny_models import tiny_base, tiny_checkpoint
+
+from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
+
+QUESTION = "Who mended the roof of the barn?"
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> Iterator[BeaconMemoryLLM]:
+    llm = make_llm(tmp_path / "store")
+    yield llm
+    llm.memory.close()
+
+
+def documents() -> list[Document]:
+    texts = {"roof": ROOF, "well": WELL, "owls": OWLS}
+    return [Document(id_=id, text=text, metadata={"source": f"{id}.txt"}) for id, text in texts.items()]
+
+
+def compress(llm: BeaconMemoryLLM, nodes: Sequence[BaseNode] = (), **settings: Any) -> list[BaseNode]:
+    transform = BeaconCompressionTransform(memory=llm.memory, **{"ratio": 2, **settings})
+    return list(transform(nodes or documents()))
+
+
+def answer(llm: BeaconMemoryLLM, *ids: str, question: str = QUESTION) -> str:
+    return llm.memory.ask(question, ids, max_new_tokens=8).text
+
+
+class Fixed(BaseRetriever):
+    """Finds the same nodes for every question."""
+
+    def __init__(self, nodes: Sequence[BaseNode]) -> None:
+        self.nodes = nodes
+        super().__init__()
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:  # noqa: ARG002  # the same for every one
+        return [NodeWithScore(node=node, score=1.0 - n / 10) for n, node in enumerate(self.nodes)]
+
+
+# --- ingestion
+
+
+def test_classes() -> None:
+    assert TransformComponent in BeaconCompressionTransform.__mro__
+    assert BeaconCompressionTransform.class_name() == "BeaconCompressionTransform"
+    assert BaseRetriever in BeaconRetriever.__mro__
+    assert BaseSynthesizer in BeaconSynthesizer.__mro__
+    assert RetrieverQueryEngine in BeaconQueryEngine.__mro__
+
+
+def test_pipeline_compresses_documents_and_nodes_say_where_they_are(llm: BeaconMemoryLLM) -> None:
+    pipeline = IngestionPipeline(transformations=[BeaconCompressionTransform(memory=llm.memory, ratio=2)])
+    nodes = pipeline.run(documents=documents())
+    assert [(node.node_id, node.metadata[KEY]) for node in nodes] == [(id, id) for id in ("roof", "well", "owls")]
+    assert nodes[0].get_content() == ROOF
+    for mode in (MetadataMode.EMBED, MetadataMode.LLM):
+        assert KEY not in nodes[0].get_content(mode)
+    row = llm.memory.show("roof")
+    assert (row.ratios, row.metadata, llm.memory.store.text("roof")) == ((2,), {"source": "roof.txt"}, ROOF)
+
+
+def test_pipeline_compresses_without_blocking_the_event_loop(llm: BeaconMemoryLLM) -> None:
+    pipeline = IngestionPipeline(transformations=[BeaconCompressionTransform(memory=llm.memory, ratio=2)])
+
+    async def run() -> int:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.002)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        await pipeline.arun(documents=[Document(id_="roof", text=ROOF * 20)])
+        ticking.cancel()
+        return ticks
+
+    assert asyncio.run(run()) > 20
+    assert llm.memory.show("roof").tokens == len(ROOF) * 20
+
+
+def test_pieces_that_are_cut_from_a_document_lead_to_its_memory(llm: BeaconMemoryLLM) -> None:
+    transform = BeaconCompressionTransform(memory=llm.memory, ratio=2)
+    splitter = SentenceSplitter(chunk_size=16, chunk_overlap=0)
+    whole = Document(id_="barn", text=f"{ROOF} {OWLS}")
+    pieces = IngestionPipeline(transformations=[transform, splitter]).run(documents=[whole])
+    assert len(pieces) > 1
+    assert {piece.metadata[KEY] for piece in pieces} == {"barn"}
+    assert [row.id for row in llm.memory.list()] == ["barn"]
+
+    apart = IngestionPipeline(transformations=[splitter, transform]).run(documents=[whole])
+    assert {piece.metadata[KEY] for piece in apart} == {piece.node_id for piece in apart}
+    assert len(llm.memory.list()) == 1 + len(apart)
+
+
+def test_metadata_becomes_part_of_the_text_if_asked_for(llm: BeaconMemoryLLM) -> None:
+    compress(llm, documents()[:1], metadata_mode=MetadataMode.LLM)
+    assert llm.memory.store.text("roof") == f"source: roof.txt\n\n{ROOF}"
+
+
+def test_nodes_without_text_pass_through(llm: BeaconMemoryLLM) -> None:
+    empty = TextNode(id_="empty", text=" \n")
+    assert compress(llm, [empty, *documents()[:1]])[0] is empty
+    assert KEY not in empty.metadata
+    assert [row.id for row in llm.memory.list()] == ["roof"]
+
+
+def test_metadata_that_json_cannot_hold_is_kept_as_text(llm: BeaconMemoryLLM) -> None:
+    compress(llm, [TextNode(id_="roof", text=ROOF, metadata={"path": Path("a/b"), KEY: "well", "n": 1})])
+    assert llm.memory.show("roof").metadata == {"path": "a/b", "n": 1}
+
+
+def test_cache_spares_the_work_until_something_that_matters_changes(
+    llm: BeaconMemoryLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = IngestionCache()
+
+    def run(llm: BeaconMemoryLLM, **settings: Any) -> list[str]:
+        transform = BeaconCompressionTransform(memory=llm.memory, **{"ratio": 2, **settings})
+        added: list[str] = []
+        add_many = llm.memory.add_many
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            done = add_many(*args, **kwargs)
+            added.extend(one.status for one in done)
+            return done
+
+        monkeypatch.setattr(transform.memory, "add_many", noting)
+        nodes = IngestionPipeline(transformations=[transform], cache=cache).run(documents=documents()[:1])
+        assert nodes[0].metadata[KEY] == "roof"
+        return added
+
+    assert run(llm) == ["added"]
+    assert run(llm) == []  # from the cache
+    assert run(llm, ratio=4) == ["replaced"]
+    assert run(llm, ratio=4) == []
+    assert run(llm, ratio=4, compression="beacon") == ["replaced"]
+    assert run(llm, metadata_mode=MetadataMode.ALL) == ["replaced"]
+    assert run(llm.within("alice")) == ["added"]
+    assert run(make_llm(tmp_path / "another")) == ["added"]
+    assert run(make_llm(llm.memory.store.root, weights=1)) == ["replaced"]  # another model
+
+
+def test_cache_key_holds_what_decides_the_memory_of_a_text(llm: BeaconMemoryLLM) -> None:
+    nodes = documents()
+
+    def key(memory: BeaconMemory, **settings: Any) -> str:
+        return get_transformation_hash(nodes, BeaconCompressionTransform(memory=memory, **settings))
+
+    root, model = llm.memory.store.root, llm.memory.model
+    written = BeaconCompressionTransform(memory=llm.memory).to_dict()
+    assert written["fingerprint"] == model.fingerprint.digest
+    keys = [
+        key(llm.memory),
+        key(llm.memory, ratio=4),
+        key(llm.memory, precision="int8"),
+        key(llm.memory.within("alice")),
+        key(BeaconMemory(root, model, score="expected")),
+        key(BeaconMemory(root, model, reserve=500)),
+        key(make_llm(root, weights=1).memory),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(BeaconMemory(root, model, reserve=100)) == keys[0]
+
+
+def test_written_form_makes_the_same_transform_again(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", tiny_base("llama", max_position_embeddings=4096))
+    transform = BeaconCompressionTransform(
+        tmp_path / "store", model=str(folder), namespace="alice", ratio=4, metadata_mode=MetadataMode.EMBED
+    )
+    written = json.loads(json.dumps(transform.to_dict()))
+    again = BeaconCompressionTransform.from_dict(written)
+    assert again.to_dict() == transform.to_dict()
+    assert (again.ratio, again.metadata_mode, again.memory.store.namespace) == (4, MetadataMode.EMBED, "alice")
+    again(documents()[:1])
+    assert transform.memory.show("roof").ratios == (4,)
+
+
+# --- retrieval
+
+
+def test_retriever_finds_documents_by_their_full_text(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    retriever = BeaconRetriever(llm.memory)
+    (found,) = retriever.retrieve(QUESTION)
+    assert asyncio.run(retriever.aretrieve(QUESTION)) == [found]
+    node = found.node
+    assert (node.node_id, node.get_content(), node.metadata["source"]) == ("roof", ROOF, "roof.txt")
+    assert (node.metadata[KEY], node.ref_doc_id) == ("roof", "roof")
+    assert (node.start_char_idx, node.end_char_idx) == (0, len(ROOF))
+    assert found.score == llm.memory.store.search(QUESTION)[0].score > 0
+    assert retriever.retrieve("zebra") == []
+
+
+def test_retriever_returns_the_best_documents_first_and_no_more_than_asked_for(llm: BeaconMemoryLLM) -> None:
+    texts = [("one", "owls and mice"), ("two", "owls, owls and bats"), ("three", "owls and hens"), ("four", "bees")]
+    compress(llm, [Document(id_=id, text=text) for id, text in texts])
+    found = BeaconRetriever(llm.memory, 2).retrieve("owls bats")
+    assert found[0].node.node_id == "two"
+    assert len(found) <= 2
+    found = BeaconRetriever(llm.memory, 3).retrieve("owls")
+    assert sorted(one.node.node_id for one in found) == ["one", "three", "two"]
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    with pytest.raises(InputError, match="similarity_top_k=0 must be at least 1"):
+        BeaconRetriever(llm.memory, 0)
+
+
+def test_retriever_leaves_out_what_does_not_fit_beside_better_documents(llm: BeaconMemoryLLM) -> None:
+    compress(llm, [Document(id_="best", text="owls owls owls"), Document(id_="long", text="owls, owls and so on " * 4)])
+    compress(llm, [Document(id_="short", text="owls and so on")])
+    slots = {row.id: row.slots for row in llm.memory.list()}
+    found = BeaconRetriever(llm.memory, max_slots=slots["best"] + slots["short"]).retrieve("owls")
+    assert sorted(one.node.node_id for one in found) == ["best", "short"]
+    assert [one.node.node_id for one in BeaconRetriever(llm.memory).retrieve("owls")] == ["best", "long", "short"]
+    inner = Fixed([TextNode(id_=id, text=id) for id in ("best", "long", "short")])
+    found = BeaconRetriever(llm.memory, retriever=inner, max_slots=slots["best"] + slots["short"]).retrieve("owls")
+    assert [one.node.node_id for one in found] == ["best", "short"]
+
+
+def test_conversations_are_not_found_as_documents(llm: BeaconMemoryLLM) -> None:
+    block = BeaconMemoryBlock(llm=llm)
+    compress(llm, documents()[:1])
+    session = block.session("monday")
+    session.add([{"role": "user", "content": ROOF}, {"role": "assistant", "content": "The roof of the barn, I see."}])
+    assert {hit.document for hit in llm.memory.store.search(QUESTION)} == {"roof", "BeaconMemory/monday"}
+    assert [one.node.node_id for one in BeaconRetriever(llm.memory).retrieve(QUESTION)] == ["roof"]
+
+
+def test_nodes_of_another_retriever_lead_to_their_documents(llm: BeaconMemoryLLM) -> None:
+    splitter = SentenceSplitter(chunk_size=16, chunk_overlap=0)
+    transform = BeaconCompressionTransform(memory=llm.memory, ratio=2)
+    nodes = IngestionPipeline(transformations=[transform, splitter]).run(documents=documents())
+    index = VectorStoreIndex(nodes, embed_model=MockEmbedding(embed_dim=4))
+    inner = index.as_retriever(similarity_top_k=len(nodes))
+    retriever = BeaconRetriever(llm.memory, retriever=inner)
+    found = retriever.retrieve(QUESTION)
+    assert {one.node.node_id for one in found} == {node.node_id for node in nodes}
+    assert {document_id(llm.memory, one.node) for one in found} == {"roof", "well", "owls"}
+    assert {one.node.node_id for one in asyncio.run(retriever.aretrieve(QUESTION))} == {n.node_id for n in nodes}
+
+
+def test_nodes_are_known_by_their_own_id_or_that_of_their_source(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="well")}
+    nodes = [TextNode(id_="roof", text="x"), TextNode(id_="piece", text="x", relationships=source)]
+    found = BeaconRetriever(llm.memory, retriever=Fixed(nodes)).retrieve(QUESTION)
+    assert [(one.node.node_id, document_id(llm.memory, one.node)) for one in found] == [
+        ("roof", "roof"),
+        ("piece", "well"),
+    ]
+
+
+def test_nodes_without_a_memory_are_an_error_or_compressed(llm: BeaconMemoryLLM) -> None:
+    inner = Fixed([TextNode(id_="new", text=ROOF)])
+    with pytest.raises(DocumentNotFoundError, match="node 'new' has no memory in this store and namespace"):
+        BeaconRetriever(llm.memory, retriever=inner).retrieve(QUESTION)
+    transform = BeaconCompressionTransform(memory=llm.memory, ratio=4)
+    (found,) = BeaconRetriever(llm.memory, retriever=inner, transform=transform).retrieve(QUESTION)
+    assert document_id(llm.memory, found.node) == "new"
+    assert found.node.metadata == {}  # a node of somebody else's index stays as it is
+    assert llm.memory.show("new").ratios == (4,)
+    other = BeaconCompressionTransform(memory=llm.memory.within("alice"))
+    with pytest.raises(InputError, match="compresses into another store or namespace"):
+        BeaconRetriever(llm.memory, retriever=inner, transform=other)
+
+
+# --- answers
+
+
+def test_answer_comes_from_the_memory_of_the_nodes_and_keeps_them(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    engine = BeaconQueryEngine.from_llm(llm)
+    response = engine.query(QUESTION)
+    assert isinstance(response, Response)
+    assert response.response == answer(llm, "roof") != answer(llm)
+    assert [one.node.node_id for one in response.source_nodes] == ["roof"]
+    assert response.metadata is not None
+    assert response.metadata["roof"]["source"] == "roof.txt"
+
+
+def test_every_way_to_ask_gives_the_same_answer(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    expected = answer(llm, "roof")
+
+    async def ask() -> tuple[Any, Any, str]:
+        plain = await BeaconQueryEngine.from_llm(llm).aquery(QUESTION)
+        streamed = await BeaconQueryEngine.from_llm(llm, streaming=True).aquery(QUESTION)
+        assert isinstance(streamed, AsyncStreamingResponse)
+        return plain, streamed, "".join([piece async for piece in streamed.async_response_gen()])
+
+    plain, streamed, text = asyncio.run(ask())
+    assert plain.response == text.strip() == expected
+    response = BeaconQueryEngine.from_llm(llm, streaming=True).query(QUESTION)
+    assert isinstance(response, StreamingResponse)
+    assert str(response.get_response()).strip() == expected
+    for one in (plain, streamed, response):
+        assert [source.node.node_id for source in one.source_nodes] == ["roof"]
+
+
+def test_several_documents_are_loaded_once_each_in_the_order_of_their_nodes(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="well")}
+    nodes = [TextNode(id_=str(n), text="x", relationships=source) for n in range(2)]
+    found = [NodeWithScore(node=node) for node in (nodes[0], documents()[0], nodes[1])]
+    extra = [NodeWithScore(node=documents()[2])]
+    response = BeaconSynthesizer(llm).synthesize(QUESTION, found, extra)
+    assert str(response) == answer(llm, "well", "roof")
+    assert response.source_nodes == found + extra
+
+
+def test_texts_of_nodes_do_not_reach_the_prompt(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    lies = TextNode(id_="roof", text="The roof was mended by Josiah.")
+    assert str(BeaconSynthesizer(llm).synthesize(QUESTION, [NodeWithScore(node=lies)])) == answer(llm, "roof")
+
+
+def test_no_nodes_no_answer(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    engine = BeaconQueryEngine.from_llm(llm)
+    assert str(engine.query("zebra")) == "Empty Response"
+    assert str(asyncio.run(engine.aquery("zebra"))) == "Empty Response"
+
+
+def test_prompt_can_be_changed(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    engine = BeaconQueryEngine.from_llm(llm)
+    assert set(engine.get_prompts()) == {"response_synthesizer:text_qa_template"}
+    engine.update_prompts({"response_synthesizer:text_qa_template": PromptTemplate("In one word: {query_str}")})
+    assert str(engine.query(QUESTION)) == answer(llm, "roof", question=f"In one word: {QUESTION}")
+    template = PromptTemplate("Say: {query_str}")
+    expected = answer(llm, "roof", question=f"Say: {QUESTION}")
+    assert str(BeaconQueryEngine.from_llm(llm, text_qa_template=template).query(QUESTION)) == expected
+
+
+def test_postprocessors_decide_what_is_loaded(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    inner = Fixed([documents()[1], documents()[0]])
+    cutoff = SimilarityPostprocessor(similarity_cutoff=0.95)
+    response = BeaconQueryEngine.from_llm(llm, retriever=inner, node_postprocessors=[cutoff]).query(QUESTION)
+    assert [one.node.node_id for one in response.source_nodes] == ["well"]
+    assert str(response) == answer(llm, "well")
+
+
+def test_engine_compresses_what_another_retriever_finds(llm: BeaconMemoryLLM) -> None:
+    transform = BeaconCompressionTransform(memory=llm.memory, ratio=2)
+    engine = BeaconQueryEngine.from_llm(llm, retriever=Fixed(documents()[:1]), transform=transform)
+    assert str(engine.query(QUESTION)) == answer(llm, "roof")
+
+
+def test_synthesizer_needs_a_model_and_nodes_with_memories(llm: BeaconMemoryLLM) -> None:
+    with pytest.raises(InputError, match="llm must be a BeaconMemoryLLM, which can load memories, got MockLLM"):
+        BeaconSynthesizer(MockLLM())  # type: ignore[arg-type]
+    synthesizer = BeaconSynthesizer(llm)
+    with pytest.raises(InputError, match="texts alone have no memory"):
+        synthesizer.get_response(QUESTION, [ROOF])
+    unknown = [NodeWithScore(node=TextNode(id_="unknown", text=ROOF))]
+    for ask in (synthesizer.synthesize, lambda *given: asyncio.run(synthesizer.asynthesize(*given))):
+        with pytest.raises(DocumentNotFoundError, match="node 'unknown' has no memory in the store and namespace"):
+            ask(QUESTION, unknown)
+
+
+def test_ten_questions_at_a_time_get_the_answers_of_one_after_the_other(llm: BeaconMemoryLLM) -> None:
+    compress(llm)
+    engine = BeaconQueryEngine.from_llm(llm)
+    questions = [f"{n}: {what}" for n in range(5) for what in (QUESTION, "How deep is the well?")]
+    alone = [str(engine.query(question)) for question in questions]
+
+    async def gathered() -> list[str]:
+        return [str(response) for response in await asyncio.gather(*map(engine.aquery, questions))]
+
+    assert asyncio.run(gathered()) == alone
+    assert len(set(alone)) > 5
+
+
+# --- whose documents
+
+
+@pytest.mark.parametrize("claim", [KEY, "id", "source"])
+def test_node_cannot_lead_to_another_namespace(llm: BeaconMemoryLLM, claim: str) -> None:
+    alice = llm.within("alice")
+    compress(alice, [Document(id_="diary", text=ROOF)])
+    claims = {"namespace": "alice", "store": str(alice.memory.store.folder), "memory": "alice/diary"}
+    node = TextNode(id_="mine", text=OWLS, metadata=claims)
+    if claim == KEY:
+        node.metadata[KEY] = "diary"
+    elif claim == "id":
+        node.id_ = "diary"
+    else:
+        node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id="diary")
+    with pytest.raises(DocumentNotFoundError):
+        BeaconRetriever(llm.memory, retriever=Fixed([node])).retrieve(QUESTION)
+    with pytest.raises(DocumentNotFoundError):
+        BeaconSynthesizer(llm).synthesize(QUESTION, [NodeWithScore(node=node)])
+    assert BeaconRetriever(llm.memory).retrieve(QUESTION) == []
+    compress(llm, [Document(id_="diary", text=WELL)])  # the same id in the namespace that is asked
+    response = BeaconSynthesizer(llm).synthesize(QUESTION, [NodeWithScore(node=node)])
+    assert str(response) == answer(llm, "diary") != answer(alice, "diary")
+
+
+def test_metadata_cannot_lead_the_transform_to_another_namespace_or_document(llm: BeaconMemoryLLM) -> None:
+    compress(llm, [Document(id_="diary", text=WELL)])
+    claims = {"namespace": "alice", KEY: "diary", "id": "diary", "store": "elsewhere"}
+    (node,) = compress(llm, [TextNode(id_="mine", text=ROOF, metadata=claims)])
+    assert node.metadata[KEY] == "mine"
+    assert llm.memory.store.namespaces() == [""]
+    assert llm.memory.store.text("diary") == WELL
+
+
+@pytest.mark.parametrize("question", ["namespace:alice roof", "alice/diary", 'document:"diary" OR roof', "../alice"])
+def test_question_cannot_lead_to_another_namespace(llm: BeaconMemoryLLM, question: str) -> None:
+    compress(llm.within("alice"), [Document(id_="diary", text=ROOF)])
+    compress(llm, [Document(id_="well", text=WELL)])
+    assert BeaconRetriever(llm.memory).retrieve(question) == []
+    assert str(BeaconQueryEngine.from_llm(llm).query(question)) == "Empty Response"
