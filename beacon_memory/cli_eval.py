@@ -30,6 +30,7 @@ app = typer.Typer(
     [bold]select:R[/bold], [bold]select-expected:R[/bold]: K/V of the tokens that each head needs, by either score
     [bold]hybrid:R[/bold]: both, beacons and chosen tokens
     [bold]beacon:R:N[/bold], [bold]select:R:N[/bold], ...: the same, the text cut into N documents, composed
+    [bold]select:R@int8[/bold], [bold]beacon:R@int4[/bold], ...: the same, the K/V quantized
     [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
 
     Needs the extra: pip install 'beacon-memory\\[eval]'.""",

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 
 from .errors import InputError
 
-__all__ = ["PRECISIONS", "Label", "check_id", "check_precision", "content_hash", "utc_now"]
+__all__ = ["PRECISIONS", "SESSION_TAG", "Label", "check_id", "check_precision", "content_hash", "utc_now"]
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # of stored K/V, each takes no more bytes than the last
+SESSION_TAG = "session"  # of documents that conversations were folded into
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .compressor import BeaconCompressor, Ratio, check_score
+from .document import SESSION_TAG
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
 from .generation import Generation, Messages, Request, chat_prompt, generate, generation_config, require_room, stream
 from .intake import Intake
@@ -268,16 +269,17 @@ class BeaconMemory:
         """The ids of up to `limit` documents whose passages match a question best, best first.
 
         A document counts by its best passage, and must reach half the score of the best of all. With `room`, memory
-        slots at hand, a document that does not fit beside better ones is left out. A store of one
-        document needs no match. Raises DocumentNotFoundError if nothing matches.
+        slots at hand, a document that does not fit beside better ones is left out. What conversations were folded into
+        (`Session`) is never picked. A store of one document needs no match. Raises DocumentNotFoundError if nothing
+        matches.
         """
         if limit < 1:
             raise InputError(f"limit={limit} must be at least 1")
         text = question if isinstance(question, str) else question[-1]["content"]
-        hits = self.store.search(text, _HITS)
+        hits = [hit for hit in self.store.search(text, _HITS) if self._may_be_picked(hit.document)]
         ranked = list(dict.fromkeys(hit.document for hit in hits if hit.score >= _WEAKEST * hits[0].score))
         if not ranked:
-            stored = [row.id for row in self.store.list(limit=2)]
+            stored = [row.id for row in self.store.list(limit=2) if SESSION_TAG not in row.tags]
             if len(stored) != 1:
                 what = "shares a word with the question; name documents by id" if stored else "is stored yet; add some"
                 raise DocumentNotFoundError(f"no document {what}")
@@ -289,6 +291,12 @@ class BeaconMemory:
                 chosen.append(id)
                 room = None if room is None else room - slots
         return chosen
+
+    def _may_be_picked(self, id: str) -> bool:
+        try:
+            return SESSION_TAG not in self.store.row(id).tags
+        except DocumentNotFoundError:  # removed since it was found
+            return False
 
     def _load(self, id: str) -> MemoryKV:
         model = self.model

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .document import check_id, content_hash
+from .document import SESSION_TAG, check_id, content_hash
 from .durable import make_folder, sync_file, sync_folder
 from .errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from .files import TEMP_PREFIX, hash_id, unlink
@@ -23,8 +23,6 @@ from .results import Answer, Document
 __all__ = ["Session", "Turn"]
 
 Turn = dict[str, str]
-
-_TAG = "session"
 
 
 @dataclass(slots=True)
@@ -112,7 +110,7 @@ class Session:
         if before:
             self.memory.append(self.id, folded)
         else:
-            self.memory.add_many([Document(self.id, folded, tags=[_TAG])], ratio=AUTO_RATIOS[0])
+            self.memory.add_many([Document(self.id, folded, tags=[SESSION_TAG])], ratio=AUTO_RATIOS[0])
         self._write(_State(state.turns[count:]))
         self._bound(before + folded)
 

@@ -33,6 +33,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index_beacon_memory import BeaconMemoryLLM
 from llama_index_beacon_memory.messages import to_turns
+from llama_index_beacon_memory.threads import iterate
 from llama_index_beacon_memory.tool_calls import parse, text_before_calls
 from llama_index_samples import ROOF, WELL, make_llm, model, saying
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -608,6 +609,27 @@ def test_stream_that_is_left_stops_the_model(llm: BeaconMemoryLLM) -> None:
         raise AssertionError("the model goes on")
 
     asyncio.run(run())
+
+
+def test_what_is_iterated_in_threads_is_closed_with_its_reader() -> None:
+    closed: list[bool] = []
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append(True)
+
+    kept = numbers()  # so that nothing but a call closes it
+
+    async def run() -> None:
+        read = iterate(lambda: kept)
+        assert await anext(read) == 1
+        await read.aclose()
+
+    asyncio.run(run())
+    assert closed == [True]
 
 
 def test_failure_in_a_thread_is_raised_where_it_was_awaited(llm: BeaconMemoryLLM) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
-from beacon_memory import BeaconMemory, CorruptFileError, InputError, Session
+from beacon_memory import BeaconMemory, CorruptFileError, DocumentNotFoundError, InputError, Session
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling import BeaconModel
 
@@ -119,6 +119,15 @@ def test_answers_come_from_behind_the_conversation(memory: BeaconMemory) -> None
     answer = session.ask("Where?", max_new_tokens=4)
     assert (answer.text, answer.ids) == (expected.text, ("chat",))
     assert "User: Where?\n" in whole(session)
+
+
+def test_question_without_ids_never_picks_a_conversation(memory: BeaconMemory) -> None:
+    Session(memory, "chat", recent=30).add([{"role": "user", "content": "The key lies under the blue stone."}])
+    assert Session(memory, "chat").ids == ["chat"]
+    with pytest.raises(DocumentNotFoundError, match="stored"):
+        memory.ask("Where is the key?", max_new_tokens=1)
+    memory.add("letter", "The key of the mill is lost.", ratio=2)
+    assert memory.ask("Where is the key?", max_new_tokens=1).ids == ("letter",)
 
 
 def test_threads_may_take_part_in_one_session(memory: BeaconMemory) -> None:

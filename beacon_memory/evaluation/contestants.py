@@ -136,7 +136,7 @@ class Prefix:
     """A memory that stands in front of any question, the sink included. kv_bytes, cut: see Outcome."""
 
     kv: MemoryKV
-    kv_bytes: int = 0
+    kv_bytes: int
     cut: bool = False
 
 
@@ -198,7 +198,7 @@ class NoText(PrefixContestant):
 
     def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # it has no text
         """The sink alone."""
-        return Prefix(MemoryKV.of(self.compressor.sink))
+        return Prefix(MemoryKV.of(self.compressor.sink), kv_bytes=0)
 
 
 class Truncated(PrefixContestant):
