@@ -376,7 +376,9 @@ class Catalog:
     def mend(self) -> None:
         """Make anew what follows from the rows: indexes, full-text index, counts, labels."""
         with self.transaction(), self._database() as db:
-            db.execute("REINDEX")
+            # not the index of the steps that made the tables: which names are right, its own or those of its table?
+            for table in ("documents", "passages", "labels", "versions", "unsettled", "facts"):
+                db.execute(f"REINDEX {table}")
             db.execute("INSERT INTO passages_fts(passages_fts) VALUES('rebuild')")
             for name, count in self._counts(db):
                 self.set_fact(name, count)

@@ -68,7 +68,8 @@ def search(db: Database, query: str, limit: int, now: str) -> list[PassageHit]:
     best = sorted(scores, key=lambda id: (-scores[id], id))[:limit]
     select = "SELECT document, ordinal, start, stop, text, ? FROM passages WHERE id = ?"
     found = [db.execute(select, [scores[id], id]).fetchone() for id in best]
-    return [PassageHit(*hit) for hit in found if hit is not None]  # a damaged index may name what is not there
+    kinds = (str, int, int, int, str, float)  # what is damaged may be no passage, or not there
+    return [PassageHit(*hit) for hit in found if hit is not None and all(map(isinstance, hit, kinds))]
 
 
 def _ranked(db: Database, words: list[str], now: str, limit: int) -> dict[int, float]:

@@ -376,12 +376,17 @@ def _kv(tensors: Mapping[str, Tensor], span: int) -> StoredKV:
             f"its counts must be int32 and its places int16 or int32, got {tensors['counts'].dtype} and "
             f"{tensors['places'].dtype}"
         )
-    whole = {"counts": tensors["counts"].long(), "places": tensors["places"].to(torch.int32)}
+    whole = {"counts": tensors["counts"].long(), "places": _wide(tensors["places"])}
     if "key_scales" not in tensors:
         return MemoryKV(**{**tensors, **whole}, span=span)
     width, head_dim = (tensors[name].shape[-1] if tensors[name].ndim else 0 for name in ("keys", "key_scales"))
     bits = 8 * width // max(1, head_dim)
     return QuantizedKV(**{**tensors, **whole}, bits=bits, span=span, dtype=torch.float32)
+
+
+def _wide(places: Tensor) -> Tensor:
+    """Places of a file as a memory has them; by one thread, see `_misplaced`."""
+    return torch.from_numpy(places.numpy().astype("int32", copy=False))
 
 
 def _narrow(kv: StoredKV) -> Tensor:
@@ -503,6 +508,7 @@ def _misplaced(kv: StoredKV) -> str | None:
     """What is wrong if a head has less than no entries, or an entry lies outside the span."""
     if (kv.counts < 0).any():
         return f"one of its heads has {int(kv.counts.min())} entries"
-    if len(kv.places) and (kv.places.min() < 0 or kv.places.max() >= kv.span):
-        return f"its places go from {int(kv.places.min())} to {int(kv.places.max())}, but it spans {kv.span} positions"
+    places = kv.places.cpu().numpy()  # torch would share this among threads, and wait for the last of them to wake
+    if len(places) and (places.min() < 0 or places.max() >= kv.span):
+        return f"its places go from {places.min()} to {places.max()}, but it spans {kv.span} positions"
     return None

@@ -39,12 +39,18 @@ def label_name(file: str) -> str:
 
 
 def stage_label(folder: Path, stored: StoredLabel) -> Path:
-    """Write and sync a temporary file into a folder; raises StoreError if it cannot be written."""
+    """Write and sync a temporary file into a folder.
+
+    Raises InputError for a label that would be too long to be read, StoreError if it cannot be written.
+    """
     fields = {"format": _FORMAT, "id": stored.id, "created_at": stored.created_at, **asdict(stored.label)}
+    text = json.dumps({**fields, "sha256": _seal(fields)})
+    if len(text) > _LONGEST:
+        raise InputError(f"the label of {stored.id!r} would take {len(text):,} bytes; keep less in its metadata")
     make_folder(folder)
     temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
     try:
-        temp.write_text(json.dumps({**fields, "sha256": _seal(fields)}), encoding="utf-8")
+        temp.write_text(text, encoding="utf-8")
         sync_file(temp)
     except OSError as error:
         temp.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from damage import FORMS, Damage, damages, file_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_samples import FINGERPRINT, TEXT, same, sample
-from store_samples import change, put
+from store_samples import change, put, put_version, version
 
 from beacon_memory.catalog import PassageHit
 from beacon_memory.document import Label
@@ -231,6 +231,23 @@ def test_a_file_of_an_earlier_version_or_of_another_store_is_refused(tmp_path: P
         (store.folder / row.file).write_bytes(whole)
         assert same(store.get("doc").kv, kv)
         assert store.verify() == []
+
+
+def test_files_swapped_between_versions_of_a_document_are_refused(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store") as store:
+        put_version(store, "old")
+        put_version(store, "new")
+        kept, now = store.row("doc", version("old")), store.row("doc")
+        paths = [store.folder / row.file for row in (kept, now)]
+        one, other = (path.read_bytes() for path in paths)
+        paths[0].write_bytes(other)
+        paths[1].write_bytes(one)
+        for fingerprint in (version("old"), version("new")):
+            with pytest.raises(CorruptFileError, match="disagrees with its row in the fingerprint"):
+                store.get("doc", fingerprint=fingerprint)
+        assert {(problem.kind, problem.document) for problem in store.verify()} >= {("mismatched-file", "doc")}
+        store.repair()
+        assert (store.text("doc"), store.row("doc")) == (TEXT, now)
 
 
 @given(damage=damages)

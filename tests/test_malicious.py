@@ -23,7 +23,7 @@ from kv_samples import TEXT, finish, same, sample, start
 from safetensors.torch import load, save
 from store_samples import put
 
-from beacon_memory.errors import BeaconMemoryError, CorruptFileError
+from beacon_memory.errors import BeaconMemoryError, CorruptFileError, InputError
 from beacon_memory.files import file_stem
 from beacon_memory.kv import MemoryKV
 from beacon_memory.kv_file import _hash, read_header, read_kv_file
@@ -367,7 +367,7 @@ ODD_FILES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ODD_FILES)
 def test_what_is_no_plain_file_is_refused_and_nothing_waits_for_it(tmp_path: Path, kind: str) -> None:
     (tmp_path / "target").write_bytes(good())
@@ -457,6 +457,15 @@ def test_a_sealed_label_of_anything_is_refused_or_can_be_kept(tmp_path: Path, fi
         store.put(header, kv, TEXT, stored.label, created_at=stored.created_at)
         found = [row.label for row in store.list() if row.id == stored.id]
         assert found == [stored.label] or stored.label.expires_at is not None
+
+
+def test_a_label_that_is_too_long_to_be_read_is_not_written(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store") as store:
+        kv = put(store)
+        with pytest.raises(InputError, match=r"the label of 'doc' would take 67,\d{3},\d{3} bytes"):
+            store.update("doc", metadata={"long": "x" * (64 << 20)})
+        assert store.verify() == []
+        assert same(store.get("doc").kv, kv)
 
 
 # Catalogs

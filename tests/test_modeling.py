@@ -27,9 +27,10 @@ from torch.nn.functional import cross_entropy
 from beacon_memory.attention import MemoryCache
 from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.document import content_hash
 from beacon_memory.errors import AdapterError, ConfigError, InputError
 from beacon_memory.kv import MemoryKV
-from beacon_memory.kv_file import DocumentHeader, WindowSpan, read_kv_file, write_kv_file
+from beacon_memory.kv_file import DocumentHeader, WindowSpan, read_kv_file, stage_kv_file
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling import BeaconModel
 
@@ -152,14 +153,14 @@ class TestRawMemory:
     def stored(self, model: BeaconModel, ids: list[int], folder: Path, compression: str) -> MemoryKV:
         """K/V of the tokens, once through a file."""
         (document,) = BeaconCompressor(model).compress([Work(ids, [0])], compression=compression)
-        spans = (WindowSpan(len(ids), 0, 0, len(ids)),)
+        text = "the text that the tokens are of"
+        spans = (WindowSpan(len(ids), 0, 0, len(text), document.kv.span),)
         header = DocumentHeader(
-            "a", "0" * 64, len(ids), spans, tuple(ids), compression, document.kv.span, model.fingerprint
+            "a", content_hash(text), len(ids), spans, tuple(ids), compression, document.kv.span, model.fingerprint
         )
-        write_kv_file(folder / "a.safetensors", header, document.kv)
-        read, kv = read_kv_file(folder / "a.safetensors")
-        assert read.fingerprint == model.fingerprint
-        return kv
+        read = read_kv_file(stage_kv_file(folder, header, document.kv, text))
+        assert read.header.fingerprint == model.fingerprint
+        return read.memory()
 
     @every_model
     @every_raw_memory

@@ -12,6 +12,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
 from .chat_model import ChatBeaconMemory
+from .namespaces import name_of
 from .retriever import BeaconMemoryRetriever
 
 __all__ = ["create_memory_chain", "last_question"]
@@ -35,7 +36,7 @@ def create_memory_chain(
         return last_question(model._convert_input(asked).to_messages())
 
     def behind(documents: Sequence[Document]) -> Runnable[LanguageModelInput, AIMessage]:
-        return model.bind(document_ids=finder.ids(documents), namespace=finder.within().store.namespace)
+        return model.bind(document_ids=finder.ids(documents), namespace=name_of(finder.memory, finder.namespace))
 
     def answer(asked: Any, config: RunnableConfig) -> Any:
         return behind(finder.invoke(query(asked), config))

@@ -57,8 +57,10 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         **kwargs: Any,
     ) -> ChatResult:
         tools, must_call = _offered(kwargs)
-        memory, turns, options = self._question(messages, stop, tools, kwargs)
-        return self._result(memory.ask(turns, **options), tools, must_call)
+        with self._asked(kwargs) as memory:
+            turns, options = self._question(memory, messages, stop, tools, kwargs)
+            answer = memory.ask(turns, **options)
+        return self._result(answer, tools, must_call)
 
     async def _agenerate(
         self,
@@ -70,12 +72,8 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         if (kwargs.get("num_beams") or self.model_kwargs.get("num_beams") or 1) > 1:  # cannot be streamed
             return await super()._agenerate(messages, stop, run_manager, **kwargs)
         tools, must_call = _offered(kwargs)
-
-        def begin() -> Iterator[str | Answer]:
-            memory, turns, options = self._question(messages, stop, tools, kwargs)
-            return memory.stream(turns, **options)
-
-        *_, answer = [piece async for piece in in_background(begin)]  # a stream ends when the task is cancelled
+        pieces = in_background(lambda: self._pieces(messages, stop, tools, kwargs))  # ends when the task is cancelled
+        *_, answer = [piece async for piece in pieces]
         return self._result(answer, tools, must_call)  # type: ignore[arg-type]  # an Answer comes last
 
     def _stream(
@@ -86,9 +84,8 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         tools, must_call = _offered(kwargs)
-        memory, turns, options = self._question(messages, stop, tools, kwargs)
         seen = shown = ""
-        for piece in memory.stream(turns, **options):
+        for piece in self._pieces(messages, stop, tools, kwargs):
             if isinstance(piece, Answer):
                 message = self._message(piece, tools, must_call)
                 last = AIMessageChunk(
@@ -116,11 +113,23 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         async for chunk in in_background(lambda: self._stream(messages, stop, **kwargs)):
             yield chunk
 
-    def _question(
+    def _pieces(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, tools: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[BeaconMemory, list[dict[str, Any]], dict[str, Any]]:
-        """What to ask of which memory."""
-        memory = self._asked(kwargs)
+    ) -> Iterator[str | Answer]:
+        """Pieces of the answer as they come, and the Answer last."""
+        with self._asked(kwargs) as memory:
+            turns, options = self._question(memory, messages, stop, tools, kwargs)
+            yield from memory.stream(turns, **options)
+
+    def _question(
+        self,
+        memory: BeaconMemory,
+        messages: Sequence[BaseMessage],
+        stop: Sequence[str] | None,
+        tools: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """What to ask, and with which options."""
         template = str(memory.model.tokenizer.chat_template)
         if tools and OPENING not in template:
             raise InputError(
@@ -129,7 +138,7 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
             )
         turns = to_turns(messages, calls_as_text="tool_calls" not in template)
         options = {name: value for name, value in kwargs.items() if name != "tool_choice"}
-        return memory, turns, self._options(stop, options) | {"tools": tools}
+        return turns, self._options(stop, options) | {"tools": tools}
 
     def _result(self, answer: Answer, tools: Sequence[dict[str, Any]], must_call: bool) -> ChatResult:
         return ChatResult(generations=[ChatGeneration(message=self._message(answer, tools, must_call))])
@@ -140,11 +149,8 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         )
         if tools:
             parsed = parse_calls(answer.text)
-            message.content, message.tool_calls, message.invalid_tool_calls = (
-                parsed.content,
-                parsed.calls,
-                parsed.invalid,
-            )
+            message.content, message.tool_calls = parsed.content, parsed.calls
+            message.invalid_tool_calls = parsed.invalid
         return require_call(message, [tool["function"]["name"] for tool in tools]) if must_call else message
 
     def bind_tools(
@@ -211,12 +217,13 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """The key of LangChain's cache of answers: it changes with the model and with every version of a document."""
-        memory, ids = self._asked(kwargs), kwargs.get("document_ids", self.document_ids)
-        fingerprint = memory.model.fingerprint.digest
-        if ids is None:  # what the search finds may change with any document
-            loaded = [secrets.token_hex(16)]
-        else:
-            loaded = [memory.store.row(id, fingerprint).file for id in ([ids] if isinstance(ids, str) else ids)]
+        ids = kwargs.get("document_ids", self.document_ids)
+        with self._asked(kwargs) as memory:
+            fingerprint = memory.model.fingerprint.digest
+            if ids is None:  # what the search finds may change with any document
+                loaded = [secrets.token_hex(16)]
+            else:
+                loaded = [memory.store.row(id, fingerprint).file for id in ([ids] if isinstance(ids, str) else ids)]
         return f"{super()._get_llm_string(stop=stop, **kwargs)}---{fingerprint}---{loaded}"
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from beacon_memory import Answer, BeaconMemory
+
+from .namespaces import in_namespace
 
 __all__ = ["BeaconLanguageModel", "response_metadata", "usage_metadata"]
 
@@ -57,11 +60,10 @@ class BeaconLanguageModel(BaseModel):
             return values
         return {name: value for name, value in values.items() if name not in _OF_SERVICES}
 
-    def _asked(self, options: Mapping[str, Any]) -> BeaconMemory:
+    def _asked(self, options: Mapping[str, Any]) -> AbstractContextManager[BeaconMemory]:
         """The memory, in the namespace that a call is about."""
         namespace = options.get("namespace")
-        namespace = self.namespace if namespace is None else namespace
-        return self.memory if namespace is None else self.memory.within(namespace)
+        return in_namespace(self.memory, self.namespace if namespace is None else namespace)
 
     def _options(self, stop: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of `BeaconMemory.ask` for a call."""

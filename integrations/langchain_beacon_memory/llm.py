@@ -39,8 +39,9 @@ class BeaconMemoryLLM(BeaconLanguageModel, BaseLLM, extra="forbid"):
         run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002  # the base class names it
         **kwargs: Any,
     ) -> LLMResult:
-        memory, options = self._asked(kwargs), self._options(stop, kwargs)
-        answers = [memory.ask(prompt, **options) for prompt in prompts]
+        options = self._options(stop, kwargs)
+        with self._asked(kwargs) as memory:
+            answers = [memory.ask(prompt, **options) for prompt in prompts]
         return LLMResult(generations=[[Generation(text=one.text, generation_info=self._info(one))] for one in answers])
 
     def _stream(
@@ -51,15 +52,16 @@ class BeaconMemoryLLM(BeaconLanguageModel, BaseLLM, extra="forbid"):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         seen = shown = ""
-        for piece in self._asked(kwargs).stream(prompt, **self._options(stop, kwargs)):
-            seen = piece.text if isinstance(piece, Answer) else seen + piece
-            new, shown = seen.strip().removeprefix(shown), seen.strip()
-            info = self._info(piece) if isinstance(piece, Answer) else None
-            if new or info:
-                chunk = GenerationChunk(text=new, generation_info=info)
-                if run_manager:
-                    run_manager.on_llm_new_token(new, chunk=chunk)
-                yield chunk
+        with self._asked(kwargs) as memory:
+            for piece in memory.stream(prompt, **self._options(stop, kwargs)):
+                seen = piece.text if isinstance(piece, Answer) else seen + piece
+                new, shown = seen.strip().removeprefix(shown), seen.strip()
+                info = self._info(piece) if isinstance(piece, Answer) else None
+                if new or info:
+                    chunk = GenerationChunk(text=new, generation_info=info)
+                    if run_manager:
+                        run_manager.on_llm_new_token(new, chunk=chunk)
+                    yield chunk
 
     async def _astream(
         self,

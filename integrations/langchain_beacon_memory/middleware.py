@@ -15,6 +15,7 @@ from beacon_memory import InputError
 
 from .chain import last_question
 from .chat_history import BeaconChatMessageHistory
+from .namespaces import name_of
 from .retriever import BeaconMemoryRetriever
 
 __all__ = ["BeaconHistoryMiddleware", "BeaconMemoryMiddleware"]
@@ -64,8 +65,8 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
         return {"loaded_document_ids": retriever.ids(await retriever.ainvoke(last_question(state["messages"])))}
 
     def _loaded(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
-        namespace = self._retriever(request.runtime).within().store.namespace
-        state = cast(DocumentsState, request.state)
+        retriever, state = self._retriever(request.runtime), cast(DocumentsState, request.state)
+        namespace = name_of(retriever.memory, retriever.namespace)
         return _with_documents(request, namespace, state.get("loaded_document_ids", []))
 
     def wrap_model_call(

@@ -13,6 +13,8 @@ from pydantic import ConfigDict, Field
 
 from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
 
+from .namespaces import in_namespace
+
 __all__ = ["BeaconMemoryRetriever"]
 
 _HITS = 50  # passages to look at for k documents
@@ -42,10 +44,6 @@ class BeaconMemoryRetriever(BaseRetriever):
     id_key: str = "document_id"
     k: int = Field(default=3, ge=1)
 
-    def within(self) -> BeaconMemory:
-        """The memory, in the namespace of the documents."""
-        return self.memory if self.namespace is None else self.memory.within(self.namespace)
-
     def ids(self, documents: Iterable[Document]) -> list[str]:
         """The ids of found documents, for the model."""
         return [document.metadata[self.id_key] for document in documents]
@@ -66,10 +64,10 @@ class BeaconMemoryRetriever(BaseRetriever):
         return await run_in_executor(None, self._checked, found, k)
 
     def _found(self, query: str, k: int | None) -> list[Document]:
-        return list(_first(self.k if k is None else k, self._search(query)))
+        with in_namespace(self.memory, self.namespace) as memory:
+            return list(_first(self.k if k is None else k, self._search(memory, query)))
 
-    def _search(self, query: str) -> Iterator[Document]:
-        memory = self.within()
+    def _search(self, memory: BeaconMemory, query: str) -> Iterator[Document]:
         seen: set[str] = set()
         for hit in memory.store.search(query, _HITS):
             if hit.document in seen:
@@ -83,7 +81,6 @@ class BeaconMemoryRetriever(BaseRetriever):
                 yield Document(hit.text, metadata={**row.metadata, **place, self.id_key: hit.document})
 
     def _checked(self, found: Iterable[Document], k: int | None) -> list[Document]:
-        store = self.within().store
         documents: dict[str, Document] = {}
         for document in found:
             id = document.metadata.get(self.id_key)
@@ -92,9 +89,10 @@ class BeaconMemoryRetriever(BaseRetriever):
                     f"the inner retriever found a document whose metadata has no text under {self.id_key!r}: "
                     f"{document.metadata!r}; give each the id under which the memory stores it, or set id_key"
                 )
-            if id not in documents:
-                store.row(id)
-                documents[id] = document
+            documents.setdefault(id, document)
+        with in_namespace(self.memory, self.namespace) as memory:
+            for id in documents:
+                memory.show(id)  # raises DocumentNotFoundError
         return list(_first(self.k if k is None else k, documents.values()))
 
 

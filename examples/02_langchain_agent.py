@@ -1,0 +1,93 @@
+"""An agent with tools talks for many turns, and its K/V stay bounded: old turns are folded into a stored memory.
+
+    python examples/02_langchain_agent.py              # 24 turns
+    python examples/02_langchain_agent.py --turns 200
+
+The embedded model has 135 million parameters and was not trained to call tools, so which tool to call is scripted here;
+everything else is an ordinary LangChain agent. With a model that calls tools, leave `ScriptedChoice` out. Needs the
+extra `langchain`.
+"""
+
+import argparse
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
+from langchain_beacon_memory import BeaconChatMessageHistory, BeaconHistoryMiddleware, ChatBeaconMemory
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolCall
+from langchain_core.tools import tool
+
+from beacon_memory import BeaconMemory
+
+GOODS = ("larch boards", "barley", "lamp oil", "wool", "honey", "iron nails", "clay jars", "rope")
+
+
+@tool
+def weigh(crate: int) -> str:
+    """Weigh a crate."""
+    return f"Crate {crate} weighs {20 + crate * 37 % 60} kg."
+
+
+@tool
+def add(numbers: list[int]) -> str:
+    """Add numbers."""
+    return f"The sum is {sum(numbers)}."
+
+
+class ScriptedChoice(AgentMiddleware):
+    """Chooses the tool in place of the model; the model itself answers without tools."""
+
+    def wrap_model_call(
+        self, request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]
+    ) -> ModelResponse | AIMessage:
+        """Call a tool if a person just asked for something that a tool does, else let the model answer."""
+        asked = request.messages[-1]
+        numbers = [int(number) for number in re.findall(r"\d+", asked.text)]
+        if asked.type == "human" and asked.text.startswith("Weigh"):
+            return AIMessage("", tool_calls=[ToolCall(name="weigh", args={"crate": numbers[0]}, id="weigh")])
+        if asked.type == "human" and asked.text.startswith("Add"):
+            return AIMessage("", tool_calls=[ToolCall(name="add", args={"numbers": numbers}, id="add")])
+        return handler(request.override(tools=[]))
+
+
+def say(turn: int) -> str:
+    """What the person says: a crate comes in, is weighed, something is added, and an earlier crate is asked about."""
+    crate = turn // 4 + 1
+    return (
+        f"Crate {crate} came in with {GOODS[crate % len(GOODS)]}.",
+        f"Weigh crate {crate}.",
+        f"Add {crate} and {turn}.",
+        f"What is in crate {max(1, crate - 2)}?",
+    )[turn % 4]
+
+
+def main() -> None:
+    """Talk, and print what the conversation takes as it is and folded."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=24, help="how long to talk (default: %(default)s)")
+    parser.add_argument("--store", help="folder of the store; the conversation goes on if there is one already")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary, BeaconMemory(Path(arguments.store or temporary)) as memory:
+        model = ChatBeaconMemory(memory=memory, max_tokens=16, temperature=0)
+        history = BeaconChatMessageHistory("harbour", memory, recent=256, slots=512)
+        agent = create_agent(model, [weigh, add], middleware=[ScriptedChoice(), BeaconHistoryMiddleware(history)])
+        slot = memory.model.slot_bytes
+        said: list[BaseMessage] = []
+        print("turn   raw K/V MB   folded K/V MB   seconds   what was said")
+        for turn in range(arguments.turns):
+            started = time.perf_counter()
+            state = agent.invoke({"messages": [HumanMessage(say(turn))]})
+            seconds = time.perf_counter() - started
+            said += state["messages"]
+            answer = state["messages"][-1]
+            raw = sum(model.get_num_tokens(message.text) for message in said) * slot  # of the texts alone
+            folded = (answer.usage_metadata["input_tokens"] + answer.usage_metadata["output_tokens"]) * slot
+            print(f"{turn + 1:4} {raw / 1e6:12.1f} {folded / 1e6:15.1f} {seconds:9.1f}   {say(turn)} {answer.text!r}")
+
+
+if __name__ == "__main__":
+    main()
