@@ -427,7 +427,6 @@ class Catalog:
         db.conn.executemany("INSERT INTO labels (name, value, document) VALUES (?, ?, ?)", labels)
         return row
 
-
     @staticmethod
     def _write_text(db: Database, id: str, text: str) -> None:
         db.execute("DELETE FROM passages WHERE document = ?", [id])
