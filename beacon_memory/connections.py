@@ -130,17 +130,17 @@ class Connections:
         """What stands for an error of SQLite."""
         if _code(error) in _BUSY:
             return StoreError(f"{self.path}: another process has been writing for {BUSY_SECONDS:.0f} s; try again")
-        if _code(error) in _REFUSED and not self._says_so_itself(error):
+        if _code(error) in _REFUSED and not (_code(error) == sqlite3.SQLITE_READONLY and self._says_so_itself()):
             return StoreError(f"{self.path} cannot be written or read: {error}; see to space and permissions")
         return CorruptFileError(
             f"{self.path} cannot be used as a catalog: {error}; `beacon-memory repair` makes it anew"
         )
 
-    def _says_so_itself(self, error: sqlite3.Error) -> bool:
+    def _says_so_itself(self) -> bool:
         """Whether it is the database that says of itself that it must not be written, which none of ours does."""
-        path = Path(self.path)
-        writable = path.is_file() and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
-        return writable and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY
+        with contextlib.suppress(OSError), Path(self.path).open("rb") as file:
+            return file.read(19)[18:] > b"\2"  # the version of SQLite's format for writers
+        return False
 
 
 def _close_idle() -> None:

@@ -36,7 +36,7 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
 def test_bytes_are_those_of_an_eighth_of_the_tokens(folder: Path) -> None:
     model = BeaconModel.from_pretrained(folder)
     _, size = bench._answering(model, 1000, 8)
-    place = 4 / (2 * model.kv_shape[-1] * 4)  # beside the key and value of a slot of a head, in float32
+    place = 2 / (2 * model.kv_shape[-1] * 4)  # beside the key and value of a slot of a head, in float32
     assert size.value == pytest.approx((1 + place) / 8, rel=0.01)  # but for the last unit, which need not be full
 
 

@@ -411,6 +411,23 @@ def test_who_keeps_an_error_does_not_keep_the_store_from_being_repaired(tmp_path
         assert same(store.get("a").kv, kv)
 
 
+def test_no_byte_of_the_catalogs_first_lines_keeps_it_from_being_repaired(
+    open_store: Filled, closed_store: Filled, folder: Path
+) -> None:
+    """SQLite's header says among other things that a database must not be written."""
+    hits = _hits(open_store.store)
+    whole = (closed_store.store.folder / "catalog.sqlite3").read_bytes()
+    for where in range(100):
+        filled = closed_store.copied(folder / "copy")
+        flipped = bytes([whole[where] ^ (1, 0xFF)[where % 2]])
+        (filled.store.folder / "catalog.sqlite3").write_bytes(whole[:where] + flipped + whole[where + 1 :])
+        with filled.store as store:
+            missed = _survey(filled, hits)
+            assert store.verify() or not missed, where
+            store.repair()
+            filled.assert_whole()
+
+
 @pytest.mark.parametrize(("end", "unfinished"), [("", 0), ("-wal", 1)])
 @given(damage=damages)
 @settings(often, max_examples=50)
