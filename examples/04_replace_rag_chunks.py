@@ -27,9 +27,9 @@ from beacon_memory import BeaconMemory
 
 CHAPTER = Path(__file__).with_name("treasure_island_chapter_1.txt")
 QUESTIONS = (
-    "Who told the captain that rum would kill him?",
     "What is the name of the inn?",
     "What song did the captain sing?",
+    "What would the captain pay for watching out for a seafaring man with one leg?",
 )
 
 
@@ -93,7 +93,6 @@ def main() -> None:
         loading = create_memory_chain(model, retriever)  # this line replaces the chain above
 
         for question in QUESTIONS:
-            print([d.metadata["document_id"] for d in retriever.invoke(question)])
             print(f"\n{question}\n              prompt tokens   K/V MB   first token   answer")
             for name, chain in (("chunk texts", stuffing), ("chunk ids", loading)):
                 answer = chain.invoke(question)
