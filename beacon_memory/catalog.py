@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,10 +26,11 @@ from .errors import CorruptFileError, DocumentNotFoundError, InputError
 from .full_text import PassageHit, search
 from .migrations import begin_immediate, migrate
 from .passages import split_passages
-from .rows import COLUMNS, DamagedRow, DocumentRow, facts_of, from_record, to_record
+from .rows import COLUMNS, DamagedRow, DocumentRow, facts_of, from_record, seal, to_record
 
-__all__ = ["Catalog", "DocumentRow", "PassageHit"]
+__all__ = ["COUNTS", "Catalog", "DocumentRow", "PassageHit"]
 
+COUNTS = ("documents", "bytes", "last")
 _COMPARED = 1000  # ids that are compared with one that is not found, and the characters of each
 _SELECT = f"SELECT {', '.join(f'documents.{column}' for column in COLUMNS)} FROM documents"  # noqa: S608  # our names
 # Where the thousandth document lies that has a label, from an id on: the further, the rarer the label is there.
@@ -254,20 +256,32 @@ class Catalog:
         with self._database() as db:
             return {str(file) for (file,) in db.execute(sql, [id, id] if id is not None else []).fetchall()}
 
-    def fact(self, name: str) -> Any:
-        """A number or text that is known of the whole catalog, None if there is none of this name.
+    def facts(self) -> dict[str, Any]:
+        """What is known of the whole catalog and does not follow from its rows; raises CorruptFileError if damaged.
 
-        identity: a random text, of this catalog alone. last: see `take_number`. documents, bytes: how many there are,
-        kept versions counted in bytes only. Others are set with `set_fact`.
+        identity: a random text, of this catalog alone. Others are set with `set_fact`.
         """
-        with self._database() as db:
-            found = db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
-        return None if found is None else found[0]
+        sound, damaged = self._facts()
+        if damaged:
+            names = ", ".join(map(repr, damaged))
+            raise CorruptFileError(f"{self.path}: what it says of {names} is damaged; `beacon-memory repair` mends it")
+        return sound
+
+    def sound_facts(self) -> dict[str, Any]:
+        """As `facts`, without those that are damaged."""
+        return self._facts()[0]
+
+    def fact(self, name: str) -> Any:
+        """One of the `facts`, None if there is none of this name."""
+        return self.facts().get(name)
 
     def count(self, name: str) -> int:
-        """A fact that is a number; raises CorruptFileError if it is lost."""
-        value = self.fact(name)
-        if type(value) is not int:
+        """One of the `COUNTS`; raises CorruptFileError if it is lost.
+
+        documents, bytes: how many there are, kept versions counted in bytes only. last: see `take_number`.
+        """
+        value = self._count(name)
+        if value is None:
             raise CorruptFileError(f"{self.path}: the number of {name} is lost; `beacon-memory repair` finds it again")
         return value
 
@@ -277,25 +291,18 @@ class Catalog:
             if value is None:
                 db.execute("DELETE FROM facts WHERE name = ?", [name])
             else:
-                db.table("facts").upsert({"name": name, "value": value}, pk="name")
+                fact = {"name": name, "value": value}
+                db.table("facts").upsert(fact | {"seal": seal(fact)}, pk="name")
 
     def take_number(self) -> int:
-        """A number for a new file, higher than all before: milliseconds since 1970, or one more than the last.
-
-        It is among the `unsettled` ones until a row names the file.
-        """
+        """A number for a new file, higher than all before: milliseconds since 1970, or one more than the last."""
         with self._unsynced() as db, begin_immediate(db):
             number = max(self.count("last") + 1, int(time.time() * 1000))
             db.execute("UPDATE facts SET value = ? WHERE name = 'last'", [number])
-            db.execute("INSERT INTO unsettled VALUES (?)", [f"{number:012x}"])
         return number
 
     def unsettled(self) -> set[str]:
-        """Numbers in names of files that need no row: they are being written, or were replaced and are about to go.
-
-        Another file without a row was written for a catalog that is no longer there, or after the backup that this one
-        was restored from.
-        """
+        """Numbers in names of files that had a row, and are about to be removed."""
         with self._database() as db:
             return {str(number) for (number,) in db.execute("SELECT number FROM unsettled").fetchall()}
 
@@ -365,16 +372,22 @@ class Catalog:
                         raise
                     found.append(f"the full-text index does not fit the passages: {error}")
             with self.reading():  # others may be writing
-                if any(self.fact(name) != count for name, count in self._counts(db)):
+                if any(self._count(name) != count for name, count in self._counts(db)):
                     found.append("the numbers of documents and bytes are not those of the rows")
-                if type(self.fact("last")) is not int:
+                if self._count("last") is None:
                     found.append("the number of the last file is lost")
+                sound, damaged = self._facts()
+                if damaged or "identity" not in sound:
+                    found.append(f"what it says of itself is damaged: {', '.join(map(repr, damaged)) or 'identity'}")
                 if any(set(facts_of(row.metadata, row.tags)) != self._labels(db, row.id) for row in self._sound()):
                     found.append("what documents are found by is not what their rows say")
         return found
 
-    def mend(self) -> None:
-        """Make anew what follows from the rows: indexes, full-text index, counts, labels."""
+    def mend(self, facts: Mapping[str, Any]) -> None:
+        """Make anew what follows from the rows: indexes, full-text index, counts, labels.
+
+        facts: which to set in place of damaged ones, as far as they are known.
+        """
         with self.transaction(), self._database() as db:
             # not the index of the steps that made the tables: which names are right, its own or those of its table?
             for table in ("documents", "passages", "labels", "versions", "unsettled", "facts"):
@@ -382,10 +395,31 @@ class Catalog:
             db.execute("INSERT INTO passages_fts(passages_fts) VALUES('rebuild')")
             for name, count in self._counts(db):
                 self.set_fact(name, count)
-            if type(self.fact("last")) is not int:
+            if self._count("last") is None:
                 self.set_fact("last", int(time.time() * 1000))
+            sound, damaged = self._facts()
+            if damaged or "identity" not in sound:
+                for name in damaged:
+                    db.execute(
+                        "DELETE FROM facts WHERE name = CAST(? AS TEXT)", [name.encode(errors="surrogateescape")]
+                    )
+                for name, value in {"identity": secrets.token_hex(16), **facts, **sound}.items():
+                    self.set_fact(name, value)
             for row in self._sound():
                 self._write(db, row)
+
+    def _facts(self) -> tuple[dict[str, Any], builtins.list[str]]:
+        """All facts but the counts, which change too often to be sealed: the sound ones, and the names of others."""
+        with self._database() as db:
+            found = builtins.list(db.query("SELECT name, value, seal FROM facts"))
+        facts = [one for one in found if one["name"] not in COUNTS]
+        damaged = [str(one["name"]) for one in facts if one["seal"] != seal(one)]
+        return {one["name"]: one["value"] for one in facts if one["name"] not in damaged}, damaged
+
+    def _count(self, name: str) -> int | None:
+        with self._database() as db:
+            found = db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
+        return found[0] if found is not None and type(found[0]) is int else None
 
     def _sound(self) -> Iterator[DocumentRow]:
         return (row for row in self.scan() if isinstance(row, DocumentRow))

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -130,7 +131,9 @@ class Connections:
         """What stands for an error of SQLite."""
         if _code(error) in _BUSY:
             return StoreError(f"{self.path}: another process has been writing for {BUSY_SECONDS:.0f} s; try again")
-        if _code(error) in _REFUSED and not (_code(error) == sqlite3.SQLITE_READONLY and self._says_so_itself()):
+        cut = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ  # a file ends too early
+        barred = _code(error) == sqlite3.SQLITE_READONLY and self._says_so_itself()
+        if _code(error) in _REFUSED and not (cut or barred):
             return StoreError(f"{self.path} cannot be written or read: {error}; see to space and permissions")
         return CorruptFileError(
             f"{self.path} cannot be used as a catalog: {error}; `beacon-memory repair` makes it anew"
@@ -185,7 +188,7 @@ def _opened(path: Path | str) -> sqlite3.Connection:
         uri=isinstance(path, str) and path.startswith("file:"),
     )
     # a damaged value must not keep others from being read; its row's seal or its text's hash tells
-    connection.text_factory = lambda text: text.decode(errors="surrogateescape")
+    connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
     return connection
 
 

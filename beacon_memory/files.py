@@ -15,7 +15,18 @@ from typing import Protocol
 from .durable import make_folder, sync_folder
 from .errors import CorruptFileError, StoreError
 
-__all__ = ["TEMP_PREFIX", "Files", "LocalFiles", "file_stem", "hash_id", "identity", "number_of", "unlink"]
+__all__ = [
+    "TEMP_PREFIX",
+    "Files",
+    "LocalFiles",
+    "file_stem",
+    "hash_id",
+    "identity",
+    "lay_mark",
+    "mark_of",
+    "number_of",
+    "unlink",
+]
 
 _NAME = re.compile(r"kv/\w[\w-]{0,63}/\w[\w.-]{0,199}", re.ASCII)
 TEMP_PREFIX = ".tmp"  # safetensors names its own temporary files so, too: one pattern finds what a crash left
@@ -119,6 +130,25 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError as error:
         raise StoreError(f"{path} cannot be reached: {error.strerror}; see to its permissions") from error
     return status.st_dev, status.st_ino
+
+
+def mark_of(files: Files, name: str) -> Path:
+    """What lies there until a new file has its row; a file with neither mark nor row is one whose row was lost.
+
+    It need not outlive the machine: a file whose mark a power cut took becomes a document, and whole it is.
+    """
+    return files.staging / f"{TEMP_PREFIX}-{number_of(name)}"
+
+
+def lay_mark(files: Files, name: str) -> Path:
+    """Lay the mark of a new file; raises StoreError."""
+    mark = mark_of(files, name)
+    make_folder(mark.parent)
+    try:
+        mark.touch()
+    except OSError as error:
+        raise StoreError(f"{mark} cannot be written: {error.strerror}; see to space and permissions") from error
+    return mark
 
 
 def unlink(path: Path) -> bool:

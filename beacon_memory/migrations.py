@@ -123,8 +123,7 @@ def m004_lifetimes(db: Database) -> None:
         )
         """
     )
-    # Numbers in names of files without a row that are no loss: being written, or replaced and about to be removed. Any
-    # other file without a row is a document whose row was lost.
+    # numbers in names of files that lost their row because they were replaced or removed, and are about to go
     db.execute("CREATE TABLE unsettled (number TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID")
     db.execute("CREATE TABLE facts (name TEXT PRIMARY KEY NOT NULL, value NOT NULL)")
     facts = {"identity": secrets.token_hex(16), "last": int(datetime.now(UTC).timestamp() * 1000), "documents": 0}
@@ -153,6 +152,14 @@ def m004_lifetimes(db: Database) -> None:
         db.execute("UPDATE documents SET seal = ? WHERE id = ?", [seal(row), row["id"]])
         for name, value in facts_of(json.loads(row["metadata"]), ()):
             db.execute("INSERT INTO labels VALUES (?, ?, ?)", [name, value, row["id"]])
+
+
+@migrations()
+def m005_sealed_facts(db: Database) -> None:
+    """Facts that do not follow from the rows, such as settings, are sealed as rows are."""
+    db.execute("ALTER TABLE facts ADD COLUMN seal TEXT NOT NULL DEFAULT ''")
+    for fact in list(db.query("SELECT name, value FROM facts")):
+        db.execute("UPDATE facts SET seal = ? WHERE name = ?", [seal(fact), fact["name"]])
 
 
 def _keep_texts(db: Database) -> None:

@@ -15,6 +15,7 @@ __all__ = ["COLUMNS", "DamagedRow", "DocumentRow", "facts_of", "from_record", "s
 
 _JSON = ("ratios", "metadata", "tags")
 _UNSEALED = ("used_at", "seal")
+_ENCODER = json.JSONEncoder(sort_keys=True, default=repr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,9 @@ def from_record(record: Mapping[str, Any]) -> DocumentRow:
             f"the catalog's row of {record['id']!r} is damaged; `beacon-memory repair` makes it anew from its file"
         )
     values = {name: value for name, value in record.items() if name != "seal"}
-    values |= {name: json.loads(record[name]) for name in _JSON} | {"pinned": bool(record["pinned"])}
-    return DocumentRow(**values | {"ratios": tuple(values["ratios"]), "tags": tuple(values["tags"])})
+    ratios, metadata, tags = json.loads(f"[{', '.join(map(values.__getitem__, _JSON))}]")  # at once, which is faster
+    values |= {"ratios": tuple(ratios), "metadata": metadata, "tags": tuple(tags), "pinned": bool(record["pinned"])}
+    return DocumentRow(**values)
 
 
 def facts_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -118,4 +120,4 @@ def facts_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tu
 def seal(record: Mapping[str, Any]) -> str:
     """A short hash of a row's values; a step of `migrations` that changes them seals all rows anew."""
     sealed = {name: value for name, value in record.items() if name not in _UNSEALED}
-    return hashlib.sha256(json.dumps(sealed, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+    return hashlib.sha256(_ENCODER.encode(sealed).encode()).hexdigest()[:32]

@@ -1,16 +1,21 @@
-"""How a namespace of a store keeps its documents; kept in its catalog."""
+"""How a namespace of a store keeps its documents; kept in its catalog, with a copy beside it."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
+from typing import Any
 
 from .catalog import Catalog
 from .document import check_precision
-from .errors import InputError
+from .errors import CorruptFileError, InputError
 from .files import Files, LocalFiles
+from .sealed_json import read_sealed, stage_sealed
 
-__all__ = ["Settings", "open_files"]
+__all__ = ["COPY", "Settings", "keep_copy", "open_files", "read_copy"]
+
+COPY = "settings.json"
 
 _MOST = 2**63 - 1  # that SQLite keeps
 
@@ -45,9 +50,9 @@ class Settings:
 
     @classmethod
     def of(cls, catalog: Catalog) -> Settings:
-        """The settings that a catalog holds."""
-        known = {field.name: catalog.fact(field.name) for field in fields(cls)}
-        return cls(**{name: value for name, value in known.items() if value is not None})
+        """The settings that a catalog holds; raises CorruptFileError if they are damaged."""
+        known = catalog.facts()
+        return cls(**{field.name: known[field.name] for field in fields(cls) if field.name in known})
 
     def write(self, catalog: Catalog) -> None:
         """Make a catalog hold these."""
@@ -57,6 +62,18 @@ class Settings:
     def below(self, folder: PurePath) -> Settings:
         """The settings of a namespace in a folder of this store."""
         return replace(self, files=f"{self.files.rstrip('/')}/{folder.as_posix()}") if self.files else self
+
+
+def keep_copy(catalog: Catalog, folder: Path) -> None:
+    """Keep what a catalog knows of itself in a file beside it, from which `repair` takes it if the catalog is lost."""
+    LocalFiles(folder).publish(stage_sealed(folder, catalog.facts(), "the copy of the settings"), COPY)
+
+
+def read_copy(folder: Path) -> dict[str, Any]:
+    """What `keep_copy` kept; nothing if there is no sound copy."""
+    with contextlib.suppress(FileNotFoundError, CorruptFileError):
+        return read_sealed(folder / COPY)
+    return {}
 
 
 def open_files(settings: Settings, folder: Path, identity: str) -> Files:

@@ -1,6 +1,7 @@
 """Where documents live: for each a K/V file, its label beside it, and a catalog row, written and removed as one.
 
-    folder/catalog.sqlite3                               the rows, source texts and their full-text index
+    folder/catalog.sqlite3                               the rows, source texts and their full-text index, and settings
+    folder/settings.json                                 a copy of the settings, once there are any
     folder/kv/<2 hex>/<hash of id>-<number>.safetensors  K/V and text, a new file for each version of a document
     folder/kv/<2 hex>/<hash of id>-<number>.json         its label
     folder/namespaces/<hash of name>/                    the same once more for each namespace
@@ -17,7 +18,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from .catalog import Catalog, PassageHit
 from .document import Label, check_id, content_hash, utc_now
 from .durable import make_folder
 from .errors import ConflictError, InputError, QuotaError, StoreError
-from .files import Files, file_stem, hash_id, identity, number_of
+from .files import Files, file_stem, hash_id, identity, lay_mark, number_of, unlink
 from .kv import MemoryKV
 from .kv_file import (
     DocumentHeader,
@@ -43,7 +44,7 @@ from .kv_file import (
 from .label_file import StoredLabel, label_name, stage_label
 from .locks import renew_in_forks, writing
 from .rows import DocumentRow
-from .settings import Settings, open_files
+from .settings import Settings, keep_copy, open_files, read_copy
 from .upkeep import MismatchedFileError, MissingFileError, Problem, difference_of, repair, row_of, verify
 
 __all__ = ["MemoryStore", "StoredDocument", "Totals"]
@@ -141,11 +142,12 @@ class MemoryStore:
         """
         with self._writing(create=True) as catalog, catalog.transaction():
             settings = replace(self.settings, **changes)
-            if settings.files != self.settings.files and catalog.fact("documents"):
+            if settings.files != self.settings.files and catalog.count("documents"):
                 raise InputError("files: only an empty store can be given another place; copy this one into a new one")
             if settings.files != self.settings.files:
                 open_files(settings, self.folder, str(catalog.fact("identity")))  # refuses what cannot be used
             settings.write(catalog)
+            keep_copy(catalog, self.folder)
         return settings
 
     def totals(self) -> Totals:
@@ -369,7 +371,8 @@ class MemoryStore:
                 make_folder(self.folder)
                 self._catalog = Catalog(path)
                 self._opened = there or identity(path)
-                self._begin(self._catalog)
+                if not there or (self.namespace and self._catalog.fact("namespace") is None):  # killed at birth
+                    self._begin(self._catalog)
             return self._catalog
 
     @property
@@ -390,11 +393,15 @@ class MemoryStore:
         return repair(self)
 
     def _begin(self, catalog: Catalog) -> None:
-        """What a namespace is born with: its name, and the settings of the store that it is part of."""
-        if self.namespace and catalog.fact("namespace") is None:
-            with catalog.transaction():
+        """What a catalog is born with: what a lost one said of itself, or the name and settings of a namespace."""
+        with catalog.transaction():
+            if kept := read_copy(self.folder):
+                for name, value in kept.items():
+                    catalog.set_fact(name, value)
+            elif self.namespace:
                 catalog.set_fact("namespace", self.namespace)
                 self._first_settings.write(catalog)
+                keep_copy(catalog, self.folder)
 
     @property
     def _first_settings(self) -> Settings:
@@ -425,15 +432,16 @@ class MemoryStore:
         with self._writing(create=True) as catalog:
             files = self.files
             file = f"{file_stem(check_id(header.id))}-{catalog.take_number():012x}.safetensors"
-            temp = stage_kv_file(files.staging, header, kv, text)
+            mark = lay_mark(files, file)
             try:
-                files.publish(temp, file, more=True)  # its label, before the commit
+                files.publish(stage_kv_file(files.staging, header, kv, text), file, more=True)  # its label follows
                 yield catalog, file, gone
             except BaseException:
                 with contextlib.suppress(StoreError):  # then the catalog cannot tell, and verify finds the file
-                    if file not in catalog.files(header.id):  # unless the failure came after the commit
-                        self._remove([file])
+                    if file in catalog.files(header.id) or self._remove([file]):  # the failure may follow the commit
+                        unlink(mark)
                 raise
+            unlink(mark)
             self._remove(gone)
 
     @staticmethod
@@ -470,11 +478,13 @@ class MemoryStore:
         temp = stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label))
         files.publish(temp, label_name(row.file))
 
-    def _remove(self, names: Iterable[str]) -> None:
+    def _remove(self, names: Sequence[str]) -> bool:
+        """Remove files that no row names, with their labels; False if some are left, which `verify` finds."""
         gone = [name for name in names if self.files.remove(name) and self.files.remove(label_name(name))]
         if gone:
             with contextlib.suppress(StoreError):  # then `repair` does
                 self.catalog().settle(map(number_of, gone))
+        return len(gone) == len(names)
 
     def _use(self, id: str) -> None:
         """Note that a document was used. The catalog learns it now and then: no reading may wait for a write."""

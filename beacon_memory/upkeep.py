@@ -6,20 +6,20 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .catalog import Catalog
 from .document import Label, utc_now
 from .errors import BeaconMemoryError, CorruptFileError, DocumentNotFoundError, InputError, StoreError
-from .files import Files, file_stem, number_of, unlink
+from .files import Files, file_stem, mark_of, number_of, unlink
 from .kv_file import StoredFile, precision_of, read_header, read_kv_file, stored_bytes
 from .label_file import StoredLabel, label_name, read_label, stage_label
 from .locks import tidying
 from .rows import DamagedRow, DocumentRow
-from .settings import Settings
+from .settings import COPY, keep_copy, read_copy
 
 __all__ = [
     "MismatchedFileError",
@@ -158,7 +158,7 @@ def _mend_catalog(store: Store) -> list[Problem]:
     found = left = _flaws(store)
     if found:
         with contextlib.suppress(CorruptFileError):
-            store.catalog().mend()
+            store.catalog().mend(read_copy(store.folder))
             store.close()  # some damage shows when a database is opened
             left = _flaws(store)
     if left:
@@ -171,7 +171,7 @@ def _mend_catalog(store: Store) -> list[Problem]:
 
 def _put_aside(store: Store, path: Path) -> str:
     """Let a store begin a new catalog; returns what became of the old one."""
-    carried = _carried(store)
+    carried = read_copy(store.folder) | _carried(store)
     store.close()
     aside = path.with_name(f"damaged-{int(time.time() * 1000)}.sqlite3")
     for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
@@ -198,11 +198,10 @@ def _flaws(store: Store) -> list[str]:
     return found
 
 
-def _carried(store: Store) -> dict[str, object]:
-    """The facts that a catalog alone knows, if they can still be read: whose remote files are, and the settings."""
+def _carried(store: Store) -> dict[str, Any]:
+    """What a catalog knows of itself, if it can still be read: whose remote files are, and the settings."""
     with contextlib.suppress(BeaconMemoryError):
-        catalog = store.catalog()
-        return {"identity": str(catalog.fact("identity")), **asdict(Settings.of(catalog))}
+        return store.catalog().sound_facts()
     return {}
 
 
@@ -228,6 +227,7 @@ def _look_at_all(store: Store) -> Iterator[tuple[Problem, Mend]]:
     for row in catalog.versions():
         yield from _look_at_version(store, row)
     with tidying(store.folder):
+        yield from _look_at_copy(store)
         yield from _look_at_labels(store)
         yield from _look_at_unnamed(store)
 
@@ -269,6 +269,14 @@ def _look_at_version(store: Store, row: DocumentRow | DamagedRow) -> Iterator[tu
         yield Problem("damaged-file", row.id, row.file, message), drop
 
 
+def _look_at_copy(store: Store) -> Iterator[tuple[Problem, Mend]]:
+    """A copy of the settings that says something else than the catalog, which counts."""
+    catalog, path = store.catalog(), store.folder / COPY
+    if read_copy(store.folder) != catalog.facts() and (path.exists() or len(catalog.facts()) > 1):  # identity alone
+        message = "the copy of the settings is missing, damaged, or says something else than the catalog"
+        yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
+
+
 def _look_at_labels(store: Store) -> Iterator[tuple[Problem, Mend]]:
     """Labels that say something else than the rows, which count."""
     for row in store.catalog().scan():
@@ -291,7 +299,9 @@ def _look_at_labels(store: Store) -> Iterator[tuple[Problem, Mend]]:
 def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
     """Files that no row names, while nobody writes.
 
-    A file is a leftover if the catalog knows of it, or its document has a later one. Else its row was lost.
+    A file is a leftover if the catalog says so, if its mark does, or if its document has a later one. Any other was
+    written for a catalog that is no longer there, or after the backup that this one was restored from, or its row was
+    damaged: it gets a row again.
     """
     catalog, files = store.catalog(), store.files
     named, unsettled = catalog.files(), catalog.unsettled()
@@ -300,7 +310,8 @@ def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
         latest[_stem(name)] = max(latest.get(_stem(name), 0), _number(name))
     lost: dict[str, list[str]] = {}
     for name in sorted(set(files.names()) - named - {label_name(name) for name in named}):
-        if number_of(name) in unsettled or 0 < _number(name) < latest.get(_stem(name), 0):
+        left = number_of(name) in unsettled or mark_of(files, name).exists()
+        if left or 0 < _number(name) < latest.get(_stem(name), 0):
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
         elif _NUMBERED.fullmatch(name):

@@ -16,7 +16,7 @@ import pytest
 from catalog_samples import LONG_AGO
 from typer.testing import CliRunner
 
-from beacon_memory import bench, bench_store, files, full_text, kv_file, label_file
+from beacon_memory import bench, bench_store, files, full_text, kv_file, sealed_json
 from beacon_memory.bench_store import document, fill, questions, samples, vocabulary
 from beacon_memory.catalog import Catalog
 from beacon_memory.cli import app
@@ -97,7 +97,7 @@ LOOKUPS: dict[str, Look] = {
     "get": lambda catalog, row: catalog.get(row.id),
     "text": lambda catalog, row: catalog.text(row.id),
     "files": lambda catalog, row: catalog.files(row.id),
-    "totals": lambda catalog, _: (catalog.fact("documents"), catalog.fact("bytes")),
+    "totals": lambda catalog, _: (catalog.count("documents"), catalog.count("bytes")),
     "expired": lambda catalog, _: catalog.expired(utc_now()),
     "least used": lambda catalog, _: catalog.least_used(100),
     "put": lambda catalog, row: catalog.put(replace(row, content_hash=content_hash("new")), "new"),
@@ -218,7 +218,7 @@ def test_names_of_a_new_file_and_its_label_are_synced_together(tmp_path: Path, m
         header, kv = document("doc", "text", 0.1)
         store.put(header, kv, "text")  # makes the folders
         monkeypatch.setattr(kv_file, "sync_file", noting(kv_file.sync_file))
-        monkeypatch.setattr(label_file, "sync_file", noting(label_file.sync_file))
+        monkeypatch.setattr(sealed_json, "sync_file", noting(sealed_json.sync_file))
         monkeypatch.setattr(files, "sync_folder", noting(files.sync_folder))
         row = store.put(header, kv, "text")
     assert [path.parent.name if path.name.startswith(".tmp") else path.name for path in synced] == [

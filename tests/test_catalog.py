@@ -141,7 +141,7 @@ def test_a_renamed_document_takes_all_with_it(catalog: Catalog) -> None:
     assert catalog.list() == catalog.list(metadata={"a": 1}, tags=["x"]) == [after]
     assert catalog.text("new") == LONG
     assert {hit.document for hit in catalog.search("zebra", 100)} == {"new"}
-    assert (catalog.fact("documents"), catalog.fact("bytes")) == (1, before.bytes)
+    assert (catalog.count("documents"), catalog.count("bytes")) == (1, before.bytes)
     assert catalog.check() == []
 
 
@@ -224,6 +224,7 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m002_passages",
         "m003_compression",
         "m004_lifetimes",
+        "m005_sealed_facts",
     ]
     assert db.journal_mode == "wal"
     db.close()

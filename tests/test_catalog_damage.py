@@ -35,7 +35,7 @@ def test_a_change_in_any_column_of_a_row_is_noticed(tmp_path: Path, column: str,
         catalog.require("doc")
     catalog.forget(damaged)
     assert [*catalog.scan()] == [sound]
-    assert catalog.fact("documents") == 1
+    assert catalog.count("documents") == 1
     catalog.close()
 
 
@@ -96,10 +96,10 @@ def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql
     change(catalog, sql)
     (found,) = catalog.check()
     assert message in found
-    catalog.mend()
+    catalog.mend({})
     assert catalog.check() == []
     assert catalog.list(tags=["x"], metadata={"a": 1}) == [kept]
-    assert (catalog.fact("documents"), catalog.fact("bytes")) == (1, kept.bytes)
+    assert (catalog.count("documents"), catalog.count("bytes")) == (1, kept.bytes)
     assert catalog.take_number() > number
     catalog.close()
 

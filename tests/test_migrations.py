@@ -86,7 +86,7 @@ def test_an_old_catalog_is_searched_counted_and_filtered(old: Path) -> None:
         assert [hit.text for hit in sorted(hits, key=lambda hit: hit.start)] == [
             LONG[start:stop] for start, stop in split_passages(LONG)
         ]
-        assert (catalog.fact("documents"), catalog.fact("bytes")) == (4, 406)
+        assert (catalog.count("documents"), catalog.count("bytes")) == (4, 406)
         assert [row.id for row in catalog.list(metadata={"even": True})] == ["a/ü 🚀\0", "short"]
         assert [row.id for row in catalog.list(metadata={"n": 1})] == ["long"]
         assert [row.id for row in catalog.list(metadata={"\ud800": None})] == sorted(TEXTS)
@@ -101,7 +101,7 @@ def test_an_old_catalog_is_written_to(old: Path) -> None:
         assert not catalog.search("apples")
         catalog.delete("long")
         assert not catalog.search("zebra")
-        assert catalog.fact("documents") == 3
+        assert catalog.count("documents") == 3
         assert catalog.check() == []
 
 

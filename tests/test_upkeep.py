@@ -28,7 +28,6 @@ from upkeep_samples import (
 )
 
 from beacon_memory.errors import CorruptFileError
-from beacon_memory.files import file_stem
 from beacon_memory.kv_file import WindowSpan
 from beacon_memory.label_file import label_name
 from beacon_memory.store import MemoryStore, Totals
@@ -81,8 +80,8 @@ MENDED: dict[str, tuple[Callable[[MemoryStore], object], list[ProblemKind]]] = {
     "label flipped": (lambda store: flip(store.folder / label_name(store.row("doc").file), 30), ["stale-label"]),
     "label of before": (stale_label, ["stale-label"]),
     "label of another": (lambda store: stale_label(store, id="other"), ["stale-label"]),
-    "new put killed": (lambda store: unfinished_put(store, "new"), ["orphan-file"]),
-    "put killed": (lambda store: unfinished_put(store, "doc"), ["orphan-file"]),
+    "new put killed": (lambda store: unfinished_put(store, "new"), ["orphan-file", "stale-temp"]),
+    "put killed": (lambda store: unfinished_put(store, "doc"), ["orphan-file", "stale-temp"]),
     "replacement killed": (replaced_file, ["orphan-file", "orphan-file"]),
     "temporary file": (lambda store: (store.folder / "kv" / ".tmp-1").write_text("left"), ["stale-temp"]),
     "safetensors' temporary file": (lambda store: (file(store).parent / ".tmpx").write_text("left"), ["stale-temp"]),
@@ -258,7 +257,7 @@ def test_a_damaged_row_comes_from_the_file_that_it_named(store: MemoryStore) -> 
     before = Content.of(store, "doc")
     unfinished_put(store, "doc")  # later, but never committed
     change(store, "UPDATE documents SET tokens = 14")
-    assert [problem.kind for problem in store.repair()] == ["damaged-row", "orphan-file"]
+    assert [problem.kind for problem in store.repair()] == ["damaged-row", "orphan-file", "stale-temp"]
     assert before.stands(store)
     assert store.verify() == []
 
@@ -322,19 +321,18 @@ def test_files_of_others_are_reported_and_kept(store: MemoryStore) -> None:
 
 def test_what_cannot_be_removed_is_not_called_mended(store: MemoryStore) -> None:
     put(store)
-    name = f"{file_stem('doc')}-{store.catalog().take_number():012x}.safetensors"
-    (store.folder / name / "inside").mkdir(parents=True)
+    left = file(store)
+    put(store, text="a later text")
+    (left / "inside").mkdir(parents=True)
     (problem,) = store.repair()
     assert (problem.kind, problem.mended) == ("orphan-file", False)
-    shutil.rmtree(store.folder / name)
+    shutil.rmtree(left)
     assert store.verify() == []
 
 
 def test_a_repair_forgets_of_files_that_are_gone(store: MemoryStore) -> None:
     put(store)
-    for _ in range(3):
-        store.catalog().take_number()
-    assert len(store.catalog().unsettled()) == 3
+    change(store, "INSERT INTO unsettled VALUES ('0123456789ab'), ('0123456789ac')")
     assert store.repair() == []
     assert store.catalog().unsettled() == set()
 

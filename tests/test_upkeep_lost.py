@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from upkeep_samples import (
 from beacon_memory.document import Label
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.files import file_stem
+from beacon_memory.settings import Settings
 from beacon_memory.store import MemoryStore
 
 
@@ -37,18 +38,20 @@ def copy_of_catalog(store: MemoryStore) -> bytes:
     return leave_catalog(store).read_bytes()
 
 
-def test_a_lost_catalog_comes_back_with_all_but_settings_and_use(store: MemoryStore) -> None:
+def test_a_lost_catalog_comes_back_with_all_but_times_of_use(store: MemoryStore) -> None:
     store.put(*sample("a", LONG), LONG, LABEL, created_at=LONG_AGO)
     for id in ("b/ü 🚀\0", "c"):
         put(store, id, n=1)
     store.update("c", expires_at=LONG_AGO)
-    before = everything(store)
+    settings = store.configure(quota=10**6, precision="float32")
+    before, identity = everything(store), store.catalog().fact("identity")
     leave_catalog(store).unlink()
     assert store.list() == []
     assert kinds(store.repair()) == [("lost-row", id) for id in sorted(["a", "b/ü 🚀\0", "c"], key=file_stem)]
     assert all(content.stands(store) for content in before)
     assert [row.id for row in store.list()] == ["a", "b/ü 🚀\0"]
     assert store.expire() == ["c"]
+    assert (store.settings, store.catalog().fact("identity")) == (settings, identity)
     assert store.verify() == []
 
 
@@ -196,6 +199,7 @@ def test_new_files_come_after_those_that_came_back(store: MemoryStore) -> None:
 def test_a_catalog_that_cannot_be_read_is_put_aside(store: MemoryStore) -> None:
     store.configure(quota=10**6, precision="bfloat16")
     kv = put(store)
+    (store.folder / "settings.json").unlink()
     path = leave_catalog(store)
     path.write_bytes(broken := b"not a database " * 100)
     with pytest.raises(CorruptFileError, match="file is not a database; `beacon-memory repair` makes it anew"):
@@ -221,6 +225,64 @@ def test_a_catalog_that_is_put_aside_leaves_its_settings_and_identity(store: Mem
     assert [problem.kind for problem in store.repair()] == ["damaged-catalog", "lost-row"]
     assert (store.settings, store.catalog().fact("identity")) == (settings, identity)
     assert store.verify() == []
+
+
+def _lose(store: MemoryStore, *names: str) -> None:
+    for name in names:
+        change(store, f"DELETE FROM facts WHERE name = '{name}'")
+
+
+DAMAGE_TO_SETTINGS: dict[str, Callable[[MemoryStore], object]] = {
+    "a quota": lambda store: change(store, "UPDATE facts SET value = value / 1000 WHERE name = 'quota'"),
+    "a type": lambda store: change(store, "UPDATE facts SET value = CAST(value AS TEXT) WHERE name = 'quota'"),
+    "a precision": lambda store: change(store, "UPDATE facts SET value = 'int4' WHERE name = 'precision'"),
+    "an identity": lambda store: change(store, "UPDATE facts SET value = replace(value, 'a', 'b') || '' || 'c'"),
+    "a name": lambda store: change(store, "UPDATE facts SET name = 'quotb' WHERE name = 'quota'"),
+    "a name that is no text": lambda store: change(
+        store, "UPDATE facts SET name = CAST(x'71ff' AS TEXT) WHERE name = 'quota'"
+    ),
+    "a seal": lambda store: change(store, "UPDATE facts SET seal = '' WHERE name = 'cache_bytes'"),
+    "an identity gone": lambda store: _lose(store, "identity"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE_TO_SETTINGS)
+def test_damaged_settings_are_refused_and_come_back_from_their_copy(store: MemoryStore, name: str) -> None:
+    settings = store.configure(quota=10**6, precision="bfloat16")
+    kv, identity = put(store), store.catalog().fact("identity")
+    DAMAGE_TO_SETTINGS[name](store)
+    if "gone" not in name:
+        for use in (lambda: store.settings, lambda: put(store, "new"), lambda: store.configure(quota=7)):
+            with pytest.raises(CorruptFileError, match=r"is damaged; `beacon-memory repair` mends it"):
+                use()
+    assert [problem.kind for problem in store.verify()][:1] == ["damaged-catalog"]
+    assert all(problem.mended for problem in store.repair())
+    assert (store.settings, store.catalog().fact("identity")) == (settings, identity)
+    assert same(store.get("doc").kv, kv)
+    assert store.verify() == []
+
+
+def test_damaged_settings_without_a_copy_are_those_of_a_new_store(store: MemoryStore) -> None:
+    store.configure(quota=10**6, precision="bfloat16")
+    kv = put(store)
+    (store.folder / "settings.json").write_text("{}")
+    assert kinds(store.verify()) == [("stale-label", None)]
+    change(store, "UPDATE facts SET value = 7 WHERE name = 'quota'")
+    assert [problem.mended for problem in store.repair()] == [True, True]
+    assert store.settings == Settings(precision="bfloat16")
+    assert same(store.get("doc").kv, kv)
+    assert store.verify() == []
+
+
+def test_a_lost_catalog_of_remote_files_knows_where_they_are(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", "somebody") as store:
+        store.configure(files=(tmp_path / "elsewhere").as_uri())
+        kv = put(store)
+        leave_catalog(store).unlink()
+        assert kinds(store.repair()) == [("lost-row", "doc")]
+        assert same(store.get("doc").kv, kv)
+        assert store.namespaces() == ["somebody"]
+        assert store.verify() == []
 
 
 def test_another_process_goes_on_with_the_new_catalog(store: MemoryStore) -> None:

@@ -9,7 +9,7 @@ from catalog_samples import LATER, LONG_AGO
 from kv_samples import same, sample, write_kv_file
 
 from beacon_memory.document import Label
-from beacon_memory.files import file_stem
+from beacon_memory.files import file_stem, mark_of
 from beacon_memory.kv import MemoryKV
 from beacon_memory.label_file import StoredLabel, label_name, stage_label
 from beacon_memory.rows import DocumentRow
@@ -87,6 +87,7 @@ def unfinished_put(store: MemoryStore, id: str) -> None:
     name = f"{file_stem(id)}-{store.catalog().take_number():012x}.safetensors"
     (store.folder / name).parent.mkdir(exist_ok=True)
     write_kv_file(store.folder / name, *sample(id, "new text"), "new text")
+    mark_of(store.files, name).touch()
 
 
 def stale_label(store: MemoryStore, *, id: str = "doc", created_at: str = LONG_AGO) -> None:
