@@ -1,24 +1,22 @@
-"""A conversation of bounded size: recent turns as they are, older ones folded into the memory of a document."""
+"""A conversation of bounded size: recent turns as they are, older ones folded into the memory of documents."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .document import SESSION_TAG, check_id, content_hash
-from .durable import make_folder, sync_file, sync_folder
-from .errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
-from .files import TEMP_PREFIX, hash_id, unlink
+from .errors import CorruptFileError, DocumentNotFoundError, InputError
+from .files import LocalFiles, hash_id, unlink
 from .locks import alone
 from .memory import BeaconMemory
 from .ratio import AUTO_RATIOS
 from .results import Answer, Document
+from .rows import DocumentRow
+from .sealed_json import read_sealed, stage_sealed
 
 __all__ = ["Session", "Turn"]
 
@@ -27,24 +25,28 @@ Turn = dict[str, str]
 
 @dataclass(slots=True)
 class _State:
-    """What is kept of a session beside its document.
+    """What is kept of a session beside its documents.
 
     turns:   recent turns, not folded.
-    folding: how many of them are being folded, and the sha256 that the document's text will have then. A crash in the
-             middle of it is told by that: if the text is there, they are folded.
+    parts:   numbers of the first and the last of its documents.
+    folding: how many of the turns are being folded, the number of the document, and the sha256 that its text will have
+             then. A crash in the middle of it is told by that: if the text is there, they are folded.
     """
 
     turns: list[Turn] = field(default_factory=list)
-    folding: tuple[int, str] | None = None
+    parts: tuple[int, int] = (1, 0)
+    folding: tuple[int, int, str] | None = None
 
 
 class Session:
     """A conversation under an id, kept in the store of `memory` from the first turn on.
 
     recent: tokens of turns that are kept as they are. When there are more, the oldest are folded until half of that is
-            left: they become the end of a document with the same id, tagged `session`.
-    slots:  memory slots that this document may take. When it needs more it is compressed twice as strongly, and when
-            that goes no further its older half is forgotten.
+            left: they become the end of a document, `<id>/1`, tagged `session`. When that has as many tokens as a
+            window of the model, or as there are slots, the next one begins, so that a fold takes no longer in a long
+            conversation than in a short one.
+    slots:  memory slots that these documents may take. When they need more, one is compressed twice as strongly, the
+            older, the sooner; if it is compressed as strongly as can be, the oldest is forgotten.
 
     Several threads and processes may take part in one session. Raises InputError for bounds below 1.
     """
@@ -63,8 +65,8 @@ class Session:
 
     @property
     def ids(self) -> list[str]:
-        """The document that older turns were folded into, if any: what to load in front of the recent ones."""
-        return [self.id] if self.id in self.memory.store else []
+        """The documents that older turns were folded into, oldest first: what to load in front of the recent ones."""
+        return [row.id for row in self._rows(self._read())]
 
     def add(self, turns: Sequence[Mapping[str, str]]) -> None:
         """Let the conversation go on; folds older turns if there are too many. What was added survives a crash."""
@@ -85,16 +87,32 @@ class Session:
     def clear(self) -> None:
         """Forget the conversation."""
         with self._alone():
-            with contextlib.suppress(DocumentNotFoundError):
-                self.memory.remove(self.id)
+            for row in self.memory.list(prefix=f"{self.id}/", tags=[SESSION_TAG]):
+                if row.id.rpartition("/")[0] == self.id:
+                    self._forget(row.id)
             unlink(self._path)
 
     @property
     def _path(self) -> Path:
         return self.memory.store.folder / "sessions" / f"{hash_id(self.id)}.json"
 
+    @property
+    def _window(self) -> int:
+        return self.memory.model.config.beacon_window
+
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         return alone(self._path.with_suffix(".lock"), f"the session {self.id!r} is being written by another")
+
+    def _id(self, part: int) -> str:
+        return f"{self.id}/{part}"  # no other session has documents of these ids
+
+    def _rows(self, state: _State) -> list[DocumentRow]:
+        first, last = state.parts
+        found = []
+        for part in range(first, last + 1):
+            with contextlib.suppress(DocumentNotFoundError):
+                found.append(self.memory.show(self._id(part)))
+        return [row for row in found if SESSION_TAG in row.tags]
 
     def _fold(self, state: _State) -> None:
         sizes = [len(self.memory.compressor.tokenize(_line(turn)).ids) for turn in state.turns]
@@ -104,60 +122,74 @@ class Session:
         while count < len(sizes) and state.turns[count]["role"] != "user":
             count += 1  # what is left begins with a question
         folded = "".join(map(_line, state.turns[:count]))
-        before = self._text()
-        state.folding = (count, content_hash(before + folded))
+        rows = self._rows(state)
+        first, part = state.parts
+        if rows and rows[-1].id == self._id(part) and rows[-1].tokens < min(self._window, self.slots):
+            before = self._text(part)
+        else:
+            before, part = "", part + 1
+            while self._id(part) in self.memory.store:  # a document of somebody else
+                part += 1
+        state.folding = (count, part, content_hash(before + folded))
         self._write(state)
         if before:
-            self.memory.append(self.id, folded)
+            self.memory.append(self._id(part), folded)
         else:
-            self.memory.add_many([Document(self.id, folded, tags=[SESSION_TAG])], ratio=AUTO_RATIOS[0])
-        self._write(_State(state.turns[count:]))
-        self._bound(before + folded)
+            self.memory.add_many([Document(self._id(part), folded, tags=[SESSION_TAG])], ratio=AUTO_RATIOS[0])
+        state = _State(state.turns[count:], (first, part))
+        self._write(state)
+        self._bound(state)
 
-    def _bound(self, text: str) -> None:
-        """Keep the document's memory within its slots."""
-        row = self.memory.show(self.id)
-        while row.slots > self.slots:
+    def _bound(self, state: _State) -> None:
+        """Keep the memory of the documents within the slots."""
+        rows = self._rows(state)
+        while sum(row.slots for row in rows) > self.slots:
+            # the last one still grows
+            row = max(rows[:-1] or rows, key=lambda row: row.slots * (len(rows) - rows.index(row)))
             stronger = [ratio for ratio in AUTO_RATIOS if ratio > max(row.ratios)]
-            if not stronger:
-                text = text[text.find("\n", len(text) // 2) + 1 :] or text[len(text) // 2 :]
-            self.memory.add(self.id, text, ratio=stronger[0] if stronger else AUTO_RATIOS[-1])
-            row = self.memory.show(self.id)
+            text = self.memory.store.text(row.id)
+            if stronger:
+                self.memory.add(row.id, text, ratio=stronger[0])
+            elif len(rows) > 1:
+                self._forget(rows[0].id)
+            else:
+                half = text[text.find("\n", len(text) // 2) + 1 :] or text[len(text) // 2 :]
+                self.memory.add(row.id, half, ratio=AUTO_RATIOS[-1])
+            rows = self._rows(state)
+        if rows and rows[0].id != self._id(state.parts[0]):
+            first = int(rows[0].id.rpartition("/")[2])
+            self._write(_State(state.turns, (first, state.parts[1])))
 
-    def _text(self) -> str:
+    def _forget(self, id: str) -> None:
+        with contextlib.suppress(DocumentNotFoundError):
+            self.memory.remove(id)
+
+    def _text(self, part: int) -> str:
+        """The text of a document, "" if there is none."""
         try:
-            return self.memory.store.text(self.id)
+            return self.memory.store.text(self._id(part))
         except DocumentNotFoundError:
             return ""
 
     def _read(self) -> _State:
         try:
-            fields = json.loads(self._path.read_text(encoding="utf-8"))
-            if fields.pop("sha256") != _seal(fields) or fields["id"] != self.id:
-                raise ValueError("its hash differs")
-            state = _State([_turn(turn) for turn in fields["turns"]], fields["folding"] and tuple(fields["folding"]))
+            fields = read_sealed(self._path)
+            turns = [_turn(turn) for turn in fields["turns"]]
+            (first, last), folding = fields["parts"], fields["folding"]
+            if folding is not None:
+                count, part, expected = folding
+                if content_hash(self._text(part)) == expected:
+                    return _State(turns[count:], (first, part))
+            return _State(turns, (first, last))
         except FileNotFoundError:
             return _State()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+        except (CorruptFileError, ValueError, KeyError, TypeError, InputError) as error:
             raise CorruptFileError(f"{self._path} is no session ({error}); remove it, or call clear()") from error
-        if state.folding is not None:
-            count, expected = state.folding
-            return _State(state.turns[count:] if content_hash(self._text()) == expected else state.turns)
-        return state
 
     def _write(self, state: _State) -> None:
-        fields = {"id": self.id, "turns": state.turns, "folding": state.folding and list(state.folding)}
-        temp = self._path.with_name(f"{TEMP_PREFIX}-{secrets.token_hex(8)}")
-        try:
-            make_folder(temp.parent)
-            temp.write_text(json.dumps({**fields, "sha256": _seal(fields)}), encoding="utf-8")
-            sync_file(temp)
-            temp.replace(self._path)
-            sync_folder(temp.parent)
-        except OSError as error:
-            raise StoreError(f"{self._path} cannot be written: {error.strerror}") from error
-        finally:
-            unlink(temp)
+        folder = LocalFiles(self._path.parent)
+        temp = stage_sealed(folder.folder, {"id": self.id, **asdict(state)}, f"the session {self.id!r}")
+        folder.publish(temp, self._path.name)
 
 
 def _turn(turn: Mapping[str, str]) -> Turn:
@@ -169,7 +201,3 @@ def _turn(turn: Mapping[str, str]) -> Turn:
 
 def _line(turn: Mapping[str, str]) -> str:
     return f"{turn['role'].capitalize()}: {turn['content']}\n"
-
-
-def _seal(fields: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

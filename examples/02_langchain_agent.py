@@ -10,6 +10,7 @@ extra `langchain`.
 
 import argparse
 import re
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,13 +24,15 @@ from langchain_core.tools import tool
 
 from beacon_memory import BeaconMemory
 
+PERIOD = 40  # turns that are summed up together
 GOODS = ("larch boards", "barley", "lamp oil", "wool", "honey", "iron nails", "clay jars", "rope")
+SHIPS = ("Ombrelline", "Tavershaw", "Corvina", "Dunmore", "Esperance", "Fulmar", "Galatea")
 
 
 @tool
 def weigh(crate: int) -> str:
     """Weigh a crate."""
-    return f"Crate {crate} weighs {20 + crate * 37 % 60} kg."
+    return f"The scales show {20 + crate * 37 % 60} kg."
 
 
 @tool
@@ -58,10 +61,10 @@ def say(turn: int) -> str:
     """What the person says: a crate comes in, is weighed, something is added, and an earlier crate is asked about."""
     crate = turn // 4 + 1
     return (
-        f"Crate {crate} came in with {GOODS[crate % len(GOODS)]}.",
+        f"The ship {SHIPS[crate % len(SHIPS)]} brought crate {crate}, which is full of {GOODS[crate % len(GOODS)]}.",
         f"Weigh crate {crate}.",
         f"Add {crate} and {turn}.",
-        f"What is in crate {max(1, crate - 2)}?",
+        f"Which ship brought {GOODS[max(1, crate - 2) % len(GOODS)]}?",
     )[turn % 4]
 
 
@@ -77,16 +80,22 @@ def main() -> None:
         agent = create_agent(model, [weigh, add], middleware=[ScriptedChoice(), BeaconHistoryMiddleware(history)])
         slot = memory.model.slot_bytes
         said: list[BaseMessage] = []
+        took: list[float] = []
         print("turn   raw K/V MB   folded K/V MB   seconds   what was said")
         for turn in range(arguments.turns):
             started = time.perf_counter()
             state = agent.invoke({"messages": [HumanMessage(say(turn))]})
-            seconds = time.perf_counter() - started
+            took.append(time.perf_counter() - started)
             said += state["messages"]
             answer = state["messages"][-1]
-            raw = sum(model.get_num_tokens(message.text) for message in said) * slot  # of the texts alone
+            raw = model.get_num_tokens_from_messages(said) * slot
             folded = (answer.usage_metadata["input_tokens"] + answer.usage_metadata["output_tokens"]) * slot
-            print(f"{turn + 1:4} {raw / 1e6:12.1f} {folded / 1e6:15.1f} {seconds:9.1f}   {say(turn)} {answer.text!r}")
+            print(f"{turn + 1:4} {raw / 1e6:12.1f} {folded / 1e6:15.1f} {took[-1]:9.1f}   {say(turn)} {answer.text!r}")
+        print()
+        for first in range(0, len(took), PERIOD):
+            some = took[first : first + PERIOD]
+            turns = f"turns {first + 1:3} to {first + len(some):3}"
+            print(f"{turns}: {statistics.mean(some):5.1f} s a turn, at most {max(some):.1f} s")
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def test_conversations_are_not_found_as_documents(llm: BeaconMemoryLLM) -> None:
     compress(llm, documents()[:1])
     session = block.session("monday")
     session.add([{"role": "user", "content": ROOF}, {"role": "assistant", "content": "The roof of the barn, I see."}])
-    assert {hit.document for hit in llm.memory.store.search(QUESTION)} == {"roof", "BeaconMemory/monday"}
+    assert {hit.document for hit in llm.memory.store.search(QUESTION)} == {"roof", "BeaconMemory/monday/1"}
     assert [one.node.node_id for one in BeaconRetriever(llm.memory).retrieve(QUESTION)] == ["roof"]
 
 

@@ -11,6 +11,7 @@ import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
 from beacon_memory import BeaconMemory, CorruptFileError, DocumentNotFoundError, InputError, Session
+from beacon_memory.compressor import Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling import BeaconModel
 
@@ -37,8 +38,7 @@ def line(turn: dict[str, str]) -> str:
 
 def whole(session: Session) -> str:
     """The conversation from its first turn on."""
-    folded = session.memory.store.text(session.id) if session.ids else ""
-    return folded + "".join(map(line, session.turns))
+    return "".join([*map(session.memory.store.text, session.ids), *map(line, session.turns)])
 
 
 def test_old_turns_fold_and_nothing_is_lost(memory: BeaconMemory) -> None:
@@ -50,9 +50,34 @@ def test_old_turns_fold_and_nothing_is_lost(memory: BeaconMemory) -> None:
         assert whole(session) == "".join(map(line, said))
         assert sum(len(line(turn)) for turn in session.turns) <= 120
         assert session.turns[0]["role"] == "user"
-    assert session.ids == ["chat"]
-    assert memory.show("chat").tags == ("session",)
+    assert session.ids == [f"chat/{part}" for part in range(1, len(session.ids) + 1)]
+    assert len(session.ids) > 2
+    for row in map(memory.show, session.ids):
+        assert row.tags == ("session",)
+        assert row.tokens < 32 + 120  # a document ends with the fold that makes it as long as a window
     assert memory.verify() == []
+
+
+def test_a_fold_reads_no_more_in_a_long_conversation_than_in_a_short_one(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(memory, "chat", recent=64, slots=60)
+    read: list[int] = []
+    compress = memory.compressor.compress
+
+    def reading(work: list[Work], *args: Any, **options: Any) -> Any:
+        read.append(sum(len(one.ids) for one in work))
+        return compress(work, *args, **options)
+
+    monkeypatch.setattr(memory.compressor, "compress", reading)
+    took = []
+    for n in range(200):
+        session.add(exchange(1000 + n))
+        took.append(sum(read))
+        read.clear()
+        assert sum(memory.show(id).slots for id in session.ids) <= 60
+    assert 0 < max(took[100:]) <= max(took[:100])
+    assert sum(took[150:]) == pytest.approx(sum(took[100:150]), rel=0.2)
 
 
 def test_conversation_outlives_the_process(memory: BeaconMemory, model: BeaconModel, tmp_path: Path) -> None:
@@ -61,7 +86,7 @@ def test_conversation_outlives_the_process(memory: BeaconMemory, model: BeaconMo
     with BeaconMemory(tmp_path / "store", model, reserve=100) as again:
         session = Session(again, "chat", recent=100)
         assert session.turns == exchange(3)
-        assert session.ids == ["chat"]
+        assert session.ids == ["chat/1"]
         assert Session(again, "another").turns == []
         assert Session(again.within("alice"), "chat").turns == []
 
@@ -96,14 +121,17 @@ def test_fold_that_was_interrupted_is_neither_lost_nor_doubled(
 
 
 def test_memory_stays_within_its_slots(memory: BeaconMemory) -> None:
-    session = Session(memory, "chat", recent=64, slots=40)
-    ratios = set()
+    session = Session(memory, "chat", recent=64, slots=80)
+    seen: set[int] = set()
     for n in range(60):
         session.add(exchange(n))
-        if session.ids:
-            assert memory.show("chat").slots <= 40
-            ratios.add(memory.show("chat").ratios)
-    assert {(2,), (4,), (8,), (16,), (32,)} <= ratios
+        rows = [memory.show(id) for id in session.ids]
+        assert sum(row.slots for row in rows) <= 80
+        ratios = [max(row.ratios) for row in rows]
+        assert ratios == sorted(ratios, reverse=True)  # the older, the stronger
+        seen |= {*ratios}
+    assert seen == {2, 4, 8, 16, 32}
+    assert len(rows) > 4
     assert whole(session).endswith("".join(map(line, [*exchange(58), *exchange(59)])))
     assert "question 0\n" not in whole(session)  # at the strongest ratio the oldest is forgotten
 
@@ -115,15 +143,15 @@ def test_answers_come_from_behind_the_conversation(memory: BeaconMemory) -> None
     assert (first.ids, first.text) == ((), session.turns[-1]["content"])
     session.add([*exchange(1), *exchange(2), *exchange(3)])
     asked = [*session.turns, {"role": "user", "content": "Where?"}]
-    expected = memory.ask(asked, ["chat"], max_new_tokens=4)
+    expected = memory.ask(asked, ["chat/1"], max_new_tokens=4)
     answer = session.ask("Where?", max_new_tokens=4)
-    assert (answer.text, answer.ids) == (expected.text, ("chat",))
+    assert (answer.text, answer.ids) == (expected.text, ("chat/1",))
     assert "User: Where?\n" in whole(session)
 
 
 def test_question_without_ids_never_picks_a_conversation(memory: BeaconMemory) -> None:
     Session(memory, "chat", recent=30).add([{"role": "user", "content": "The key lies under the blue stone."}])
-    assert Session(memory, "chat").ids == ["chat"]
+    assert Session(memory, "chat").ids == ["chat/1"]
     with pytest.raises(DocumentNotFoundError, match="stored"):
         memory.ask("Where is the key?", max_new_tokens=1)
     memory.add("letter", "The key of the mill is lost.", ratio=2)
@@ -165,3 +193,30 @@ def test_what_is_no_conversation_is_refused(memory: BeaconMemory) -> None:
     path.write_text(path.read_text().replace("answer 1", "answer 2"))
     with pytest.raises(CorruptFileError, match="is no session"):
         session.turns  # noqa: B018
+
+
+def test_sessions_and_documents_of_like_ids_keep_apart(memory: BeaconMemory) -> None:
+    memory.add("chat/1", "a document of the same id", ratio=2)
+    sessions = [Session(memory, id, recent=20) for id in ("chat", "chat/1", "chat/2", "chat/1/2")]
+    for _ in range(4):
+        for number, session in enumerate(sessions):
+            session.add(exchange(number))
+    for number, session in enumerate(sessions):
+        assert len(session.ids) > 1
+        assert whole(session) == "".join(map(line, exchange(number))) * 4
+    sessions[0].clear()
+    assert whole(sessions[0]) == ""
+    for number, session in enumerate(sessions[1:], 1):
+        assert whole(session) == "".join(map(line, exchange(number))) * 4
+    assert memory.store.text("chat/1") == "a document of the same id"
+
+
+def test_a_damaged_session_can_be_cleared(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=20)
+    session.add(exchange(1))
+    (path,) = (memory.store.folder / "sessions").glob("*.json")
+    path.write_text("{}")
+    with pytest.raises(CorruptFileError, match=r"is no session .*call clear\(\)"):
+        session.add(exchange(2))
+    session.clear()
+    assert (session.turns, session.ids, memory.list()) == ([], [], [])

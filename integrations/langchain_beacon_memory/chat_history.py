@@ -21,7 +21,7 @@ _PREFIX = "session/"  # so that the id of a session is not by chance that of a d
 
 
 class BeaconChatMessageHistory(BaseChatMessageHistory):
-    """The messages of a session. Old ones are folded into a stored document, recent ones stay as they are.
+    """The messages of a session. Old ones are folded into stored documents, recent ones stay as they are.
 
     It is kept in the store from the first message on. What is kept of a message is its role, its text and its tool
     calls.
@@ -30,7 +30,8 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
                 program knows of the user.
     memory, namespace: where it is kept; the model that continues it must have the same.
     recent:     tokens of messages that stay as they are. When there are more, the oldest are folded until half is left.
-    slots:      memory slots that the folded ones may take; beyond, they are compressed more strongly.
+    slots:      memory slots that the folded ones may take; beyond, the older are compressed more strongly, and in the
+                end the oldest are forgotten.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
 
     @property
     def document_ids(self) -> list[str]:
-        """The document that older messages were folded into, if any: what to load in front of the recent ones."""
+        """The documents that older messages were folded into: what to load in front of the recent ones."""
         return self.session.ids
 
     @property

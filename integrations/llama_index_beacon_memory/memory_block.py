@@ -19,12 +19,13 @@ __all__ = ["BeaconMemoryBlock"]
 
 
 class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
-    """Folds the messages that a `Memory` flushes into a document, and has the model answer behind it.
+    """Folds the messages that a `Memory` flushes into documents, and has the model answer behind them.
 
-    The document grows with the conversation: only its last window is read again. It lies in the store and the namespace
-    of `llm`, under the name of the block and the id of the session, and survives the program. What a block gives to its
-    `Memory` is a message without text, with a handle that `llm` understands, and every other `BeaconMemoryLLM` of this
-    process on the same namespace.
+    They are appended to the last document until it is as long as a window of the model, then the next one begins: what
+    was folded before is not read again. The documents lie in the store and the namespace of `llm`, under the name of
+    the block and the id of the session, and survive the program. What a block gives to its `Memory` are messages
+    without text, with handles that `llm` understands, and every other `BeaconMemoryLLM` of this process on the same
+    namespace.
 
     Users who must not see each other's conversations get namespaces of their own:
     `BeaconMemoryBlock(llm=llm.within("alice"))`, with the same `llm.within("alice")` to answer.
@@ -35,8 +36,8 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     slots: int = Field(
         default=1024,
         ge=1,
-        description="Memory slots that a conversation may take. When it needs more it is compressed twice as strongly, "
-        "and when that goes no further its older half is forgotten.",
+        description="Memory slots that a conversation may take. When it needs more, its older documents are compressed "
+        "more strongly, and when that goes no further the oldest is forgotten.",
     )
 
     def session(self, session_id: str | None = None) -> Session:
@@ -63,7 +64,7 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         session_id: str | None = None,
         **block_kwargs: Any,  # noqa: ARG002  # the framework passes it
     ) -> list[ChatMessage]:
-        """A handle of what was folded, and any messages that an interrupted program did not come to fold."""
+        """Handles of what was folded, and any messages that an interrupted program did not come to fold."""
         return await asyncio.to_thread(self._messages, session_id)
 
     def clear(self, session_id: str | None = None) -> None:
