@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .document import utc_now
+from .document import Label, utc_now
 from .durable import make_folder, sync_file, sync_folder
 from .errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from .files import TEMP_PREFIX, unlink
@@ -45,6 +45,7 @@ _PIECE = 1 << 20  # bytes read at a time
 _LISTED = 256  # bytes of a manifest for each file, at most
 
 OnDocument = Callable[[str], None]
+OnEvicted = Callable[[DocumentRow], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,17 @@ def export_documents(
 
 
 def import_documents(
-    store: MemoryStore, path: Path, *, replace: bool = False, on_document: OnDocument = lambda _: None
+    store: MemoryStore,
+    path: Path,
+    *,
+    replace: bool = False,
+    on_document: OnDocument = lambda _: None,
+    on_evicted: OnEvicted = lambda _: None,
 ) -> int:
     """Take all documents of an archive into a store; returns how many.
 
     The archive is read in full, and each of its documents as `store.get` would, before anything is changed. replace:
-    let documents take the place of stored ones.
+    let documents take the place of stored ones. on_evicted: see `MemoryStore.put`.
 
     Raises CorruptFileError for an archive that is damaged, cut or not made by an export, InputError if a document is
     there already and must not be replaced; then nothing has changed. What the store refuses, for want of room or quota,
@@ -118,9 +124,7 @@ def import_documents(
         _look_through(store, file, pairs, path, replace)
         for pair in pairs:
             with _extracted(store, file, pair, path) as (stored, label):
-                store.put(
-                    stored.header, stored.kv, stored.text, label.label, precision="as-is", created_at=label.created_at
-                )
+                _put(store, stored, stored.text, label.label, label.created_at, on_evicted)
             on_document(label.id)
     return len(pairs)
 
@@ -132,8 +136,9 @@ def copy_documents(
     *,
     replace: bool = False,
     on_document: OnDocument = lambda _: None,
+    on_evicted: OnEvicted = lambda _: None,
 ) -> int:
-    """Copy documents, or all, into another store or namespace; returns how many.
+    """Copy documents, or all, into another store or namespace; returns how many. on_evicted: see `MemoryStore.put`.
 
     Raises DocumentNotFoundError, or InputError for a document that the target has and must not be replaced; both before
     anything is copied.
@@ -147,10 +152,14 @@ def copy_documents(
     for row in rows:
         with contextlib.suppress(DocumentNotFoundError):  # removed since they were listed
             now, file, text = _read(source, row.id)
-            target.put(file.header, file.kv, text, now.label, precision="as-is", created_at=now.created_at)
+            _put(target, file, text, now.label, now.created_at, on_evicted)
             copied += 1
             on_document(row.id)
     return copied
+
+
+def _put(store: MemoryStore, file: StoredFile, text: str, label: Label, created_at: str, on_evicted: OnEvicted) -> None:
+    store.put(file.header, file.kv, text, label, precision="as-is", created_at=created_at, on_evicted=on_evicted)
 
 
 def _read(store: MemoryStore, id: str) -> tuple[DocumentRow, StoredFile, str]:

@@ -38,6 +38,7 @@ from .terminal import (
     reported,
     row_fields,
     say,
+    say_evicted,
 )
 
 if TYPE_CHECKING:
@@ -452,7 +453,13 @@ def import_archive(
     with reported("repeat the command with --replace to go on"):
         documents = open_store(store, namespace)
         with counting(None) as done:
-            count = import_documents(documents, path, replace=replace, on_document=lambda _: done())
+            count = import_documents(
+                documents,
+                path,
+                replace=replace,
+                on_document=lambda _: done(),
+                on_evicted=lambda row: say_evicted(row.id),
+            )
         print_fields({"documents": count, "path": str(path)}, as_json)
 
 
@@ -478,5 +485,12 @@ def copy(
         source = open_store(store, namespace)
         into = open_store(target, to_namespace)
         with counting(len(doc) if doc else source.totals().documents) as done:
-            count = copy_documents(source, into, doc or None, replace=replace, on_document=lambda _: done())
+            count = copy_documents(
+                source,
+                into,
+                doc or None,
+                replace=replace,
+                on_document=lambda _: done(),
+                on_evicted=lambda row: say_evicted(row.id),
+            )
         print_fields({"documents": count, "path": str(target)}, as_json)

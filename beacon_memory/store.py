@@ -29,7 +29,7 @@ import torch
 from .catalog import Catalog, PassageHit
 from .document import Label, check_id, content_hash, utc_now
 from .durable import make_folder
-from .errors import ConflictError, InputError, QuotaError, StoreError
+from .errors import ConflictError, CorruptFileError, InputError, QuotaError, StoreError
 from .files import Files, file_stem, hash_id, identity, lay_mark, number_of, unlink
 from .kv import MemoryKV
 from .kv_file import (
@@ -122,10 +122,12 @@ class MemoryStore:
         """The names of all namespaces that were ever written to, sorted."""
         found = [""] if identity(self.root / _CATALOG) else []
         for path in self.root.glob(f"namespaces/*/{_CATALOG}"):
-            catalog = Catalog(path)
-            if name := catalog.fact("namespace"):  # none if it was killed at birth
-                found.append(str(name))
-            catalog.close()
+            try:
+                with contextlib.closing(Catalog(path)) as catalog:
+                    name = catalog.fact("namespace")  # none if it was killed at birth
+            except CorruptFileError:  # which its own users learn
+                name = read_copy(path.parent).get("namespace")
+            found += [str(name)] if name else []
         return sorted(found)
 
     @property

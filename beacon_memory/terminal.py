@@ -37,6 +37,7 @@ __all__ = [
     "reported",
     "row_fields",
     "say",
+    "say_evicted",
 ]
 
 _PIPE_COLUMNS = 10_000  # where nobody looks, no line is broken
@@ -142,11 +143,16 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
             f"{fields['seconds']:.1f} s"
         )
         for id in fields["evicted"]:
-            print_line(f"evicted {id}: unused for longest, and the quota is used up", err=True)
+            say_evicted(id)
     elif "bytes" in fields:
         print_line(f"{what}: {fields['precision']}, {fields['bytes'] / 1e6:.1f} MB")
     else:
         print_line(what)
+
+
+def say_evicted(id: str) -> None:
+    """What had to go to keep a quota."""
+    print_line(f"evicted {id}: unused for longest, and the quota is used up", err=True)
 
 
 class CompressingBar:

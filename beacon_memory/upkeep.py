@@ -226,9 +226,11 @@ def _look_at_all(store: Store) -> Iterator[tuple[Problem, Mend]]:
             yield from _look_at(store, row)
     for row in catalog.versions():
         yield from _look_at_version(store, row)
+    suspects = [row.id for row in catalog.scan() if _label_flaw(store, row)]  # most need not be read while all wait
     with tidying(store.folder):
         yield from _look_at_copy(store)
-        yield from _look_at_labels(store)
+        for id in suspects:
+            yield from _look_at_label(store, id)
         yield from _look_at_unnamed(store)
 
 
@@ -277,23 +279,29 @@ def _look_at_copy(store: Store) -> Iterator[tuple[Problem, Mend]]:
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
 
-def _look_at_labels(store: Store) -> Iterator[tuple[Problem, Mend]]:
-    """Labels that say something else than the rows, which count."""
-    for row in store.catalog().scan():
-        if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
-            continue  # files of a time before there were labels have none
-        stored = StoredLabel(row.id, row.created_at, row.label)
-        try:
-            if read_label(store.files.fetch(label_name(row.file))) == stored:
-                continue
-            message = "says something else than the catalog"
-        except (FileNotFoundError, CorruptFileError) as error:
-            message = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+def _label_flaw(store: Store, row: DocumentRow | DamagedRow) -> str | None:
+    """In what a document's label file disagrees with its row, which counts."""
+    if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
+        return None  # files of a time before there were labels have none
+    try:
+        stored = read_label(store.files.fetch(label_name(row.file)))
+    except FileNotFoundError:
+        return "is missing"
+    except CorruptFileError as error:
+        return str(error)
+    return None if stored == StoredLabel(row.id, row.created_at, row.label) else "says something else than the catalog"
 
-        def mend(row: DocumentRow = row, stored: StoredLabel = stored) -> None:
-            store.files.publish(stage_label(store.files.staging, stored), label_name(row.file))
 
-        yield Problem("stale-label", row.id, label_name(row.file), f"the label of {row.id!r} {message}"), mend
+def _look_at_label(store: Store, id: str) -> Iterator[tuple[Problem, Mend]]:
+    """What is wrong with the label of a document, while nobody writes."""
+    row = store.catalog().get(id)
+    if row is not None and (flaw := _label_flaw(store, row)):
+        name = label_name(row.file)
+        yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_write_label, store.files, row)
+
+
+def _write_label(files: Files, row: DocumentRow) -> None:
+    files.publish(stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label)), label_name(row.file))
 
 
 def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
@@ -373,8 +381,7 @@ def _adopt(store: Store, names: list[str]) -> None:
         if now is None or _number(now.file) < _number(row.file):
             row = catalog.put(row, _text(catalog, file))
             catalog.set_fact("last", max(catalog.count("last"), _number(row.file)))
-            stored = StoredLabel(row.id, row.created_at, row.label)
-            files.publish(stage_label(files.staging, stored), label_name(row.file))
+            _write_label(files, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row
     for name in names:

@@ -525,3 +525,16 @@ def test_a_damaged_document_ends_a_copy(changing: MemoryStore, target: MemorySto
         copy_documents(changing, target)
     assert [row.id for row in target.list()] == [changing.list()[0].id]
     assert target.verify() == []
+
+
+def test_what_must_go_for_a_quota_is_told(source: MemoryStore, archive: Path, tmp_path: Path) -> None:
+    room = sum(source.row(id).bytes for id in IDS)
+    for number, bring in enumerate((lambda store, told: import_documents(store, archive, on_evicted=told),
+                                    lambda store, told: copy_documents(source, store, on_evicted=told))):  # fmt: skip
+        with MemoryStore(tmp_path / str(number)) as target:
+            put(target, "old")
+            target.configure(quota=room)
+            gone: list[str] = []
+            bring(target, lambda row, gone=gone: gone.append(row.id))
+            assert gone == ["old"]
+            assert [row.id for row in target.list()] == sorted(IDS)

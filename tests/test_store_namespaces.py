@@ -160,3 +160,13 @@ def test_a_namespace_whose_catalog_is_lost_keeps_its_name_and_documents(store: M
     assert inner.namespaces() == ["", "inner"]
     assert same(inner.get("doc").kv, kv)
     assert inner.settings.quota == 10 * BYTES
+
+
+def test_a_broken_catalog_of_one_namespace_hides_no_other(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store") as store:
+        for name in ("alice", "bob"):
+            put(store.within(name))
+        (store.within("bob").folder / "catalog.sqlite3").write_bytes(b"not a database " * 100)
+        assert store.namespaces() == ["alice", "bob"]
+        (store.within("bob").folder / "settings.json").unlink()
+        assert store.namespaces() == ["alice"]

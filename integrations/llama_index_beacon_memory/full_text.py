@@ -6,6 +6,7 @@ import contextlib
 
 from beacon_memory import BeaconMemory, DocumentNotFoundError
 from beacon_memory.catalog import DocumentRow, PassageHit
+from beacon_memory.document import SESSION_TAG
 
 __all__ = ["is_conversation", "search"]
 
@@ -41,4 +42,4 @@ def search(
 
 def is_conversation(row: DocumentRow) -> bool:
     """Whether a document is what a `Session` folded."""
-    return "session" in row.tags
+    return SESSION_TAG in row.tags
