@@ -165,7 +165,8 @@ def test_a_namespace_whose_catalog_is_lost_keeps_its_name_and_documents(store: M
 def test_a_broken_catalog_of_one_namespace_hides_no_other(tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "store") as store:
         for name in ("alice", "bob"):
-            put(store.within(name))
+            with store.within(name) as part:
+                put(part)
         (store.within("bob").folder / "catalog.sqlite3").write_bytes(b"not a database " * 100)
         assert store.namespaces() == ["alice", "bob"]
         (store.within("bob").folder / "settings.json").unlink()
