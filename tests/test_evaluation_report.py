@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,41 @@ class TestFiles:
         (tmp_path / "file").touch()
         with pytest.raises(InputError, match=r"cannot be written to .*file/result.json: .*name another file"):
             write_result(a_result(a_row("full")), tmp_path / "file" / "result.json")
+
+
+def a_record(contestant: str, item: str, score: float, prediction: str = "", kv_bytes: int = 100) -> Record:
+    return Record(contestant, item, "", prediction, {"score": score, "f1": score}, kv_bytes, 1.0)
+
+
+class TestCostOfQuantizing:
+    def test_is_the_difference_item_by_item(self) -> None:
+        records = [
+            *(a_record("select:2", item, score, "one") for item, score in (("a", 0.5), ("b", 1.0))),
+            *(a_record("select:2@int8", item, score, item, 54) for item, score in (("a", 0.5), ("b", 0.5))),
+            *(a_record("beacon:2", item, score, "one") for item, score in (("a", 0.0), ("b", 0.0))),
+            *(a_record("beacon:2@int8", item, score, "one", 55) for item, score in (("a", 0.5), ("b", 0.0))),
+            *(a_record("beacon:2@int4", item, 0.0, "one", 29) for item in "ab"),
+            *(a_record("beacon:4@int4", item, 0.0, "one", 29) for item in "ab"),  # not with itself unquantized
+        ]
+        shown = markdown(replace(a_result(a_row("select:2")), records=records)).splitlines()[4:]
+        assert [re.sub(r" \(.*?\)", "", line) for line in shown] == [
+            "| quantized - as it is | score | other answers | K/V |",
+            "| --- | --- | --- | --- |",
+            "| select:2@int8 | -0.2500 | 2 of 2 | 0.540 |",
+            "| beacon:2@int8 | +0.2500 | 0 of 2 | 0.550 |",
+            "| beacon:2@int4 | +0.0000 | 0 of 2 | 0.290 |",
+            "| all @int8 | +0.0000 |  |  |",
+            "| all @int4 | +0.0000 |  |  |",
+        ]
+        assert "-0.2500 (-0.5000 to +0.0000)" in shown[2]
+        assert "+0.0000 (-0.2500 to +0.2500)" in shown[5]  # an item's mean first: +0.25 and -0.25
+
+    def test_of_continuations_is_one_of_their_losses(self) -> None:
+        field = [Fake("select:2", nll={1: 2.0}), Fake("select:2@int4", nll={1: 2.5})]
+        shown = markdown(run_continuations("ppl", field, [("é", [1], [2, 3])], {}, saved_model()))
+        assert (
+            "| quantized - as it is | nll |\n| --- | --- |\n| select:2@int4 | +0.5000 (+0.5000 to +0.5000) |" in shown
+        )
 
 
 class TestMarkdown:

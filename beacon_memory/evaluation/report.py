@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from beacon_memory.errors import InputError
 
-from .metrics import Interval
+from .metrics import Interval, bootstrap
 from .plots import draw_heat_map, draw_ratios
 from .run import Record, Result, Row
 
@@ -41,8 +42,13 @@ def read_result(file: Path) -> Result:
 
 
 def markdown(result: Result) -> str:
-    """A result as a markdown table: scores with intervals, K/V and time for an item; below it the score by group."""
+    """A result as a markdown table: scores with intervals, K/V and time for an item.
+
+    Below it the score by group, and what quantizing costs.
+    """
     lines = _by_contestant([row for row in result.rows if not row.group])
+    if costs := _by_precision(result):
+        lines += ["", *costs]
     if groups := [row for row in result.rows if row.group]:
         lines += ["", *_by_group(groups)]
     return "\n".join(lines)
@@ -78,6 +84,47 @@ def _by_group(rows: Sequence[Row]) -> list[str]:
         scores = [f"{of[name, group].scores['score'].mean:.3f}" for name in names]
         lines.append(_line([group, str(of[names[0], group].items), *scores]))
     return lines
+
+
+def _by_precision(result: Result) -> list[str]:
+    """For each quantized contestant that competes with itself unquantized, the difference item by item.
+
+    The last lines are means over all of one precision: of an item first, so the interval is one over items.
+    """
+    of = {name: [one for one in result.records if one.contestant == name] for name in _names(result.records)}
+    base = {name: name.partition("@")[0] for name in of if "@" in name}
+    pairs = {name: (of[name], of[plain]) for name, plain in base.items() if plain in of}
+    if not pairs:
+        return []
+    metric = "score" if "score" in result.records[0].scores else next(iter(result.records[0].scores))
+    sized = any(record.kv_bytes for record in result.records)
+    head = ["quantized - as it is", metric, *["other answers", "K/V"] * sized]
+    lines = [_line(head), _line(["---"] * len(head))]
+    gained = {
+        name: [one.scores[metric] - other.scores[metric] for one, other in zip(*both, strict=True)]
+        for name, both in pairs.items()
+    }
+    for name, (quantized, whole) in pairs.items():
+        cells = [name, _difference(gained[name])]
+        if sized:
+            changed = sum(one.prediction != other.prediction for one, other in zip(quantized, whole, strict=True))
+            share = sum(one.kv_bytes for one in quantized) / sum(one.kv_bytes for one in whole)
+            cells += [f"{changed} of {len(whole)}", f"{share:.3f}"]
+        lines.append(_line(cells))
+    for precision in dict.fromkeys(name.partition("@")[2] for name in pairs):
+        of_items = zip(*(gained[name] for name in pairs if name.endswith(f"@{precision}")), strict=True)
+        mean = _difference([fmean(of_item) for of_item in of_items])
+        lines.append(_line([f"all @{precision}", mean, *["", ""] * sized]))
+    return lines
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(record.contestant for record in records))
+
+
+def _difference(gained: Sequence[float]) -> str:
+    found = bootstrap(gained)
+    return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
 
 
 def _interval(score: Interval | None) -> str:
