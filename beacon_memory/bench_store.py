@@ -26,8 +26,9 @@ from .document import Label, content_hash, utc_now
 from .durable import sync_file
 from .files import file_stem
 from .fingerprint import Fingerprint
+from .header import DocumentHeader, WindowSpan
 from .kv import BeaconKV, MemoryKV
-from .kv_file import DocumentHeader, StoredFile, WindowSpan
+from .kv_file import StoredFile
 from .store import MemoryStore
 from .upkeep import row_of
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from .compressor import BeaconCompressor, CompressedDocument, Ratio, TokenizedText, Work
 from .document import Label, check_id, content_hash
 from .errors import BeaconMemoryError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
+from .header import DocumentHeader, WindowSpan
 from .kv import MemoryKV
-from .kv_file import DocumentHeader, StoredFile, WindowSpan, read_header
+from .kv_file import StoredFile, read_header
 from .results import Added, Document, Progress, Status
 from .rows import DocumentRow
 from .store import MemoryStore

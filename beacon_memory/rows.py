@@ -11,7 +11,7 @@ from typing import Any
 from .document import Label
 from .errors import CorruptFileError
 
-__all__ = ["COLUMNS", "DamagedRow", "DocumentRow", "facts_of", "from_record", "seal", "to_record"]
+__all__ = ["COLUMNS", "DamagedRow", "DocumentRow", "Totals", "facts_of", "from_record", "seal", "to_record"]
 
 _JSON = ("ratios", "metadata", "tags")
 _UNSEALED = ("used_at", "seal")
@@ -85,6 +85,14 @@ class DamagedRow:
             return row.labelled(row.label)
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptFileError(f"the row of {self.id!r} says nothing that could be: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Documents, and bytes of all K/V."""
+
+    documents: int
+    bytes: int
 
 
 COLUMNS = (*(field.name for field in fields(DocumentRow)), "seal")

@@ -31,23 +31,16 @@ from .document import Label, check_id, content_hash, utc_now
 from .durable import make_folder
 from .errors import ConflictError, CorruptFileError, InputError, QuotaError, StoreError
 from .files import Files, file_stem, hash_id, identity, lay_mark, number_of, unlink
+from .header import DocumentHeader
 from .kv import MemoryKV
-from .kv_file import (
-    DocumentHeader,
-    StoredFile,
-    StoredKV,
-    precision_of,
-    read_kv_file,
-    stage_kv_file,
-    with_precision,
-)
+from .kv_file import StoredFile, StoredKV, precision_of, read_kv_file, stage_kv_file, with_precision
 from .label_file import StoredLabel, label_name, stage_label
 from .locks import renew_in_forks, writing
-from .rows import DocumentRow
+from .rows import DocumentRow, Totals
 from .settings import Settings, keep_copy, open_files, read_copy
 from .upkeep import MismatchedFileError, MissingFileError, Problem, difference_of, repair, row_of, verify
 
-__all__ = ["MemoryStore", "StoredDocument", "Totals"]
+__all__ = ["MemoryStore", "StoredDocument"]
 
 _CATALOG = "catalog.sqlite3"
 _READ_TRIES = 5  # times that a document may be replaced while it is being read
@@ -62,14 +55,6 @@ class StoredDocument:
     row: DocumentRow
     header: DocumentHeader
     kv: MemoryKV
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Documents, and bytes of all K/V."""
-
-    documents: int
-    bytes: int
 
 
 class MemoryStore:

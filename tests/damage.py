@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from kv_samples import TEXT, sample, stack
 from old_formats import write_format_1, write_format_2
 
+from beacon_memory.header import DocumentHeader
 from beacon_memory.kv import MemoryKV
-from beacon_memory.kv_file import DocumentHeader, StoredKV, stage_kv_file, with_precision
+from beacon_memory.kv_file import StoredKV, stage_kv_file, with_precision
 
 PAGE = 4096  # bytes that a disk or SQLite loses together
 

@@ -12,8 +12,9 @@ import torch
 
 from beacon_memory.document import content_hash
 from beacon_memory.fingerprint import Fingerprint
+from beacon_memory.header import DocumentHeader, WindowSpan
 from beacon_memory.kv import BeaconKV, MemoryKV
-from beacon_memory.kv_file import DocumentHeader, StoredKV, WindowSpan, stage_kv_file
+from beacon_memory.kv_file import StoredKV, stage_kv_file
 from beacon_memory.quantize import QuantizedKV
 
 FINGERPRINT = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")

@@ -14,8 +14,9 @@ from kv_samples import sample
 from safetensors.torch import save_file
 
 from beacon_memory.files import file_stem
+from beacon_memory.header import DocumentHeader
 from beacon_memory.kv import BeaconKV, MemoryKV
-from beacon_memory.kv_file import DocumentHeader, stored_bytes
+from beacon_memory.kv_file import stored_bytes
 from beacon_memory.passages import split_passages
 
 # What `m001_documents`, `m002_passages` and `m003_compression` left together, as SQLite tells of it.

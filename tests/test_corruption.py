@@ -23,13 +23,14 @@ from store_samples import change, put, put_version, version
 from beacon_memory.catalog import PassageHit
 from beacon_memory.document import Label
 from beacon_memory.errors import BeaconMemoryError, CorruptFileError
+from beacon_memory.header import DocumentHeader
 from beacon_memory.kv import MemoryKV
-from beacon_memory.kv_file import DocumentHeader, StoredKV, read_header, read_kv_file
+from beacon_memory.kv_file import StoredKV, read_header, read_kv_file
 from beacon_memory.label_file import label_name
 from beacon_memory.quantize import QuantizedKV
-from beacon_memory.rows import DocumentRow
+from beacon_memory.rows import DocumentRow, Totals
 from beacon_memory.settings import Settings
-from beacon_memory.store import MemoryStore, Totals
+from beacon_memory.store import MemoryStore
 
 Read = TypeVar("Read")
 LATER = "2099-01-01T00:00:00.000+00:00"

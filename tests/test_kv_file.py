@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 
 from beacon_memory.document import PRECISIONS, content_hash
 from beacon_memory.errors import CorruptFileError, InputError
+from beacon_memory.header import DocumentHeader, WindowSpan
 from beacon_memory.kv import BeaconKV, MemoryKV
 from beacon_memory.kv_file import (
     FORMAT_VERSION,
-    DocumentHeader,
-    WindowSpan,
     precision_of,
     read_header,
     read_kv_file,

@@ -19,7 +19,8 @@ from store_samples import files
 from beacon_memory.catalog import Catalog
 from beacon_memory.document import Label, content_hash
 from beacon_memory.errors import StoreError
-from beacon_memory.kv_file import DocumentHeader, precision_of, read_kv_file
+from beacon_memory.header import DocumentHeader
+from beacon_memory.kv_file import precision_of, read_kv_file
 from beacon_memory.migrations import migrations
 from beacon_memory.passages import split_passages
 from beacon_memory.store import MemoryStore

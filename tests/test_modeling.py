@@ -29,8 +29,9 @@ from beacon_memory.compressor import BeaconCompressor, Work
 from beacon_memory.config import COMPRESSIONS, BeaconConfig
 from beacon_memory.document import content_hash
 from beacon_memory.errors import AdapterError, ConfigError, InputError
+from beacon_memory.header import DocumentHeader, WindowSpan
 from beacon_memory.kv import MemoryKV
-from beacon_memory.kv_file import DocumentHeader, WindowSpan, read_kv_file, stage_kv_file
+from beacon_memory.kv_file import read_kv_file, stage_kv_file
 from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling import BeaconModel
 

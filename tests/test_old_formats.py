@@ -9,8 +9,9 @@ from kv_samples import TEXT, memory, same, sample, stack, write_kv_file
 from old_formats import write_format_1, write_format_2
 
 from beacon_memory.errors import CorruptFileError
+from beacon_memory.header import DocumentHeader, WindowSpan
 from beacon_memory.kv import MemoryKV
-from beacon_memory.kv_file import DocumentHeader, WindowSpan, read_header, read_kv_file, stored_bytes
+from beacon_memory.kv_file import read_header, read_kv_file, stored_bytes
 
 
 def as_first_format(header: DocumentHeader) -> DocumentHeader:

@@ -16,11 +16,13 @@ from store_samples import BYTES, change, files, labels, put
 from beacon_memory.config import COMPRESSIONS
 from beacon_memory.document import PRECISIONS, Label
 from beacon_memory.errors import ConflictError, DocumentNotFoundError, InputError, StoreError
+from beacon_memory.header import WindowSpan
 from beacon_memory.kv import MemoryKV
-from beacon_memory.kv_file import WindowSpan, read_kv_file, with_precision
+from beacon_memory.kv_file import read_kv_file, with_precision
 from beacon_memory.label_file import StoredLabel, label_name, read_label
+from beacon_memory.rows import Totals
 from beacon_memory.settings import Settings
-from beacon_memory.store import MemoryStore, Totals
+from beacon_memory.store import MemoryStore
 
 
 @pytest.fixture

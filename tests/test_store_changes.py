@@ -19,7 +19,8 @@ from beacon_memory.document import PRECISIONS, Label
 from beacon_memory.errors import ConflictError, CorruptFileError, DocumentNotFoundError, InputError
 from beacon_memory.kv_file import read_kv_file, with_precision
 from beacon_memory.quantize import QuantizedKV
-from beacon_memory.store import MemoryStore, Totals
+from beacon_memory.rows import Totals
+from beacon_memory.store import MemoryStore
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from store_samples import BYTES, change, files, labels, put
 from beacon_memory.document import Label, utc_now
 from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
 from beacon_memory.label_file import label_name, read_label
-from beacon_memory.store import MemoryStore, Totals
+from beacon_memory.rows import Totals
+from beacon_memory.store import MemoryStore
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from kv_samples import TEXT, same
 from store_samples import BYTES, files, put
 
 from beacon_memory.errors import DocumentNotFoundError, InputError
-from beacon_memory.store import MemoryStore, Totals
+from beacon_memory.rows import Totals
+from beacon_memory.store import MemoryStore
 
 EVIL = [
     "../../up",

@@ -12,8 +12,8 @@ from store_samples import BYTES, files, labels, put, put_version, version
 from beacon_memory.document import Label
 from beacon_memory.errors import QuotaError
 from beacon_memory.kv_file import stored_bytes, with_precision
-from beacon_memory.rows import DocumentRow
-from beacon_memory.store import MemoryStore, Totals
+from beacon_memory.rows import DocumentRow, Totals
+from beacon_memory.store import MemoryStore
 
 PIN = Label(pinned=True)
 

@@ -28,9 +28,10 @@ from upkeep_samples import (
 )
 
 from beacon_memory.errors import CorruptFileError
-from beacon_memory.kv_file import WindowSpan
+from beacon_memory.header import WindowSpan
 from beacon_memory.label_file import label_name
-from beacon_memory.store import MemoryStore, Totals
+from beacon_memory.rows import Totals
+from beacon_memory.store import MemoryStore
 from beacon_memory.upkeep import ProblemKind
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from beacon_memory.document import Label
 from beacon_memory.errors import DocumentNotFoundError
+from beacon_memory.header import DocumentHeader
 from beacon_memory.kv import MemoryKV
-from beacon_memory.kv_file import DocumentHeader, StoredKV, with_precision
+from beacon_memory.kv_file import StoredKV, with_precision
 from beacon_memory.store import MemoryStore
 
 _, _KV = sample(dtype=torch.float32)
