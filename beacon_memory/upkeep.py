@@ -324,6 +324,12 @@ def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
         elif _NUMBERED.fullmatch(name):
             lost.setdefault(_stem(name), []).append(name)
+        elif _NAMED.fullmatch(name):
+            message = f"{name} has no row, and no text to make one from, being of an older version"
+            yield (
+                Problem("orphan-file", _id_in(files, name), name, f"{message}: add the document anew, and remove it"),
+                None,
+            )
         else:
             message = f"{name} has no row and is not of a form that could get one; if it is not yours, remove it"
             yield Problem("orphan-file", None, name, message), None
@@ -333,13 +339,18 @@ def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
             message = f"{names[-1]} is a label without K/V; if those cannot be brought back, remove it"
             yield Problem("orphan-file", None, names[-1], message), None
             continue
-        id = None
-        with contextlib.suppress(StoreError, FileNotFoundError):
-            id = read_header(files.fetch(documents[-1])).id
-        message = f"{documents[-1]} has no row, and the catalog is damaged or of another time: the row was lost"
-        yield Problem("lost-row", id, documents[-1], message), partial(_adopt, store, names)
+        name = documents[-1]
+        message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
+        yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
     for path in files.temps():
         yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(unlink, path)
+
+
+def _id_in(files: Files, name: str) -> str | None:
+    """Of which document a file is, if it can be told."""
+    with contextlib.suppress(StoreError, FileNotFoundError):
+        return read_header(files.fetch(name)).id
+    return None
 
 
 def _remake_row(store: Store, damaged: DamagedRow) -> None:

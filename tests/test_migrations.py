@@ -239,3 +239,26 @@ def test_old_files_without_a_catalog_are_kept_and_reported(tmp_path: Path) -> No
             assert [(problem.kind, problem.mended) for problem in look()] == [("orphan-file", False)] * 2
         assert len(files(store)) == 2
         assert store.list() == []
+
+
+def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path) as store:
+        settings = store.configure(quota=10**6, precision="int8")
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
+        db.execute("ALTER TABLE facts DROP COLUMN seal")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'm005_sealed_facts'")
+        db.commit()
+    with MemoryStore(tmp_path) as store:
+        assert store.settings == settings
+        assert store.verify() == []
+
+
+def test_files_of_an_old_store_whose_catalog_is_lost_are_kept_and_named(tmp_path: Path) -> None:
+    write_old_store(tmp_path / "store", {"doc": "about apples"})
+    (tmp_path / "store" / "catalog.sqlite3").unlink()
+    with MemoryStore(tmp_path / "store") as store:
+        for look in (store.verify, store.repair, store.repair):
+            (problem,) = look()
+            assert (problem.kind, problem.document, problem.mended) == ("orphan-file", "doc", False)
+            assert "add the document anew, and remove it" in problem.message
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
