@@ -80,7 +80,8 @@ class Session:
     def ask(self, question: str, **options: Any) -> Answer:
         """Answer behind the whole conversation, and add question and answer to it; options: see `BeaconMemory.ask`."""
         asked = {"role": "user", "content": question}
-        answer = self.memory.ask([*self.turns, asked], self.ids, **options)
+        state = self._read()
+        answer = self.memory.ask([*state.turns, asked], [row.id for row in self._rows(state)], **options)
         self.add([asked, {"role": "assistant", "content": answer.text}])
         return answer
 
@@ -146,7 +147,7 @@ class Session:
         while sum(row.slots for row in rows) > self.slots:
             # the last one still grows
             row = max(rows[:-1] or rows, key=lambda row: row.slots * (len(rows) - rows.index(row)))
-            stronger = [ratio for ratio in AUTO_RATIOS if ratio > max(row.ratios)]
+            stronger = [ratio for ratio in AUTO_RATIOS if max(row.ratios) < ratio <= self._window]
             text = self.memory.store.text(row.id)
             if stronger:
                 self.memory.add(row.id, text, ratio=stronger[0])
@@ -154,7 +155,7 @@ class Session:
                 self._forget(rows[0].id)
             else:
                 half = text[text.find("\n", len(text) // 2) + 1 :] or text[len(text) // 2 :]
-                self.memory.add(row.id, half, ratio=AUTO_RATIOS[-1])
+                self.memory.add(row.id, half, ratio=max(row.ratios))
             rows = self._rows(state)
         if rows and rows[0].id != self._id(state.parts[0]):
             first = int(rows[0].id.rpartition("/")[2])
@@ -174,17 +175,15 @@ class Session:
     def _read(self) -> _State:
         try:
             fields = read_sealed(self._path)
-            turns = [_turn(turn) for turn in fields["turns"]]
-            (first, last), folding = fields["parts"], fields["folding"]
-            if folding is not None:
-                count, part, expected = folding
-                if content_hash(self._text(part)) == expected:
-                    return _State(turns[count:], (first, part))
-            return _State(turns, (first, last))
+            turns, (first, last) = [_turn(turn) for turn in fields["turns"]], fields["parts"]
+            count, part, expected = fields["folding"] or (0, last, "")
         except FileNotFoundError:
             return _State()
         except (CorruptFileError, ValueError, KeyError, TypeError, InputError) as error:
             raise CorruptFileError(f"{self._path} is no session ({error}); remove it, or call clear()") from error
+        if expected and content_hash(self._text(part)) == expected:
+            return _State(turns[count:], (first, part))
+        return _State(turns, (first, last))
 
     def _write(self, state: _State) -> None:
         folder = LocalFiles(self._path.parent)
