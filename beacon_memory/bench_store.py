@@ -62,8 +62,16 @@ def run(rows: int) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="beacon-memory-") as folder:
         with MemoryStore(folder) as store:
             fill(store, rows)
+            _read_through(store.folder / "catalog.sqlite3")
             figures = [*_looking_up(store), _picking(store), _putting(store)]
         return [*figures, _opening(Path(folder)), *(_loading(Path(folder), size) for size in _LOAD_MB)]
+
+
+def _read_through(path: Path) -> None:
+    """Let the system have a file in its page cache, as that of a store in use is."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass
 
 
 def vocabulary() -> list[str]:

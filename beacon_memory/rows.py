@@ -110,7 +110,8 @@ def from_record(record: Mapping[str, Any]) -> DocumentRow:
         raise CorruptFileError(
             f"the catalog's row of {record['id']!r} is damaged; `beacon-memory repair` makes it anew from its file"
         )
-    values = {name: value for name, value in record.items() if name != "seal"}
+    values = dict(record)
+    del values["seal"]
     ratios, metadata, tags = json.loads(f"[{', '.join(map(values.__getitem__, _JSON))}]")  # at once, which is faster
     values |= {"ratios": tuple(ratios), "metadata": metadata, "tags": tuple(tags), "pinned": bool(record["pinned"])}
     return DocumentRow(**values)
@@ -127,5 +128,7 @@ def facts_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tu
 
 def seal(record: Mapping[str, Any]) -> str:
     """A short hash of a row's values; a step of `migrations` that changes them seals all rows anew."""
-    sealed = {name: value for name, value in record.items() if name not in _UNSEALED}
+    sealed = dict(record)
+    for name in _UNSEALED:
+        sealed.pop(name, None)
     return hashlib.sha256(_ENCODER.encode(sealed).encode()).hexdigest()[:32]
