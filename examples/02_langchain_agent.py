@@ -58,18 +58,22 @@ class ScriptedChoice(AgentMiddleware):
 
 
 def say(turn: int) -> str:
-    """What the person says: a crate comes in, is weighed, something is added, and an earlier crate is asked about."""
-    crate = turn // 4 + 1
+    """What the person says: a crate comes in, is weighed, and something is added."""
+    crate = turn // 3 + 1
     return (
-        f"The ship {SHIPS[crate % len(SHIPS)]} brought crate {crate}, which is full of {GOODS[crate % len(GOODS)]}.",
+        f"The ship {ship_of(crate)} brought crate {crate}, which is full of {GOODS[crate % len(GOODS)]}.",
         f"Weigh crate {crate}.",
         f"Add {crate} and {turn}.",
-        f"Which ship brought {GOODS[max(1, crate - 2) % len(GOODS)]}?",
-    )[turn % 4]
+    )[turn % 3]
+
+
+def ship_of(crate: int) -> str:
+    """Which ship brings a crate."""
+    return SHIPS[crate % len(SHIPS)]
 
 
 def main() -> None:
-    """Talk, and print what the conversation takes as it is and folded."""
+    """Talk, print what the conversation takes as it is and folded, and ask what it is remembered of."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=24, help="how long to talk (default: %(default)s)")
     parser.add_argument("--store", help="folder of the store; the conversation goes on if there is one already")
@@ -96,6 +100,13 @@ def main() -> None:
             some = took[first : first + PERIOD]
             turns = f"turns {first + 1:3} to {first + len(some):3}"
             print(f"{turns}: {statistics.mean(some):5.1f} s a turn, at most {max(some):.1f} s")
+        print("\nWhich ship brought the ... of crate ...?")
+        last = arguments.turns // 3
+        for crate in range(last, max(0, last - len(GOODS)), -1):  # the last ones with these goods
+            goods = GOODS[crate % len(GOODS)]
+            question = HumanMessage(f"Which ship brought the {goods}?")
+            answer = model.invoke([*history.messages, question], document_ids=history.document_ids)
+            print(f"{goods:12} {crate:5}   {ship_of(crate):10}   answer: {answer.text!r}")
 
 
 if __name__ == "__main__":
