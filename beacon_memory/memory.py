@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import itertools
 import os
 import threading
 import time
@@ -279,7 +280,7 @@ class BeaconMemory:
         hits = [hit for hit in self.store.search(text, _HITS) if self._may_be_picked(hit.document)]
         ranked = list(dict.fromkeys(hit.document for hit in hits if hit.score >= _WEAKEST * hits[0].score))
         if not ranked:
-            stored = [row.id for row in self.store.list(limit=2) if SESSION_TAG not in row.tags]
+            stored = [*itertools.islice(self._no_conversations(), 2)]
             if len(stored) != 1:
                 what = "shares a word with the question; name documents by id" if stored else "is stored yet; add some"
                 raise DocumentNotFoundError(f"no document {what}")
@@ -291,6 +292,13 @@ class BeaconMemory:
                 chosen.append(id)
                 room = None if room is None else room - slots
         return chosen
+
+    def _no_conversations(self) -> Iterator[str]:
+        """The ids of all documents but those that conversations were folded into."""
+        after = ""
+        while rows := self.store.list(after=after, limit=100):
+            yield from (row.id for row in rows if SESSION_TAG not in row.tags)
+            after = rows[-1].id
 
     def _may_be_picked(self, id: str) -> bool:
         try:

@@ -154,8 +154,11 @@ def test_question_without_ids_never_picks_a_conversation(memory: BeaconMemory) -
     assert Session(memory, "chat").ids == ["chat/1"]
     with pytest.raises(DocumentNotFoundError, match="stored"):
         memory.ask("Where is the key?", max_new_tokens=1)
+    Session(memory, "chat", recent=30).add([{"role": "user", "content": "Or under the red one, said Ada."}])
+    assert Session(memory, "chat").ids == ["chat/1", "chat/2"]
     memory.add("letter", "The key of the mill is lost.", ratio=2)
     assert memory.ask("Where is the key?", max_new_tokens=1).ids == ("letter",)
+    assert memory.ask("What else?", max_new_tokens=1).ids == ("letter",)  # the only document
 
 
 def test_threads_may_take_part_in_one_session(memory: BeaconMemory) -> None:

@@ -12,6 +12,7 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field
 
 from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
+from beacon_memory.document import SESSION_TAG
 
 from .namespaces import in_namespace
 
@@ -75,7 +76,7 @@ class BeaconMemoryRetriever(BaseRetriever):
             seen.add(hit.document)
             with contextlib.suppress(DocumentNotFoundError):  # removed meanwhile
                 row = memory.show(hit.document)
-                if "session" in row.tags:  # a conversation, which only those who take part in it may load
+                if SESSION_TAG in row.tags:  # a conversation, which only those who take part in it may load
                     continue
                 place = {"passage": hit.ordinal, "start": hit.start, "stop": hit.stop, "score": hit.score}
                 yield Document(hit.text, metadata={**row.metadata, **place, self.id_key: hit.document})
