@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import BeaconMemoryError, InputError
+from .errors import BeaconMemoryError, CorruptFileError, InputError
 from .options import (
     Adapter,
     AsJson,
@@ -145,9 +146,12 @@ def remove(ids: Ids, store: Store = None, namespace: Namespace = "", as_json: As
     """
     with reported("what was not named as removed is there"):
         documents = open_store(store, namespace)
-        for row in [documents.row(id) for id in dict.fromkeys(ids)]:  # all must exist before the first goes
-            documents.delete(row.id)
-            say(as_json, {"id": row.id, "status": "removed"})
+        for id in ids:  # all must exist before the first goes
+            with contextlib.suppress(CorruptFileError):  # one that is damaged beyond repair may go
+                documents.row(id)
+        for id in dict.fromkeys(ids):
+            documents.delete(id)
+            say(as_json, {"id": id, "status": "removed"})
 
 
 @app.command(rich_help_panel=_STORED)

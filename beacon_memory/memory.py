@@ -320,9 +320,9 @@ class BeaconMemory:
         """What is known of a document; raises DocumentNotFoundError."""
         return self.store.row(id)
 
-    def remove(self, id: str) -> DocumentRow:
-        """Forget a document; returns what was known of it, or raises DocumentNotFoundError."""
-        return self.store.delete(id)
+    def remove(self, id: str) -> None:
+        """Forget a document; raises DocumentNotFoundError."""
+        self.store.delete(id)
 
     def verify(self) -> builtins.list[Problem]:
         """What is wrong with the store; see `MemoryStore.verify`."""

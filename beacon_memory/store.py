@@ -320,14 +320,14 @@ class MemoryStore:
                 return self.put(file.header, kv, text, precision=precision, replacing=row.file, keep_version=True)
         raise StoreError(f"document {id!r} was replaced {_READ_TRIES} times while it was being converted; try again")
 
-    def delete(self, id: str) -> DocumentRow:
-        """Remove a document; returns the row it had, or raises DocumentNotFoundError."""
+    def delete(self, id: str) -> None:
+        """Remove a document, also one whose row is damaged beyond repair; raises DocumentNotFoundError."""
         with self._writing() as catalog:
             with catalog.transaction():
-                row = catalog.require(id)
+                with contextlib.suppress(CorruptFileError):
+                    catalog.require(id)
                 gone = catalog.delete(id)
-            self._remove(gone)
-        return row
+            self._remove([name for name in gone if name.startswith(file_stem(id))])  # a damaged row may name any
 
     def expire(self) -> builtins.list[str]:
         """Remove the documents whose time is over; returns their ids. They could not be seen any more before."""

@@ -253,6 +253,25 @@ def test_a_damaged_row_without_file_and_text_is_kept_and_reported(store: MemoryS
         assert (problem.kind, problem.document, problem.mended) == ("damaged-row", "doc", False)
 
 
+def test_a_document_that_is_damaged_beyond_repair_can_be_removed(store: MemoryStore) -> None:
+    for id in ("doc", "other"):
+        put(store, id)
+    before = Content.of(store, "other")
+    file(store).unlink()
+    change(store, "UPDATE passages SET text = 'damaged' WHERE document = 'doc'")
+    change(store, f"UPDATE documents SET file = '{label_name(before.row.file)}' WHERE id = 'doc'")  # of another
+    assert not store.repair()[0].mended
+    with pytest.raises(CorruptFileError, match="row of 'doc' is damaged"):
+        put(store)
+    store.delete("doc")
+    assert "doc" not in store
+    assert before.stands(store)
+    kv = put(store)
+    assert same(store.get("doc").kv, kv)
+    assert [problem.kind for problem in store.repair()] in ([], ["orphan-file"])
+    assert store.verify() == []
+
+
 def test_a_damaged_row_comes_from_the_file_that_it_named(store: MemoryStore) -> None:
     put(store)
     before = Content.of(store, "doc")
