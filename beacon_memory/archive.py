@@ -33,6 +33,7 @@ from .kv_file import StoredFile, read_kv_file, stage_kv_file
 from .label_file import StoredLabel, read_label, stage_label
 from .locks import writing
 from .rows import DocumentRow
+from .sealed_json import seal_json
 from .store import MemoryStore
 
 __all__ = ["copy_documents", "export_documents", "import_documents"]
@@ -85,7 +86,7 @@ def export_documents(
                     entries += [_add(tar, f"documents/{number:09}{end}", file) for end, file in files.items()]
                 on_document(id)
             listed = [entry.listed for entry in entries]
-            _add_json(tar, _MANIFEST, {"files": listed, "sha256": _seal(listed)})
+            _add_json(tar, _MANIFEST, {"files": listed, "sha256": seal_json(listed)})
         sync_file(temp)
         temp.replace(path)
     except OSError as error:
@@ -243,7 +244,7 @@ def _checked(file: IO[bytes], path: Path) -> list[tuple[_Entry, _Entry]]:
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; see to the disk") from error
     listed = [entry.listed for entry in found]
-    if not isinstance(manifest, dict) or manifest != {"files": listed, "sha256": _seal(listed)}:
+    if not isinstance(manifest, dict) or manifest != {"files": listed, "sha256": seal_json(listed)}:
         raise _corrupt(path, "what it holds is not what its manifest lists, or it was cut")
     pairs = list(zip(found[::2], found[1::2], strict=False))
     numbered = [f"documents/{number:09}{end}" for number in range(len(pairs)) for end in (".safetensors", ".json")]
@@ -320,10 +321,6 @@ def _digest(file: IO[bytes], start: int, size: int) -> str:
     for piece in _pieces(file, start, size):
         hasher.update(piece)
     return hasher.hexdigest()
-
-
-def _seal(listed: object) -> str:
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _corrupt(path: Path, flaw: str) -> CorruptFileError:

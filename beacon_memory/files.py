@@ -16,6 +16,7 @@ from .durable import make_folder, sync_folder
 from .errors import CorruptFileError, StoreError
 
 __all__ = [
+    "FILE_NAME",
     "TEMP_PREFIX",
     "Files",
     "LocalFiles",
@@ -28,7 +29,8 @@ __all__ = [
     "unlink",
 ]
 
-_NAME = re.compile(r"kv/\w[\w-]{0,63}/\w[\w.-]{0,199}", re.ASCII)
+# What a store calls its files. Nothing else that a catalog or a bucket names becomes a path of this machine.
+FILE_NAME = re.compile(r"kv/\w[\w-]{0,63}/\w[\w.-]{0,199}", re.ASCII)
 TEMP_PREFIX = ".tmp"  # safetensors names its own temporary files so, too: one pattern finds what a crash left
 
 
@@ -88,10 +90,10 @@ class LocalFiles:
 
     def remove(self, name: str) -> bool:
         """See Files."""
-        return bool(_NAME.fullmatch(name)) and unlink(self.folder / name)
+        return bool(FILE_NAME.fullmatch(name)) and unlink(self.folder / name)
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):  # a catalog that somebody else made may name any file of the machine
+        if not FILE_NAME.fullmatch(name):  # a catalog that somebody else made may name any file of the machine
             raise CorruptFileError(f"{name!r} is no name of a store's file, such as kv/0f/0f3a.safetensors; refused")
         return self.folder / name
 

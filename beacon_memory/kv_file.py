@@ -44,6 +44,7 @@ from .files import TEMP_PREFIX
 from .header import DocumentHeader, WindowSpan
 from .kv import BeaconKV, MemoryKV
 from .quantize import QuantizedKV, quantized
+from .sealed_json import seal_json
 
 __all__ = [
     "FORMAT_VERSION",
@@ -155,7 +156,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str)
         "header": asdict(header),
         "tensors": {**{name: _form(tensor) for name, tensor in tensors.items()}, "xxh3": _hash(tensors)},
     }
-    entry = json.dumps({**described, "sha256": _seal(described)})
+    entry = json.dumps({**described, "sha256": seal_json(described)})
     if len(entry) > _LONGEST_ENTRY:
         raise InputError(f"the header of {header.id!r} would take {len(entry)} bytes; split the document")
     make_folder(folder)
@@ -318,7 +319,7 @@ def _unsealed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise _corrupt(path, f"its metadata entry {_ENTRY!r} is longer than any of ours")
     try:
         entry = json.loads(metadata[_ENTRY])
-        sealed = isinstance(entry, dict) and entry.pop("sha256", None) == _seal(entry)
+        sealed = isinstance(entry, dict) and entry.pop("sha256", None) == seal_json(entry)
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"its metadata entry {_ENTRY!r} is not JSON ({error})") from error
     version = entry.get("format") if isinstance(entry, dict) else None
@@ -345,10 +346,6 @@ def _with_spans(header: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _corrupt(path: Path, flaw: str) -> CorruptFileError:
     shown = "".join(char if char.isprintable() else "?" for char in flaw[:_LONGEST_FLAW])
     return CorruptFileError(f"{path} cannot be used: {shown}; {_REMEDY}")
-
-
-def _seal(described: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _form(tensor: Tensor) -> dict[str, Any]:

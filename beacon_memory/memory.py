@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .compressor import BeaconCompressor, Ratio, check_score
 from .document import SESSION_TAG
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
+from .full_text import PassageHit
 from .generation import Generation, Messages, Request, chat_prompt, generate, generation_config, require_room, stream
 from .intake import Intake
 from .kv import MemoryKV
@@ -277,8 +278,8 @@ class BeaconMemory:
         if limit < 1:
             raise InputError(f"limit={limit} must be at least 1")
         text = question if isinstance(question, str) else question[-1]["content"]
-        hits = [hit for hit in self.store.search(text, _HITS) if self._may_be_picked(hit.document)]
-        ranked = list(dict.fromkeys(hit.document for hit in hits if hit.score >= _WEAKEST * hits[0].score))
+        found = [*self.matches(text)]
+        ranked = [row for hit, row in found if hit.score >= _WEAKEST * found[0][0].score]
         if not ranked:
             stored = [*itertools.islice(self._no_conversations(), 2)]
             if len(stored) != 1:
@@ -286,25 +287,35 @@ class BeaconMemory:
                 raise DocumentNotFoundError(f"no document {what}")
             ranked = stored
         chosen: builtins.list[str] = []
-        for id in ranked[:limit]:
-            slots = self.store.row(id).slots
-            if not chosen or room is None or slots <= room:
-                chosen.append(id)
-                room = None if room is None else room - slots
+        for row in ranked[:limit]:
+            if not chosen or room is None or row.slots <= room:
+                chosen.append(row.id)
+                room = None if room is None else room - row.slots
         return chosen
 
-    def _no_conversations(self) -> Iterator[str]:
-        """The ids of all documents but those that conversations were folded into."""
+    def matches(self, question: str, passages: int = _HITS) -> Iterator[tuple[PassageHit, DocumentRow]]:
+        """The best passage of each document that shares words with a question, with the document's row, best first.
+
+        passages: how many are looked at. What conversations were folded into (`Session`) is left out.
+        """
+        seen: set[str] = set()
+        for hit in self.store.search(question, passages):
+            if hit.document in seen:
+                continue
+            seen.add(hit.document)
+            try:
+                row = self.store.row(hit.document)
+            except DocumentNotFoundError:  # removed since it was found
+                continue
+            if SESSION_TAG not in row.tags:
+                yield hit, row
+
+    def _no_conversations(self) -> Iterator[DocumentRow]:
+        """The rows of all documents but those that conversations were folded into."""
         after = ""
         while rows := self.store.list(after=after, limit=100):
-            yield from (row.id for row in rows if SESSION_TAG not in row.tags)
+            yield from (row for row in rows if SESSION_TAG not in row.tags)
             after = rows[-1].id
-
-    def _may_be_picked(self, id: str) -> bool:
-        try:
-            return SESSION_TAG not in self.store.row(id).tags
-        except DocumentNotFoundError:  # removed since it was found
-            return False
 
     def _load(self, id: str) -> MemoryKV:
         model = self.model

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import functools
 import os
-import re
 import secrets
 import threading
 import time
@@ -32,7 +31,7 @@ from urllib.parse import urlsplit
 
 from .durable import make_folder, sync_file
 from .errors import InputError, MissingDependencyError, StoreError
-from .files import TEMP_PREFIX, unlink
+from .files import FILE_NAME, TEMP_PREFIX, unlink
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["RemoteFiles"]
 
 _CLAIM = ".beacon-memory"
-# What a store calls its files. Nothing else that lies in a bucket becomes a path of this machine.
-_NAME = re.compile(r"kv/\w[\w-]{0,63}/\w[\w.-]{0,199}", re.ASCII)
 
 _PIECE_BYTES = 64 * 2**20  # asked for at a time: each piece has tries of its own
 _CHUNK_BYTES = 2**20  # held in memory while downloading
@@ -162,7 +159,7 @@ class RemoteFiles:
                     yield temp
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
+        if not FILE_NAME.fullmatch(name):
             raise StoreError(f"{name!r} is no name of a store's file, as kv/0f/0f3a.safetensors would be; refused")
         return self.cache / name
 
@@ -209,7 +206,7 @@ class RemoteFiles:
 
     def _list(self) -> list[str]:
         objects = (found for page in self._store.list("kv") for found in page)
-        return sorted(found["path"] for found in objects if _NAME.fullmatch(found["path"]))
+        return sorted(found["path"] for found in objects if FILE_NAME.fullmatch(found["path"]))
 
     def _download(self, name: str, path: Path) -> None:
         make_folder(self._downloads)

@@ -14,7 +14,7 @@ from .durable import make_folder, sync_file
 from .errors import CorruptFileError, InputError, StoreError
 from .files import TEMP_PREFIX
 
-__all__ = ["read_sealed", "stage_sealed"]
+__all__ = ["read_sealed", "seal_json", "stage_sealed"]
 
 _FORMAT = 1
 _LONGEST = 64 << 20  # bytes
@@ -26,7 +26,7 @@ def stage_sealed(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
     Raises InputError for what would be too long to be read, StoreError if it cannot be written.
     """
     fields = {"format": _FORMAT, **fields}
-    text = json.dumps({**fields, "sha256": _seal(fields)})
+    text = json.dumps({**fields, "sha256": seal_json(fields)})
     if len(text) > _LONGEST:
         raise InputError(f"{what} would take {len(text):,} bytes; keep less in its metadata")
     make_folder(folder)
@@ -47,7 +47,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         if not stat.S_ISREG(info.st_mode) or info.st_size > _LONGEST:
             raise ValueError("it is no plain file, or too long")
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if fields.pop("sha256") != _seal(fields) or fields.pop("format") != _FORMAT:
+        if fields.pop("sha256") != seal_json(fields) or fields.pop("format") != _FORMAT:
             raise ValueError("its hash differs")
     except FileNotFoundError:
         raise
@@ -56,5 +56,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _seal(fields: object) -> str:
+def seal_json(fields: object) -> str:
+    """The sha256 of something as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -226,7 +226,8 @@ def _look_at_all(store: Store) -> Iterator[tuple[Problem, Mend]]:
             yield from _look_at(store, row)
     for row in catalog.versions():
         yield from _look_at_version(store, row)
-    suspects = [row.id for row in catalog.scan() if _label_flaw(store, row)]  # most need not be read while all wait
+    files = store.files
+    suspects = [row.id for row in catalog.scan() if _label_flaw(files, row)]  # most need not be read while all wait
     with tidying(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
@@ -274,17 +275,18 @@ def _look_at_version(store: Store, row: DocumentRow | DamagedRow) -> Iterator[tu
 def _look_at_copy(store: Store) -> Iterator[tuple[Problem, Mend]]:
     """A copy of the settings that says something else than the catalog, which counts."""
     catalog, path = store.catalog(), store.folder / COPY
-    if read_copy(store.folder) != catalog.facts() and (path.exists() or len(catalog.facts()) > 1):  # identity alone
+    facts = catalog.facts()
+    if read_copy(store.folder) != facts and (path.exists() or len(facts) > 1):  # more than the identity
         message = "the copy of the settings is missing, damaged, or says something else than the catalog"
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
 
-def _label_flaw(store: Store, row: DocumentRow | DamagedRow) -> str | None:
+def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
     """In what a document's label file disagrees with its row, which counts."""
     if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
         return None  # files of a time before there were labels have none
     try:
-        stored = read_label(store.files.fetch(label_name(row.file)))
+        stored = read_label(files.fetch(label_name(row.file)))
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
@@ -295,7 +297,7 @@ def _label_flaw(store: Store, row: DocumentRow | DamagedRow) -> str | None:
 def _look_at_label(store: Store, id: str) -> Iterator[tuple[Problem, Mend]]:
     """What is wrong with the label of a document, while nobody writes."""
     row = store.catalog().get(id)
-    if row is not None and (flaw := _label_flaw(store, row)):
+    if row is not None and (flaw := _label_flaw(store.files, row)):
         name = label_name(row.file)
         yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_write_label, store.files, row)
 

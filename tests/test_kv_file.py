@@ -312,14 +312,14 @@ def test_what_is_not_ours_is_corrupt(tmp_path: Path) -> None:
 
 def _rewrite(path: Path, change: dict[str, object], tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write the file again with another metadata entry, sealed as a foreign writer would."""
-    from beacon_memory.kv_file import _seal
+    from beacon_memory.sealed_json import seal_json
 
     with safe_open(path, framework="pt") as file:
         entry = json.loads(file.metadata()["beacon_memory"])
         tensors = tensors or {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     del entry["sha256"]
     entry |= change
-    save_file(tensors, path, metadata={"beacon_memory": json.dumps({**entry, "sha256": _seal(entry)})})
+    save_file(tensors, path, metadata={"beacon_memory": json.dumps({**entry, "sha256": seal_json(entry)})})
 
 
 def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:

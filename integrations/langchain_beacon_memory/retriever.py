@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
@@ -11,8 +10,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field
 
-from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
-from beacon_memory.document import SESSION_TAG
+from beacon_memory import BeaconMemory, InputError
 
 from .namespaces import in_namespace
 
@@ -69,17 +67,9 @@ class BeaconMemoryRetriever(BaseRetriever):
             return list(_first(self.k if k is None else k, self._search(memory, query)))
 
     def _search(self, memory: BeaconMemory, query: str) -> Iterator[Document]:
-        seen: set[str] = set()
-        for hit in memory.store.search(query, _HITS):
-            if hit.document in seen:
-                continue
-            seen.add(hit.document)
-            with contextlib.suppress(DocumentNotFoundError):  # removed meanwhile
-                row = memory.show(hit.document)
-                if SESSION_TAG in row.tags:  # a conversation, which only those who take part in it may load
-                    continue
-                place = {"passage": hit.ordinal, "start": hit.start, "stop": hit.stop, "score": hit.score}
-                yield Document(hit.text, metadata={**row.metadata, **place, self.id_key: hit.document})
+        for hit, row in memory.matches(query, _HITS):
+            place = {"passage": hit.ordinal, "start": hit.start, "stop": hit.stop, "score": hit.score}
+            yield Document(hit.text, metadata={**row.metadata, **place, self.id_key: hit.document})
 
     def _checked(self, found: Iterable[Document], k: int | None) -> list[Document]:
         documents: dict[str, Document] = {}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
-from beacon_memory import BeaconMemory, DocumentNotFoundError
+from beacon_memory import BeaconMemory
 from beacon_memory.catalog import DocumentRow, PassageHit
-from beacon_memory.document import SESSION_TAG
 
-__all__ = ["is_conversation", "search"]
+__all__ = ["search"]
 
 _HITS = 50  # passages to look at for each document that is wanted
 _WEAKEST = 0.5  # of the best passage's score: what a document must reach to be loaded beside it
@@ -24,22 +21,11 @@ def search(
     none of them.
     """
     found: list[tuple[PassageHit, DocumentRow]] = []
-    seen: set[str] = set()
     room = max_slots
-    for hit in memory.store.search(question, _HITS * limit):
+    for hit, row in memory.matches(question, _HITS * limit):
         if len(found) == limit or (found and hit.score < _WEAKEST * found[0][0].score):
             break
-        if hit.document in seen:
-            continue
-        seen.add(hit.document)
-        with contextlib.suppress(DocumentNotFoundError):  # removed in this moment
-            row = memory.show(hit.document)
-            if not is_conversation(row) and (room is None or not found or row.slots <= room):
-                found.append((hit, row))
-                room = None if room is None else room - row.slots
+        if room is None or not found or row.slots <= room:
+            found.append((hit, row))
+            room = None if room is None else room - row.slots
     return found
-
-
-def is_conversation(row: DocumentRow) -> bool:
-    """Whether a document is what a `Session` folded."""
-    return SESSION_TAG in row.tags
