@@ -34,12 +34,13 @@ from llama_index.core.tools import FunctionTool
 from llama_index_beacon_memory import BeaconMemoryLLM
 from llama_index_beacon_memory.messages import to_turns
 from llama_index_beacon_memory.threads import iterate
-from llama_index_beacon_memory.tool_calls import parse, text_before_calls
+from llama_index_beacon_memory.tool_calls import parse
 from llama_index_samples import ROOF, WELL, make_llm, model, saying
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
 from beacon_memory.config import BeaconConfig
+from beacon_memory.tool_calls import text_before_calls
 
 QUESTION = [ChatMessage("Who mended the roof?")]
 ADD = '<tool_call>{"name":"add","arguments":{"a":2,"b":3}}</tool_call>'
@@ -374,6 +375,12 @@ def test_tool_calls_are_read(text: str, content: str | None, calls: list[Any] | 
     found = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
     assert [(block.tool_name, block.tool_kwargs) for block in found] == calls
     assert len({block.tool_call_id for block in found}) == len(found)
+
+
+def test_call_that_is_nested_too_deeply_stays_text() -> None:
+    text = "<tool_call>" + "[" * 100_000 + "</tool_call>"
+    (block,) = parse(text)
+    assert block == TextBlock(text=text)
 
 
 def test_text_that_may_begin_a_call_is_held_back() -> None:

@@ -1,10 +1,8 @@
-"""Tool calls as Hermes and Qwen models write them: <tool_call>{"name": ..., "arguments": ...}</tool_call>."""
+"""Tool calls of answers as LangChain has them, and which tools a model is offered."""
 
 from __future__ import annotations
 
 import json
-import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +12,9 @@ from langchain_core.messages import AIMessage, InvalidToolCall, ToolCall, ToolCa
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 
 from beacon_memory import InputError
+from beacon_memory.tool_calls import CALL, new_call_id, read_call, write_call
 
-__all__ = [
-    "OPENING",
-    "Parsed",
-    "chosen_tools",
-    "parse_calls",
-    "require_call",
-    "text_before_calls",
-    "to_chunks",
-    "to_text",
-]
-
-OPENING, _CLOSING = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{OPENING}(.*?)(?:{_CLOSING}|\Z)", re.DOTALL)  # the last one may have been cut off
+__all__ = ["Parsed", "chosen_tools", "parse_calls", "require_call", "to_chunks", "to_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,41 +30,21 @@ def parse_calls(text: str) -> Parsed:
     """Take the tool calls out of an answer."""
     calls: list[ToolCall] = []
     invalid: list[InvalidToolCall] = []
-    for block in _CALL.findall(text):
+    for block in CALL.findall(text):
         try:
-            calls.append(_parse(block))
+            call = read_call(block)
+            id = str(call.get("id") or new_call_id())
+            calls.append(tool_call(name=call["name"], args=call["arguments"], id=id))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"not a JSON object with the text 'name' and the object 'arguments': {error!r}"
-            invalid.append(invalid_tool_call(args=block.strip(), id=_new_id(), error=reason))
-    return Parsed(_CALL.sub("", text).strip(), calls, invalid)
-
-
-def _parse(block: str) -> ToolCall:
-    fields = json.loads(block)
-    name, arguments = fields["name"], fields.get("arguments", {})
-    if isinstance(arguments, str):  # some models quote them
-        arguments = json.loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise TypeError(f"name={name!r}, arguments={arguments!r}")
-    return tool_call(name=name, args=arguments, id=str(fields.get("id") or _new_id()))
-
-
-def _new_id() -> str:
-    return f"call_{uuid.uuid4().hex}"
-
-
-def text_before_calls(text: str) -> str:
-    """What is certain to come before any tool call, of an answer that is not finished."""
-    if (at := text.find(OPENING)) >= 0:
-        return text[:at]
-    begun = max((n for n in range(1, len(OPENING)) if text.endswith(OPENING[:n])), default=0)
-    return text[: len(text) - begun]
+            invalid.append(invalid_tool_call(args=block.strip(), id=new_call_id(), error=reason))
+    return Parsed(CALL.sub("", text).strip(), calls, invalid)
 
 
 def to_text(call: ToolCall, *, with_id: bool) -> str:
     """A tool call as a model would have written it, and with its id if it is to be read again."""
     fields = {"name": call["name"], "arguments": call["args"]} | ({"id": call["id"]} if with_id else {})
-    return f"{OPENING}\n{json.dumps(fields, ensure_ascii=False)}\n{_CLOSING}"
+    return write_call(fields)
 
 
 def to_chunks(message: AIMessage) -> list[ToolCallChunk]:

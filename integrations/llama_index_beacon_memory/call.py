@@ -12,11 +12,11 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallB
 
 from beacon_memory import Answer, BeaconMemory, InputError
 from beacon_memory.generation import chat_prompt
+from beacon_memory.tool_calls import OPENING
 
 from .full_text import search
 from .messages import to_turns
 from .threads import iterate
-from .tool_calls import OPENING
 
 __all__ = ["Call", "takes_tools"]
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole, TextBlock, ToolCallBlock
 
 from beacon_memory import Answer
+from beacon_memory.tool_calls import text_before_calls
 
-from .tool_calls import parse, text_before_calls
+from .tool_calls import parse
 
 __all__ = ["SoFar", "to_response"]
 

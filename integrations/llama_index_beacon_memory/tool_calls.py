@@ -1,21 +1,18 @@
-"""Tool calls as text, as Hermes and Qwen models write them: <tool_call>{"name": ..., "arguments": ...}</tool_call>."""
+"""Tool calls of answers as LlamaIndex has them, and which tools a model is offered."""
 
 from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import TextBlock, ToolCallBlock
 
 from beacon_memory import InputError
+from beacon_memory.tool_calls import CALL, new_call_id, read_call, write_call
 
-__all__ = ["OPENING", "arguments_of", "chosen_tools", "parse", "text_before_calls", "to_text"]
-
-OPENING, _CLOSING = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{OPENING}(.*?)(?:{_CLOSING}|\Z)", re.DOTALL)  # the last one may have been cut off
+__all__ = ["arguments_of", "chosen_tools", "parse", "to_text"]
 
 
 def parse(text: str) -> list[TextBlock | ToolCallBlock]:
@@ -29,35 +26,21 @@ def parse(text: str) -> list[TextBlock | ToolCallBlock]:
         calls.append(call)
         return ""
 
-    content = _CALL.sub(take, text).strip()
+    content = CALL.sub(take, text).strip()
     return [*([TextBlock(text=content)] if content or not calls else []), *calls]
 
 
 def _read(block: str) -> ToolCallBlock | None:
     try:
-        fields = json.loads(block)
-        name, arguments = fields["name"], fields.get("arguments", {})
-        if isinstance(arguments, str):  # some models quote them
-            arguments = json.loads(arguments)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        call = read_call(block)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    return ToolCallBlock(tool_call_id=f"call_{uuid.uuid4().hex}", tool_name=name, tool_kwargs=arguments)
-
-
-def text_before_calls(text: str) -> str:
-    """What is certain to come before any tool call, of an answer that is not finished."""
-    if (at := text.find(OPENING)) >= 0:
-        return text[:at]
-    begun = max((n for n in range(1, len(OPENING)) if text.endswith(OPENING[:n])), default=0)
-    return text[: len(text) - begun]
+    return ToolCallBlock(tool_call_id=new_call_id(), tool_name=call["name"], tool_kwargs=call["arguments"])
 
 
 def to_text(call: ToolCallBlock) -> str:
     """A tool call as a model would have written it."""
-    fields = {"name": call.tool_name, "arguments": arguments_of(call)}
-    return f"{OPENING}\n{json.dumps(fields, ensure_ascii=False)}\n{_CLOSING}"
+    return write_call({"name": call.tool_name, "arguments": arguments_of(call)})
 
 
 def arguments_of(call: ToolCallBlock) -> Any:
