@@ -466,8 +466,14 @@ class MemoryStore:
         files.publish(temp, label_name(row.file))
 
     def _remove(self, names: Sequence[str]) -> bool:
-        """Remove files that no row names, with their labels; False if some are left, which `verify` finds."""
-        gone = [name for name in names if self.files.remove(name) and self.files.remove(label_name(name))]
+        """Remove files that no row names, with their labels; False if some are left, which `verify` finds.
+
+        Raises nothing: what made the files superfluous is committed.
+        """
+        gone: builtins.list[str] = []
+        with contextlib.suppress(StoreError):  # of a catalog that does not know where the files are
+            files = self.files
+            gone.extend(name for name in names if files.remove(name) and files.remove(label_name(name)))
         if gone:
             with contextlib.suppress(StoreError):  # then `repair` does
                 self.catalog().settle(map(number_of, gone))

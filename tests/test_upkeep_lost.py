@@ -262,6 +262,21 @@ def test_damaged_settings_are_refused_and_come_back_from_their_copy(store: Memor
     assert store.verify() == []
 
 
+@pytest.mark.parametrize("name", [name for name in DAMAGE_TO_SETTINGS if "gone" not in name])
+def test_what_damaged_settings_do_not_keep_from_being_removed_is_gone(store: MemoryStore, name: str) -> None:
+    store.configure(quota=10**6, precision="bfloat16")
+    put(store)
+    kv = put(store, "other")
+    DAMAGE_TO_SETTINGS[name](store)
+    store.delete("doc")  # no error: it is removed, its file left to repair
+    assert "doc" not in store
+    assert all(problem.mended for problem in store.repair())
+    assert [row.id for row in store.list()] == ["other"]
+    assert same(store.get("other").kv, kv)
+    assert len(files(store)) == 1
+    assert store.verify() == []
+
+
 def test_damaged_settings_without_a_copy_are_those_of_a_new_store(store: MemoryStore) -> None:
     store.configure(quota=10**6, precision="bfloat16")
     kv = put(store)
