@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import subprocess
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ from evaluation_samples import Fake, an_item, contestant, saved_model
 
 from beacon_memory import __version__
 from beacon_memory.errors import InputError
+from beacon_memory.evaluation.contestants import Compressed
+from beacon_memory.evaluation.field import contestants
 from beacon_memory.evaluation.items import Item
 from beacon_memory.evaluation.metrics import METRICS, Interval, bootstrap
 from beacon_memory.evaluation.run import Result, Row, _commit, run_continuations, run_items
@@ -104,6 +109,40 @@ class TestAnswers:
         assert {name: score.mean for name, score in scores.items()} == pytest.approx(
             {"score": 0.75, "contains": 2 / 3, "f1": 2 / 3, "number": 1.0}
         )
+
+    def test_contestants_that_differ_in_bits_alone_read_each_text_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        read, compress = [], Compressed.memories
+
+        def counting(self: Compressed, documents: Any, *arguments: Any) -> Any:
+            read.append(self.ratio)
+            time.sleep(0.1)
+            return compress(self, documents, *arguments)
+
+        monkeypatch.setattr(Compressed, "memories", counting)
+        asked = [an_item("Which one?", id=str(number), context=(f"River {number} is long.",)) for number in range(9)]
+        field = contestants(["beacon:2@int4", "beacon:2", "beacon:2@int8", "beacon:4", "beacon:4@int8"], saved_model())
+        result = run(field, asked)
+        assert read == [2] * 9 + [4] * 9
+        assert [row.contestant for row in result.rows] == [one.name for one in field]
+        assert [record.item for record in result.records if record.contestant == "beacon:4"] == [i.id for i in asked]
+        assert all(record.seconds > 0.1 for record in result.records)  # each has the time that reading took
+        for one in field:
+            alone = run([contestant(one.name)], asked)
+            assert [(r.prediction, r.kv_bytes) for r in alone.records] == [
+                (r.prediction, r.kv_bytes) for r in result.records if r.contestant == one.name
+            ]
+        assert len(read) == 18 + 5 * 9
+
+    def test_what_was_read_is_let_go_of(self) -> None:
+        field = contestants(["beacon:2", "beacon:2@int8", "full"], saved_model())
+        memories = []
+        for one in field:
+            one.answer([an_item()], 1)
+            memories.append(weakref.ref(vars(one)["_last"][1].kv.keys))
+        run(field, [an_item()])
+        gc.collect()
+        assert [memory() for memory in memories] == [None] * 3
+        assert all(vars(one)["_last"] is None for one in field)
 
     def test_no_items_are_an_error(self) -> None:
         with pytest.raises(InputError, match=r"task 'task' has no items: none fits {'limit': 3}"):

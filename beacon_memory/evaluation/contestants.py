@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
 from .retrieval import rank_passages
 
 __all__ = [
+    "BATCH",
     "Compressed",
     "Contestant",
     "NoText",
@@ -39,13 +41,15 @@ __all__ = [
     "mean_nll",
 ]
 
+BATCH = 8  # items that are answered together
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a contestant answered.
 
     kv_bytes: K/V that stand for the text, without the sink.
-    seconds:  to read the text, even if that was done for an earlier item, and to answer.
+    seconds:  to read the text, even if that was done for an earlier item or contestant, and to answer.
     cut:      the text did not fit the model's positions, and its middle was left out.
     """
 
@@ -74,6 +78,14 @@ class Contestant(ABC):
 
         Raises CapacityError if the context would have to be cut.
         """
+
+    @property
+    def reading(self) -> object:
+        """What reads the texts: contestants that have one in common read a text once if they answer in turn."""
+        return self
+
+    def forget(self) -> None:  # noqa: B027  # not all have something to forget
+        """Let go of all texts that were read."""
 
 
 class _Memory(Protocol):
@@ -108,6 +120,10 @@ class ReadingContestant(Contestant, Generic[M]):
             self._last = (key, memory, time.perf_counter() - started)
         return self._last[1], self._last[2]
 
+    def forget(self) -> None:
+        """See Contestant."""
+        self._last = None
+
     def memory_to_continue(self, context: Sequence[int]) -> M:
         """The memory of a text that is to be continued. Raises CapacityError if it had to be cut."""
         memory = self.read([context], None)
@@ -133,11 +149,15 @@ class ReadingContestant(Contestant, Generic[M]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """A memory that stands in front of any question, the sink included. kv_bytes, cut: see Outcome."""
+    """A memory that stands in front of any question, the sink included. kv_bytes, cut: see Outcome.
+
+    saved: seconds of reading that were spent for another contestant.
+    """
 
     kv: MemoryKV
     kv_bytes: int
     cut: bool = False
+    saved: float = 0.0
 
 
 class PrefixContestant(ReadingContestant[Prefix]):
@@ -155,7 +175,7 @@ class PrefixContestant(ReadingContestant[Prefix]):
         answers = generate(self.model, requests, config)
         each = (time.perf_counter() - started) / len(items)
         return [
-            Outcome(answer.text, memory.kv_bytes, seconds + each, memory.cut)
+            Outcome(answer.text, memory.kv_bytes, seconds + memory.saved + each, memory.cut)
             for (answer,), (memory, seconds) in zip(answers, memories, strict=True)
         ]
 
@@ -167,30 +187,22 @@ class PrefixContestant(ReadingContestant[Prefix]):
         hidden = self.model.run(layout, self.model.empty_kv(), [], fronts=[self.model.front(prefix)]).hidden
         return mean_nll(self.model.head(hidden[:-1]), continuation[1:])
 
-    def prefix(
-        self,
-        documents: Sequence[Sequence[int]],
-        ratio: int,
-        *,
-        compression: str = "beacon",
-        bits: int | None = None,
-        cut: bool = False,
-    ) -> Prefix:
-        """The sink and the memories of documents, composed.
-
-        Ratio 0 keeps the K/V of every token. bits: what keys and values are quantized to, see `quantized`.
-        """
+    def memories(self, documents: Sequence[Sequence[int]], ratio: int, compression: str = "beacon") -> list[MemoryKV]:
+        """The memory of each document, without the sink. Ratio 0 keeps the K/V of every token."""
         lead = [] if self.model.sink_ids else self.model.leading_bos
         whole = [[*lead, *ids] for ids in documents]
         work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
-        memories = [one.kv for one in self.compressor.compress(work, compression=compression)]
-        kv_bytes = sum(memory.nbytes for memory in memories)
-        if bits is not None:
-            stored = [quantized(memory, bits) for memory in memories]
-            kv_bytes = sum(one.nbytes for one in stored)
-            memories = [one.dequantized() for one in stored]
+        return [one.kv for one in self.compressor.compress(work, compression=compression)]
+
+    def composed(self, memories: Sequence[MemoryKV]) -> MemoryKV:
+        """The sink and memories of documents, one behind another."""
         sink = MemoryKV.of(self.compressor.sink)
-        return Prefix(MemoryKV.concat([sink, *memories], sink.slots + self.room), kv_bytes, cut)
+        return MemoryKV.concat([sink, *memories], sink.slots + self.room)
+
+    def raw(self, ids: Sequence[int], *, cut: bool = False) -> Prefix:
+        """The sink and the K/V of every token."""
+        (memory,) = self.memories([ids], 0)
+        return Prefix(self.composed([memory]), memory.nbytes, cut)
 
 
 class NoText(PrefixContestant):
@@ -213,7 +225,7 @@ class Truncated(PrefixContestant):
         ids = [id for passage in passages for id in passage]
         size = -(-len(ids) // self.ratio)
         kept = ids[:size] if question is not None else ids[len(ids) - size :]
-        return self.prefix([cut_middle(kept, self.room)], 0, cut=size > self.room)
+        return self.raw(cut_middle(kept, self.room), cut=size > self.room)
 
 
 class Retrieved(PrefixContestant):
@@ -237,7 +249,7 @@ class Retrieved(PrefixContestant):
                 break
             chosen[number] = pieces[number][:budget]
             budget -= len(chosen[number])
-        return self.prefix([[id for number in sorted(chosen) for id in chosen[number]]], 0)
+        return self.raw([id for number in sorted(chosen) for id in chosen[number]])
 
 
 class Compressed(PrefixContestant):
@@ -257,6 +269,14 @@ class Compressed(PrefixContestant):
         super().__init__(name, model)
         self.compressor = BeaconCompressor(model, score=score)
         self.compression, self.ratio, self.documents, self.bits = compression, ratio, documents, bits
+        self._timed = lru_cache(maxsize=1)(self._compress)
+
+    @staticmethod
+    def share_reading(alike: Sequence[Compressed]) -> None:
+        """Let contestants that differ in bits alone read each text of a batch once."""
+        timed = lru_cache(maxsize=BATCH)(alike[0]._compress)
+        for one in alike:
+            one._timed = timed
 
     def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # compression is blind to it
         """One or more documents, compressed and composed."""
@@ -265,7 +285,30 @@ class Compressed(PrefixContestant):
         if cut:
             kept = cut_middle([id for passage in passages for id in passage], self.capacity)
             parts = split_documents([kept], self.documents)
-        return self.prefix(parts, self.ratio, compression=self.compression, bits=self.bits, cut=cut)
+        started = time.perf_counter()
+        memories, seconds = self._timed(tuple(map(tuple, parts)))
+        saved = max(0.0, seconds - (time.perf_counter() - started))
+        kv_bytes = sum(memory.nbytes for memory in memories)
+        if self.bits is not None:
+            stored = [quantized(memory, self.bits) for memory in memories]
+            kv_bytes = sum(one.nbytes for one in stored)
+            memories = [one.dequantized() for one in stored]
+        return Prefix(self.composed(memories), kv_bytes, cut, saved)
+
+    def _compress(self, documents: tuple[tuple[int, ...], ...]) -> tuple[list[MemoryKV], float]:
+        """The memories of documents, and the seconds that they took."""
+        started = time.perf_counter()
+        return self.memories(documents, self.ratio, self.compression), time.perf_counter() - started
+
+    @property
+    def reading(self) -> object:
+        """See Contestant."""
+        return self._timed
+
+    def forget(self) -> None:
+        """See Contestant."""
+        super().forget()
+        self._timed.cache_clear()
 
     def _slots(self, tokens: int) -> int:
         whole, rest = divmod(tokens, self.model.config.beacon_window)

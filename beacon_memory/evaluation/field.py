@@ -20,6 +20,7 @@ are quantized.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
@@ -53,7 +54,15 @@ def contestants(names: Sequence[str], model: BeaconModel) -> list[Contestant]:
     if not 0 < len(names) == len(parsed):
         raise InputError(f"contestants {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
     stock = cache(lambda: stock_model(model))  # one for all presses, and only if there is one
-    return [_contestant(name, *parts, model, stock) for name, parts in parsed.items()]
+    field = [_contestant(name, *parts, model, stock) for name, parts in parsed.items()]
+    alike = defaultdict(list)
+    for one in field:
+        if isinstance(one, Compressed):
+            alike[one.name.partition("@")[0]].append(one)
+    for group in alike.values():
+        if len(group) > 1:
+            Compressed.share_reading(group)
+    return field
 
 
 def _parse(name: str) -> tuple[str, list[int], int | None]:

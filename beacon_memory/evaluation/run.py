@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,12 @@ import torch
 from beacon_memory.errors import InputError
 from beacon_memory.modeling import BeaconModel
 
-from .contestants import Contestant
+from .contestants import BATCH, Contestant
 from .items import Item
 from .metrics import METRICS, Interval, bootstrap, paired_difference
 
 __all__ = ["Progress", "Record", "Result", "Row", "run_continuations", "run_items"]
 
-BATCH = 8  # items that are answered together
 PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")  # that decide figures
 Progress = Callable[[str], None]
 
@@ -96,9 +96,10 @@ def run_items(
     if not items:
         raise InputError(f"task {task!r} has no items: none fits {dict(settings)}")
     records = []
-    for contestant in field:
-        for start in range(0, len(items), BATCH):
-            batch = items[start : start + BATCH]
+    batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+    for _, reading_alike in groupby(field, key=lambda contestant: contestant.reading):
+        group = list(reading_alike)
+        for batch, contestant in product(batches, group):
             for item, outcome in zip(batch, contestant.answer(batch, max_new_tokens), strict=True):
                 scores = {name: METRICS[name](outcome.text, item.answers) for name in item.metrics}
                 records.append(
@@ -114,6 +115,8 @@ def run_items(
                     )
                 )
                 progress(contestant.name)
+        for contestant in group:
+            contestant.forget()
     return Result(task, dict(settings), _provenance(model), _summary(records), records)
 
 
@@ -144,6 +147,7 @@ def run_continuations(
             seconds = time.perf_counter() - started
             records.append(Record(contestant.name, name, "", "", {"nll": nll}, 0, seconds))
             progress(contestant.name)
+        contestant.forget()
     rows = _with_gap_closed(_summary(records), records)
     return Result(task, dict(settings), _provenance(model), rows, records)
 
