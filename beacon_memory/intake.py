@@ -13,8 +13,7 @@ from .compressor import BeaconCompressor, CompressedDocument, Ratio, TokenizedTe
 from .document import Label, check_id, content_hash
 from .errors import BeaconMemoryError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
 from .header import DocumentHeader, WindowSpan
-from .kv import MemoryKV
-from .kv_file import StoredFile, read_header
+from .kv_file import StoredFile, StoredKV, read_header
 from .results import Added, Document, Progress, Status
 from .rows import DocumentRow
 from .store import MemoryStore
@@ -33,7 +32,7 @@ _Done = TypeVar("_Done")
 class _Job:
     """A document that is being compressed.
 
-    kept:      memory of the windows that were read before, in the dtype to go on in.
+    stored:    what the document had, if it grows.
     replacing: the K/V file that the document must still have when it is stored, if that matters.
     """
 
@@ -44,7 +43,7 @@ class _Job:
     precision: str
     status: Status
     label: Label | None = None
-    kept: MemoryKV | None = None
+    stored: StoredKV | None = None
     replacing: str | None = None
     keep_version: bool = False
 
@@ -232,7 +231,7 @@ class Intake:
             row.compression,
             row.precision or "auto",
             "appended",
-            kept=kept,
+            stored=file.kv,
             replacing=row.file,
         )
 
@@ -304,10 +303,11 @@ class Intake:
             fingerprint=model.fingerprint,
             method=self.compressor.method(job.compression),
         )
-        kv = compressed.kv.to("cpu")
-        if job.kept is not None:  # as it was stored, bit for bit: it may be finer than what the model computes in
-            new = kv.between(job.kept.span, kv.span).to(dtype=job.kept.keys.dtype)
-            kv = MemoryKV.concat([job.kept, new])
+        new = compressed.kv.to("cpu")
+        kv: StoredKV = new
+        if job.stored is not None and job.work.read is not None:
+            start = job.work.read.span  # what stands before it stays as it was stored, bit for bit
+            kv = job.stored.grown(start, new.between(start, new.span))
         evicted: list[str] = []
         row = self.store.put(
             header,

@@ -173,6 +173,10 @@ class MemoryKV:
             span=stop - start,
         )
 
+    def grown(self, start: int, new: MemoryKV) -> MemoryKV:
+        """Of this memory what stands before the place `start`, and behind it another one, in the dtype of this."""
+        return MemoryKV.concat([self.between(0, start), new.to(dtype=self.keys.dtype)])
+
     def stack(self) -> BeaconKV:
         """The stack that this is the memory `of`. Raises InputError unless every head has an entry at every place."""
         shape = (*self.counts.shape, self.span)

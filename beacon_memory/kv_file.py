@@ -6,12 +6,14 @@ keys and values have their scales beside them, see `QuantizedKV`. One metadata e
 
     format    version of this form, an integer
     header    a DocumentHeader
-    tensors   dtype and shape of each tensor under its name, and `xxh3`, the XXH3 hash (128 bits) of all
+    tensors   dtype and shape of each tensor under its name, `xxh3`, the XXH3 hash (128 bits) of all, and of quantized
+              ones `rotated`
     sha256    of the three above, so that a damaged header is noticed whenever it is read
 
-Older files are still read. In format 2 there is no text, windows have no span of their own, nothing says how tokens
-were chosen, and a `sha256` is in the place of `xxh3`. In format 1 a file is a stack of beacons, `keys` and `values`
-[layers, kv_heads, slots, head_dim], with one dtype and shape for both, and neither compression nor span in the header.
+Older files are still read. In format 3 nothing is rotated. In format 2 nothing is quantized, there is no text, windows
+have no span of their own, nothing says how tokens were chosen, and a `sha256` is in the place of `xxh3`. In format 1 a
+file is a stack of beacons, `keys` and `values` [layers, kv_heads, slots, head_dim], with one dtype and shape for both,
+and neither compression nor span in the header.
 
 Files are never changed in place: `stage_kv_file` writes and syncs a temporary file, which `files` gives its name.
 """
@@ -49,6 +51,7 @@ from .sealed_json import seal_json
 __all__ = [
     "FORMAT_VERSION",
     "StoredFile",
+    "StoredKV",
     "precision_of",
     "read_header",
     "read_kv_file",
@@ -57,7 +60,7 @@ __all__ = [
     "with_precision",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 StoredKV = MemoryKV | QuantizedKV
 _ENTRY = "beacon_memory"
 _REMEDY = "run `beacon-memory verify` to list every damaged file, and `beacon-memory repair` to mend them"
@@ -139,7 +142,9 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str)
         raise InputError(f"the header of {header.id!r} was made for another text: its content_hash differs")
     precision_of(kv)  # refuses what has none
     data = text.encode()
-    scales = {name: getattr(kv, name) for name in _SCALES} if isinstance(kv, QuantizedKV) else {}
+    scales, rotated = {}, {}
+    if isinstance(kv, QuantizedKV):
+        scales, rotated = {name: getattr(kv, name) for name in _SCALES}, {"rotated": kv.rotated}
     tensors = {
         "keys": kv.keys,
         "values": kv.values,
@@ -154,7 +159,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str)
     described = {
         "format": FORMAT_VERSION,
         "header": asdict(header),
-        "tensors": {**{name: _form(tensor) for name, tensor in tensors.items()}, "xxh3": _hash(tensors)},
+        "tensors": {**{name: _form(tensor) for name, tensor in tensors.items()}, "xxh3": _hash(tensors), **rotated},
     }
     entry = json.dumps({**described, "sha256": seal_json(described)})
     if len(entry) > _LONGEST_ENTRY:
@@ -194,6 +199,7 @@ def read_kv_file(path: Path) -> StoredFile:
     with _opened(path) as file:
         header, described = _read_entry(path, file.metadata() or {})
         checks = {name: described.pop(name) for name in ("xxh3", "sha256") if name in described}
+        rotated = described.pop("rotated", False)
         names = sorted(file.keys())
         if names != sorted(described):
             raise _corrupt(
@@ -213,7 +219,7 @@ def read_kv_file(path: Path) -> StoredFile:
     if text is not None and (text.dtype != torch.uint8 or text.ndim != 1):
         raise _corrupt(path, f"its text is {_form(text)}, and no bytes")
     try:
-        kv = _kv(tensors, header.span)
+        kv = _kv(tensors, header.span, rotated)
         precision_of(kv)
     except InputError as error:
         raise _corrupt(path, str(error)) from error
@@ -259,7 +265,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise _corrupt(path, f"torch cannot read it ({error})") from error
 
 
-def _kv(tensors: Mapping[str, Tensor], span: int) -> StoredKV:
+def _kv(tensors: Mapping[str, Tensor], span: int, rotated: bool) -> StoredKV:
     """The K/V that a file's tensors are. Raises InputError for tensors that cannot be any."""
     if "counts" not in tensors:  # format 1
         return MemoryKV.of(BeaconKV(**tensors))
@@ -273,7 +279,7 @@ def _kv(tensors: Mapping[str, Tensor], span: int) -> StoredKV:
         return MemoryKV(**{**tensors, **whole}, span=span)
     width, head_dim = (tensors[name].shape[-1] if tensors[name].ndim else 0 for name in ("keys", "key_scales"))
     bits = 8 * width // max(1, head_dim)
-    return QuantizedKV(**{**tensors, **whole}, bits=bits, span=span, dtype=torch.float32)
+    return QuantizedKV(**{**tensors, **whole}, bits=bits, span=span, dtype=torch.float32, rotated=rotated)
 
 
 def _wide(places: Tensor) -> Tensor:
@@ -303,8 +309,9 @@ def _read_entry(path: Path, metadata: Mapping[str, str]) -> tuple[DocumentHeader
             described = {name: tensors[name] for name in (*_PLAIN, "sha256")}
         else:
             scales = _SCALES if "key_scales" in tensors else ()
-            described = {name: tensors[name] for name in (*_PLAIN, *scales, "text", "xxh3")}
-        if version < FORMAT_VERSION:
+            rotated = ("rotated",) if scales and version > 3 else ()
+            described = {name: tensors[name] for name in (*_PLAIN, *scales, "text", "xxh3", *rotated)}
+        if version < 3:
             header = {**header, "windows": _with_spans(header), "method": None}
         return DocumentHeader.from_dict(header), described
     except (AttributeError, IndexError, KeyError, TypeError, RecursionError, InputError, CorruptFileError) as error:

@@ -4,12 +4,13 @@ Keys have channels that are large in every token, values have not (KIVI, arXiv 2
 channel, over `GROUP` successive entries of one head, and values per token. Both run evenly from the smallest number of
 a channel or token to its largest; only what these two are, as `zero` and `scale`, is kept in float16.
 
-Quantizing what was dequantized in float32 gives the same bits again, so entries may be appended to a quantized memory
-any number of times: groups that were full do not drift.
+In 4 bits keys are rotated before, by a Hadamard matrix over the channels as in QuaRot (arXiv 2404.00456), so that
+errors spread evenly over all of them instead of being largest where keys are.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["BITS", "GROUP", "QuantizedKV", "quantized"]
 
 BITS = (8, 4)
 GROUP = 64  # another number is another stored form
+_LARGEST_ROTATION = 256  # so is this
 # On the device; counts stay on the CPU.
 _TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "places")
 
@@ -37,6 +39,7 @@ class QuantizedKV:
     value_scales, value_zeros: [entries] float16
     places, counts, span:      as those of a MemoryKV.
     dtype:        of the keys and values that were quantized.
+    rotated:      what the codes of keys stand for was rotated, see `_rotated`.
 
     Raises InputError for tensors that do not fit each other.
     """
@@ -52,6 +55,7 @@ class QuantizedKV:
     counts: Tensor
     span: int
     dtype: torch.dtype
+    rotated: bool
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
@@ -62,6 +66,8 @@ class QuantizedKV:
             )
         if not self.dtype.is_floating_point:
             raise InputError(f"dtype must be one of floating point, got {self.dtype}")
+        if type(self.rotated) is not bool:
+            raise InputError(f"rotated must be true or false, got {self.rotated!r}")
         entries, groups = int(self.counts.sum()), int(_groups(self.counts).sum())
         width = self.keys.shape[-1] if self.keys.ndim else 0
         head_dim = width * 8 // self.bits
@@ -95,24 +101,53 @@ class QuantizedKV:
         return replace(self, **moved)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> MemoryKV:
-        """The memory in a dtype, by default its own. To be quantized again without loss it takes float32."""
+        """The memory in a dtype, by default its own."""
         dtype = dtype or self.dtype
         group = _numbered(_group_sizes(self.counts).to(self.keys.device), len(self.keys))
         keys = _decoded(_unpacked(self.keys, self.bits), self.key_scales[group], self.key_zeros[group])
+        if self.rotated:
+            keys = _rotated(keys)
         values = _decoded(_unpacked(self.values, self.bits), self.value_scales[:, None], self.value_zeros[:, None])
         return MemoryKV(keys.to(dtype), values.to(dtype), self.places, self.counts, self.span)
 
+    def grown(self, start: int, new: MemoryKV) -> QuantizedKV:
+        """Of this memory what stands before the place `start`, and behind it another one, quantized as this is.
+
+        Codes are taken over, those of keys for groups that are full: however often a memory grows, these do not drift.
+        """
+        grown = _quantized(self.dequantized(torch.float32).grown(start, new), self.bits, rotated=self.rotated)
+        old, now = self.counts.flatten(), grown.counts.flatten()
+        gone = torch.cat([torch.zeros(1), (self.places >= start).cpu()]).cumsum(0)
+        head = _numbered(old, len(self.places))
+        same = head[gone[1:] == gone[old.cumsum(0) - old][head]].bincount(minlength=len(old))  # each head begins with
+        full = same // GROUP
+        for names, sizes, new_sizes, taken in (
+            (("values", "value_scales", "value_zeros"), old, now, same),
+            (("keys",), old, now, full * GROUP),
+            (("key_scales", "key_zeros"), _groups(self.counts), _groups(grown.counts), full),
+        ):
+            source, target = _first(sizes, taken), _first(new_sizes, taken)
+            for name in names:
+                getattr(grown, name)[target] = getattr(self, name)[source]
+        return grown
+
 
 def quantized(kv: MemoryKV, bits: int) -> QuantizedKV:
-    """A memory's keys and values in `bits` bits, 8 or 4, each off by half a scale at most.
+    """A memory's keys and values in `bits` bits, 8 or 4, each off by half a scale at most, keys in 4 bits as rotated.
 
     Raises InputError for other bits, an odd head_dim in 4 bits, and numbers that are not finite or beyond float16.
     """
+    return _quantized(kv, bits, rotated=bits == 4)
+
+
+def _quantized(kv: MemoryKV, bits: int, *, rotated: bool) -> QuantizedKV:
     _check_bits(bits)
     head_dim = kv.keys.shape[1]
     if head_dim * bits % 8:
         raise InputError(f"head_dim is {head_dim}, but must be even for {bits} bits: two numbers share a byte")
     keys, values = kv.keys.float(), kv.values.float()
+    if rotated:
+        keys = _rotated(keys)
     sizes = _group_sizes(kv.counts).to(keys.device)
     starts = sizes.cumsum(0) - sizes
     # a group that is not full repeats its last entry, which is no smaller and no larger than itself
@@ -132,12 +167,27 @@ def quantized(kv: MemoryKV, bits: int) -> QuantizedKV:
         counts=kv.counts,
         span=kv.span,
         dtype=kv.keys.dtype,
+        rotated=rotated,
     )
 
 
 def _check_bits(bits: object) -> None:
     if type(bits) is not int or bits not in BITS:
         raise InputError(f"bits is {bits!r}, but must be one of {', '.join(map(str, BITS))}")
+
+
+def _rotated(keys: Tensor) -> Tensor:
+    """Keys [n, head_dim] float32 times a Hadamard matrix, Sylvester's over sqrt(size), which is its own inverse.
+
+    The size is the largest power of two that divides head_dim, up to `_LARGEST_ROTATION`; blocks of so many channels
+    are rotated each by itself.
+    """
+    size = min(max(1, keys.shape[1] & -keys.shape[1]), _LARGEST_ROTATION)
+    matrix = keys.new_ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix.new_tensor([[1, 1], [1, -1]]), matrix)
+    blocks = keys.reshape(len(keys), keys.shape[1] // size, size)
+    return (blocks @ (matrix / math.sqrt(size))).flatten(1)
 
 
 def _groups(counts: Tensor) -> Tensor:
@@ -159,13 +209,19 @@ def _numbered(sizes: Tensor, entries: int) -> Tensor:
     return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=entries)
 
 
+def _first(sizes: Tensor, taken: Tensor) -> Tensor:
+    """Where the first `taken` of each run lie, if runs of these sizes follow each other: [sum of taken]."""
+    shifts = (sizes.cumsum(0) - sizes) - (taken.cumsum(0) - taken)
+    return torch.arange(int(taken.sum())) + shifts.repeat_interleave(taken)
+
+
 def _fitted(name: str, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros [n, ...] float16 for numbers [n, which share them, ...] float32.
 
     Rounding to float16 must not undo what they are for: the smallest number is to have code 0, and the largest the last
     code. A zero is off by 2^-11 of itself at most, less than half a scale where that is at least a thousandth of it:
     still four times as fine as bfloat16. A scale is off by 2^-11 of itself if it is not subnormal, an eighth of a scale
-    at code 255. So both are found again in what is dequantized, where the smallest number is the zero.
+    at code 255.
     """
     low, high = numbers.aminmax(dim=1)
     zeros = low.half()

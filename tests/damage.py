@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from kv_samples import TEXT, sample, stack
-from old_formats import write_format_1, write_format_2
+from old_formats import write_format_1, write_format_2, write_format_3
 
 from beacon_memory.header import DocumentHeader
 from beacon_memory.kv import MemoryKV
@@ -64,7 +64,7 @@ class Damage:
         return hashlib.shake_128(str(self.seed).encode()).digest(size)
 
 
-FORMS = ("format 1", "format 2", "bfloat16", "float32", "int8", "int4")
+FORMS = ("format 1", "format 2", "format 3", "bfloat16", "float32", "int8", "int4")
 _KINDS = ("flip", "flip", "flip", "cut", "extend", "zero", "noise", "zero page", "move page", "swap")
 damages = st.builds(
     Damage,
@@ -115,5 +115,8 @@ def file_of(form: str, id: str = "doc", text: str = TEXT) -> tuple[bytes, Docume
             header = replace(header, method=None)
             write_format_2(path, header, kv)
             return path.read_bytes(), header, kv
+        if form == "format 3" and text == TEXT:
+            stored = write_format_3(path, header, kv)
+            return path.read_bytes(), header, stored
         stored = with_precision(kv, form)
         return stage_kv_file(Path(folder), header, stored, text).read_bytes(), header, stored

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kv_samples import sample
+from kv_samples import sample, write_kv_file
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from beacon_memory.files import file_stem
@@ -18,6 +19,7 @@ from beacon_memory.header import DocumentHeader
 from beacon_memory.kv import BeaconKV, MemoryKV
 from beacon_memory.kv_file import stored_bytes
 from beacon_memory.passages import split_passages
+from beacon_memory.quantize import QuantizedKV, _quantized
 
 # What `m001_documents`, `m002_passages` and `m003_compression` left together, as SQLite tells of it.
 _CATALOG = """
@@ -101,6 +103,18 @@ def write_old_store(folder: Path, documents: dict[str, str]) -> dict[str, Memory
         kept[id] = kv
     db.close()
     return kept
+
+
+def write_format_3(path: Path, header: DocumentHeader, kv: MemoryKV) -> QuantizedKV:
+    """A file as the third version wrote it, in 4 bits, and what is in it: nothing was rotated then."""
+    stored = _quantized(kv.to(dtype=torch.float32), 4, rotated=False)
+    write_kv_file(path, header, stored)
+    with safe_open(path, framework="pt") as file:
+        entry = json.loads(file.metadata()["beacon_memory"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    said = {name: form for name, form in entry["tensors"].items() if name != "rotated"}
+    _save(path, tensors, {"format": 3, "header": entry["header"], "tensors": said})
+    return stored
 
 
 def write_format_2(path: Path, header: DocumentHeader, kv: MemoryKV, **changes: object) -> None:

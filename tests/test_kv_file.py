@@ -326,7 +326,7 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_kv_file(path, *sample())
     _rewrite(path, {"format": FORMAT_VERSION + 1, "header": "of another kind"})
-    with pytest.raises(CorruptFileError, match=r"a\.safetensors has format 4.*newer.*upgrade beacon_memory"):
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors has format 5.*newer.*upgrade beacon_memory"):
         read_header(path)
 
 
@@ -380,8 +380,7 @@ def _replace_tensors(path: Path, **changed: torch.Tensor | None) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     tensors = {name: tensor for name, tensor in (tensors | changed).items() if tensor is not None}
     forms = {name: {"dtype": str(tensor.dtype), "shape": [*tensor.shape]} for name, tensor in tensors.items()}
-    scales = {name for name in said if name not in FORMS and name not in tensors}
-    said = {name: form for name, form in said.items() if name not in scales}
+    said = {name: form for name, form in said.items() if name in (*FORMS, *tensors, "rotated")}
     _rewrite(path, {"tensors": said | forms | {"xxh3": _hash(tensors)}}, tensors)
 
 

@@ -179,7 +179,8 @@ def forged(tensors: dict[str, torch.Tensor], **header: Any) -> bytes:
     """A file of ours with other tensors, described and hashed as they are, and other fields in its header."""
     _, entry, _ = parts(good())
     said = {name: {"dtype": str(one.dtype), "shape": list(one.shape)} for name, one in tensors.items()}
-    entry = {**entry, "header": {**entry["header"], **header}, "tensors": {**said, "xxh3": _hash(tensors)}}
+    said |= {"xxh3": _hash(tensors), "rotated": True}
+    entry = {**entry, "header": {**entry["header"], **header}, "tensors": said}
     return with_entry(save(tensors, metadata={"beacon_memory": json.dumps(entry)}), entry)
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from kv_samples import TEXT, memory, same, sample, stack, write_kv_file
-from old_formats import write_format_1, write_format_2
+from old_formats import write_format_1, write_format_2, write_format_3
 
 from beacon_memory.errors import CorruptFileError
 from beacon_memory.header import DocumentHeader, WindowSpan
 from beacon_memory.kv import MemoryKV
 from beacon_memory.kv_file import read_header, read_kv_file, stored_bytes
+from beacon_memory.quantize import QuantizedKV
 
 
 def as_first_format(header: DocumentHeader) -> DocumentHeader:
@@ -65,6 +66,22 @@ def test_a_document_without_windows_is_read_in_the_second_format(tmp_path: Path)
     header = replace(sample()[0], tokens=0, span=0, windows=(), tail_ids=(), compression="hybrid")
     write_format_2(tmp_path / "a.safetensors", header, memory(0, 0))
     assert read_header(tmp_path / "a.safetensors") == replace(header, method=None)
+
+
+def test_keys_in_4_bits_of_the_third_format_are_not_rotated_and_stay_as_they_are(tmp_path: Path) -> None:
+    path, new = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    header, kv = sample(dtype=torch.float32)
+    stored = write_format_3(path, header, kv)
+    read = read_kv_file(path)
+    assert read.header == header == read_header(path)
+    assert same(read.memory(), stored.dequantized(torch.float32))
+    assert (read.memory().keys - kv.keys).abs().max() <= 0.51 * stored.key_scales.max()  # type: ignore[operator]
+    assert read.text == TEXT
+    write_kv_file(new, read.header, read.kv)
+    again = read_kv_file(new)
+    assert isinstance(again.kv, QuantizedKV)
+    assert not again.kv.rotated
+    assert same(again.kv, stored)
 
 
 @pytest.mark.parametrize("number", [1, 2])
