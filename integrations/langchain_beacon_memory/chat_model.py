@@ -21,9 +21,9 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
 from beacon_memory import Answer, BeaconMemory, InputError
+from beacon_memory.background import in_background
 from beacon_memory.tool_calls import OPENING, text_before_calls
 
-from .background import in_background
 from .language_model import BeaconLanguageModel, response_metadata, usage_metadata
 from .messages import to_turns
 from .tool_calls import chosen_tools, parse_calls, require_call, to_chunks

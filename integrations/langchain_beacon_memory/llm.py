@@ -12,8 +12,8 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import Field
 
 from beacon_memory import Answer
+from beacon_memory.background import in_background
 
-from .background import in_background
 from .language_model import BeaconLanguageModel, response_metadata, usage_metadata
 
 __all__ = ["BeaconMemoryLLM"]

@@ -11,12 +11,12 @@ from jinja2.exceptions import TemplateError
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallBlock
 
 from beacon_memory import Answer, BeaconMemory, InputError
+from beacon_memory.background import in_background
 from beacon_memory.generation import chat_prompt
 from beacon_memory.tool_calls import OPENING
 
 from .full_text import search
 from .messages import to_turns
-from .threads import iterate
 
 __all__ = ["Call", "takes_tools"]
 
@@ -66,10 +66,10 @@ class Call:
     async def astream(self) -> AsyncGenerator[str | Answer, None]:
         """The same in threads."""
         if self.options.get("num_beams", 1) > 1:  # only known at the end
-            async for answer in iterate(lambda: iter([self.ask()])):
+            async for answer in in_background(lambda: iter([self.ask()])):
                 yield answer
         else:
-            async with contextlib.aclosing(iterate(self.stream)) as pieces:
+            async with contextlib.aclosing(in_background(self.stream)) as pieces:
                 async for piece in pieces:
                     yield piece
 

@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import TypeVar
 
-__all__ = ["iterate"]
+__all__ = ["in_background"]
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
-async def iterate(start: Callable[[], Iterator[_T]]) -> AsyncGenerator[_T, None]:
-    """What an iterator yields, started and advanced in threads.
+async def in_background(start: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
+    """What the iterator that `start` makes yields; it is made and advanced in threads.
 
     When this is closed or cancelled, so is the iterator, if it is a generator, after the step that is under way.
     """
-    iterator: Iterator[_T] | None = None
-    step: asyncio.Task[tuple[_T] | None] | None = None
+    iterator: Iterator[T] | None = None
+    step: asyncio.Task[tuple[T] | None] | None = None
     starting = asyncio.ensure_future(asyncio.to_thread(start))
     try:
         iterator = await asyncio.shield(starting)
@@ -36,7 +36,7 @@ async def iterate(start: Callable[[], Iterator[_T]]) -> AsyncGenerator[_T, None]
             await asyncio.to_thread(iterator.close)
 
 
-def _advance(iterator: Iterator[_T]) -> tuple[_T] | None:
+def _advance(iterator: Iterator[T]) -> tuple[T] | None:
     try:
         return (next(iterator),)
     except StopIteration:
