@@ -117,9 +117,9 @@ class QuantizedKV:
         """
         grown = _quantized(self.dequantized(torch.float32).grown(start, new), self.bits, rotated=self.rotated)
         old, now = self.counts.flatten(), grown.counts.flatten()
-        gone = torch.cat([torch.zeros(1), (self.places >= start).cpu()]).cumsum(0)
+        gone = torch.nn.functional.pad((self.places >= start).cpu().long().cumsum(0), (1, 0))  # before each entry
         head = _numbered(old, len(self.places))
-        same = head[gone[1:] == gone[old.cumsum(0) - old][head]].bincount(minlength=len(old))  # each head begins with
+        same = head[gone[1:] == gone[old.cumsum(0) - old][head]].bincount(minlength=len(old))  # that each head keeps
         full = same // GROUP
         for names, sizes, new_sizes, taken in (
             (("values", "value_scales", "value_zeros"), old, now, same),

@@ -403,6 +403,17 @@ async def test_generation_ends_when_its_task_is_cancelled(model: ChatBeaconMemor
     call = model.ainvoke("Who?", **options) if way == "ainvoke" else _all(model.astream("Who?", **options))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(call, 0.5)
+    await _generation_ends()
+
+
+async def test_generation_ends_when_its_asynchronous_stream_is_left(model: ChatBeaconMemory) -> None:
+    stream = model.astream("Who?", max_tokens=3500, eos_token_id=None)
+    await anext(stream)
+    await stream.aclose()  # type: ignore[attr-defined]  # a generator
+    await _generation_ends()
+
+
+async def _generation_ends() -> None:
     deadline = time.monotonic() + 10
     while any(thread.name == "beacon-memory-generate" for thread in threading.enumerate()):
         assert time.monotonic() < deadline

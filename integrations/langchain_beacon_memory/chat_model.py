@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from operator import itemgetter
 from typing import Any
 
@@ -111,8 +112,9 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002  # the base class reports the tokens
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async for chunk in in_background(lambda: self._stream(messages, stop, **kwargs)):
-            yield chunk
+        async with aclosing(in_background(lambda: self._stream(messages, stop, **kwargs))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def _pieces(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, tools: Sequence[Any], kwargs: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from langchain_core.caches import BaseCache
@@ -70,10 +71,11 @@ class BeaconMemoryLLM(BeaconLanguageModel, BaseLLM, extra="forbid"):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async for chunk in in_background(lambda: self._stream(prompt, stop, **kwargs)):
-            if run_manager:
-                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
+        async with aclosing(in_background(lambda: self._stream(prompt, stop, **kwargs))) as chunks:
+            async for chunk in chunks:
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
 
     def _info(self, answer: Answer) -> dict[str, Any]:
         return {**response_metadata(answer, self.model), "usage_metadata": usage_metadata(answer)}
