@@ -17,14 +17,17 @@ CALL = re.compile(rf"{OPENING}(.*?)(?:{_CLOSING}|\Z)", re.DOTALL)  # the last on
 def read_call(block: str) -> dict[str, Any]:
     """What a model wrote between the tags: `name`, a text, `arguments`, a dict, and `id` if it is there.
 
-    Raises ValueError, TypeError, KeyError or RecursionError for anything else.
+    Raises ValueError for anything else.
     """
-    fields = json.loads(block)
-    name, arguments = fields["name"], fields.get("arguments", {})
-    if isinstance(arguments, str):  # some models quote them
-        arguments = json.loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise TypeError(f"name={name!r}, arguments={arguments!r}")
+    try:
+        fields = json.loads(block)
+        name, arguments = fields["name"], fields.get("arguments", {})
+        if isinstance(arguments, str):  # some models quote them
+            arguments = json.loads(arguments)
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise TypeError(f"name={name!r}, arguments={arguments!r}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"not a JSON object with the text 'name' and the object 'arguments': {error!r}") from error
     return {**fields, "name": name, "arguments": arguments}
 
 

@@ -35,9 +35,8 @@ def parse_calls(text: str) -> Parsed:
             call = read_call(block)
             id = str(call.get("id") or new_call_id())
             calls.append(tool_call(name=call["name"], args=call["arguments"], id=id))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = f"not a JSON object with the text 'name' and the object 'arguments': {error!r}"
-            invalid.append(invalid_tool_call(args=block.strip(), id=new_call_id(), error=reason))
+        except ValueError as error:
+            invalid.append(invalid_tool_call(args=block.strip(), id=new_call_id(), error=str(error)))
     return Parsed(CALL.sub("", text).strip(), calls, invalid)
 
 

@@ -33,7 +33,7 @@ def parse(text: str) -> list[TextBlock | ToolCallBlock]:
 def _read(block: str) -> ToolCallBlock | None:
     try:
         call = read_call(block)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except ValueError:
         return None
     return ToolCallBlock(tool_call_id=new_call_id(), tool_name=call["name"], tool_kwargs=call["arguments"])
 
