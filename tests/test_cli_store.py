@@ -9,22 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cli_samples import Run, lines, runner
 from command_page import json_fields
 from kv_samples import TEXT, sample
 from store_samples import files, put
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from beacon_memory.cli import app
 from beacon_memory.document import Label
 from beacon_memory.store import MemoryStore
 
 COMMAND = [sys.executable, "-m", "beacon_memory"]
-Run = Callable[..., Result]
 
 
 @pytest.fixture
@@ -35,18 +33,7 @@ def store(tmp_path: Path) -> MemoryStore:
 @pytest.fixture
 def run(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line, for a model that there is not."""
-    monkeypatch.setenv("BEACON_MEMORY_STORE", str(store.root))
-    monkeypatch.setenv("BEACON_MEMORY_MODEL", "absent/folder/of/a/model")
-    monkeypatch.chdir(tmp_path)
-
-    def invoke(*arguments: str) -> Result:
-        return CliRunner().invoke(app, list(arguments))
-
-    return invoke
-
-
-def lines(result: Result) -> list[dict[str, object]]:
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return runner(store.root, "absent/folder/of/a/model", monkeypatch)
 
 
 def label(store: MemoryStore, id: str, **fields: object) -> None:
