@@ -15,42 +15,42 @@ from . import errors
 from .errors import *  # noqa: F403  # the exceptions are public, every one
 
 if TYPE_CHECKING:
-    from .compressor import BeaconCompressor as BeaconCompressor
-    from .compressor import Work as Work
+    from .compression.compressor import BeaconCompressor as BeaconCompressor
+    from .compression.sequence import BeaconSequence as BeaconSequence
+    from .compression.work import Work as Work
     from .config import BeaconConfig as BeaconConfig
-    from .document import Label as Label
-    from .kv import BeaconKV as BeaconKV
-    from .kv import MemoryKV as MemoryKV
+    from .documents import Document as Document
+    from .documents import Label as Label
+    from .kv.memory_kv import BeaconKV as BeaconKV
+    from .kv.memory_kv import MemoryKV as MemoryKV
     from .memory import BeaconMemory as BeaconMemory
-    from .modeling import BeaconModel as BeaconModel
+    from .modeling.model import BeaconModel as BeaconModel
     from .results import Added as Added
     from .results import Answer as Answer
-    from .results import Document as Document
     from .results import Progress as Progress
     from .results import Usage as Usage
-    from .sequence import BeaconSequence as BeaconSequence
     from .session import Session as Session
-    from .store import MemoryStore as MemoryStore
+    from .storage.store import MemoryStore as MemoryStore
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Added": "results",
     "Answer": "results",
-    "BeaconCompressor": "compressor",
+    "BeaconCompressor": "compression.compressor",
     "BeaconConfig": "config",
-    "BeaconKV": "kv",
+    "BeaconKV": "kv.memory_kv",
     "BeaconMemory": "memory",
-    "BeaconModel": "modeling",
-    "BeaconSequence": "sequence",
-    "Document": "results",
-    "Label": "document",
-    "MemoryKV": "kv",
-    "MemoryStore": "store",
+    "BeaconModel": "modeling.model",
+    "BeaconSequence": "compression.sequence",
+    "Document": "documents",
+    "Label": "documents",
+    "MemoryKV": "kv.memory_kv",
+    "MemoryStore": "storage.store",
     "Progress": "results",
     "Session": "session",
     "Usage": "results",
-    "Work": "compressor",
+    "Work": "compression.work",
 }
 
 __all__ = sorted([*_LAZY, *errors.__all__, "__version__"])  # noqa: PLE0605  # a list, sorted from what there is

@@ -1,5 +1,5 @@
 """`python -m beacon_memory` is the command `beacon-memory`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

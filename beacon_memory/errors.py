@@ -11,6 +11,8 @@ BeaconMemoryError
 └── StoreError
     ├── DocumentNotFoundError (LookupError)   no document is stored under this id
     ├── CorruptFileError               a stored file is damaged or not one of ours
+    │   ├── MissingFileError           a row names a file that is not there
+    │   └── MismatchedFileError        a row names a file of another document
     ├── ConflictError                  a document was changed by somebody else in the meantime
     ├── QuotaError                     there is no room for a document
     └── FingerprintMismatchError       stored K/V were made by another model, adapter or setting
@@ -26,7 +28,9 @@ __all__ = [
     "DocumentNotFoundError",
     "FingerprintMismatchError",
     "InputError",
+    "MismatchedFileError",
     "MissingDependencyError",
+    "MissingFileError",
     "ModelError",
     "QuotaError",
     "StoreError",
@@ -76,6 +80,14 @@ class DocumentNotFoundError(StoreError, LookupError):
 
 class CorruptFileError(StoreError):
     """A stored file is damaged or was not written by this package."""
+
+
+class MissingFileError(CorruptFileError):
+    """A row names a file that is not there."""
+
+
+class MismatchedFileError(CorruptFileError):
+    """A row names a file of another document."""
 
 
 class ConflictError(StoreError):

@@ -14,18 +14,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from .compressor import BeaconCompressor, Ratio, check_score
-from .document import SESSION_TAG
+from beacon_memory.compression.compressor import BeaconCompressor, check_score
+from beacon_memory.compression.work import Ratio
+from beacon_memory.generation.generate import Generation, Request, generate, require_room
+from beacon_memory.generation.options import generation_config
+from beacon_memory.generation.prompt import Messages, chat_prompt
+from beacon_memory.generation.streaming import stream
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.storage.catalog.full_text import PassageHit
+from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.repair import RECOMPRESSED, Problem
+from beacon_memory.storage.store import MemoryStore
+
+from .documents import SESSION_TAG, Document
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
-from .full_text import PassageHit
-from .generation import Generation, Messages, Request, chat_prompt, generate, generation_config, require_room, stream
-from .intake import Intake
-from .kv import MemoryKV
-from .modeling import BeaconModel
-from .results import Added, Answer, Document, Progress, Usage
-from .rows import DocumentRow
-from .store import MemoryStore
-from .upkeep import RECOMPRESSED, Problem
+from .ingest import Intake
+from .results import Added, Answer, Progress, Usage
 
 if TYPE_CHECKING:
     import torch

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Added", "Answer", "Document", "Progress", "Status", "Usage"]
+__all__ = ["Added", "Answer", "Progress", "Status", "Usage"]
 
 Status = Literal["added", "replaced", "unchanged", "appended", "recompressed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text to remember under an id; any text will do as id.
-
-    metadata, tags, pinned, expires_at: see `Label`. None for what a document of this id has already.
-    """
-
-    id: str
-    text: str
-    metadata: Mapping[str, object] | None = None
-    tags: Sequence[str] | None = None
-    pinned: bool | None = None
-    expires_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

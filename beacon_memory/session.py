@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .document import SESSION_TAG, check_id, content_hash
+from beacon_memory.compression.ratio import AUTO_RATIOS
+from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.local import LocalFiles, hash_id, unlink
+from beacon_memory.storage.files.locks import alone
+from beacon_memory.storage.files.sealed_json import read_sealed, stage_sealed
+
+from .documents import SESSION_TAG, Document, check_id, content_hash
 from .errors import CorruptFileError, DocumentNotFoundError, InputError
-from .files import LocalFiles, hash_id, unlink
-from .locks import alone
 from .memory import BeaconMemory
-from .ratio import AUTO_RATIOS
-from .results import Answer, Document
-from .rows import DocumentRow
-from .sealed_json import read_sealed, stage_sealed
+from .results import Answer
 
 __all__ = ["Session", "Turn"]
 

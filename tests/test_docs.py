@@ -11,33 +11,46 @@ import pytest
 import typer
 from command_page import json_fields, sections
 from evaluation_samples import answer, contestant, saved_model
+from repository import ROOT
 
-from beacon_memory.cli import app
+from beacon_memory.cli.main import app
 from beacon_memory.evaluation import field
 from beacon_memory.evaluation.metrics import LONGBENCH_METRICS, METRICS
 from beacon_memory.training import read_recipe
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_names_every_module_and_no_other() -> None:
-    tree = re.search(r"```\nbeacon_memory/\n(.*?)\nintegrations/", README, re.DOTALL)
-    assert tree is not None
+def named_files(tree: str) -> list[str]:
+    """The files and folders that an indented tree names, as paths."""
     named: list[str] = []
-    folder = ""
-    for line in tree[1].splitlines():
+    folders: list[str] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
         name = line.split()[0]
-        if line.startswith("    "):  # a module of a sub-package
-            named.append(folder + name)
-        else:
-            folder = name
-            named.append(name)
+        folders = folders[:depth]
+        named.append("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    return named
+
+
+def test_the_page_of_the_architecture_names_every_module_and_no_other() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = re.search(r"```\nbeacon_memory/\n(.*?)\n```", page, re.DOTALL)
+    assert tree is not None
     package = ROOT / "beacon_memory"
     modules = [path.relative_to(package) for path in package.rglob("*.py") if not path.name.startswith("__")]
-    packages = {f"{path.parent}/" for path in modules if path.parent.name}
-    data = {"adapters/", "calibration.txt", "training/recipes/"}
-    assert sorted(named) == sorted({path.as_posix() for path in modules} | packages | data)
+    packages = {f"{path.parent.as_posix()}/" for path in modules if path.parent.name}
+    data = {"modeling/adapters/", "compression/calibration.txt", "training/recipes/"}
+    assert sorted(named_files(tree[1])) == sorted({path.as_posix() for path in modules} | packages | data)
+
+
+def test_the_readme_names_every_room() -> None:
+    tree = re.search(r"```\nbeacon_memory/.*?\n(.*?)\nintegrations/", README, re.DOTALL)
+    assert tree is not None
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "beacon_memory").glob("*/__init__.py")}
+    assert set(named_files(tree[1])) == rooms
 
 
 def test_the_page_of_evaluation_names_what_there_is() -> None:

@@ -23,9 +23,11 @@ from beacon_memory import (
     Progress,
 )
 from beacon_memory.config import COMPRESSIONS, BeaconConfig
-from beacon_memory.generation import Request, chat_prompt, generate, generation_config
-from beacon_memory.kv import MemoryKV
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.generation.generate import Request, generate
+from beacon_memory.generation.options import generation_config
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.modeling.model import BeaconModel
 
 ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n\n"
 WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n\n"

@@ -11,9 +11,9 @@ import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
 from beacon_memory import BeaconMemory, CorruptFileError, DocumentNotFoundError, InputError, Session
-from beacon_memory.compressor import Work
+from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.modeling.model import BeaconModel
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
-from beacon_memory.compressor import BeaconCompressor, Work
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.work import Work
 from beacon_memory.errors import CapacityError, InputError
-from beacon_memory.generation import Request, chat_prompt, generate, generation_config
-from beacon_memory.kv import MemoryKV
-from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
-from beacon_memory.modeling import BeaconModel
-from beacon_memory.quantize import quantized
+from beacon_memory.generation.generate import Request, generate
+from beacon_memory.generation.options import generation_config
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import quantized
+from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, slots_of
+from beacon_memory.modeling.model import BeaconModel
 
 from .items import Item
 from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents

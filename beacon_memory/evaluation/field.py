@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import InputError
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.modeling.model import BeaconModel
 
 from .contestants import Compressed, Contestant, NoText, Retrieved, Truncated
 from .presses import PRESSES, Selected, stock_model

@@ -10,7 +10,7 @@ from itertools import accumulate, chain, groupby, product
 from typing import NamedTuple
 
 from beacon_memory.errors import InputError
-from beacon_memory.passages import split_passages
+from beacon_memory.storage.catalog.passages import split_passages
 
 from .items import Item
 

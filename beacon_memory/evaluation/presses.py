@@ -22,9 +22,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from beacon_memory.errors import InputError, MissingDependencyError
-from beacon_memory.generation import chat_prompt
-from beacon_memory.loading import load_base, merge_reader
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.modeling.loading import load_base, merge_reader
+from beacon_memory.modeling.model import BeaconModel
 
 from .contestants import Outcome, ReadingContestant, mean_nll
 from .items import Item

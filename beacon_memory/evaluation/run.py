@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from beacon_memory.errors import InputError
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.modeling.model import BeaconModel
 
 from .contestants import BATCH, Contestant
 from .items import Item

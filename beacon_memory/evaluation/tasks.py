@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.modeling.model import BeaconModel
 
 from .field import contestants
 from .items import Item, read_kv_retrieval, read_long, read_longbench, read_qa, read_texts

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from beacon_memory.generation import Request, chat_prompt, generate
-from beacon_memory.kv import MemoryKV
-from beacon_memory.loading import load_base
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.generation.generate import Request, generate
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.modeling.loading import load_base
+from beacon_memory.modeling.model import BeaconModel
 
 from .contestants import Contestant, Outcome, Truncated, greedy
 from .items import Item

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from beacon_memory.adapter import base_name
 from beacon_memory.config import BeaconConfig
+from beacon_memory.modeling.adapter import base_name
 
 from .recipe import DataSource, Recipe, Stage
 

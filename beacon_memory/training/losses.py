@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from beacon_memory.attention import Front
-from beacon_memory.kv import MemoryKV
-from beacon_memory.layout import BeaconLayout, Cursor, Piece, Window, slots_of
-from beacon_memory.modeling import BeaconModel
-from beacon_memory.scoring import repeated
-from beacon_memory.selection import best, read_raw, read_sink
+from beacon_memory.compression.scoring import repeated
+from beacon_memory.compression.selection import best, read_raw, read_sink
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.prefix import Front
+from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, slots_of
+from beacon_memory.modeling.model import BeaconModel
 
 from .samples import Sample
 

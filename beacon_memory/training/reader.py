@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from beacon_memory.errors import ConfigError
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.modeling.model import BeaconModel
 
 from .recipe import ReaderRecipe
 

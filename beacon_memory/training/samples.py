@@ -12,8 +12,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from beacon_memory.errors import ConfigError, InputError
-from beacon_memory.generation import chat_prompt
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.modeling.model import BeaconModel
 
 from .recipe import DataSource, Recipe, Stage
 from .rows import Context, Rows, contexts_by_title, load_rows, texts

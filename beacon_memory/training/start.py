@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from beacon_memory.adapter import Adapter, read_adapter
 from beacon_memory.config import BeaconConfig
-from beacon_memory.default_model import default_adapter, ensure_default_model
 from beacon_memory.errors import ConfigError, ModelError
-from beacon_memory.loading import load_base
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.modeling.adapter import Adapter, read_adapter
+from beacon_memory.modeling.default_model import default_adapter, ensure_default_model
+from beacon_memory.modeling.loading import load_base
+from beacon_memory.modeling.model import BeaconModel
 
 from .reader import inject_reader, reader_parameters
 from .recipe import Recipe, SalienceRecipe

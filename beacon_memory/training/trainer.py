@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from beacon_memory.errors import ConfigError, InputError
-from beacon_memory.modeling import BeaconModel
+from beacon_memory.modeling.model import BeaconModel
 
 from .card import write_card
 from .losses import Losses, TrainingModel

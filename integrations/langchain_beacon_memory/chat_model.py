@@ -22,8 +22,8 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
 from beacon_memory import Answer, BeaconMemory, InputError
-from beacon_memory.background import in_background
-from beacon_memory.tool_calls import OPENING, text_before_calls
+from beacon_memory.generation.background import in_background
+from beacon_memory.generation.tool_calls import OPENING, text_before_calls
 
 from .language_model import BeaconLanguageModel, response_metadata, usage_metadata
 from .messages import to_turns

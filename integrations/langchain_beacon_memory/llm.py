@@ -13,7 +13,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import Field
 
 from beacon_memory import Answer
-from beacon_memory.background import in_background
+from beacon_memory.generation.background import in_background
 
 from .language_model import BeaconLanguageModel, response_metadata, usage_metadata
 

@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, InvalidToolCall, ToolCall, ToolCa
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 
 from beacon_memory import InputError
-from beacon_memory.tool_calls import CALL, new_call_id, read_call, write_call
+from beacon_memory.generation.tool_calls import CALL, new_call_id, read_call, write_call
 
 __all__ = ["Parsed", "chosen_tools", "parse_calls", "require_call", "to_chunks", "to_text"]
 

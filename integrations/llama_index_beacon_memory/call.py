@@ -11,9 +11,9 @@ from jinja2.exceptions import TemplateError
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallBlock
 
 from beacon_memory import Answer, BeaconMemory, InputError
-from beacon_memory.background import in_background
-from beacon_memory.generation import chat_prompt
-from beacon_memory.tool_calls import OPENING
+from beacon_memory.generation.background import in_background
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.generation.tool_calls import OPENING
 
 from .full_text import search
 from .messages import to_turns

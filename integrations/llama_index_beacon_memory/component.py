@@ -10,7 +10,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseComponent
 
 from beacon_memory import BeaconMemory, InputError
-from beacon_memory.modeling import UNTRAINED
+from beacon_memory.modeling.model import UNTRAINED
 
 __all__ = ["MemoryComponent"]
 

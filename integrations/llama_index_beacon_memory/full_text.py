@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from beacon_memory import BeaconMemory
-from beacon_memory.catalog import DocumentRow, PassageHit
+from beacon_memory.storage.catalog.catalog import DocumentRow, PassageHit
 
 __all__ = ["search"]
 

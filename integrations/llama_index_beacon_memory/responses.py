@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole, TextBlock, ToolCallBlock
 
 from beacon_memory import Answer
-from beacon_memory.tool_calls import text_before_calls
+from beacon_memory.generation.tool_calls import text_before_calls
 
 from .tool_calls import parse
 

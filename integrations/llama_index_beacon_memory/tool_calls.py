@@ -10,7 +10,7 @@ from typing import Any
 from llama_index.core.base.llms.types import TextBlock, ToolCallBlock
 
 from beacon_memory import InputError
-from beacon_memory.tool_calls import CALL, new_call_id, read_call, write_call
+from beacon_memory.generation.tool_calls import CALL, new_call_id, read_call, write_call
 
 __all__ = ["arguments_of", "chosen_tools", "parse", "to_text"]
 

@@ -1,0 +1,236 @@
+"""Speed and memory against the stock model: the figures behind `beacon-memory bench`.
+
+All are ratios of two measurements of one run on one machine, the median of three each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.sequence import SequenceState, advance
+from beacon_memory.compression.work import Work
+from beacon_memory.generation.generate import Request, generate
+from beacon_memory.generation.options import generation_config
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.memory import BeaconMemory
+from beacon_memory.modeling.model import BeaconModel
+
+__all__ = ["Figure", "run", "table"]
+
+QUESTION = "What is this document about?"
+_WORDS = "time year people way day man thing woman life child world school state family student group country problem"
+_REPEATS = 3
+_SHORT = 1000  # tokens of a short document
+_PEAK_TOKENS = (10_000, 100_000)
+_PEAK_RATIO = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured ratio, the bound it is meant to keep, and what it was made of."""
+
+    name: str
+    value: float
+    bound: str
+    detail: str
+
+
+def run(
+    model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
+) -> list[Figure]:
+    """Measure everything for one model; takes some minutes on two cores."""
+    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    return [
+        *_answering(loaded, tokens, ratio),
+        *_compressing(loaded, tokens, ratio),
+        _peak(model, adapter, device, dtype),
+    ]
+
+
+def table(figures: list[Figure]) -> str:
+    """A markdown table of figures, with the machine and the versions below."""
+    lines = ["| figure | measured | meant to be | made of |", "|---|---|---|---|"]
+    lines += [f"| {f.name} | {f.value:.3g} | {f.bound} | {f.detail} |" for f in figures]
+    cores = os.cpu_count()
+    where = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return "\n".join([*lines, "", where])
+
+
+def _text(tokens: int) -> str:
+    """Words at random that make about so many tokens."""
+    draw, words = random.Random(0), _WORDS.split()
+    return " ".join(draw.choice(words) for _ in range(tokens))
+
+
+def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
+    with tempfile.TemporaryDirectory() as folder, BeaconMemory(folder, model) as memory:
+        added = memory.add("document", _text(tokens), ratio=ratio, compression="beacon")
+        path = memory.store.folder / memory.store.row("document").file
+        config = generation_config(model, None, {"max_new_tokens": 1})
+        text = memory.compressor.tokenize(memory.store.text("document"))
+        prompt = [*model.sink_ids, *text.ids, *chat_prompt(model, QUESTION, behind_memory=True)]
+        empty = Request(MemoryKV.of(model.empty_kv()), prompt)
+
+        def from_store() -> float:
+            _evict(path)
+            return memory.ask(QUESTION, "document", max_new_tokens=1).time_to_first_token
+
+        def from_text() -> float:
+            started = time.perf_counter()
+            return generate(model, [empty], config)[0][0].first_token_at - started
+
+        from_store()  # to warm up
+        cold, full = (statistics.median(one() for _ in range(_REPEATS)) for one in (from_store, from_text))
+        raw = model.slot_bytes
+        return [
+            Figure(
+                f"time to first token: full prefill / cold store, ratio {ratio}",
+                full / cold,
+                "at least 30",
+                f"{full:.2f} s / {cold:.3f} s, {added.tokens} tokens",
+            ),
+            Figure(
+                f"bytes: K/V of beacons / raw K/V, ratio {ratio}",
+                added.bytes / (added.tokens * raw),
+                f"1/{ratio} = {1 / ratio:.3g}",
+                f"{added.bytes:,} / {added.tokens * raw:,}; the sink, {memory.compressor.sink.nbytes:,}, is shared",
+            ),
+        ]
+
+
+def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
+    compressor = BeaconCompressor(model)
+    ids = _ids(model, tokens)
+    shorts = [ids[at : at + _SHORT] for at in range(0, len(ids), _SHORT)]
+
+    def compress(documents: list[list[int]]) -> Callable[[], object]:
+        work = [Work(one, compressor.ratios(len(one), ratio)) for one in documents]
+        return lambda: list(compressor.compress(work, compression="beacon"))
+
+    @torch.inference_mode()
+    def stock(documents: list[list[int]]) -> None:
+        for one in documents:
+            model.base.model(input_ids=torch.tensor([one], device=model.device), use_cache=False)
+
+    @torch.inference_mode()
+    def window_loop() -> None:
+        state = SequenceState.start(model, memory=compressor.sink)
+        for window in model.cut(state.cursor, ids, iter(compressor.ratios(len(ids), ratio)), tail="close"):
+            (state,), hidden = advance(model, [(state, [window])])
+            model.head(hidden).float()
+
+    whole, short, stock_whole, stock_short, loop = (
+        _seconds(one, model.device)
+        for one in (compress([ids]), compress(shorts), lambda: stock([ids]), lambda: stock(shorts), window_loop)
+    )
+    rate = f"{tokens / whole:,.0f} tokens/s"
+    return [
+        Figure(
+            "throughput: compression / stock forward without head, one document",
+            stock_whole / whole,
+            "at least 0.75",
+            f"{rate} / {tokens / stock_whole:,.0f} tokens/s, {tokens} tokens",
+        ),
+        Figure(
+            f"throughput: the same, documents of {_SHORT} tokens",
+            stock_short / short,
+            "at least 0.75",
+            f"{tokens / short:,.0f} tokens/s / {tokens / stock_short:,.0f} tokens/s",
+        ),
+        Figure(
+            "throughput: compression / loop over windows with head",
+            loop / whole,
+            "at least 1.4",
+            f"{rate} / {tokens / loop:,.0f} tokens/s",
+        ),
+    ]
+
+
+def _peak(model: str | None, adapter: str | None, device: str | None, dtype: str) -> Figure:
+    """Peak memory of two processes of their own, so that nothing else counts."""
+    small, large = (_peak_of(tokens, model, adapter, device, dtype) for tokens in _PEAK_TOKENS)
+    return Figure(
+        f"peak memory: compressing {_PEAK_TOKENS[1]:,} / {_PEAK_TOKENS[0]:,} tokens, ratio {_PEAK_RATIO}",
+        large / small,
+        "at most 1.5",
+        f"{large / 1e6:,.0f} MB / {small / 1e6:,.0f} MB, model included",
+    )
+
+
+def _peak_of(tokens: int, *source: str | None) -> int:
+    arguments = json.dumps([tokens, *source])
+    command = [sys.executable, "-m", "beacon_memory.bench.model", arguments]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: str | None, dtype: str) -> int:
+    """Bytes that this process takes at most while it compresses so many tokens."""
+    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    compressor = BeaconCompressor(loaded)
+    work = [Work(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
+    if loaded.device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        list(compressor.compress(work, compression="beacon"))
+        return int(torch.accelerator.max_memory_allocated())
+    with contextlib.suppress(OSError):  # Linux begins anew to measure the peak: so far it was loading the model
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    list(compressor.compress(work, compression="beacon"))
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    """The most bytes of memory that this process has held at a time."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _ids(model: BeaconModel, tokens: int) -> list[int]:
+    draw = random.Random(0)
+    return [draw.randrange(model.base.config.vocab_size) for _ in range(tokens)]
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of a piece of work, after one run to warm up."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - started
+
+    once()
+    return statistics.median(once() for _ in range(_REPEATS))
+
+
+def _evict(path: Path) -> None:
+    """Drop a file from the page cache, where the system has a call for it."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    arguments: list[Any] = json.loads(sys.argv[1])
+    print(_measure_peak(*arguments))  # noqa: T201  # read by the process that asked

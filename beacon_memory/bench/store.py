@@ -1,0 +1,234 @@
+"""Speed of a store that holds many documents: the figures behind `beacon-memory bench store`.
+
+The documents are made up: words of a language that nobody speaks, as frequent as words are in texts. Their rows are
+those that `MemoryStore.put` would have written; only some have files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from beacon_memory.documents import Label, content_hash, utc_now
+from beacon_memory.kv.fingerprint import Fingerprint
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.storage.files.durable import sync_file
+from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
+from beacon_memory.storage.files.kv_file import StoredFile
+from beacon_memory.storage.files.local import file_stem
+from beacon_memory.storage.records import row_of
+from beacon_memory.storage.store import MemoryStore
+
+from .model import Figure
+
+__all__ = ["Sample", "fill", "run", "samples"]
+
+_WORDS = 50_000  # of the language
+_LENGTH, _SPREAD = 112, 30  # words of a text, their mean and standard deviation: about 600 characters, one passage
+_SENTENCE = 14  # words
+_BATCH = 10_000  # rows to a transaction
+_SHAPE = (30, 3, 64)  # layers, kv heads and head_dim of the K/V
+_PAGE = 100  # rows
+_LOOKUPS = 300  # of each kind
+_PUTS = 40
+_OPENINGS = 11
+_LOADS = 15
+_ROW_MB, _PUT_MB, _LOAD_MB = 0.2, 3, (20, 200)  # K/V of a document
+_STRATA = ((1, 100), (100, 3000), (3000, _WORDS))  # very common, medium and rare words, by how many are more frequent
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A document to store, without K/V."""
+
+    id: str
+    text: str
+    label: Label
+
+
+def run(rows: int) -> list[Figure]:
+    """Measure everything in a store of so many documents, which takes some 2.5 GB of disk and 10 minutes a million."""
+    with tempfile.TemporaryDirectory(prefix="beacon-memory-") as folder:
+        with MemoryStore(folder) as store:
+            fill(store, rows)
+            _read_through(store.folder / "catalog.sqlite3")
+            figures = [*_looking_up(store), _picking(store), _putting(store)]
+        return [*figures, _opening(Path(folder)), *(_loading(Path(folder), size) for size in _LOAD_MB)]
+
+
+def _read_through(path: Path) -> None:
+    """Let the system have a file in its page cache, as that of a store in use is."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass
+
+
+def vocabulary() -> list[str]:
+    """The words of the language, the most frequent first; frequent ones are short, as in any."""
+    draw = random.Random(0)
+    syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+    words: dict[str, None] = {}
+    while len(words) < _WORDS:
+        count = 1 + (len(words) >= 100) + (len(words) >= 2000)
+        words["".join(draw.choices(syllables, k=count)) + draw.choice("lnrt  ").strip()] = None
+    return list(words)
+
+
+def samples(rows: int) -> Iterator[Sample]:
+    """Made-up documents: texts of one passage, labels with tags and values of different frequency."""
+    draw = random.Random(1)
+    for number, text in enumerate(_texts(rows)):
+        tags = [f"one-in-{share}" for share in (2, 10, 100, 1000, 10_000) if draw.randrange(share) == 0]
+        metadata = {
+            "year": draw.randrange(1950, 2030),
+            "language": draw.choices(("en", "de", "fr"), (90, 9, 1))[0],
+            "author": f"author {min(9_999, int(draw.paretovariate(0.5)))}",
+        }
+        yield Sample(f"folder-{draw.randrange(1000):03}/note-{number:07}", text, Label(metadata, tags))
+
+
+def _texts(count: int) -> Iterator[str]:
+    draw = np.random.default_rng(2)
+    words = np.array(vocabulary(), dtype=object)
+    shares = np.cumsum(1 / np.arange(1, len(words) + 1))  # Zipf's law
+    for length in np.clip(draw.normal(_LENGTH, _SPREAD, count).astype(int), _SENTENCE, 2 * _LENGTH):
+        chosen = words[np.searchsorted(shares, draw.random(length) * shares[-1])]
+        sentences = (" ".join(chosen[at : at + _SENTENCE]).capitalize() for at in range(0, length, _SENTENCE))
+        yield ". ".join(sentences) + "."
+
+
+def fill(store: MemoryStore, rows: int) -> None:
+    """Give a store the rows, not the files, of so many documents, with a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    catalog = store.catalog(create=True)
+    header, kv = document("any", "", _ROW_MB)
+    like = row_of("", StoredFile(header, kv, None), Label(), utc_now())
+    progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
+    while batch := list(itertools.islice(progress, _BATCH)):
+        number = catalog.take_number()  # one for all: the ids keep the names of their files apart
+        with catalog.transaction():
+            for one in batch:
+                file = f"{file_stem(one.id)}-{number:012x}.safetensors"
+                named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
+                catalog.put(replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags)), one.text)
+
+
+def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:
+    """A header and K/V at random, in bfloat16, of about that size."""
+    layers, heads, dim = _SHAPE
+    slots = math.ceil(megabytes * 1e6 / (layers * heads * dim * 2 * 2))
+    keys, values = (torch.randn(layers, heads, slots, dim).to(torch.bfloat16) for _ in range(2))
+    windows = (WindowSpan(8 * slots, 8, 0, len(text), slots),)
+    made = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
+    header = DocumentHeader(id, content_hash(text), 8 * slots, windows, (), "beacon", slots, made)
+    return header, MemoryKV.of(BeaconKV(keys, values))
+
+
+def questions() -> Iterator[str]:
+    """Made-up questions of 3 to 10 words, rare, medium and very common ones alike, each as frequent as in texts."""
+    draw, words = random.Random(3), vocabulary()
+    while True:
+        strata = draw.choices(_STRATA, k=draw.randint(3, 10))
+        ranks = (math.exp(draw.uniform(math.log(low), math.log(high))) for low, high in strata)
+        yield " ".join(words[int(rank) - 1] for rank in ranks)
+
+
+def _looking_up(store: MemoryStore) -> Iterator[Figure]:
+    draw = random.Random(4)
+    folders = [f"folder-{draw.randrange(1000):03}/" for _ in range(_LOOKUPS)]
+    ids = [row.id for folder in folders for row in store.list(after=folder, limit=1)]
+    yield _timed("get by id", "under 5", [partial(store.row, id) for id in ids])
+
+    def listing(what: str, **filters: Callable[[str], object]) -> Figure:
+        pages = [{name: choose(folder) for name, choose in filters.items()} for folder in folders]
+        return _timed(f"list {_PAGE}, {what}", "under 5", [partial(store.list, limit=_PAGE, **page) for page in pages])
+
+    def tags(_: str) -> list[str]:
+        return [f"one-in-{draw.choice((2, 10, 100, 1000))}"]
+
+    def metadata(_: str) -> dict[str, object]:
+        return {"language": draw.choice(("en", "de", "fr"))}
+
+    yield listing("from any id on", after=str)
+    yield listing("of a tag", after=str, tags=tags)
+    yield listing("of a tag and a value", after=str, tags=tags, metadata=metadata)
+    yield listing("of a prefix", prefix=str)
+
+
+def _picking(store: MemoryStore) -> Figure:
+    asked = itertools.islice(questions(), _LOOKUPS)
+    return _timed("pick 10 passages for a question", "under 50", [partial(store.search, one) for one in asked])
+
+
+def _putting(store: MemoryStore) -> Figure:
+    """How much longer a put takes than to write and sync the bytes of its file."""
+    text = next(_texts(1))
+    for number in range(256):  # in a store with so many documents they are there
+        (store.folder / "kv" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
+    beyond, alone = [], []
+    for number in range(_PUTS):
+        header, kv = document(f"put-{number}", text, _PUT_MB)
+        started = time.perf_counter()
+        row = store.put(header, kv, text, Label({"number": number}, ["put"]))
+        took = time.perf_counter() - started
+        data, other = (store.folder / row.file).read_bytes(), store.folder / "kv" / "alone"
+        started = time.perf_counter()
+        other.write_bytes(data)
+        sync_file(other)
+        alone.append(1000 * (time.perf_counter() - started))
+        beyond.append(1000 * took - alone[-1])
+        other.unlink()
+    detail = f"{_PUTS} puts, beyond {statistics.median(alone):.3g} ms for writing and syncing {_PUT_MB} MB alone"
+    return Figure("put, beyond writing, ms", statistics.median(beyond), "under 10", detail)
+
+
+def _opening(folder: Path) -> Figure:
+    def opened() -> None:
+        with MemoryStore(folder) as store:
+            store.list(limit=1)
+
+    return _timed("open, with a first row", "under 100", [opened] * _OPENINGS)
+
+
+def _loading(folder: Path, megabytes: int) -> Figure:
+    """How fast a document is loaded, every byte of it compared with its hash, against copying its file out of a map."""
+    with MemoryStore(folder / "loading") as store:
+        header, kv = document("document", "", megabytes)
+        path = store.folder / store.put(header, kv, "").file
+        size = path.stat().st_size
+        buffer = np.zeros(size, np.uint8)
+
+        def copy() -> None:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                np.copyto(buffer, np.frombuffer(mapped, np.uint8))
+
+        pairs = [(_milliseconds(partial(store.get, "document")), _milliseconds(copy)) for _ in range(_LOADS)]
+    loaded, copied = (statistics.median(times) for times in zip(*pairs, strict=True))
+    detail = f"{size / loaded / 1e6:.3g} / {size / copied / 1e6:.3g} GB/s"
+    return Figure(f"load {megabytes} MB: rate / copying out of a memory map", copied / loaded, "at least 0.5", detail)
+
+
+def _timed(name: str, bound: str, calls: Sequence[Callable[[], object]]) -> Figure:
+    times = sorted(map(_milliseconds, calls))
+    detail = f"{len(times)} calls, 95% of them under {times[math.ceil(0.95 * len(times)) - 1]:.3g}"
+    return Figure(f"{name}, ms", statistics.median(times), bound, detail)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - started)

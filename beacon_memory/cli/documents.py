@@ -1,0 +1,186 @@
+"""The commands that look at stored documents and change what is known of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from beacon_memory.errors import CorruptFileError, InputError
+
+from .options import (
+    AsJson,
+    Namespace,
+    Store,
+    expiry,
+    open_store,
+)
+from .terminal import (
+    document_fields,
+    print_fields,
+    print_json,
+    print_rows,
+    remarks,
+    reported,
+    row_fields,
+    say,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+_STORED = "What is stored"
+
+Ids = Annotated[list[str], typer.Argument(help="Ids of the documents.", metavar="id")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only with this value in the metadata: JSON, else a text; repeat it for several keys.", metavar="KEY=VALUE"
+    ),
+]
+
+
+@app.command("list", rich_help_panel=_STORED)
+def list_documents(
+    tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; repeated, with all of them.")] = None,
+    where: Where = None,
+    prefix: Annotated[str, typer.Option(help="Only ids that begin so.", show_default=False)] = "",
+    after: Annotated[str, typer.Option(help="Only ids behind this one: page by page.", show_default=False)] = "",
+    limit: Annotated[int | None, typer.Option(help="At most so many.", min=1, show_default="all")] = None,
+    store: Store = None,
+    namespace: Namespace = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the stored documents by id.
+
+    With --json one object a line: id, compression, precision, tokens, slots, bytes, ratios, metadata, tags, pinned,
+    expires_at, created_at, updated_at, used_at.
+    """
+    with reported():
+        metadata = _pairs(where or ())
+        documents = open_store(store, namespace)
+        rows = documents.list(tags=tag or (), metadata=metadata, prefix=prefix, after=after, limit=limit)
+        if as_json:
+            for row in rows:
+                print_json(row_fields(row))
+        elif rows:
+            print_rows(rows)
+        elif documents.totals().documents:
+            remarks().print("no document is like that; without filters, list shows all")
+        else:
+            remarks().print("nothing is stored yet; add documents with: beacon-memory add PATH")
+
+
+def _pairs(given: Iterable[str]) -> dict[str, object]:
+    """Keys and values, which may be JSON."""
+    pairs: dict[str, object] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key in pairs:
+            raise InputError(f"--where must be KEY=VALUE, each key once, got {text!r}")
+        try:
+            pairs[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            pairs[key] = value
+    return pairs
+
+
+@app.command(rich_help_panel=_STORED)
+def show(
+    id: Annotated[str, typer.Argument(help="Id of the document.")],
+    text: Annotated[bool, typer.Option("--text", help="Print the source text instead.")] = False,
+    store: Store = None,
+    namespace: Namespace = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what is known of a document, or its text.
+
+    With --json one object: id, compression, precision, tokens, slots, bytes, ratios, metadata, tags, pinned,
+    expires_at, created_at, updated_at, used_at, file, fingerprint. With --text: id, text.
+    """
+    with reported():
+        documents = open_store(store, namespace)
+        if not text:
+            print_fields(document_fields(documents.row(id)), as_json)
+        elif as_json:
+            print_json({"id": id, "text": documents.text(id)})
+        else:
+            typer.echo(documents.text(id), nl=False)
+
+
+@app.command(rich_help_panel=_STORED)
+def remove(ids: Ids, store: Store = None, namespace: Namespace = "", as_json: AsJson = False) -> None:
+    """Forget documents: all of those named, or none if one is not stored.
+
+    With --json one object a line: id, status.
+    """
+    with reported("what was not named as removed is there"):
+        documents = open_store(store, namespace)
+        for id in ids:  # all must exist before the first goes
+            with contextlib.suppress(CorruptFileError):  # one that is damaged beyond repair may go
+                documents.row(id)
+        for id in dict.fromkeys(ids):
+            documents.delete(id)
+            say(as_json, {"id": id, "status": "removed"})
+
+
+@app.command(rich_help_panel=_STORED)
+def rename(
+    id: Annotated[str, typer.Argument(help="Id of the document.")],
+    new_id: Annotated[str, typer.Argument(help="Its new id, which no other document may have.")],
+    store: Store = None,
+    namespace: Namespace = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give a document another id; its K/V, text and label stay.
+
+    With --json one object: id, status.
+    """
+    with reported("the document has its old id"):
+        row = open_store(store, namespace).rename(id, new_id)
+        say(as_json, {"id": row.id, "status": "renamed"})
+
+
+@app.command(rich_help_panel=_STORED)
+def label(
+    id: Annotated[str, typer.Argument(help="Id of the document.")],
+    metadata: Annotated[
+        str | None, typer.Option(help="New metadata as a whole, a JSON object.", metavar="JSON")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="New tags as a whole; repeat it for several.")] = None,
+    no_tags: Annotated[bool, typer.Option("--no-tags", help="Take all tags off.")] = False,
+    pin: Annotated[
+        bool | None, typer.Option("--pin/--no-pin", help="Whether a quota must never evict it.", show_default=False)
+    ] = None,
+    ttl: Annotated[str | None, typer.Option(help="Time to live from now: 90m, 12h, 30d, 8w, or never.")] = None,
+    store: Store = None,
+    namespace: Namespace = "",
+    as_json: AsJson = False,
+) -> None:
+    """Change a document's metadata, tags, pin or time to live; what is not given stays.
+
+    With --json one object: id, compression, precision, tokens, slots, bytes, ratios, metadata, tags, pinned,
+    expires_at, created_at, updated_at, used_at, file, fingerprint.
+    """
+    with reported():
+        if tag and no_tags:
+            raise InputError("--tag and --no-tags contradict each other")
+        changes: dict[str, Any] = {"tags": tag or None, "pinned": pin}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        changes |= {"tags": ()} if no_tags else {}
+        changes |= {} if ttl is None else {"expires_at": None if ttl == "never" else expiry(ttl)}
+        if metadata is not None:
+            try:
+                changes["metadata"] = json.loads(metadata)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"--metadata must be a JSON object, got {metadata!r}: {error}") from None
+        if not changes:
+            raise InputError("nothing is to be changed: give --metadata, --tag, --no-tags, --pin, --no-pin or --ttl")
+        print_fields(document_fields(open_store(store, namespace).update(id, **changes)), as_json)

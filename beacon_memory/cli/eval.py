@@ -1,0 +1,294 @@
+"""`beacon-memory eval`: what a compressed memory keeps, beside everything it competes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from .options import Adapter, Device, Dtype, DtypeOption, Model
+from .terminal import remarks, reported
+
+if TYPE_CHECKING:
+    from beacon_memory.evaluation.run import Result
+    from beacon_memory.evaluation.tasks import Evaluation
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="""Measure what compressed memory keeps, beside what it competes with, on the same items and reader.
+
+    Contestants, separated by commas; all with one R have the same K/V budget:
+    [bold]full[/bold], [bold]none[/bold]: the whole text, uncompressed; no text
+    [bold]base[/bold]: the model without reader, the whole text in its prompt
+    [bold]truncated:R[/bold]: the first 1/R of the text
+    [bold]bm25:R[/bold]: the passages that match the question, 1/R of the text
+    [bold]beacon:R[/bold]: beacons, R tokens for each
+    [bold]select:R[/bold], [bold]select-expected:R[/bold]: K/V of the tokens that each head needs, by either score
+    [bold]hybrid:R[/bold]: both, beacons and chosen tokens
+    [bold]beacon:R:N[/bold], [bold]select:R:N[/bold], ...: the same, the text cut into N documents, composed
+    [bold]select:R@int8[/bold], [bold]beacon:R@int4[/bold], ...: the same, the K/V quantized
+    [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
+
+    Needs the extra: pip install 'beacon-memory\\[eval]'.""",
+    epilog="Example: beacon-memory eval qa --data qa.jsonl.gz --contestants full,none,beacon:4 --json out.json",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", exists=True, dir_okay=False)]
+Limit = Annotated[int | None, typer.Option(help="Most items, drawn by the seed.", min=1, show_default="all")]
+Texts = Annotated[int | None, typer.Option(help="Most texts, the first ones.", min=1, show_default="all")]
+Contestants = Annotated[str, typer.Option(help="Names separated by commas.")]
+Output = Annotated[
+    Path | None, typer.Option("--json", help="Write everything, single answers too, to this file.", dir_okay=False)
+]
+Seed = Annotated[int, typer.Option(help="Decides every draw.")]
+Where = Annotated[
+    list[str] | None, typer.Option(help="Only rows with this value, as KEY=VALUE; repeat it for several keys.")
+]
+
+_ANSWERS = "full,none,truncated:4,bm25:4,beacon:2,select:2,select:4,select:8"
+_TEXTS = "full,none,truncated:8,beacon:2,beacon:4,beacon:8,beacon:16,beacon:32"
+
+
+@app.command()
+def qa(
+    data: Data,
+    context_tokens: Annotated[int, typer.Option(help="Tokens of text for each question.", min=1)] = 768,
+    limit: Limit = None,
+    contestants: Contestants = _ANSWERS,
+    json: Output = None,
+    seed: Seed = 0,
+    where: Where = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Questions on passages of one title: F1, exact match, contains.
+
+    Rows: context, question, answers, title. Each question is asked of its own context among others of the same title,
+    in random order, up to --context-tokens.
+    """
+    chosen = _conditions(where)
+    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+        done(evaluation.qa(data, context_tokens=context_tokens, limit=limit, where=chosen))
+
+
+@app.command()
+def long(
+    data: Data,
+    limit: Annotated[int | None, typer.Option(help="Most documents.", min=1, show_default="all")] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="Most questions on a document.", min=1, show_default="all")
+    ] = None,
+    contestants: Contestants = _ANSWERS,
+    json: Output = None,
+    seed: Seed = 0,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Long documents and conversations, many questions each: articles, LoCoMo, L-Eval.
+
+    Rows: doc_id, context (or sessions), qa (a list of question, answers, category). Of a text whose K/V do not fit the
+    model's positions, uncompressed or even compressed, a contestant reads beginning and end; the table says how often.
+    """
+    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+        done(evaluation.long(data, limit=limit, questions=questions))
+
+
+@app.command()
+def longbench(
+    data: Data,
+    limit: Limit = None,
+    contestants: Contestants = _ANSWERS,
+    json: Output = None,
+    seed: Seed = 0,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Rows in the format of LongBench, each data set with its own metric."""
+    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+        done(evaluation.longbench(data, limit=limit))
+
+
+@app.command()
+def kv(
+    data: Data,
+    limit: Limit = None,
+    contestants: Contestants = _ANSWERS,
+    json: Output = None,
+    seed: Seed = 0,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Key-value retrieval: the value of one key among many pairs of random strings."""
+    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+        done(evaluation.kv_retrieval(data, limit=limit))
+
+
+@app.command()
+def needle(
+    data: Data,
+    lengths: Annotated[str, typer.Option(help="Tokens of text, separated by commas.")] = "1000,2000,4000",
+    depths: Annotated[
+        str, typer.Option(help="Where the needle is, 0 to 1, separated by commas.")
+    ] = "0,0.25,0.5,0.75,1",
+    repeats: Annotated[int, typer.Option(help="Needles for each length and depth.", min=1)] = 1,
+    contestants: Contestants = "full,beacon:2,beacon:4,beacon:8",
+    json: Output = None,
+    seed: Seed = 0,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Needle in a haystack: one sentence at some depth of long texts. Rows: text."""
+    chosen, places = _numbers("--lengths", lengths, int), _numbers("--depths", depths, float)
+    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+        done(evaluation.needle(data, lengths=chosen, depths=places, repeats=repeats))
+
+
+@app.command()
+def ppl(
+    data: Data,
+    context_tokens: Annotated[int, typer.Option(help="Tokens that are compressed.", min=1)] = 768,
+    continuation_tokens: Annotated[int, typer.Option(help="Tokens behind them that are predicted.", min=2)] = 256,
+    limit: Texts = None,
+    contestants: Contestants = _TEXTS,
+    json: Output = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Prediction of what follows a text, in nats per token. Rows: text.
+
+    With full and none among the contestants: how much of the difference between them each one makes up. Those that need
+    a question (bm25) cannot take part.
+    """
+    with _evaluation(contestants, 0, model, adapter, device, dtype, json) as (evaluation, done):
+        done(evaluation.ppl(data, context_tokens=context_tokens, continuation_tokens=continuation_tokens, limit=limit))
+
+
+@app.command()
+def retention(
+    data: Data,
+    context_tokens: Annotated[int, typer.Option(help="Tokens that are read.", min=1)] = 128,
+    continuation_tokens: Annotated[int, typer.Option(help="Tokens behind them that are predicted.", min=2)] = 128,
+    limit: Texts = None,
+    json: Output = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Whether the model still predicts short texts, uncompressed, as its base does. Rows: text.
+
+    Without a reader both are the same to the last bit; with one, the difference is what the reader costs.
+    """
+    with _evaluation("base,full", 0, model, adapter, device, dtype, json) as (evaluation, done):
+        done(
+            evaluation.ppl(
+                data,
+                context_tokens=context_tokens,
+                continuation_tokens=continuation_tokens,
+                limit=limit,
+                task="retention",
+            )
+        )
+
+
+@app.command()
+def report(
+    data: Annotated[Path, typer.Argument(help="Folder of evaluation data.", exists=True, file_okay=False)],
+    output: Annotated[Path, typer.Argument(help="Folder for tables, plots and JSON.")] = Path("docs/results"),
+    limit: Annotated[int, typer.Option(help="Most items of a task; some take a share of it.", min=1)] = 100,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this task; repeat it for several.")] = None,
+    seed: Seed = 0,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Run all tasks on a folder of data, write tables and plots, and print the page's name.
+
+    Files, each optional: qa_dev, squad_articles, locomo, leval, kv_retrieval, paul_graham_essays and longbench, all
+    .jsonl.gz. A task whose JSON is already there, with the same settings and model, is not run again, so an interrupted
+    run can just be repeated.
+    """
+    from beacon_memory.evaluation.suite import run_suite
+
+    interrupted = "repeat the command to go on with the next task"
+    with _evaluation("", seed, model, adapter, device, dtype, None, interrupted) as (evaluation, _):
+        files = run_suite(evaluation, data, output, limit, lambda line: remarks().print(line, markup=False), only or ())
+        typer.echo(files[0])
+
+
+Done = Callable[["Result"], None]
+Number = TypeVar("Number", int, float)
+
+
+@contextmanager
+def _evaluation(
+    names: str,
+    seed: int,
+    model: str | None,
+    adapter: str | None,
+    device: str | None,
+    dtype: Dtype,
+    output: Path | None,
+    interrupted: str = "nothing was written",
+) -> Iterator[tuple[Evaluation, Done]]:
+    """Load the model, show progress, and print (and write to `output`) what a task hands to `done`."""
+    with reported(interrupted):
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+        from transformers.utils import logging
+
+        from beacon_memory.evaluation.report import markdown, write_result
+        from beacon_memory.evaluation.tasks import Evaluation
+        from beacon_memory.modeling.model import BeaconModel
+
+        logging.disable_progress_bar()
+        loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype.value)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
+        with Progress(*columns, console=remarks(), transient=True, redirect_stdout=False) as bar:
+            bars: dict[str, TaskID] = {}
+
+            def advance(name: str) -> None:
+                if name not in bars:
+                    bars[name] = bar.add_task(name, total=None)
+                bar.advance(bars[name])
+
+            def done(result: Result) -> None:
+                bar.stop()
+                typer.echo(markdown(result))
+                if output is not None:
+                    write_result(result, output)
+
+            chosen = [name.strip() for name in names.split(",") if name.strip()]
+            yield Evaluation(loaded, chosen, seed, advance), done
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(one) for one in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} must be numbers separated by commas", param_hint=option) from error
+
+
+def _conditions(where: list[str] | None) -> Mapping[str, str]:
+    chosen = dict(one.partition("=")[::2] for one in where or ())
+    if not all(key and value for key, value in chosen.items()):
+        raise typer.BadParameter(f"{where!r} must each be KEY=VALUE", param_hint="--where")
+    return chosen

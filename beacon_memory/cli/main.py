@@ -1,0 +1,377 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from beacon_memory import __version__
+from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
+
+from . import archive, documents, store
+from . import eval as evaluation
+from .options import (
+    Adapter,
+    AsJson,
+    Compression,
+    Device,
+    Dtype,
+    DtypeOption,
+    Model,
+    Namespace,
+    Precision,
+    Score,
+    ScoreOption,
+    Store,
+    expiry,
+    open_memory,
+    quiet,
+)
+from .terminal import answer_fields, compressing, note_usage, print_fields, print_json, reported, say
+
+if TYPE_CHECKING:
+    from beacon_memory.memory import BeaconMemory
+    from beacon_memory.results import Added
+
+    from .sources import Source
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="""Long-term memory for local language models.
+
+    [bold]add[/bold] reads documents once and stores them compressed, [bold]ask[/bold] answers from them without
+    reading them again.
+
+    The default model is embedded; --model and --adapter name others, from a folder or the Hugging Face hub.""",
+    epilog="Example: beacon-memory add notes/ && beacon-memory ask 'What did we decide about the roof?'",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for part in (documents, store, archive):
+    app.add_typer(part.app)
+app.add_typer(evaluation.app, name="eval")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"beacon-memory {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+@app.command()
+def add(
+    paths: Annotated[
+        list[str], typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.")
+    ],
+    id: Annotated[str | None, typer.Option(help="Id of the document.", show_default="its path as given")] = None,
+    ratio: Annotated[
+        str,
+        typer.Option(help="Tokens per memory slot: 2, 4, 8, 16, 32; or auto, the smallest that fits the model."),
+    ] = "auto",
+    compression: Annotated[
+        Compression,
+        typer.Option(
+            help="beacon: beacons of the adapter; select: K/V of the tokens that each head needs, works without an "
+            "adapter; hybrid: both; auto: what the adapter asks for, select without one."
+        ),
+    ] = Compression.AUTO,
+    score: ScoreOption = Score.REPEAT,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="What to keep the K/V in: int8 takes about half of the 16-bit ones, int4 a quarter; auto: what the "
+            "settings of the store say, else as computed."
+        ),
+    ] = Precision.AUTO,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag to find it by; repeat it for several.")] = None,
+    pin: Annotated[
+        bool | None,
+        typer.Option("--pin/--no-pin", help="Whether a quota must never evict it.", show_default=False),
+    ] = None,
+    ttl: Annotated[
+        str | None, typer.Option(help="Time to live from now, after which it is gone: 90m, 12h, 30d, 8w.")
+    ] = None,
+    store: Store = None,
+    namespace: Namespace = "",
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Read documents once and store them compressed.
+
+    A document that is stored already and has not changed is skipped, so an interrupted run can just be repeated.
+    It keeps its tags, pin and time to live where none are given.
+
+    With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
+    """
+    from .sources import find_sources
+
+    with reported():
+        label = {"tags": tag or None, "pinned": pin, "expires_at": None if ttl is None else expiry(ttl)}
+        chosen: int | str = int(ratio) if re.fullmatch("-?[0-9]+", ratio) else ratio
+        sources, skipped = find_sources(paths, id)
+        for one in skipped:
+            say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
+        if not sources:
+            raise InputError("there is nothing to add: no text or markdown file was found")
+        memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        failed = _add_all(memory, sources, label, (chosen, compression.value, precision.value), as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _add_all(
+    memory: BeaconMemory, sources: list[Source], label: dict[str, Any], how: tuple[int | str, str, str], as_json: bool
+) -> int:
+    """Add all sources behind a progress bar; returns how many could not be. how: ratio, compression, precision."""
+    from beacon_memory.documents import Document
+
+    from .sources import read_source
+
+    failed: list[str] = []
+
+    def failure(document: Document, error: BeaconMemoryError) -> None:
+        failed.append(document.id)
+        bar.document()
+        say(as_json, {"id": document.id, "status": "failed", "reason": str(error)})
+
+    def documents() -> Iterator[Document]:
+        for source in sources:
+            try:
+                text, metadata = read_source(source), _metadata(memory, source)
+            except BeaconMemoryError as error:
+                failure(Document(source.id, ""), error)
+                continue
+            yield Document(source.id, text, metadata, **label)
+
+    def stored(added: Added) -> None:
+        bar.document()
+        say(as_json, asdict(added))
+
+    memory.compressor  # noqa: B018  # load the model before the bar shows
+    estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
+    with compressing(len(sources), estimate) as bar:
+        memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
+    return len(failed)
+
+
+def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
+    """What a document has already, and where its text is from now."""
+    if source.path is None:
+        return None
+    with contextlib.suppress(DocumentNotFoundError):
+        return {**memory.show(source.id).metadata, "path": str(source.path.absolute())}
+    return {"path": str(source.path.absolute())}
+
+
+@app.command()
+def append(
+    id: Annotated[str, typer.Argument(help="Id of the document.")],
+    path: Annotated[
+        str, typer.Argument(help="Text file whose text comes behind the document's; - for standard input.")
+    ],
+    ratio: Annotated[
+        int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
+    ] = None,
+    score: ScoreOption = Score.REPEAT,
+    store: Store = None,
+    namespace: Namespace = "",
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Put more text behind a stored document: only its last window is read again.
+
+    Compression and precision stay. With another --score than it was added with, all of it is read again.
+
+    With --json one object: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
+    """
+    from .sources import STDIN, Source, read_source
+
+    with reported("the document is as it was"):
+        source = Source(id, None) if path == STDIN else Source(path, Path(path))
+        memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        say(as_json, asdict(memory.append(id, read_source(source), ratio)))
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    doc: Annotated[
+        list[str] | None, typer.Option(help="Id of a document to answer from; repeat it for several.", metavar="ID")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Without --doc: how many documents full-text search may pick.", min=1)] = 3,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    temperature: Annotated[float | None, typer.Option(help="Sample; 0 is greedy.", min=0.0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer at this text; repeat it for several.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    store: Store = None,
+    namespace: Namespace = "",
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question from stored documents, without reading them again.
+
+    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, time_to_first_token, seconds.
+    """
+    from beacon_memory.results import Answer
+
+    with reported():
+        if stream and as_json:
+            raise InputError("--stream prints text and --json one object: choose one")
+        options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
+        options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
+        with open_memory(store, namespace, model, adapter, device, dtype) as memory:  # closing notes what was used
+            if stream:
+                for piece in memory.stream(question, doc or None, **options):
+                    if isinstance(piece, Answer):
+                        typer.echo()
+                        note_usage(piece)
+                    else:
+                        typer.echo(piece, nl=False)
+                return
+            answer = memory.ask(question, doc or None, **options)
+        if as_json:
+            print_json(answer_fields(answer))
+        else:
+            typer.echo(answer.text)
+            note_usage(answer)
+
+
+@app.command()
+def info(
+    store: Store = None,
+    namespace: Namespace = "",
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Show model, adapter, device and store.
+
+    With --json one object: model, adapter, device, dtype, positions, window, ratios, compression, fingerprint, store,
+    namespace, documents, bytes.
+    """
+    with reported():
+        memory = open_memory(store, namespace, model, adapter, device, dtype)
+        loaded, kept = memory.model, memory.store.totals()
+        fields = {
+            "model": loaded.base.config.name_or_path,
+            "adapter": loaded.adapter,
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "positions": loaded.max_positions,
+            "window": loaded.config.beacon_window,
+            "ratios": list(loaded.config.beacon_ratio),
+            "compression": loaded.compression,
+            "fingerprint": loaded.fingerprint.digest,
+            "store": str(memory.store.root),
+            "namespace": namespace,
+            "documents": kept.documents,
+            "bytes": kept.bytes,
+        }
+        print_fields(fields, as_json)
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        Literal["model", "store"],
+        typer.Argument(
+            help="model: speed and memory against the stock model; store: speed of a store of many documents, which "
+            "needs no model."
+        ),
+    ] = "model",
+    tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
+    ratio: Annotated[int, typer.Option(help="Of a model: ratio at which speed is measured.", min=1)] = 8,
+    rows: Annotated[
+        int, typer.Option(help="Of a store: how many documents. A million take some minutes and 2.5 GB.", min=1000)
+    ] = 1_000_000,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed, and memory, on this machine, as one table."""
+    with reported("nothing is left behind"):
+        from beacon_memory.bench import model as measure
+
+        quiet()
+        if what == "store":
+            from beacon_memory.bench import store as bench_store
+
+            figures = bench_store.run(rows)
+        else:
+            figures = measure.run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
+        if as_json:
+            print_json([asdict(figure) for figure in figures])
+        else:
+            typer.echo(measure.table(figures))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.")],
+    output: Annotated[Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the data files that the recipe names.",
+            show_default="the recipe's own folder",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    r"""Train an adapter as a recipe says, and print its folder.
+
+    An interrupted run can just be repeated: the same command goes on from the last checkpoint.
+    Needs the extra: pip install 'beacon-memory\[train]'. With --json one object: adapter.
+    """
+    with reported("repeat the command to go on from the last checkpoint"):
+        from beacon_memory import training
+
+        settings, file = training.read_recipe(recipe)
+        if data is None and recipe in training.shipped_recipes():
+            raise InputError(f"the recipe {recipe!r} is shipped without its data; name their folder with --data")
+        run = training.train  # refuses before anything is loaded if the extra is not installed
+        quiet()
+        adapter = run(settings, file.parent, data or file.parent, output, device)
+        print_json({"adapter": str(adapter)}) if as_json else typer.echo(adapter)
+
+
+def main() -> None:
+    """Entry point of the command `beacon-memory`."""
+    app()

@@ -1,0 +1,172 @@
+"""What describes a document without its tensors: id, hash of the text, label, time.
+
+Nothing here imports torch or SQL, so that the file format, the catalog and the command line can share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from .errors import InputError
+
+__all__ = ["PRECISIONS", "SESSION_TAG", "Document", "Label", "check_id", "check_precision", "content_hash", "utc_now"]
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # of stored K/V, each takes no more bytes than the last
+SESSION_TAG = "session"  # of documents that conversations were folded into
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What may be changed of a document without compressing it anew.
+
+    metadata:   whatever JSON can hold, under text keys.
+    tags:       words to find the document by; kept sorted, each once.
+    pinned:     whether a quota must never evict the document.
+    expires_at: when the document ceases to be there, as ISO 8601 with an offset, kept in UTC; None for never.
+
+    Raises InputError, naming the part, for what cannot be kept.
+    """
+
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    tags: Iterable[str] = ()
+    pinned: bool = False
+    expires_at: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pinned, bool):
+            raise InputError(f"pinned must be true or false, got {self.pinned!r}")
+        object.__setattr__(self, "metadata", _check_metadata(self.metadata))
+        object.__setattr__(self, "tags", _check_tags(self.tags))
+        object.__setattr__(self, "expires_at", _check_time(self.expires_at))
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to remember under an id; any text will do as id.
+
+    metadata, tags, pinned, expires_at: see `Label`. None for what a document of this id has already.
+    """
+
+    id: str
+    text: str
+    metadata: Mapping[str, object] | None = None
+    tags: Sequence[str] | None = None
+    pinned: bool | None = None
+    expires_at: str | None = None
+
+
+def check_id(id: str) -> str:
+    """Return `id` unchanged; raises InputError unless it is a non-empty text that UTF-8 can encode.
+
+    Any such text will do, path separators, NUL and emoji included: an id never becomes a path.
+    """
+    if not isinstance(id, str):
+        raise InputError(f"a document id must be a str, got {id!r} of type {type(id).__name__}")
+    if not id:
+        raise InputError("a document id must not be empty; give the document a name, for example its path or URL")
+    _encode(id, "the document id")
+    return id
+
+
+def content_hash(text: str) -> str:
+    """The sha256 of a text in UTF-8, in hexadecimal; raises InputError for a text that UTF-8 cannot encode."""
+    if not isinstance(text, str):
+        raise InputError(f"a document's text must be a str, got {type(text).__name__}; decode bytes first")
+    return hashlib.sha256(_encode(text, "the document's text")).hexdigest()
+
+
+def _check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
+    """A copy of `metadata` as it will be read back; raises InputError naming the part that JSON cannot hold."""
+    if not isinstance(metadata, Mapping):
+        raise InputError(f"metadata must be a dict with text keys, got {metadata!r} of type {type(metadata).__name__}")
+    try:
+        _check_json(dict(metadata), "metadata")
+        copy: dict[str, object] = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except RecursionError:
+        raise InputError("metadata is nested too deeply, or contains itself; flatten it") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"metadata cannot be written as JSON: {error}") from error
+    return copy
+
+
+def check_precision(precision: str) -> str:
+    """Return `precision` unchanged; raises InputError unless it is one of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
+    return precision
+
+
+def utc_now() -> str:
+    """The time in UTC as ISO 8601, to the millisecond; later times sort behind earlier ones."""
+    return _utc(datetime.now(UTC))
+
+
+def _utc(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+def _check_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        raise InputError(f"tags must be several texts, got the one text {tags!r}; write [{tags!r}]")
+    if not isinstance(tags, Iterable):
+        raise InputError(f"tags must be several texts, got {tags!r}")
+    given: tuple[object, ...] = tuple(tags)
+    for tag in given:
+        if not isinstance(tag, str) or not tag:
+            raise InputError(f"a tag must be a text that is not empty, got {tag!r}")
+        _encode(tag, "a tag")
+    return tuple(sorted({str(tag) for tag in given}))
+
+
+def _check_time(time: str | None) -> str | None:
+    if time is None:
+        return None
+    try:
+        read = datetime.fromisoformat(time)
+        if read.tzinfo is None:
+            raise ValueError("it names no offset from UTC")
+        return _utc(read)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"a time must be ISO 8601 with an offset, such as 2031-05-03T00:00:00+00:00, got {time!r}: {error}"
+        ) from None
+
+
+def _encode(text: str, what: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds the lone surrogate {text[error.start]!r} at character {error.start}, which has no UTF-8 "
+            "form; decode the source with errors='replace'"
+        ) from None
+
+
+def _check_json(value: object, where: str) -> None:
+    """Raise InputError, naming the place, where json.dumps would fail or silently change what it is given."""
+    match value:
+        case None | bool() | int() | str():
+            return
+        case float() if math.isfinite(value):
+            return
+        case list() | tuple():
+            for index, item in enumerate(value):
+                _check_json(item, f"{where}[{index}]")
+            return
+        case dict():
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise InputError(f"{where} has the key {key!r} of type {type(key).__name__}; keys must be texts")
+                _check_json(item, f"{where}[{key!r}]")
+            return
+    raise InputError(
+        f"{where} is {value!r} of type {type(value).__name__}, which JSON cannot hold; use None, bool, int, "
+        "finite float, str, list or dict"
+    )

@@ -1,0 +1,143 @@
+"""Answering behind a memory with the stock model: all that is known of `generate` is here.
+
+Facts that the tests pin down: to `generate`, a `MemoryCache` is empty, so prompts begin at position 0, behind the
+memory; positions follow from the mask, so prompts of different lengths batch when padded on the left; beams and several
+sequences for one prompt need the cache repeated; requests may share a memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from beacon_memory.errors import CapacityError
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.modeling.cache import MemoryCache
+from beacon_memory.modeling.model import BeaconModel
+
+__all__ = ["Generation", "Request", "generate", "require_room"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """A prompt behind a memory.
+
+    prefix: sink and memories; may have no slots.
+    prompt: token ids that follow it.
+    """
+
+    prefix: MemoryKV
+    prompt: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generated text.
+
+    tokens:         generated token ids, the end-of-sequence token included.
+    text:           decoded, without special tokens and without the stop string that ended it.
+    first_token_at: when the first token was there, on the clock of time.perf_counter.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    first_token_at: float
+
+
+def require_room(model: BeaconModel, slots: int, prompt: int, new_tokens: int) -> None:
+    """Raise CapacityError unless memory, prompt and answer together fit the model's positions."""
+    if slots + prompt + new_tokens > model.max_positions:
+        raise CapacityError(
+            f"{slots} positions of memory, {prompt} prompt tokens and {new_tokens} tokens for the answer need "
+            f"{slots + prompt + new_tokens} positions, but the model has {model.max_positions}; ask with fewer "
+            "documents, add them again with a higher ratio, or allow fewer new tokens"
+        )
+
+
+def generate(
+    model: BeaconModel,
+    requests: Sequence[Request],
+    config: GenerationConfig,
+    *,
+    seed: int | None = None,
+    streamer: TextStreamer | None = None,
+    cancelled: Event | None = None,
+) -> list[list[Generation]]:
+    """Generate for all requests in one batch; for each one list, of `config.num_return_sequences` texts.
+
+    Raises CapacityError, before any work, if a request does not fit the model's positions.
+    """
+    for request in requests:
+        require_room(model, request.prefix.span, len(request.prompt), config.max_new_tokens or 0)
+    tokenizer = model.tokenizer
+    longest = max(len(request.prompt) for request in requests)
+    pad = config.pad_token_id if config.pad_token_id is not None else 0
+    prompts = torch.tensor([[pad] * (longest - len(r.prompt)) + list(r.prompt) for r in requests], device=model.device)
+    prompt_mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
+    prefixes = {id(request.prefix): request.prefix for request in requests}  # questions on one memory share it
+    fronts = {key: model.front(prefix) for key, prefix in prefixes.items()}
+    behind = any(request.prefix.slots for request in requests)  # what stands behind nothing is stock altogether
+    cache = MemoryCache(
+        [fronts[id(request.prefix)] for request in requests] if behind else (), config=model.base.config
+    )
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+    watch = _Watch(cancelled)
+    with _seeded(seed, model.device), torch.inference_mode():
+        output = model.base.generate(  # type: ignore[operator]
+            input_ids=prompts,
+            attention_mask=prompt_mask.to(model.device),
+            past_key_values=cache,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([watch]),
+            tokenizer=tokenizer,
+            streamer=streamer,
+        )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    texts = [_finish(model, row, ends, config.stop_strings or [], watch.first) for row in output[:, longest:].tolist()]
+    each = config.num_return_sequences or 1
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+def _finish(
+    model: BeaconModel, row: list[int], ends: Sequence[int | None], stops: Sequence[str], first: float
+) -> Generation:
+    stopped = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))  # behind it is padding
+    tokens = row[:stopped]
+    text = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
+    return Generation(tuple(tokens), text[:cut].strip(), first)
+
+
+class _Watch(StoppingCriteria):
+    """Notes when the first token was there, and stops when told to."""
+
+    def __init__(self, cancelled: Event | None) -> None:
+        self.cancelled = cancelled
+        self.first = 0.0
+
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.first = self.first or time.perf_counter()
+        stop = self.cancelled is not None and self.cancelled.is_set()
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Sample with this seed, and leave the random state of the process as it was."""
+    if seed is None:
+        yield
+        return
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,56 @@
+"""Generation options, checked before anything is generated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import GenerationConfig
+
+from beacon_memory.errors import InputError
+from beacon_memory.modeling.model import BeaconModel
+
+__all__ = ["generation_config"]
+DEFAULT_MAX_NEW_TOKENS = 256
+# What transformers would only notice in the middle of generating, or not at all.
+_RANGES: dict[str, tuple[Any, float, float]] = {
+    "max_new_tokens": (int, 1, math.inf),
+    "num_beams": (int, 1, math.inf),
+    "num_return_sequences": (int, 1, math.inf),
+    "temperature": (int | float, 0, math.inf),
+    "top_k": (int, 0, math.inf),
+    "top_p": (int | float, 0, 1),
+}
+
+
+def generation_config(
+    model: BeaconModel, stop: str | Sequence[str] | None, options: Mapping[str, Any]
+) -> GenerationConfig:
+    """The model's own generation settings with `options`, named as in transformers, put over them.
+
+    Naming a sampling option (temperature, top_p, top_k, min_p, typical_p) switches sampling on unless do_sample says
+    otherwise; temperature 0 is greedy. Raises InputError for an unknown option or a value that transformers refuses.
+    """
+    chosen = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **options}
+    if stop:
+        chosen["stop_strings"] = [stop] if isinstance(stop, str) else list(stop)
+    if chosen.get("temperature") == 0:
+        chosen |= {"temperature": None, "do_sample": False}
+    elif any(chosen.get(name) is not None for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")):
+        chosen.setdefault("do_sample", True)
+    for name, (kind, least, most) in _RANGES.items():
+        value = chosen.get(name)
+        if value is not None and not (isinstance(value, kind) and least <= value <= most):
+            raise InputError(
+                f"{name}={value!r} must be {'a whole number' if kind is int else 'a number'} from {least} to {most}"
+            )
+    config = GenerationConfig.from_dict(model.base.generation_config.to_dict())
+    try:
+        unknown = config.update(**chosen)
+        config.validate()
+    except ValueError as error:
+        raise InputError(f"these generation options cannot be used: {error}") from error
+    if unknown:
+        raise InputError(f"unknown generation options: {', '.join(f'{k}={v!r}' for k, v in unknown.items())}")
+    return config

@@ -1,0 +1,225 @@
+"""Position-free keys and values: what is kept of a text.
+
+`BeaconKV` is a stack: every head has the same slots, as the rows of a pass have. `MemoryKV` is what a document leaves:
+each head of each layer has slots of its own, as many as it needs. Heads differ by far: some look every word up, most
+attend to next to nothing of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from beacon_memory.errors import InputError
+
+__all__ = ["BeaconKV", "MemoryKV"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BeaconKV:
+    """Keys and values of some memory slots at every layer.
+
+    keys:   [layers, kv_heads, slots, head_dim], **before** RoPE, so a slot has no position until it is loaded.
+    values: [layers, kv_heads, slots, head_dim]
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keys.ndim != 4 or self.keys.shape != self.values.shape:
+            raise InputError(
+                "keys and values must both be [layers, kv_heads, slots, head_dim], "
+                f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+            )
+
+    @classmethod
+    def empty(
+        cls,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> BeaconKV:
+        """K/V of no slots at all."""
+        shape = (layers, kv_heads, 0, head_dim)
+        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+
+    @property
+    def slots(self) -> int:
+        """How many memory slots, that is positions of the model, this takes."""
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values together."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def __getitem__(self, slots: slice | Tensor) -> BeaconKV:
+        """The K/V of some slots: a slice, or a tensor of slot numbers."""
+        return BeaconKV(self.keys[:, :, slots], self.values[:, :, slots])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BeaconKV:
+        """The same K/V on another device or in another dtype."""
+        return BeaconKV(self.keys.to(device=device, dtype=dtype), self.values.to(device=device, dtype=dtype))
+
+    @staticmethod
+    def concat(parts: Sequence[BeaconKV]) -> BeaconKV:
+        """The slots of all parts, one after another; a part that is alone is not copied. Raises InputError for none."""
+        if not parts:
+            raise InputError("BeaconKV.concat needs at least one part")
+        parts = [part for part in parts if part.slots] or parts[:1]
+        if len(parts) == 1:
+            return parts[0]
+        return BeaconKV(
+            torch.cat([part.keys for part in parts], dim=2), torch.cat([part.values for part in parts], dim=2)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MemoryKV:
+    """Keys and values of the memory of a text.
+
+    keys:   [entries, head_dim], **before** RoPE; an entry is one slot of one head, in the order layer, kv head, place.
+    values: [entries, head_dim]
+    places: [entries] where in the memory's span an entry stands, 0 to span - 1; int32, or float32 once squeezed.
+    counts: [layers, kv_heads] int64, on the CPU: how many entries each head has.
+    span:   positions of the model that it takes. A squeezed memory has less than one position for each token.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    counts: Tensor
+    span: int
+
+    def __post_init__(self) -> None:
+        entries = int(self.counts.sum())
+        if self.keys.ndim != 2 or self.keys.shape != self.values.shape or len(self.keys) != entries:
+            raise InputError(
+                f"keys and values must both be [{entries} entries, head_dim], "
+                f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+            )
+        if self.places.shape != (entries,) or self.counts.ndim != 2:
+            raise InputError(
+                f"places must be [{entries} entries] and counts [layers, kv_heads], "
+                f"got {tuple(self.places.shape)} and {tuple(self.counts.shape)}"
+            )
+
+    @classmethod
+    def of(cls, stack: BeaconKV) -> MemoryKV:
+        """A stack as a memory: slot j of every head at place j."""
+        layers, heads, slots, _ = stack.keys.shape
+        return cls(
+            keys=stack.keys.flatten(0, 2),
+            values=stack.values.flatten(0, 2),
+            places=torch.arange(slots, dtype=torch.int32, device=stack.keys.device).repeat(layers * heads),
+            counts=torch.full((layers, heads), slots),
+            span=slots,
+        )
+
+    @classmethod
+    def chosen(cls, stack: BeaconKV, kept: Tensor) -> MemoryKV:
+        """Of a stack what each head keeps: kept [layers, kv_heads, slots] bool. The span stays that of the stack."""
+        return cls(
+            keys=stack.keys[kept],
+            values=stack.values[kept],
+            places=kept.nonzero()[:, 2].to(torch.int32),
+            counts=kept.sum(-1).cpu(),
+            span=stack.slots,
+        )
+
+    @property
+    def slots(self) -> int:
+        """Slots of a head, the mean over all heads, rounded up."""
+        return -(-len(self.keys) // self.counts.numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and places together."""
+        return self.keys.nbytes + self.values.nbytes + self.places.nbytes
+
+    @property
+    def least_span(self) -> int:
+        """The span down to which `squeezed` goes."""
+        return min(self.slots, self.span)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryKV:
+        """The same memory on another device, keys and values in another dtype."""
+        keys, values = (part.to(device=device, dtype=dtype) for part in (self.keys, self.values))
+        return replace(self, keys=keys, values=values, places=self.places.to(device))
+
+    def squeezed(self, span: int) -> MemoryKV:
+        """The same entries on fewer positions, evenly (position interpolation, Chen et al., arXiv 2306.15595)."""
+        if span >= self.span:
+            return self
+        return replace(self, places=self.places.float() * (span / self.span), span=span)
+
+    def between(self, start: int, stop: int) -> MemoryKV:
+        """The entries at the places from `start` up to `stop`, as a memory of that span: what `concat` put together."""
+        kept = (self.places >= start) & (self.places < stop)
+        heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
+        return MemoryKV(
+            keys=self.keys[kept],
+            values=self.values[kept],
+            places=self.places[kept] - start,
+            counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
+            span=stop - start,
+        )
+
+    def grown(self, start: int, new: MemoryKV) -> MemoryKV:
+        """Of this memory what stands before the place `start`, and behind it another one, in the dtype of this."""
+        return MemoryKV.concat([self.between(0, start), new.to(dtype=self.keys.dtype)])
+
+    def stack(self) -> BeaconKV:
+        """The stack that this is the memory `of`. Raises InputError unless every head has an entry at every place."""
+        shape = (*self.counts.shape, self.span)
+        places = torch.arange(self.span, device=self.places.device)
+        if (self.counts != self.span).any() or (self.places.unflatten(0, shape) != places).any():
+            raise InputError(
+                f"a memory of {self.span} positions with {int(self.counts.min())} to {int(self.counts.max())} entries "
+                "in a head is no stack: not every head has one at every place"
+            )
+        return BeaconKV(self.keys.unflatten(0, shape), self.values.unflatten(0, shape))
+
+    def layer(self, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Keys, values and places of each head of a layer: views, [entries of the head, ...]."""
+        start = int(self.counts[:number].sum())
+        sizes = self.counts[number].tolist()
+        stop = start + sum(sizes)
+        parts = (part[start:stop].split(sizes) for part in (self.keys, self.values, self.places))
+        return list(zip(*parts, strict=True))
+
+    @staticmethod
+    def concat(parts: Sequence[MemoryKV], room: int | None = None) -> MemoryKV:
+        """Memories one behind another; a part that is alone is not copied. Raises InputError for none.
+
+        room: positions at hand. If the spans need more, each part is squeezed by the same share of what it can give.
+        """
+        if not parts:
+            raise InputError("MemoryKV.concat needs at least one part")
+        span, least = sum(part.span for part in parts), sum(part.least_span for part in parts)
+        if room is not None and span > room:
+            give = max(0.0, (room - least) / (span - least)) if span > least else 0.0
+            parts = [part.squeezed(part.least_span + int(give * (part.span - part.least_span))) for part in parts]
+        if len(parts) == 1:
+            return parts[0]
+        offsets = [0, *accumulate(part.span for part in parts)]
+        counts = torch.stack([part.counts for part in parts])
+        heads = torch.arange(counts[0].numel())
+        order = torch.cat([heads.repeat_interleave(part.counts.flatten()) for part in parts]).argsort(stable=True)
+        order = order.to(parts[0].keys.device)
+        places = [part.places + offset for part, offset in zip(parts, offsets, strict=False)]
+        return MemoryKV(
+            keys=torch.cat([part.keys for part in parts])[order],
+            values=torch.cat([part.values for part in parts])[order],
+            places=torch.cat(places)[order],
+            counts=counts.sum(0),
+            span=offsets[-1],
+        )

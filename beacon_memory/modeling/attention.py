@@ -1,0 +1,274 @@
+"""The attention function of a compressing pass, registered with transformers under the name `beacon_memory`.
+
+A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`, or a cache with memories in front. Both
+travel as keyword arguments of the model call, never through a global, so that threads and gradient checkpointing cannot
+mix passes up.
+
+A memory in front (`Front`) has its positions before 0, where the tokens behind it begin: rotary attention knows
+distances only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from beacon_memory.kv.memory_kv import BeaconKV
+from beacon_memory.kv.prefix import Block, Front
+from beacon_memory.kv.rope import Rope, apply_rotation
+
+from .layout import BeaconLayout, WindowRows
+
+__all__ = ["IMPLEMENTATION", "BeaconPass", "Watch"]
+
+IMPLEMENTATION = "beacon_memory"
+# Hears what each window attends with: layer, number of its sequence; queries [heads, rows, head_dim], scaled, and
+# keys [kv_heads, memory + own, head_dim], both rotated; how many keys are memory slots; the blocks in front.
+Watch = Callable[[int, int, Tensor, Tensor, int, Sequence[Block]], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """One window, or parallel branches behind one memory, on the device.
+
+    rows:   its rows, in the order that the pass attends in.
+    cached: [cached] past entries of the same window that an earlier pass read.
+    mask:   [rows, memory + cached + rows], added to the scores.
+    """
+
+    sequence: int
+    memory: int
+    rows: slice
+    cached: Tensor
+    mask: Tensor
+
+
+class BeaconPass:
+    """A `BeaconLayout` on a device, shared by all layers of one forward pass.
+
+    past:   K/V of the pool entries in front of the rows, before RoPE.
+    keep:   pool entries whose K/V the pass shall hand back, see `collected`.
+    fronts: for each sequence the memory in front of all its windows, if any.
+    watch:  see Watch.
+    """
+
+    def __init__(
+        self,
+        layout: BeaconLayout,
+        rope: Rope,
+        past: BeaconKV,
+        keep: list[int],
+        *,
+        hidden: bool,
+        fronts: Sequence[Front | None] = (),
+        watch: Watch | None = None,
+    ) -> None:
+        device, dtype = past.keys.device, past.keys.dtype
+
+        def indices(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long, device=device)
+
+        self.raw_rows = len(layout.raw_ids)
+        self.rope = rope
+        self.past = past
+        self.fronts = fronts
+        self.watch = watch
+        # Attention takes the rows window by window, while the linear layers want all raw ones first.
+        self.by_window = indices([row for window in layout.windows for row in window.queries])
+        self.by_kind = self.by_window.argsort()
+        self.table = rope.table(indices(layout.positions))
+        self.rows_table = tuple(part[past.slots + self.by_window] for part in self.table)
+        self.memories = [indices(memory) for memory in layout.memories]
+        self.memory_table = rope.table(torch.arange(max(map(len, layout.memories), default=0), device=device))
+        orders = indices(layout.orders)
+        self.windows = []
+        start = 0
+        for (sequence, memory, cached), group in groupby(layout.windows, _attended_together):
+            parts = [indices(window.own) for window in group]
+            seen = torch.block_diag(*(_visible(orders[own[cached:]], orders[own], hidden=hidden) for own in parts))
+            mask = torch.zeros(len(seen), memory + seen.shape[1], dtype=dtype, device=device)
+            mask[:, memory:].masked_fill_(~seen, float("-inf"))
+            rows = slice(start, start + len(seen))
+            self.windows.append(_Window(sequence, memory, rows, parts[0][:cached], mask))
+            start = rows.stop
+        self._keep = indices(keep)
+        self._collected: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def collect(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Note what is to be kept of one layer's pool, [1, kv_heads, pool, head_dim], keys before RoPE."""
+        if len(self._keep):
+            self._collected[layer] = (keys[0, :, self._keep], values[0, :, self._keep])
+
+    @property
+    def collected(self) -> BeaconKV:
+        """K/V of the kept entries, all layers: [layers, kv_heads, kept, head_dim]."""
+        if not self._collected:
+            return self.past[:0]
+        keys, values = zip(*(self._collected[layer] for layer in sorted(self._collected)), strict=True)
+        return BeaconKV(torch.stack(keys), torch.stack(values))
+
+
+def _attended_together(window: WindowRows) -> tuple[int, int, int]:
+    """Neighbours that share this are parallel branches: of one sequence, behind one memory. Only one can be cached."""
+    return window.sequence, window.memory, window.cached
+
+
+def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tensor:
+    """Which entries of a window each of its rows sees, [queries, keys] bool.
+
+    Those that do not stand after it; with `hidden`, raw rows see no beacons among them.
+    """
+    seen = key_orders[None, :] <= query_orders[:, None]
+    if hidden:
+        seen &= (query_orders[:, None] % 2 == 1) | (key_orders[None, :] % 2 == 0)
+    return seen
+
+
+def _attend_behind(
+    front: Sequence[Block],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attention of one sequence to a memory in front of it, which every row sees, and to itself.
+
+    query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim], all rotated; mask: [rows, own], bool or added
+    to the scores. Returns [heads, rows, head_dim].
+    """
+    groups = len(query) // len(key)
+
+    def attend(heads: slice, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        rows = query[None, heads.start * groups : heads.stop * groups]
+        of_queries = _for_queries(keys, groups), _for_queries(values, groups)
+        return scaled_dot_product_attention(rows, *of_queries, attn_mask=seen, dropout_p=dropout, scale=scaling)[0]
+
+    if not front:
+        return attend(slice(0, len(key)), key, value, mask)
+    # The memory comes last: so the mask of every head begins where the tensor does, which CUDA's kernels need.
+    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in front)), value=mask.dtype == torch.bool)  # seen by all
+    output = []
+    for heads, keys, values in front:
+        all_keys, all_values = torch.cat((key[heads], keys), dim=1), torch.cat((value[heads], values), dim=1)
+        output.append(attend(heads, all_keys, all_values, wide[:, : all_keys.shape[1]]))
+    return torch.cat(output)
+
+
+def _for_queries(part: Tensor, groups: int) -> Tensor:
+    """Keys or values [kv_heads, entries, head_dim] for each query head [1, heads, ...]; those of one head, uncopied."""
+    return part[:, None].expand(-1, groups, -1, -1).flatten(0, 1)[None]
+
+
+def _attend_behind_fronts(
+    fronts: Sequence[Front],
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Stock attention, each row of the batch behind its own memory.
+
+    query: [batch, heads, rows, head_dim]; key, value: [batch, kv_heads, own, head_dim]; attention_mask: [batch or 1, 1,
+    rows, own], bool or added to the scores; None is causal. Returns [batch, rows, heads, head_dim].
+    """
+    batch, _, rows, _ = query.shape
+    own = key.shape[2]
+    if attention_mask is None:
+        attention_mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
+    mask = attention_mask[:, 0, :, :own].expand(batch, -1, -1)
+    output = [
+        _attend_behind(front.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
+        for row, front in enumerate(fronts)
+    ]
+    return torch.stack(output).transpose(1, 2)
+
+
+def _attend_by_window(
+    beacon_pass: BeaconPass,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Let each window attend to its memory slots and to itself.
+
+    query: [1, heads, rows, head_dim]; key, value: [1, kv_heads, rows, head_dim]; query and key at RoPE position 0.
+    Returns [1, rows, heads, head_dim].
+    """
+    rope, past, by_window = beacon_pass.rope, beacon_pass.past, beacon_pass.by_window
+    query, key = rope.remove_scaling(query), rope.remove_scaling(key)
+    pool_keys = torch.cat((past.keys[layer][None], key), dim=2)
+    pool_values = torch.cat((past.values[layer][None], value), dim=2)
+    beacon_pass.collect(layer, pool_keys, pool_values)
+
+    query = apply_rotation(query[:, :, by_window], *beacon_pass.rows_table)
+    own_keys = apply_rotation(key[:, :, by_window], *beacon_pass.rows_table)
+    own_values = value[:, :, by_window]
+    memories = []
+    for memory in beacon_pass.memories:
+        cos, sin = (part[: len(memory)] for part in beacon_pass.memory_table)
+        memories.append((apply_rotation(pool_keys[:, :, memory], cos, sin), pool_values[:, :, memory]))
+
+    output = []
+    for window in beacon_pass.windows:
+        memory_keys, memory_values = (part[:, :, : window.memory] for part in memories[window.sequence])
+        keys, values = [memory_keys], [memory_values]
+        if len(window.cached):
+            cos, sin = (part[window.cached] for part in beacon_pass.table)
+            keys.append(apply_rotation(pool_keys[:, :, window.cached], cos, sin))
+            values.append(pool_values[:, :, window.cached])
+        queries = query[0, :, window.rows]
+        keys_seen = torch.cat((*keys, own_keys[:, :, window.rows]), dim=2)[0]
+        values_seen = torch.cat((*values, own_values[:, :, window.rows]), dim=2)[0]
+        before = beacon_pass.fronts[window.sequence] if beacon_pass.fronts else None
+        front = [] if before is None else before.blocks[layer]
+        if beacon_pass.watch is not None:
+            scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
+            beacon_pass.watch(layer, window.sequence, scaled, keys_seen, window.memory, front)
+        mask = window.mask.to(query.dtype)
+        output.append(_attend_behind(front, queries, keys_seen, values_seen, mask, scaling, dropout))
+    return torch.cat(output, dim=1).transpose(0, 1)[None, beacon_pass.by_kind]
+
+
+def beacon_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,  # sixth, as stock functions have it: packages that wrap them all, such as kvpress, rely on it
+    scaling: float | None = None,
+    beacon_pass: BeaconPass | None = None,
+    fronts: Sequence[Front] = (),
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention by windows where the call brings a `BeaconPass`, behind memories where its cache does; else SDPA."""
+    layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
+    if fronts:
+        return _attend_behind_fronts(fronts, layer, query, key, value, attention_mask, scaling, dropout), None
+    if beacon_pass is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    return _attend_by_window(beacon_pass, layer, query, key, value, scaling, dropout), None
+
+
+AttentionInterface.register(IMPLEMENTATION, beacon_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,98 @@
+"""Loading the stock parts: base model, tokenizer and reader."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from beacon_memory.errors import AdapterError, ModelError
+from beacon_memory.kv.fingerprint import digest_json, digest_tensors
+
+__all__ = ["load_base", "merge_reader", "reader_digest", "tokenizer_digest"]
+
+
+def load_base(
+    base: str | Path, device: str | torch.device | None, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A stock causal language model and its tokenizer (None if the checkpoint has none), from a folder or the hub.
+
+    Remote code is never executed. Raises ModelError if the model cannot be loaded whole.
+    """
+    try:
+        with _without_load_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
+        raise ModelError(f"the base model {str(base)!r} cannot be loaded: {error}") from error
+    model, report = loaded
+    for problem, found in {"lacks": "missing_keys", "has a wrong shape for": "mismatched_keys"}.items():
+        if report[found]:
+            first = min(map(str, report[found]))
+            raise ModelError(f"the checkpoint {str(base)!r} {problem} {len(report[found])} parameters, such as {first}")
+    tokenizer = _load_tokenizer(base)
+    chosen = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return model.to(chosen), tokenizer
+    except (RuntimeError, AssertionError) as error:  # torch has no other words for a device that is not there
+        raise ModelError(f"device {str(chosen)!r} cannot be used: {error}") from error
+
+
+def _load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase | None:
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any(cached_file(base, name, _raise_exceptions_for_missing_entries=False) for name in names):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise ModelError(f"the tokenizer of {str(base)!r} cannot be loaded: {error!r}") from error
+    return tokenizer
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence the report of unused keys: in a published checkpoint all beacon parameters are such."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def merge_reader(base: PreTrainedModel, reader: Path) -> PreTrainedModel:
+    """The base with a PEFT LoRA merged into its weights, a stock model again. Raises AdapterError if it misfits."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is on its way out
+            merged: PreTrainedModel = PeftModel.from_pretrained(base, str(reader)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise AdapterError(f"the reader in {reader} does not fit the base model: {error}") from error
+    return merged
+
+
+def reader_digest(reader: Path | None) -> str:
+    """A short hash of a reader's weights."""
+    return digest_tensors(load_file(reader / "adapter_model.safetensors").items() if reader is not None else [])
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A short hash of how a tokenizer cuts text, whatever padding or truncation it was last used with."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest_json(None if tokenizer is None else sorted(tokenizer.get_vocab().items()))
+    state = json.loads(backend.to_str())
+    return digest_json({key: value for key, value in state.items() if key not in ("padding", "truncation")})

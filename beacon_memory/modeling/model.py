@@ -1,0 +1,396 @@
+"""A stock transformers model that can also read with beacons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutput
+
+from beacon_memory.config import BeaconConfig
+from beacon_memory.errors import AdapterError, ConfigError, InputError
+from beacon_memory.kv.fingerprint import Fingerprint, digest_json, digest_tensors
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.kv.prefix import Front
+from beacon_memory.kv.rope import Rope
+
+from .adapter import (
+    Adapter,
+    base_name,
+    read_adapter,
+    read_published,
+    warn_of_another_base,
+    with_absent_kinds,
+    write_adapter,
+)
+from .attention import IMPLEMENTATION, BeaconPass, Watch
+from .cache import bring_fronts
+from .default_model import default_adapter, ensure_default_model
+from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
+from .loading import load_base, merge_reader, reader_digest, tokenizer_digest
+from .projections import beacon_parameters, install_projections
+from .ratio_mix import mixed_ratios
+from .support import attention_modules, check_salience, max_positions, model_rope
+
+__all__ = ["BeaconModel", "PassOutput"]
+
+UNTRAINED = "untrained"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassOutput:
+    """What one pass computed.
+
+    hidden: [raw rows, hidden_size] last hidden state of each raw row.
+    kept:   K/V of the pool entries that were asked for.
+    """
+
+    hidden: Tensor
+    kept: BeaconKV
+
+
+def _make_dense(_module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """The head's input, dense: for the slice that `generate` takes of a prompt, torch's CPU kernel is much slower."""
+    return args[0].clone(memory_format=torch.contiguous_format)
+
+
+class BeaconModel(nn.Module):
+    """Beacon projections and a beacon embedding on a stock causal language model.
+
+    `base` stays a stock model: it answers, generates and is saved as ever. Only calls that bring a `BeaconPass`, which
+    the methods here make, treat some rows as beacons. Use `from_pretrained` unless you have a model at hand.
+
+    Untrained, the projections are copies of the base's and the embedding is that of the token before the beacon
+    (`last-token`) or of the eos or bos token (`learned`).
+
+    adapter: where the trained beacons come from, or `untrained`.
+
+    Raises UnsupportedModelError for a base model that cannot carry beacons.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: BeaconConfig,
+        *,
+        token_salience: Tensor | None = None,
+        token_starts_word: Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reader: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self._attentions = attention_modules(base)
+        model_rope(base)  # refuses what cannot be supported
+        check_salience(base, config, token_salience, token_starts_word)
+        self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
+        self.base = base if reader is None else merge_reader(base, reader)
+        self.config = config
+        self.max_positions = max_positions(base.config)
+        self.adapter = UNTRAINED
+        self._reader = reader
+        self._tokenizer = tokenizer
+        self._salience = token_salience
+        self._starts_word = token_starts_word
+        self.base.requires_grad_(False)
+        self.base.get_output_embeddings().register_forward_pre_hook(_make_dense)
+        self.base.set_attn_implementation(IMPLEMENTATION)
+        self._install()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
+        *,
+        config: BeaconConfig | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = "auto",
+    ) -> BeaconModel:
+        """Load a base model, from a folder or the hub, and its beacons.
+
+        Beacons come from `adapter` (a folder or hub name); else from the base checkpoint, if it is of the published
+        layout; else they start untrained with the settings of `config`. With no base at all, the embedded default model
+        and its adapter. Remote code is never executed. device: by default an accelerator if there is one; dtype: by
+        default the checkpoint's. Raises ModelError, AdapterError or UnsupportedModelError.
+        """
+        if base is None:
+            base, adapter = ensure_default_model(), adapter or default_adapter()
+        model, tokenizer = load_base(base, device, dtype)
+        source = read_adapter(adapter) if adapter is not None else read_published(base, model.config)
+        if source is not None and config is not None:
+            raise ConfigError("config is for beacons that start untrained, but these come with settings of their own")
+        source = source or Adapter(config or BeaconConfig())
+        if tokenizer is not None and source.chat_template is not None:
+            tokenizer.chat_template = source.chat_template
+        beacons = cls(
+            model,
+            source.config,
+            token_salience=source.token_salience,
+            token_starts_word=source.token_starts_word,
+            tokenizer=tokenizer,
+            reader=source.reader,
+        )
+        warn_of_another_base(source, beacons._base_digest)
+        own = dict(beacons.named_beacon_parameters())
+        beacons.set_beacon_parameters(source.tensors if adapter is not None else with_absent_kinds(source.tensors, own))
+        if source.tensors:
+            beacons.adapter = str(adapter or base)
+        return beacons.eval()
+
+    def save_adapter(self, folder: str | Path, reader: Path | None = None) -> None:
+        """Write the beacons, in the model's dtype, and the reader as an adapter folder.
+
+        reader: folder of a LoRA that was trained with them; None for the one they were loaded with.
+        """
+        folder = Path(folder)
+        adapter = Adapter(
+            config=self.config,
+            tensors={name: parameter.to(self.dtype) for name, parameter in self.named_beacon_parameters()},
+            token_salience=self._salience,
+            token_starts_word=self._starts_word,
+            chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
+            base={"name": base_name(str(self.base.config.name_or_path)), "digest": self._base_digest},
+            reader=reader or self._reader,
+        )
+        write_adapter(folder, adapter)
+
+    def load_adapter(self, source: str | Path) -> None:
+        """Take the beacons of an adapter that has this model's settings and reader.
+
+        Raises AdapterError otherwise: `from_pretrained` makes a model for any adapter.
+        """
+        adapter = read_adapter(source)
+        if adapter.config != self.config or reader_digest(adapter.reader) != reader_digest(self._reader):
+            raise AdapterError(
+                f"the adapter in {source} has other settings or another reader than the loaded model; "
+                "load it with BeaconModel.from_pretrained(base, adapter=...)"
+            )
+        check_salience(self.base, adapter.config, adapter.token_salience, adapter.token_starts_word)
+        self.set_beacon_parameters(adapter.tensors)
+        self._salience, self._starts_word = adapter.token_salience, adapter.token_starts_word
+        self.adapter = str(source)
+        self.__dict__.pop("fingerprint", None)
+
+    @torch.no_grad()
+    def set_beacon_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of all `named_beacon_parameters`; raises AdapterError unless names and shapes are theirs."""
+        own = dict(self.named_beacon_parameters())
+        # the published checkpoints keep the one learned vector as a table of one row
+        given = {
+            name: t[0] if name == "model.beacon_embed_tokens.weight" and t.ndim == 2 else t
+            for name, t in tensors.items()
+        }
+        if set(given) != set(own):
+            different = sorted(set(given) ^ set(own))
+            raise AdapterError(
+                f"the adapter lacks or has in excess {len(different)} parameters, for example {different[0]!r}; it "
+                "does not fit its settings or this base model"
+            )
+        for name, parameter in own.items():
+            if given[name].shape != parameter.shape:
+                raise AdapterError(
+                    f"{name} has shape {tuple(given[name].shape)}, the base model needs {tuple(parameter.shape)}"
+                )
+        for name, parameter in own.items():
+            parameter.copy_(given[name])
+
+    def _install(self) -> None:
+        install_projections(self._attentions, self.config.beacon_param)
+        for attention in self._attentions:
+            attention.register_forward_pre_hook(bring_fronts, with_kwargs=True)
+        embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
+        if self.config.beacon_embed == "last-token":
+            self.beacon_embed = nn.Parameter(torch.zeros_like(embeddings[0]))
+        else:
+            token = getattr(self.base.config, f"{self.config.beacon_embed_init}_token_id")
+            token = token[0] if isinstance(token, list) else token
+            self.beacon_embed = nn.Parameter(embeddings[token or 0].detach().clone())
+        for _, parameter in self.named_beacon_parameters():
+            parameter.requires_grad_(True)
+
+    def named_beacon_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, under the names of the published checkpoints; the embedding as [hidden_size]."""
+        learned = self.config.beacon_embed == "learned"
+        yield "model.beacon_embed_tokens.weight" if learned else "beacon_embed_offset", self.beacon_embed
+        yield from beacon_parameters(self._attentions)
+
+    @property
+    def rope(self) -> Rope:
+        """The base's rotation, as it is now: a cast of the model casts its frequencies too."""
+        return model_rope(self.base)
+
+    @property
+    def reader(self) -> Path | None:
+        """The folder of the LoRA that was merged into the base, if any."""
+        return self._reader
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.base.dtype
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """layers, kv_heads, head_dim of its K/V."""
+        attention: Any = self._attentions[0]
+        heads = self.base.config.num_attention_heads // attention.num_key_value_groups
+        return len(self._attentions), heads, attention.head_dim
+
+    @property
+    def compression(self) -> str:
+        """What becomes of a text where nobody says otherwise, see `BeaconConfig.beacon_compression`."""
+        if self.config.beacon_compression != "auto":
+            return self.config.beacon_compression
+        return "select" if self.adapter == UNTRAINED else "beacon"
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the K/V of one slot, all layers."""
+        return 2 * math.prod(self.kv_shape) * self.dtype.itemsize
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer; raises InputError if the model was made without one."""
+        if self._tokenizer is None:
+            raise InputError("this BeaconModel was made without a tokenizer, which reading text needs")
+        return self._tokenizer
+
+    @cached_property
+    def leading_bos(self) -> list[int]:
+        """The bos token if the tokenizer sets one in front of every text, else nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
+
+    @property
+    def sink_ids(self) -> list[int]:
+        """The token ids whose K/V stand in front of every composed memory; raises ConfigError for a sink of several."""
+        if self.config.beacon_sink_size == 0:
+            return []
+        if self.config.beacon_sink_size > 1:
+            raise ConfigError(
+                f"beacon_sink_size={self.config.beacon_sink_size}: documents can share a sink of 0 or 1 tokens only; "
+                "a longer one holds text of one document"
+            )
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self.base.config, name)
+            if token is not None:
+                return [token[0] if isinstance(token, list) else token]
+        raise ConfigError("beacon_sink_size=1 needs a bos or eos token, and the base model's config names neither")
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What stored K/V must have been made with to be usable with this model. Taken once: train first."""
+        trained: list[tuple[str, Tensor]] = [*self.named_beacon_parameters()]
+        of_tokens = {"token_salience": self._salience, "token_starts_word": self._starts_word}
+        trained += [(name, tensor) for name, tensor in of_tokens.items() if tensor is not None]
+        settings = self.config.to_dict()
+        without = ("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_hybrid_factor")
+        settings = {key: settings[key] for key in settings if key not in without}  # any can be read
+        return Fingerprint(
+            base=self._base_digest,
+            adapter=digest_json([digest_tensors(trained), reader_digest(self._reader)]),
+            tokenizer=tokenizer_digest(self._tokenizer),
+            config=digest_json(settings),
+            rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
+        )
+
+    def salience(self, ids: Sequence[int]) -> list[float]:
+        """How informative each token is, for `salient` placement.
+
+        For `salient-words`, how informative its word is: the sum over its tokens, over the square root of their number,
+        between the sum, which would favour long words, and the mean, which would favour parts of them.
+        """
+        of_token = list(ids)
+        scores = cast(Tensor, self._salience)[of_token].float()  # salient placements are refused without them
+        if self.config.beacon_placement == "salient-words":
+            starts = cast(Tensor, self._starts_word)[of_token]
+            word = starts.cumsum(0)
+            length = torch.bincount(word).clamp(min=1)
+            scores = (torch.bincount(word, scores) / length.sqrt())[word]
+        return scores.tolist()
+
+    def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
+        """`layout.cut_windows` with this model's settings."""
+        return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
+
+    def front(self, memory: MemoryKV) -> Front:
+        """A memory made ready to stand in front of what is read, on the model's device."""
+        return Front(memory.to(self.device, self.dtype), self.rope)
+
+    def empty_kv(self) -> BeaconKV:
+        """K/V of no slots, on the model's device."""
+        return BeaconKV.empty(*self.kv_shape, dtype=self.dtype, device=self.device)
+
+    def run(
+        self,
+        layout: BeaconLayout,
+        past: BeaconKV,
+        keep: list[int],
+        *,
+        fronts: Sequence[Front | None] = (),
+        watch: Watch | None = None,
+    ) -> PassOutput:
+        """One forward pass through the base's decoder, without its language-model head.
+
+        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order; fronts: for
+        each sequence, or for none, a memory in front of position 0; watch: hears of the attention of every window.
+        """
+        hidden = self.config.beacon_attn == "hidden"
+        beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, fronts=fronts, watch=watch)
+        embed = self.base.get_input_embeddings()
+        ids = torch.tensor([layout.raw_ids + layout.anchor_ids], device=self.device)
+        rows = embed(ids)
+        raw = len(layout.raw_ids)
+        beacons = self.beacon_embed.to(rows.dtype).expand(1, len(layout.anchor_ids), -1)
+        if self.config.beacon_embed == "last-token":
+            beacons = beacons + rows[:, raw:]
+        output = self.base.model(
+            inputs_embeds=torch.cat((rows[:, :raw], beacons), dim=1),
+            position_ids=torch.zeros_like(ids),  # RoPE is the identity there: the attention function rotates
+            attention_mask=torch.empty(1, 1, 0, 0, device=self.device),  # four axes: taken as it is, no mask is built
+            use_cache=False,
+            beacon_pass=beacon_pass,
+        )
+        return PassOutput(output.last_hidden_state[0, :raw], beacon_pass.collected)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of last hidden states [..., hidden_size]."""
+        logits: Tensor = self.base.get_output_embeddings()(hidden)
+        return logits
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, ratios: Sequence[Iterator[int]] | None = None
+    ) -> CausalLMOutput:
+        """Compression-based language modelling, as in training: the last window of each row is read raw.
+
+        input_ids: [batch, tokens], no padding. labels: the same shape, aligned with input_ids (they are shifted here),
+        -100 for none. ratios: for each row the ratios of its windows; by default as `beacon_ratio_mix` says.
+        Returns logits [batch, tokens, vocab] and the mean loss over all labels.
+        """
+        batch, tokens = input_ids.shape
+        chosen = ratios or [mixed_ratios(self.config, tokens, self.max_positions) for _ in range(batch)]
+        start = Cursor(sink_pending=self.config.beacon_sink_size)
+        pieces = [
+            Piece(start, self.cut(start, row, ratio, tail="raw"))
+            for row, ratio in zip(input_ids.tolist(), chosen, strict=True)
+        ]
+        output = self.run(BeaconLayout.build(pieces, self.config), self.empty_kv(), keep=[])
+        logits = self.head(output.hidden).unflatten(0, (batch, tokens))
+        loss = None
+        if labels is not None:
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss = cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device))
+        return CausalLMOutput(loss=cast(Any, loss), logits=cast(Any, logits))

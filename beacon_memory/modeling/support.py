@@ -1,0 +1,83 @@
+"""Which base models can carry beacons, and why others cannot."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from beacon_memory.config import BeaconConfig
+from beacon_memory.errors import AdapterError, ConfigError, UnsupportedModelError
+from beacon_memory.kv.rope import Rope
+
+__all__ = ["attention_modules", "check_salience", "max_positions", "model_rope"]
+
+# Families whose numbers are tested. Others may look alike and differ in a detail (interleaved rotation, layers without
+# rotation, softcaps) that would make every stored key silently wrong.
+TESTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# RoPE whose frequencies do not depend on how long the sequence is.
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention module of each layer; raises UnsupportedModelError, with the reason, for a model unlike those."""
+    config = model.config
+    if config.model_type not in TESTED_FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} is not supported: its attention has not been verified to give the same "
+            f"numbers when keys are kept before RoPE; supported are {', '.join(TESTED_FAMILIES)}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(
+            f"layers of type {sorted(kinds - {'full_attention', 'sliding_attention'})} keep no keys and values per "
+            "token, so there is nothing that beacons could hold"
+        )
+    if "sliding_attention" in kinds or (config.model_type == "mistral" and window is not None):
+        raise UnsupportedModelError(
+            f"sliding-window attention (sliding_window={window}) forgets the memory in front of a prompt; "
+            "only models with full attention in every layer are supported"
+        )
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def model_rope(model: PreTrainedModel) -> Rope:
+    """The model's rotation; raises UnsupportedModelError if it depends on the sequence length."""
+    rotary = model.model.rotary_emb
+    if rotary.rope_type not in FIXED_ROPE:
+        raise UnsupportedModelError(
+            f"RoPE of type {rotary.rope_type!r} changes with the sequence length, so stored keys could not be given "
+            f"positions later; supported are {', '.join(FIXED_ROPE)}"
+        )
+    head_dim: int = model.model.layers[0].self_attn.head_dim
+    if 2 * rotary.inv_freq.numel() != head_dim:
+        raise UnsupportedModelError(
+            f"RoPE covers {2 * rotary.inv_freq.numel()} of {head_dim} dimensions of a head; partial rotation is not "
+            "supported"
+        )
+    return Rope(rotary.inv_freq.float(), float(rotary.attention_scaling))
+
+
+def check_salience(
+    model: PreTrainedModel, config: BeaconConfig, token_salience: Tensor | None, token_starts_word: Tensor | None
+) -> None:
+    """Raise ConfigError if the placement lacks what it needs of each token, AdapterError for another vocabulary."""
+    placement = config.beacon_placement
+    needed = {"salient": ("token_salience",), "salient-words": ("token_salience", "token_starts_word")}
+    for name, given in {"token_salience": token_salience, "token_starts_word": token_starts_word}.items():
+        if given is None:
+            if name in needed.get(placement, ()):
+                raise ConfigError(f"beacon_placement={placement!r} needs {name}, one entry for each of the vocabulary")
+        elif len(given) != model.config.vocab_size:
+            raise AdapterError(f"{name} has {given.numel()} entries, the base's vocabulary {model.config.vocab_size}")
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """Positions that the model can tell apart, RoPE scaling counted in."""
+    positions: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = float(rope.get("factor") or 1.0)
+    original = rope.get("original_max_position_embeddings")
+    if original is None:
+        return int(positions * factor)
+    return max(positions, int(original * factor))

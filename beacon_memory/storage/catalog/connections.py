@@ -1,0 +1,207 @@
+"""Connections to one SQLite database, as many as threads use at a time, so that readers never wait for a writer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from urllib.parse import quote
+
+from sqlite_utils import Database
+
+from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage.files.locks import renew_in_forks
+
+__all__ = ["BUSY_SECONDS", "Connections"]
+
+BUSY_SECONDS = 30.0  # how long to wait for another process that writes
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+_UNSHARABLE = {sqlite3.SQLITE_IOERR_SHMMAP, sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_SHMSIZE}
+_REFUSED = {  # by the system, whatever is in the database
+    sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOLFS,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_TOOBIG,
+}
+
+_pools: weakref.WeakSet[Connections] = weakref.WeakSet()
+_inherited: list[Database] = []  # kept for ever: SQLite forbids to use a connection, and even to close it, after a fork
+
+
+class _Unshared(Database):
+    """A connection that knows of no other ones, so it must not outlive what it was opened for."""
+
+
+class Connections:
+    """A pool. What SQLite raises comes out as StoreError, as CorruptFileError if the database is damaged.
+
+    `path` may be ":memory:", for a database that vanishes when closed; threads take turns with it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = path
+        self._idle: list[Database] = []
+        self._own = threading.local()  # the connection that a thread is using
+        self._turn = self._new_turn()
+        _pools.add(self)
+        renew_in_forks(self)
+
+    def _renew(self) -> None:
+        """See `renew_in_forks`."""
+        self._turn = self._new_turn()
+        if self.path != ":memory:":
+            _inherited.extend(self._idle)
+            self._idle, self._own = [], threading.local()
+
+    def _new_turn(self) -> contextlib.AbstractContextManager[object]:
+        return threading.Lock() if self.path == ":memory:" else contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        with contextlib.suppress(IndexError):  # the last one
+            while True:
+                self._idle.pop().close()
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Database]:
+        """A connection for this thread alone; used again inside, the same one."""
+        own = self._own
+        db: Database | None = getattr(own, "db", None)
+        try:
+            if db is not None:
+                yield db
+                return
+            with self._turn:
+                own.db = db = self._take()
+                try:
+                    yield db
+                finally:
+                    own.db = None
+                    if db.conn.in_transaction:  # whoever began it was interrupted before it could end it
+                        db.rollback()
+                    if isinstance(db, _Unshared):
+                        db.close()
+                    else:
+                        (self._idle if own is self._own else _inherited).append(db)
+        except sqlite3.Error as error:
+            raise self.failure(error) from error
+        except UnicodeDecodeError as error:  # of an error message that quotes a damaged schema
+            raise self.failure(sqlite3.DatabaseError(str(error))) from error
+
+    def _take(self) -> Database:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        try:
+            return self._connect()
+        except sqlite3.OperationalError as error:
+            # To read with others SQLite writes two files beside the database. Where that is not allowed, or the disk is
+            # full, and nobody left a log there, the database is all there is, and whoever only reads can do without.
+            if not _unsharable(error) or _size(f"{self.path}-wal"):
+                raise
+            return _Unshared(_opened(f"file:{quote(str(self.path))}?immutable=1"), execute_plugins=False)
+
+    def _connect(self) -> Database:
+        db = Database(_opened(self.path), execute_plugins=False)
+        try:
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA cell_size_check = ON")
+            db.execute("PRAGMA cache_size = -16384")  # 16 MB: one page of a list looks at hundreds of an index
+            # FULL: a file is unlinked only when the commit that replaced it is on disk
+            db.execute("PRAGMA synchronous = FULL")
+            _enable_wal(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def failure(self, error: sqlite3.Error) -> StoreError:
+        """What stands for an error of SQLite."""
+        if _code(error) in _BUSY:
+            return StoreError(f"{self.path}: another process has been writing for {BUSY_SECONDS:.0f} s; try again")
+        cut = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ  # a file ends too early
+        barred = _code(error) == sqlite3.SQLITE_READONLY and self._says_so_itself()
+        if _code(error) in _REFUSED and not (cut or barred):
+            return StoreError(f"{self.path} cannot be written or read: {error}; see to space and permissions")
+        return CorruptFileError(
+            f"{self.path} cannot be used as a catalog: {error}; `beacon-memory repair` makes it anew"
+        )
+
+    def _says_so_itself(self) -> bool:
+        """Whether it is the database that says of itself that it must not be written, which none of ours does."""
+        with contextlib.suppress(OSError), Path(self.path).open("rb") as file:
+            return file.read(19)[18:] > b"\2"  # the version of SQLite's format for writers
+        return False
+
+
+def _close_idle() -> None:
+    """Close what a fork would inherit: SQLite there would believe to hold locks on the file that its parent holds.
+
+    Then the parent, or anybody, could remove the log that the child is writing to. What other threads are using at that
+    moment is inherited all the same.
+    """
+    for pool in list(_pools):
+        if pool.path != ":memory:":
+            pool.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_idle)
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The primary result code; `SQLITE_ERROR` of what Python's module raises by itself."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
+def _unsharable(error: sqlite3.Error) -> bool:
+    exact = getattr(error, "sqlite_errorcode", None)
+    return exact in _UNSHARABLE or _code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0
+
+
+def _opened(path: Path | str) -> sqlite3.Connection:
+    # isolation_level=None: transactions begin where we say so and nowhere else
+    connection = sqlite3.connect(
+        path,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        uri=isinstance(path, str) and path.startswith("file:"),
+    )
+    # a damaged value must not keep others from being read; its row's seal or its text's hash tells
+    connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+    return connection
+
+
+def _enable_wal(db: Database) -> None:
+    """Let readers go on while another process writes.
+
+    SQLite does not wait when two connections switch a new database at the same time; so we do.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return db.enable_wal()
+        except sqlite3.OperationalError as error:
+            if _code(error) not in _BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

@@ -1,0 +1,49 @@
+"""A document's label as a small file beside its K/V, so that a lost catalog loses nothing.
+
+A JSON object: `format`, `id`, `created_at`, the fields of a `Label`, and `sha256` of all these. Unlike a K/V file it is
+replaced when the label changes; while the catalog is there, the row is what counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from beacon_memory.documents import Label, check_id
+from beacon_memory.errors import CorruptFileError, InputError
+
+from .sealed_json import read_sealed, stage_sealed
+
+__all__ = ["StoredLabel", "label_name", "read_label", "stage_label"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLabel:
+    """What is known of a document beside its K/V and text."""
+
+    id: str
+    created_at: str
+    label: Label
+
+
+def label_name(file: str) -> str:
+    """The name of the label beside a K/V file."""
+    return file.removesuffix(".safetensors") + ".json"
+
+
+def stage_label(folder: Path, stored: StoredLabel) -> Path:
+    """Write and sync a temporary file into a folder; raises as `stage_sealed`."""
+    fields = {"id": stored.id, "created_at": stored.created_at, **asdict(stored.label)}
+    return stage_sealed(folder, fields, f"the label of {stored.id!r}")
+
+
+def read_label(path: Path) -> StoredLabel:
+    """Read a label; raises FileNotFoundError, or CorruptFileError for anything that `stage_label` did not write."""
+    fields = read_sealed(path)
+    try:
+        id, created_at = check_id(fields.pop("id")), fields.pop("created_at")
+        if not isinstance(created_at, str) or not created_at.isascii():
+            raise ValueError(f"created_at is {created_at!r}")
+        return StoredLabel(id, created_at, Label(**fields))
+    except (ValueError, KeyError, TypeError, InputError) as error:
+        raise CorruptFileError(f"{path} is no label ({error}); `beacon-memory repair` writes it anew") from error

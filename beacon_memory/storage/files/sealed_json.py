@@ -1,0 +1,62 @@
+"""Small JSON files that carry their own hash, so that damage to them is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from beacon_memory.errors import CorruptFileError, InputError, StoreError
+
+from .durable import make_folder, sync_file
+from .local import TEMP_PREFIX
+
+__all__ = ["read_sealed", "seal_json", "stage_sealed"]
+
+_FORMAT = 1
+_LONGEST = 64 << 20  # bytes
+
+
+def stage_sealed(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
+    """Write and sync a temporary file into a folder; what: of which errors speak.
+
+    Raises InputError for what would be too long to be read, StoreError if it cannot be written.
+    """
+    fields = {"format": _FORMAT, **fields}
+    text = json.dumps({**fields, "sha256": seal_json(fields)})
+    if len(text) > _LONGEST:
+        raise InputError(f"{what} would take {len(text):,} bytes; keep less in its metadata")
+    make_folder(folder)
+    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    try:
+        temp.write_text(text, encoding="utf-8")
+        sync_file(temp)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise StoreError(f"{what} could not be written into {folder}: {error.strerror}") from error
+    return temp
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The fields of a file; raises FileNotFoundError, or CorruptFileError for what `stage_sealed` did not write."""
+    try:
+        info = path.lstat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _LONGEST:
+            raise ValueError("it is no plain file, or too long")
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("sha256") != seal_json(fields) or fields.pop("format") != _FORMAT:
+            raise ValueError("its hash differs")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFileError(f"{path} is damaged ({error}); `beacon-memory repair` writes it anew") from error
+    return fields
+
+
+def seal_json(fields: object) -> str:
+    """The sha256 of something as JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

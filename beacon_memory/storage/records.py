@@ -1,0 +1,51 @@
+"""The row of a file, and in what the two differ."""
+
+from __future__ import annotations
+
+import time
+
+from beacon_memory.documents import Label, utc_now
+from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.kv_file import StoredFile, precision_of, stored_bytes
+
+__all__ = ["difference_of", "row_of"]
+
+
+def row_of(name: str, file: StoredFile, label: Label, created_at: str) -> DocumentRow:
+    """The catalog row of a document whose file has this name."""
+    header, now = file.header, utc_now()
+    return DocumentRow(
+        id=header.id,
+        file=name,
+        content_hash=header.content_hash,
+        fingerprint=header.fingerprint.digest,
+        compression=header.compression,
+        precision=precision_of(file.kv),
+        tokens=header.tokens,
+        slots=header.slots,
+        bytes=stored_bytes(file.kv),
+        ratios=header.ratios,
+        metadata=label.metadata,
+        tags=tuple(label.tags),
+        pinned=label.pinned,
+        expires_at=label.expires_at,
+        created_at=created_at,
+        updated_at=now,
+        used_at=int(time.time()),
+    )
+
+
+def difference_of(row: DocumentRow, file: StoredFile) -> str | None:
+    """In what a file disagrees with the row that names it."""
+    header, precision = file.header, precision_of(file.kv)
+    pairs = {
+        "id": (row.id, header.id),
+        "content hash": (row.content_hash, header.content_hash),
+        "fingerprint": (row.fingerprint, header.fingerprint.digest),
+        "compression": (row.compression, header.compression),
+        "precision": (row.precision or precision, precision),
+        "number of tokens": (row.tokens, header.tokens),
+        "number of slots": (row.slots, header.slots),
+    }
+    different = [name for name, (ours, theirs) in pairs.items() if ours != theirs]
+    return f"disagrees with its row in the {', '.join(different)}" if different else None

@@ -1,0 +1,408 @@
+"""What can be wrong with a store, and what can be done about it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from beacon_memory.documents import Label
+from beacon_memory.errors import (
+    BeaconMemoryError,
+    CorruptFileError,
+    DocumentNotFoundError,
+    InputError,
+    MismatchedFileError,
+    MissingFileError,
+    StoreError,
+)
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
+from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
+from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
+from beacon_memory.storage.files.local import Files, file_stem, mark_of, number_of, unlink
+from beacon_memory.storage.files.locks import tidying
+
+from .records import difference_of, row_of
+from .settings import COPY, keep_copy, read_copy
+
+__all__ = ["Problem", "ProblemKind", "repair", "verify"]
+
+Mend = Callable[[], object] | None
+ProblemKind = Literal[
+    "damaged-catalog",
+    "damaged-row",
+    "damaged-text",
+    "missing-file",
+    "damaged-file",
+    "mismatched-file",
+    "stale-label",
+    "lost-row",
+    "orphan-file",
+    "stale-temp",
+]
+RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  # what only a model can mend
+
+_CATALOG = "catalog.sqlite3"
+_NAMED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{8,12}\.safetensors")  # those of older stores have 8
+_NUMBERED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-([0-9a-f]{12})\.(safetensors|json)")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong with a document or file, as far as known which, and whether it was mended."""
+
+    kind: ProblemKind
+    document: str | None
+    path: str | None
+    message: str
+    mended: bool = False
+
+
+class Store(Protocol):
+    """What upkeep needs of a store."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def files(self) -> Files: ...
+
+    def catalog(self, *, create: bool = False) -> Catalog: ...
+
+    def close(self) -> None: ...
+
+    def read(self, id: str, fingerprint: str | None = None) -> tuple[DocumentRow, StoredFile]: ...
+
+
+def verify(store: Store) -> list[Problem]:
+    """Read every file in full, compare it with its row, and report what is wrong; [] is a sound store."""
+    return [problem for problem, _ in _look(store)]
+
+
+def repair(store: Store) -> list[Problem]:
+    """Like `verify`, and mend what can be mended without a model.
+
+    Rows and texts are made anew from their files, and what follows from them from the rows. Files that a crash left are
+    removed; files whose rows were lost with a catalog get rows again. A catalog that cannot be read is put aside, and a
+    new one made from the files. Nothing that may be the only copy is ever removed.
+    """
+    done = _mend_catalog(store)
+    for problem, mend in _look(store):
+        mended = False
+        if mend is not None:
+            with contextlib.suppress(BeaconMemoryError, FileNotFoundError):
+                mend()
+                mended = True
+        done.append(replace(problem, mended=mended))
+    if store.folder.exists():
+        _settle(store)
+    return [replace(problem, mended=problem.mended or _found_again(store, problem)) for problem in done]
+
+
+def _mend_catalog(store: Store) -> list[Problem]:
+    """Make a catalog readable again, or put it aside."""
+    path = store.folder / _CATALOG
+    found = left = _flaws(store)
+    if found:
+        with contextlib.suppress(CorruptFileError):
+            store.catalog().mend(read_copy(store.folder))
+            store.close()  # some damage shows when a database is opened
+            left = _flaws(store)
+    if left:
+        with tidying(store.folder):
+            if left := _flaws(store):  # another process may have put it aside by now
+                fate = _put_aside(store, path)
+                left = [f"{one}; {fate}" for one in left]
+    return [Problem("damaged-catalog", None, str(path), one, mended=True) for one in left or found]
+
+
+def _put_aside(store: Store, path: Path) -> str:
+    """Let a store begin a new catalog; returns what became of the old one."""
+    carried = read_copy(store.folder) | _carried(store)
+    store.close()
+    aside = path.with_name(f"damaged-{int(time.time() * 1000)}.sqlite3")
+    for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    catalog = store.catalog(create=True)
+    with catalog.transaction():
+        for name, value in carried.items():
+            catalog.set_fact(name, value)
+    fate = f"it was put aside as {aside.name}, and a new one is made from the files"
+    return fate + ("" if carried else "; its settings could not be read, so they are those of a new store")
+
+
+def _flaws(store: Store) -> list[str]:
+    """What is wrong with a catalog beside its rows and texts."""
+    try:
+        catalog = store.catalog(create=store.folder.exists())  # one that was lost begins anew
+        found = catalog.check()
+        for _ in catalog.scan():
+            pass
+        _ = catalog.files(), store.files
+    except (CorruptFileError, InputError) as error:  # InputError: of settings that nobody can have made
+        return [str(error)]
+    return found
+
+
+def _carried(store: Store) -> dict[str, Any]:
+    """What a catalog knows of itself, if it can still be read: whose remote files are, and the settings."""
+    with contextlib.suppress(BeaconMemoryError):
+        return store.catalog().sound_facts()
+    return {}
+
+
+def _look(store: Store) -> Iterator[tuple[Problem, Mend]]:
+    """All problems, with what mends them, which may be called before the next one is asked for."""
+    if not store.folder.exists():
+        return
+    try:
+        yield from _look_at_all(store)
+    except (CorruptFileError, InputError) as error:  # as in `_flaws`: what is wrong with files is said one by one
+        yield Problem("damaged-catalog", None, str(store.folder / _CATALOG), str(error)), None
+
+
+def _look_at_all(store: Store) -> Iterator[tuple[Problem, Mend]]:
+    catalog = store.catalog()
+    for message in catalog.check():
+        yield Problem("damaged-catalog", None, str(store.folder / _CATALOG), message), None
+    for row in catalog.scan():
+        if isinstance(row, DamagedRow):
+            yield Problem("damaged-row", row.id, None, row.message), partial(_remake_row, store, row)
+        else:
+            yield from _look_at(store, row)
+    for row in catalog.versions():
+        yield from _look_at_version(store, row)
+    files = store.files
+    suspects = [row.id for row in catalog.scan() if _label_flaw(files, row)]  # most need not be read while all wait
+    with tidying(store.folder):
+        yield from _look_at_copy(store)
+        for id in suspects:
+            yield from _look_at_label(store, id)
+        yield from _look_at_unnamed(store)
+
+
+def _look_at(store: Store, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
+    """What is wrong with a document's file and text."""
+    id, file = row.id, None
+    try:
+        row, file = store.read(id)
+    except DocumentNotFoundError:  # removed or expired since the rows were listed
+        return
+    except CorruptFileError as error:
+        kinds: dict[type, ProblemKind] = {MissingFileError: "missing-file", MismatchedFileError: "mismatched-file"}
+        yield Problem(kinds.get(type(error), "damaged-file"), id, row.file, str(error)), None
+    try:
+        store.catalog().text(id)
+    except DocumentNotFoundError:
+        return
+    except CorruptFileError as error:
+        mend = partial(_remake_text, store, row, file) if file is not None else None
+        yield Problem("damaged-text", id, None, str(error)), mend
+
+
+def _look_at_version(store: Store, row: DocumentRow | DamagedRow) -> Iterator[tuple[Problem, Mend]]:
+    """What is wrong with K/V that are kept for readers with another model; they can be made again from the text."""
+    catalog = store.catalog()
+    if isinstance(row, DamagedRow):
+        yield Problem("damaged-row", row.id, None, row.message), partial(catalog.forget_version, row)
+        return
+    try:
+        flaw = difference_of(row, read_kv_file(store.files.fetch(row.file)))
+    except FileNotFoundError:
+        flaw = "is missing"
+    except CorruptFileError as error:
+        flaw = str(error)
+    if flaw and row.file in catalog.files(row.id):
+        message = f"{row.file}, kept for readers with another model, {flaw}"
+        drop = partial(catalog.drop_versions, row.id, row.fingerprint)  # its files are leftovers then
+        yield Problem("damaged-file", row.id, row.file, message), drop
+
+
+def _look_at_copy(store: Store) -> Iterator[tuple[Problem, Mend]]:
+    """A copy of the settings that says something else than the catalog, which counts."""
+    catalog, path = store.catalog(), store.folder / COPY
+    facts = catalog.facts()
+    if read_copy(store.folder) != facts and (path.exists() or len(facts) > 1):  # more than the identity
+        message = "the copy of the settings is missing, damaged, or says something else than the catalog"
+        yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
+
+
+def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
+    """In what a document's label file disagrees with its row, which counts."""
+    if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
+        return None  # files of a time before there were labels have none
+    try:
+        stored = read_label(files.fetch(label_name(row.file)))
+    except FileNotFoundError:
+        return "is missing"
+    except CorruptFileError as error:
+        return str(error)
+    return None if stored == StoredLabel(row.id, row.created_at, row.label) else "says something else than the catalog"
+
+
+def _look_at_label(store: Store, id: str) -> Iterator[tuple[Problem, Mend]]:
+    """What is wrong with the label of a document, while nobody writes."""
+    row = store.catalog().get(id)
+    if row is not None and (flaw := _label_flaw(store.files, row)):
+        name = label_name(row.file)
+        yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_write_label, store.files, row)
+
+
+def _write_label(files: Files, row: DocumentRow) -> None:
+    files.publish(stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label)), label_name(row.file))
+
+
+def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
+    """Files that no row names, while nobody writes.
+
+    A file is a leftover if the catalog says so, if its mark does, or if its document has a later one. Any other was
+    written for a catalog that is no longer there, or after the backup that this one was restored from, or its row was
+    damaged: it gets a row again.
+    """
+    catalog, files = store.catalog(), store.files
+    named, unsettled = catalog.files(), catalog.unsettled()
+    latest: dict[str, int] = {}
+    for name in named:
+        latest[_stem(name)] = max(latest.get(_stem(name), 0), _number(name))
+    lost: dict[str, list[str]] = {}
+    for name in sorted(set(files.names()) - named - {label_name(name) for name in named}):
+        left = number_of(name) in unsettled or mark_of(files, name).exists()
+        if left or 0 < _number(name) < latest.get(_stem(name), 0):
+            message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
+            yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
+        elif _NUMBERED.fullmatch(name):
+            lost.setdefault(_stem(name), []).append(name)
+        elif _NAMED.fullmatch(name):
+            message = f"{name} has no row, and no text to make one from, being of an older version"
+            yield (
+                Problem("orphan-file", _id_in(files, name), name, f"{message}: add the document anew, and remove it"),
+                None,
+            )
+        else:
+            message = f"{name} has no row and is not of a form that could get one; if it is not yours, remove it"
+            yield Problem("orphan-file", None, name, message), None
+    for names in lost.values():
+        documents = [name for name in names if name.endswith(".safetensors")]
+        if not documents:
+            message = f"{names[-1]} is a label without K/V; if those cannot be brought back, remove it"
+            yield Problem("orphan-file", None, names[-1], message), None
+            continue
+        name = documents[-1]
+        message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
+        yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
+    for path in files.temps():
+        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(unlink, path)
+
+
+def _id_in(files: Files, name: str) -> str | None:
+    """Of which document a file is, if it can be told."""
+    with contextlib.suppress(StoreError, FileNotFoundError):
+        return read_header(files.fetch(name)).id
+    return None
+
+
+def _remake_row(store: Store, damaged: DamagedRow) -> None:
+    """Make a damaged row anew from the file that it names or, if it cannot be read, from those of the same id.
+
+    If none can, and the text is the one that the row names, the row is believed: only a model can make new K/V then,
+    for which what it says is good enough.
+    """
+    catalog, files = store.catalog(), store.files
+    others = {name for name in files.names() if _stem(name) == file_stem(damaged.id)} - {damaged.file}
+    names = [*sorted(others, key=_number), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
+    file: StoredFile | None = None
+    try:
+        row, file = _best(files, names)
+    except CorruptFileError:
+        row = damaged.believed()
+    with catalog.transaction():
+        text = catalog.kept_text(row.id, row.content_hash) if file is None else _text(catalog, file)
+        if text is None:
+            raise CorruptFileError(f"neither file nor text of {row.id!r} can be read")
+        catalog.forget(damaged)
+        catalog.put(row, text)
+
+
+def _remake_text(store: Store, row: DocumentRow, file: StoredFile) -> None:
+    catalog = store.catalog()
+    with catalog.transaction():
+        now = catalog.require(row.id)
+        if now.file == row.file:  # else it was replaced since, text and all
+            catalog.put(now, file.text)
+
+
+def _adopt(store: Store, names: list[str]) -> None:
+    """Give lost files of one document a row again: the latest that can be read, unless there is a later one by now."""
+    catalog, files = store.catalog(), store.files
+    row, file = _best(files, sorted(names, key=_number))
+    with catalog.transaction():
+        now = catalog.get(row.id)
+        if now is None or _number(now.file) < _number(row.file):
+            row = catalog.put(row, _text(catalog, file))
+            catalog.set_fact("last", max(catalog.count("last"), _number(row.file)))
+            _write_label(files, row)
+            names = [*names, *([now.file, label_name(now.file)] if now else [])]
+            now = row
+    for name in names:
+        if _number(name) < _number(now.file):  # a later one cannot be read now, but perhaps some day
+            files.remove(name)
+
+
+def _text(catalog: Catalog, file: StoredFile) -> str:
+    """The text of a file, or of the catalog if the file is of a time before files kept it."""
+    if file.text_bytes is None:
+        kept = catalog.kept_text(file.header.id, file.header.content_hash)
+        if kept is not None:
+            return kept
+    return file.text
+
+
+def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
+    """The last of these files that can be read, and a row for it; raises CorruptFileError if none can."""
+    for name in reversed([name for name in names if name.endswith(".safetensors")]):
+        with contextlib.suppress(CorruptFileError, FileNotFoundError):
+            file = read_kv_file(files.fetch(name))
+            if _stem(name) != file_stem(file.header.id):
+                continue
+            stored = StoredLabel(file.header.id, file.header.created_at, Label())
+            with contextlib.suppress(CorruptFileError, FileNotFoundError):
+                beside = read_label(files.fetch(label_name(name)))
+                stored = beside if beside.id == stored.id else stored
+            return row_of(name, file, stored.label, stored.created_at), file
+    raise CorruptFileError(f"none of {', '.join(names)} can be read")
+
+
+def _remove(files: Files, name: str) -> None:
+    if not files.remove(name):
+        raise StoreError(f"{name} cannot be removed")
+
+
+def _found_again(store: Store, problem: Problem) -> bool:
+    """Whether a document whose file could not be used had a later one, whose row was lost."""
+    if problem.kind in RECOMPRESSED and problem.document is not None:
+        with contextlib.suppress(BeaconMemoryError):
+            return bool(store.read(problem.document))
+    return False
+
+
+def _settle(store: Store) -> None:
+    """Let the catalog forget of the files that are gone."""
+    with tidying(store.folder):
+        there = {number_of(name) for name in store.files.names()}
+        store.catalog().settle(store.catalog().unsettled() - there)
+
+
+def _stem(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def _number(name: str) -> int:
+    numbered = _NUMBERED.fullmatch(name)
+    return int(numbered[1], 16) if numbered else 0

@@ -1,0 +1,87 @@
+"""How a namespace of a store keeps its documents; kept in its catalog, with a copy beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+from beacon_memory.documents import check_precision
+from beacon_memory.errors import CorruptFileError, InputError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.files.local import Files, LocalFiles
+from beacon_memory.storage.files.sealed_json import read_sealed, stage_sealed
+
+__all__ = ["COPY", "Settings", "keep_copy", "open_files", "read_copy"]
+
+COPY = "settings.json"
+
+_MOST = 2**63 - 1  # that SQLite keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a namespace of a store keeps its documents.
+
+    precision:   what K/V are kept in if `put` does not say: one of `document.PRECISIONS`, or `auto`, as they were made.
+    quota:       bytes that all K/V may take together, None for no bound; those that were not used for longest go for a
+                 new document, pinned ones never.
+    files:       URL of the object storage where K/V files lie, such as s3://bucket/prefix; None for the store's folder.
+    cache_bytes: bytes of remote files that are kept on this machine, those used last.
+
+    Raises InputError for a value that cannot be.
+    """
+
+    precision: str = "auto"
+    quota: int | None = None
+    files: str | None = None
+    cache_bytes: int = 10_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.precision != "auto":
+            check_precision(self.precision)
+        if self.quota is not None and (type(self.quota) is not int or not 1 <= self.quota <= _MOST):
+            raise InputError(f"quota={self.quota!r} must be a number of bytes from 1 to 2^63 - 1, or None for no bound")
+        if type(self.cache_bytes) is not int or not 0 <= self.cache_bytes <= _MOST:
+            raise InputError(f"cache_bytes={self.cache_bytes!r} must be a number of bytes from 0 to 2^63 - 1")
+        if self.files is not None and "://" not in self.files:
+            raise InputError(f"files={self.files!r} must be a URL such as s3://bucket/prefix")
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Settings:
+        """The settings that a catalog holds; raises CorruptFileError if they are damaged."""
+        known = catalog.facts()
+        return cls(**{field.name: known[field.name] for field in fields(cls) if field.name in known})
+
+    def write(self, catalog: Catalog) -> None:
+        """Make a catalog hold these."""
+        for field in fields(self):
+            catalog.set_fact(field.name, getattr(self, field.name))
+
+    def below(self, folder: PurePath) -> Settings:
+        """The settings of a namespace in a folder of this store."""
+        return replace(self, files=f"{self.files.rstrip('/')}/{folder.as_posix()}") if self.files else self
+
+
+def keep_copy(catalog: Catalog, folder: Path) -> None:
+    """Keep what a catalog knows of itself in a file beside it, from which `repair` takes it if the catalog is lost."""
+    LocalFiles(folder).publish(stage_sealed(folder, catalog.facts(), "the copy of the settings"), COPY)
+
+
+def read_copy(folder: Path) -> dict[str, Any]:
+    """What `keep_copy` kept; nothing if there is no sound copy."""
+    with contextlib.suppress(FileNotFoundError, CorruptFileError):
+        return read_sealed(folder / COPY)
+    return {}
+
+
+def open_files(settings: Settings, folder: Path, identity: str) -> Files:
+    """Where the files of a store in `folder` lie; identity: of its catalog, to which remote files belong."""
+    if settings.files is None:
+        return LocalFiles(folder)
+    from beacon_memory.storage.files.remote import RemoteFiles
+
+    files = RemoteFiles(settings.files, folder / "cache", settings.cache_bytes)
+    files.claim(identity)
+    return files

@@ -1,0 +1,45 @@
+"""The benchmark measures what it says, here on a tiny model and short texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_base, tiny_checkpoint
+
+from beacon_memory.bench import model as bench
+from beacon_memory.modeling.model import BeaconModel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tiny_base("llama", max_position_embeddings=16384))
+
+
+def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_PEAK_TOKENS", (1000, 2000))
+    figures = bench.run(str(folder), None, "cpu", "auto", tokens=1200, ratio=8)
+    assert [figure.name.split(":")[0] for figure in figures] == [
+        "time to first token",
+        "bytes",
+        "throughput",
+        "throughput",
+        "throughput",
+        "peak memory",
+    ]
+    assert all(figure.value > 0 for figure in figures)
+    shown = bench.table(figures)
+    for figure in figures:
+        assert f"| {figure.name} | {figure.value:.3g} | {figure.bound} | {figure.detail} |" in shown
+
+
+def test_bytes_are_those_of_an_eighth_of_the_tokens(folder: Path) -> None:
+    model = BeaconModel.from_pretrained(folder)
+    _, size = bench._answering(model, 1000, 8)
+    place = 2 / (2 * model.kv_shape[-1] * 4)  # beside the key and value of a slot of a head, in float32
+    assert size.value == pytest.approx((1 + place) / 8, rel=0.01)  # but for the last unit, which need not be full
+
+
+def test_peak_memory_counts_what_compressing_takes(folder: Path) -> None:
+    few, many = (bench._peak_of(tokens, str(folder), None, "cpu", "auto") for tokens in (1000, 60_000))
+    assert 50e6 < few < many

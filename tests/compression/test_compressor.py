@@ -1,0 +1,436 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressor_samples import (
+    DOCUMENTS,
+    WINDOW,
+    assert_same,
+    by_choice,
+    compress,
+    every_compression,
+    every_method,
+    every_score,
+    model_of,
+)
+from kv_samples import same
+from stock_behind import best, eager, slow_repeated, stock_reading
+from tiny_models import (
+    BOS,
+    FAMILIES,
+    MODELS,
+    reference_read,
+    some_ids,
+    tiny_base,
+    tiny_model,
+    tiny_tokenizer,
+    train,
+)
+from torch import Tensor
+
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.selection import read_window
+from beacon_memory.compression.work import CompressedWindow, Work
+from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.errors import CapacityError, ConfigError, InputError
+from beacon_memory.generation.generate import Request, generate
+from beacon_memory.generation.options import generation_config
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.modeling.cache import MemoryCache
+from beacon_memory.modeling.model import BeaconModel
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@every_method
+def test_one_packed_pass_is_the_method_window_by_window(
+    family: str, attn: str, embed: str, placement: str, sink: int
+) -> None:
+    model = model_of(family, attn, embed, placement, sink)
+    for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
+        assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("param", [(), ("o",), ("k",), ("q", "v"), ("q", "k", "v", "o")], ids="".join)
+def test_beacons_have_projections_of_their_own_for_any_of_qkvo(family: str, param: tuple[str, ...]) -> None:
+    model = model_of(family, param=param)
+    for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
+        assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
+
+
+def test_biases_of_all_projections_are_used() -> None:
+    config = BeaconConfig(beacon_window=WINDOW, beacon_ratio=(2,), beacon_param=("q", "k", "v", "o"))
+    model = tiny_model("llama", config, attention_bias=True)
+    assert any(name.endswith("beacon_o_proj.bias") for name, _ in model.named_beacon_parameters())
+    for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
+        assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
+
+
+@pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
+def test_packing_documents_changes_nothing(attn: str) -> None:
+    model = model_of(attn=attn)
+    for document, together in zip(DOCUMENTS, compress(model), strict=True):
+        (alone,) = compress(model, [document])
+        assert_same(together.kv, alone.kv)
+        assert together.windows == alone.windows
+
+
+@pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
+@pytest.mark.parametrize("rows", [1, 13, 20, 33])
+def test_the_size_of_a_pass_changes_nothing(rows: int, attn: str) -> None:
+    model = model_of(attn=attn)
+    for whole, parts in zip(compress(model), compress(model, rows_per_pass=rows), strict=True):
+        assert_same(parts.kv, whole.kv)
+        assert parts.windows == whole.windows
+
+
+@pytest.mark.parametrize(("compression", "span"), [("beacon", 8), ("select", 21), ("hybrid", 21 + 1 + 1 + 1)])
+def test_a_document_says_how_its_windows_were_compressed(compression: str, span: int) -> None:
+    document = compress(model_of(), compression=compression)[4]
+    assert document.tokens == 21
+    assert (document.kv.slots, document.kv.span) == (4 + 2 + 2, span)
+    windows = [(0, 8, 2), (8, 8, 4), (16, 5, 3)]
+    spans = {"beacon": (4, 2, 2), "select": (8, 8, 5), "hybrid": (9, 9, 6)}[compression]
+    assert document.windows == tuple(CompressedWindow(*one, span) for one, span in zip(windows, spans, strict=True))
+
+
+@every_compression
+def test_a_window_s_span_is_where_its_slots_stand_in_the_memory(compression: str) -> None:
+    for document in compress(model_of(), compression=compression):
+        start = 0
+        for window in document.windows:
+            part = document.kv.between(start, start := start + window.span)
+            assert part.slots == (-(-window.tokens // window.ratio) if window.ratio else window.tokens)
+        assert start == document.kv.span
+
+
+@pytest.mark.parametrize("rows", [1, 24, 4096])
+def test_documents_come_in_order_and_as_soon_as_they_are_read(rows: int) -> None:
+    model, events = model_of(), []
+
+    def documents() -> Iterator[Work]:
+        for number in range(4):
+            events.append(f"take {number}")
+            yield Work(some_ids(8, seed=number), [2])  # 12 rows
+
+    compressor = BeaconCompressor(model, rows_per_pass=rows)
+    for number, compressed in enumerate(compressor.compress(documents(), compression="beacon")):
+        events.append(f"give {number}")
+        assert_same(compressed.kv, reference_read(model, some_ids(8, seed=number), [2]))
+    expected = {
+        1: "take 0, take 1, give 0, take 2, give 1, take 3, give 2, give 3",
+        24: "take 0, take 1, take 2, give 0, give 1, take 3, give 2, give 3",
+        4096: "take 0, take 1, take 2, take 3, give 0, give 1, give 2, give 3",
+    }
+    assert ", ".join(events) == expected[rows]
+
+
+@pytest.mark.parametrize("rows", [1, 20, 4096])
+def test_progress_adds_up_to_all_tokens(rows: int) -> None:
+    steps: list[int] = []
+    compressor = BeaconCompressor(model_of(), rows_per_pass=rows)
+    list(compressor.compress(DOCUMENTS, steps.append, compression="beacon"))
+    assert sum(steps) == sum(len(work.ids) for work in DOCUMENTS)
+    assert all(step > 0 for step in steps)
+    assert len(steps) == {1: 11, 20: 6, 4096: 1}[rows]
+
+
+@every_compression
+def test_the_language_model_head_is_never_run(compression: str) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the language-model head was run")
+
+    model = model_of()
+    hook = model.base.lm_head.register_forward_hook(refuse)
+    try:
+        assert len(compress(model, compression=compression)) == len(DOCUMENTS)
+    finally:
+        hook.remove()
+
+
+@every_compression
+def test_compressing_needs_no_gradient(compression: str) -> None:
+    assert not any(document.kv.keys.requires_grad for document in compress(model_of(), compression=compression))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_close_to_float32(family: str, tmp_path: Path) -> None:
+    config = BeaconConfig(beacon_window=WINDOW, beacon_ratio=(2,))
+    tiny_base(family).save_pretrained(tmp_path)
+    kv: dict[torch.dtype, list[Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = train(BeaconModel.from_pretrained(tmp_path, config=config, dtype=dtype, device="cpu"))
+        kv[dtype] = [part for document in compress(model) for part in (document.kv.keys, document.kv.values)]
+        assert {part.dtype for part in kv[dtype]} == {dtype}
+    for exact, rounded in zip(kv[torch.float32], kv[torch.bfloat16], strict=True):
+        assert float((rounded.float() - exact).norm() / exact.norm()) < 0.05
+
+
+def test_an_empty_document_is_refused() -> None:
+    compressor = BeaconCompressor(model_of())
+    ratio: Any
+    for ratio in (4, "auto", []):
+        with pytest.raises(InputError, match="empty"):
+            compressor.ratios(0, ratio)
+    for compression in COMPRESSIONS:
+        with pytest.raises(InputError):
+            list(compressor.compress([Work([], [])], compression=compression))
+
+
+class TestRatios:
+    def test_a_number_a_list_or_auto(self) -> None:
+        compressor = BeaconCompressor(model_of(), reserve=100)
+        assert compressor.ratios(20, 4) == [4, 4, 4]
+        assert compressor.ratios(20, [2, 0, 99]) == [2, 0, 99]
+        assert compressor.ratios(20, "auto") == [2, 2, 2]
+        assert compressor.ratios(1000, "auto") == [4] * 125
+
+    @pytest.mark.parametrize("ratio", ["4", "automatic", "", 2.0, None, -1])
+    def test_another_value_is_refused(self, ratio: Any) -> None:
+        with pytest.raises(ConfigError, match=f"ratio={ratio!r}"):
+            BeaconCompressor(model_of(), reserve=100).ratios(20, ratio)
+
+    @pytest.mark.parametrize("ratio", [2, 8, "auto", [2] * 1250])
+    def test_a_document_that_does_not_fit_is_refused_with_the_numbers(self, ratio: Any) -> None:
+        with pytest.raises(CapacityError, match=r"10000 tokens.* 512"):
+            BeaconCompressor(model_of(), reserve=100).ratios(10_000, ratio)
+
+
+class TestSink:
+    def test_it_is_the_kv_that_the_stock_model_has_for_bos(self) -> None:
+        stock = tiny_base("llama")
+        cache = stock(torch.tensor([[BOS]])).past_key_values  # position 0: not rotated
+        keys, values = (torch.stack([getattr(layer, part)[0] for layer in cache.layers]) for part in ("keys", "values"))
+        assert_same(MemoryKV.of(BeaconCompressor(model_of()).sink), MemoryKV.of(BeaconKV(keys, values)))
+
+    def test_without_one_it_has_no_slots(self) -> None:
+        assert BeaconCompressor(model_of(sink=0)).sink.slots == 0
+
+    def test_without_a_bos_it_is_the_eos(self) -> None:
+        config = BeaconConfig(beacon_window=WINDOW, beacon_ratio=(2,))
+        assert tiny_model("llama", config, bos_token_id=None, eos_token_id=[7, 8]).sink_ids == [7]
+        assert tiny_model("llama", config).sink_ids == [BOS]
+
+    @pytest.mark.parametrize(("sink", "tokens"), [(2, {}), (1, {"bos_token_id": None, "eos_token_id": None})])
+    def test_one_that_documents_cannot_share_is_refused(self, sink: int, tokens: dict[str, Any]) -> None:
+        config = BeaconConfig(beacon_window=WINDOW, beacon_ratio=(2,), beacon_sink_size=sink)
+        with pytest.raises(ConfigError, match=f"beacon_sink_size={sink}"):
+            _ = BeaconCompressor(tiny_model("llama", config, **tokens)).sink
+
+
+class TestTokenize:
+    def test_offsets_say_where_tokens_lie_in_the_text(self) -> None:
+        text = "über </s> all"
+        read = BeaconCompressor(model_of()).tokenize(text)
+        assert BOS not in read.ids
+        assert "".join(text[start:stop] for start, stop in dict.fromkeys(read.offsets)) == text
+
+    def test_a_bos_leads_where_there_is_no_sink(self) -> None:
+        read = BeaconCompressor(model_of(sink=0)).tokenize("ab")
+        assert (read.ids[0], read.offsets) == (BOS, [(0, 0), (0, 1), (1, 2)])
+
+    @pytest.mark.parametrize("sink", [0, 1])
+    def test_an_empty_text_has_no_tokens(self, sink: int) -> None:
+        assert BeaconCompressor(model_of(sink=sink)).tokenize("").ids == []
+
+
+class TestChosenTokens:
+    """`select` and `hybrid`: window by window, each behind the memory of those before it."""
+
+    IDS = some_ids(21, seed=21)
+    RATIOS = (2, 4, 3)
+
+    def compress(self, model: BeaconModel, ids: Any = IDS, ratios: Any = RATIOS, **how: Any) -> MemoryKV:
+        (document,) = compress(model, [Work(ids, ratios)], **how)
+        return document.kv
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_a_document_is_the_method_written_out(self, name: str) -> None:
+        family, overrides = MODELS[name]
+        stock, config = eager(name), BeaconConfig(beacon_window=WINDOW)
+        model = tiny_model(family, config, tokenizer=tiny_tokenizer(), **overrides)
+        parts = [MemoryKV.of(stock_reading(stock, [BOS]).kv)]
+        for number, ratio in enumerate(self.RATIOS):
+            window, front = self.IDS[number * WINDOW : (number + 1) * WINDOW], MemoryKV.concat(parts)
+            kv = stock_reading(stock, window, front).kv
+            scores = slow_repeated(stock, front, kv, window)
+            parts.append(MemoryKV.chosen(kv, best(scores, -(-len(window) // ratio))))
+        assert_same(self.compress(model, compression="select"), MemoryKV.concat(parts[1:]))
+
+    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize(("compression", "ratio"), [("select", 0), ("select", 1), ("hybrid", 0)])
+    @every_score
+    def test_all_tokens_kept_are_the_text_itself(self, name: str, compression: str, ratio: int, score: str) -> None:
+        family, overrides = MODELS[name]
+        config = BeaconConfig(beacon_window=WINDOW)
+        model = tiny_model(family, config, tokenizer=tiny_tokenizer(), **overrides)
+        compressor = BeaconCompressor(model, score=score)
+        (document,) = compressor.compress([Work(self.IDS, [ratio] * 3)], compression=compression)
+        stock, question = eager(name), some_ids(5, seed=2)
+        memory = MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
+        with torch.no_grad():
+            cache = MemoryCache([model.front(memory)])
+            ours = model.base(torch.tensor([question]), past_key_values=cache).logits[0]
+        full = stock_reading(stock, [BOS, *self.IDS, *question]).logits[-5:]
+        torch.testing.assert_close(ours, full, atol=1e-4, rtol=0)
+
+    @by_choice
+    @every_score
+    @pytest.mark.parametrize("sink", [0, 1])
+    def test_a_text_in_one_go_is_its_windows_one_by_one(self, compression: str, score: str, sink: int) -> None:
+        model = model_of(sink=sink)
+        compressor = BeaconCompressor(model, score=score)
+        (whole,) = compressor.compress([Work(self.IDS, self.RATIOS)], compression=compression)
+        parts, measured = [MemoryKV.of(compressor.sink)], compressor._scores()
+        for number, ratio in enumerate(self.RATIOS):
+            window, front = self.IDS[number * WINDOW : (number + 1) * WINDOW], model.front(MemoryKV.concat(parts))
+            with torch.no_grad():
+                part = read_window(model, front, window, ratio, hybrid=compression == "hybrid", measured=measured)
+            parts.append(part)
+        assert_same(whole.kv, MemoryKV.concat(parts[1:]))
+
+    @by_choice
+    @every_score
+    def test_a_window_is_chosen_from_by_what_stands_before_it_alone(self, compression: str, score: str) -> None:
+        how, model = {"compression": compression, "score": score}, model_of()
+        two = self.compress(model, self.IDS[:16], [2, 4], **how)
+        three = self.compress(model, [*self.IDS[:16], *some_ids(5, seed=1)], [2, 4, 3], **how)
+        other = self.compress(model, [*some_ids(8, seed=1), *self.IDS[8:16]], [2, 4], **how)
+        alone = self.compress(model, self.IDS[8:16], [4], **how)
+        for layer in range(3):
+            for ours, longer in zip(two.layer(layer), three.layer(layer), strict=True):
+                for part, of_longer in zip(ours, longer, strict=True):
+                    torch.testing.assert_close(of_longer[: len(part)], part, atol=1e-4, rtol=0)
+        for changed in (other.values, torch.cat([torch.zeros_like(two.values[: -len(alone.values)]), alone.values])):
+            assert changed.shape == two.values.shape
+            assert not torch.allclose(changed, two.values, atol=1e-2)
+
+    @by_choice
+    @every_score
+    def test_order_and_company_of_documents_change_nothing(self, compression: str, score: str) -> None:
+        how, model = {"compression": compression, "score": score}, model_of()
+        together, backwards = compress(model, **how), compress(model, DOCUMENTS[::-1], rows_per_pass=1, **how)[::-1]
+        for document, one, other in zip(DOCUMENTS, together, backwards, strict=True):
+            (alone,) = compress(model, [document], **how)
+            assert alone.windows == one.windows == other.windows
+            for kv in (one.kv, other.kv):
+                assert same(kv, alone.kv)
+
+    @by_choice
+    def test_documents_are_taken_one_at_a_time(self, compression: str) -> None:
+        events: list[str] = []
+
+        def documents() -> Iterator[Work]:
+            for number in range(3):
+                events.append(f"take {number}")
+                yield Work(some_ids(8, seed=number), [2])
+
+        for number, _ in enumerate(BeaconCompressor(model_of()).compress(documents(), compression=compression)):
+            events.append(f"give {number}")
+        assert ", ".join(events) == "take 0, give 0, take 1, give 1, take 2, give 2"
+
+    @by_choice
+    def test_progress_is_told_of_every_window(self, compression: str) -> None:
+        steps: list[int] = []
+        documents = [Work(self.IDS, self.RATIOS), Work(some_ids(3), [2])]
+        list(BeaconCompressor(model_of()).compress(documents, steps.append, compression=compression))
+        assert steps == [8, 8, 5, 3]
+
+    @pytest.mark.parametrize(
+        ("compression", "ratio", "span"), [("select", 4, 160), ("hybrid", 4, 170), ("select", 2, 160)]
+    )
+    def test_a_text_longer_than_the_model_s_positions_is_read_behind_a_squeezed_memory(
+        self, compression: str, ratio: int, span: int
+    ) -> None:
+        small, large = (
+            tiny_model("llama", BeaconConfig(beacon_window=16), tokenizer=tiny_tokenizer(), max_position_embeddings=n)
+            for n in (80, 512)
+        )
+        ids, ratios = some_ids(160, seed=3), [ratio] * 10
+        ours, roomy = (self.compress(model, ids, ratios, compression=compression) for model in (small, large))
+        assert ours.span == roomy.span == span
+        assert ours.slots == roomy.slots == 160 // ratio
+        parts, room = [MemoryKV.of(BeaconCompressor(small).sink)], 80 - 16 - 16  # the window is read and repeated
+        for number in range(10):
+            front = MemoryKV.concat(parts, room).squeezed(room)
+            assert front.span == MemoryKV.concat(parts).span if number < 3 else room - len(parts) < front.span <= room
+            with torch.no_grad():
+                window = ids[16 * number : 16 * (number + 1)]
+                parts.append(read_window(small, small.front(front), window, ratio, hybrid=compression == "hybrid"))
+        assert_same(ours, MemoryKV.concat(parts[1:]))
+        assert not torch.equal(ours.counts, roomy.counts)
+
+    @by_choice
+    @every_score
+    def test_questions_do_not_change_what_is_chosen(self, compression: str, score: str) -> None:
+        """A memory is made before anybody asks: no argument takes a question, and none leaves a trace."""
+        taken = set(signature(BeaconCompressor.__init__).parameters) | set(signature(read_window).parameters)
+        taken |= set(signature(BeaconCompressor.compress).parameters) | set(signature(Work).parameters)
+        assert taken == {
+            *("self", "model", "rows_per_pass", "reserve", "score"),
+            *("documents", "progress", "compression"),
+            *("ids", "ratios", "read", "windows"),
+            *("front", "ids", "ratio", "hybrid", "measured"),
+        }
+        compressor = BeaconCompressor(model_of(), score=score)
+        before, after = [], []
+        for memories in (before, after):
+            work = Work(self.IDS, self.RATIOS)
+            memories += [one.kv for one in compressor.compress([work], compression=compression)]
+            request = Request(memories[0], some_ids(5, seed=len(after)))
+            generate(compressor.model, [request], generation_config(compressor.model, None, {"max_new_tokens": 3}))
+        assert same(before[0], after[0])
+
+    def test_expected_scores_are_measured_once_on_a_text_of_our_own(self) -> None:
+        model, passes = model_of(), []
+        compressor = BeaconCompressor(model, score="expected")
+        assert compressor.sink.slots == 1
+        hook = model.base.model.register_forward_pre_hook(lambda *_: passes.append(1))
+        try:
+            list(compressor.compress([Work(some_ids(8, seed=n), [2]) for n in range(3)], compression="select"))
+        finally:
+            hook.remove()
+        assert len(passes) == 2 + 3  # our text read and repeated, then a pass for each window
+
+    def test_scores_differ(self) -> None:
+        kept = [self.compress(model_of(), compression="select", score=score) for score in ("repeat", "expected")]
+        assert not torch.equal(kept[0].places, kept[1].places)
+
+    @pytest.mark.parametrize("score", ["question", "", None])
+    def test_an_unknown_score_is_refused(self, score: Any) -> None:
+        with pytest.raises(ConfigError, match=f"score={score!r} must be one of 'repeat', 'expected'"):
+            BeaconCompressor(model_of(), score=score)
+
+    @pytest.mark.parametrize("compression", ["beacons", "none", "", None])
+    def test_an_unknown_compression_is_refused_before_any_document_is_taken(self, compression: Any) -> None:
+        def documents() -> Iterator[Any]:
+            raise AssertionError("a document was taken")
+            yield
+
+        with pytest.raises(ConfigError, match=f"compression={compression!r} must be one of 'auto', 'beacon'"):
+            BeaconCompressor(model_of()).compress(documents(), compression=compression)
+
+    def test_without_a_word_it_is_the_model_s_own(self) -> None:
+        model = model_of()
+        assert model.compression == "select"
+        (own,) = BeaconCompressor(model).compress([Work(self.IDS, self.RATIOS)])
+        assert same(own.kv, self.compress(model, compression="select"))
+
+
+class TestMethod:
+    @pytest.mark.parametrize("score", ["repeat", "expected"])
+    def test_it_names_what_else_decides(self, score: str) -> None:
+        compressor = BeaconCompressor(model_of(), score=score)
+        assert compressor.method("beacon") == {}
+        assert compressor.method("select") == {"score": score}
+        assert compressor.method("hybrid") == {"score": score, "hybrid_factor": 4}
+
+    @pytest.mark.parametrize("compression", ["auto", "beacons", None])
+    def test_it_must_be_known_which_compression(self, compression: Any) -> None:
+        with pytest.raises(ConfigError, match=f"compression={compression!r} must be one of 'beacon'"):
+            BeaconCompressor(model_of()).method(compression)

@@ -1,0 +1,322 @@
+"""The facts of `generate` behind a memory that generation.py relies on, each pinned against the stock model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from stock_behind import eager, stock_reading
+from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.work import Work
+from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.errors import CapacityError, InputError
+from beacon_memory.generation.generate import Generation, Request, generate
+from beacon_memory.generation.options import generation_config
+from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.generation.streaming import stream
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.modeling.model import BeaconModel
+
+every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+
+
+def make_model(name: str = "llama", window: int = 16, **overrides: Any) -> BeaconModel:
+    family, settings = MODELS[name]
+    config = BeaconConfig(beacon_window=window)
+    return tiny_model(family, config, tokenizer=tiny_tokenizer(), **settings, **overrides)
+
+
+def compressed(model: BeaconModel, ids: list[int], ratio: int, compression: str = "select") -> MemoryKV:
+    """Sink and document, as they are loaded."""
+    compressor = BeaconCompressor(model, reserve=0)
+    (document,) = compressor.compress([Work(ids, compressor.ratios(len(ids), ratio))], compression=compression)
+    return MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
+
+
+def no_memory(model: BeaconModel) -> MemoryKV:
+    return MemoryKV.of(model.empty_kv())
+
+
+def greedy(model: BeaconModel, stop: str | None = None, **options: Any) -> Any:
+    return generation_config(model, stop, {"max_new_tokens": 12, "eos_token_id": None, **options})
+
+
+def printable_part(model: BeaconModel, tokens: Sequence[int]) -> str:
+    """A character from the middle of a text that is whole by itself, as a single byte need not be."""
+    characters = [model.tokenizer.decode([token]) for token in tokens]
+    return next(c for c in characters[1:-1] if c.isascii() and c.isprintable() and c != characters[0])
+
+
+def greedy_by_hand(stock: PreTrainedModel, prefix: MemoryKV, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens from full attention over [prefix | everything so far], all of it read anew for each."""
+    made: list[int] = []
+    while len(made) < count:
+        made.append(int(stock_reading(stock, [*prompt, *made], prefix).logits[-1].argmax()))
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+@every_compression
+def test_tokens_follow_the_prefix_at_consecutive_positions(name: str, compression: str) -> None:
+    model = make_model(name)
+    prefix, prompt = compressed(model, some_ids(40), 4, compression), some_ids(5, seed=1)
+    ((one,),) = generate(model, [Request(prefix, prompt)], greedy(model))
+    assert list(one.tokens) == greedy_by_hand(eager(name), prefix, prompt, 12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@every_compression
+def test_uncompressed_memory_answers_like_the_full_text(name: str, compression: str) -> None:
+    ids, prompt, model = some_ids(30), some_ids(6, seed=1), make_model(name)
+    prefix = compressed(model, ids, 0, compression)
+    ((behind,),) = generate(model, [Request(prefix, prompt)], greedy(model))
+    ((read,),) = generate(model, [Request(no_memory(model), [1, *ids, *prompt])], greedy(model))
+    assert behind.tokens == read.tokens
+    stock = eager(name).generate(torch.tensor([[1, *ids, *prompt]]), max_new_tokens=12, eos_token_id=None)
+    assert list(behind.tokens) == stock[0, 37:].tolist()
+
+
+@every_compression
+def test_prompt_longer_than_the_prefix_sees_all_of_the_prefix(compression: str) -> None:
+    model = make_model()
+    prefix, prompt = compressed(model, some_ids(8), 4, compression), some_ids(30, seed=1)
+    assert len(prompt) > prefix.span
+    ((one,),) = generate(model, [Request(prefix, prompt)], greedy(model))
+    assert list(one.tokens) == greedy_by_hand(eager("llama"), prefix, prompt, 12)
+
+
+def test_a_squeezed_prefix_leaves_the_prompt_right_behind_it() -> None:
+    model = make_model()
+    prefix, prompt = compressed(model, some_ids(40), 4), some_ids(5, seed=1)
+    tokens = []
+    for span in (prefix.span, 20):
+        ((one,),) = generate(model, [Request(prefix.squeezed(span), prompt)], greedy(model))
+        assert list(one.tokens) == greedy_by_hand(eager("llama"), prefix.squeezed(span), prompt, 12)
+        tokens.append(one.tokens)
+    assert tokens[0] != tokens[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_of_different_prefixes_and_prompts_equals_one_at_a_time(name: str) -> None:
+    model = make_model(name)
+    requests = [
+        Request(
+            compressed(model, some_ids(50, seed=seed), 2 + seed, compression), some_ids(4 + 3 * seed, seed=9 + seed)
+        )
+        for seed, compression in enumerate(COMPRESSIONS)
+    ]
+    requests.append(Request(no_memory(model), some_ids(7)))
+    together = generate(model, requests, greedy(model))
+    alone = [generate(model, [request], greedy(model))[0] for request in requests]
+    assert [one.tokens for (one,) in together] == [one.tokens for (one,) in alone]
+
+
+def test_requests_may_share_a_memory() -> None:
+    model = make_model()
+    prefix = compressed(model, some_ids(50), 4)
+    requests = [Request(prefix, some_ids(4 + seed, seed=seed)) for seed in range(3)]
+    requests.insert(1, Request(compressed(model, some_ids(20, seed=5), 2), some_ids(9)))
+    together = generate(model, requests, greedy(model))
+    alone = [generate(model, [request], greedy(model))[0] for request in requests]
+    assert [one.tokens for (one,) in together] == [one.tokens for (one,) in alone]
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_behind_a_prefix_equal_beams_over_the_full_text(beams: int) -> None:
+    model = make_model()
+    ids, prompt = some_ids(20), some_ids(5, seed=1)
+    config = greedy(model, num_beams=beams)
+    ((behind,),) = generate(model, [Request(compressed(model, ids, 0), prompt)], config)
+    stock = model.base.generate(
+        input_ids=torch.tensor([[1, *ids, *prompt]]),
+        num_beams=beams,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert list(behind.tokens) == stock[0, 26:].tolist()
+
+
+def test_several_sequences_for_each_prompt_of_a_batch() -> None:
+    model = make_model()
+    requests = [Request(compressed(model, some_ids(30 + n), 2), some_ids(4 + n)) for n in range(2)]
+    config = greedy(model, num_beams=3, num_return_sequences=2)
+    together = generate(model, requests, config)
+    assert [len(texts) for texts in together] == [2, 2]
+    assert [[t.tokens for t in texts] for texts in together] == [
+        [t.tokens for t in generate(model, [request], config)[0]] for request in requests
+    ]
+
+
+def test_generating_leaves_the_stored_tensors_alone() -> None:
+    model = make_model()
+    prefix = compressed(model, some_ids(40), 4)
+    before = [part.clone() for part in (prefix.keys, prefix.values, prefix.places)]
+    first = generate(model, [Request(prefix, some_ids(5))], greedy(model))
+    again = generate(model, [Request(prefix, some_ids(5))], greedy(model))
+    assert all(torch.equal(*pair) for pair in zip((prefix.keys, prefix.values, prefix.places), before, strict=True))
+    assert first[0][0].tokens == again[0][0].tokens
+
+
+def test_too_many_positions_are_refused_before_any_work_with_the_numbers() -> None:
+    model = make_model(max_position_embeddings=64)
+    prefix = compressed(model, some_ids(60), 2, "beacon")
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the model ran")
+
+    model.base.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(CapacityError, match=r"31 positions of memory, 30 prompt tokens and 12 .* need 73 .* has 64"):
+        generate(model, [Request(prefix, some_ids(30))], greedy(model))
+
+
+def test_what_counts_is_the_positions_that_a_memory_takes_not_its_entries() -> None:
+    model = make_model(max_position_embeddings=64)
+    prefix = compressed(model, some_ids(60), 8)
+    assert prefix.slots < 10
+    with pytest.raises(CapacityError, match=r"61 positions of memory, 5 prompt tokens"):
+        generate(model, [Request(prefix, some_ids(5))], greedy(model))
+    assert generate(model, [Request(prefix.squeezed(47), some_ids(5))], greedy(model))
+
+
+def test_stop_string_ends_the_text_and_is_not_part_of_it() -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    whole = generate(model, [request], greedy(model, max_new_tokens=40))[0][0]
+    stop = printable_part(model, whole.tokens)
+    ((ended,),) = generate(model, [request], greedy(model, stop=stop, max_new_tokens=40))
+    assert stop not in ended.text
+    assert len(ended.tokens) < len(whole.tokens)
+    assert ended.text == whole.text[: whole.text.index(stop)].strip()
+
+
+def test_tokens_end_with_the_end_of_sequence() -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    whole = generate(model, [request], greedy(model))[0][0]
+    ((ended,),) = generate(model, [request], greedy(model, eos_token_id=whole.tokens[3], pad_token_id=0))
+    assert ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[3]) + 1]
+
+
+def test_a_seed_repeats_a_sample_and_leaves_the_random_state_alone() -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    config = greedy(model, temperature=1.5)
+    state = torch.get_rng_state()
+    samples = [generate(model, [request], config, seed=seed)[0][0].tokens for seed in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_stream_pieces_make_up_the_generated_text() -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    *pieces, last = stream(model, request, greedy(model))
+    assert isinstance(last, Generation)
+    assert "".join(str(piece) for piece in pieces).strip() == last.text
+    assert last.tokens == generate(model, [request], greedy(model))[0][0].tokens
+
+
+def test_stream_never_shows_a_stop_string_or_its_beginning() -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    whole = generate(model, [request], greedy(model, max_new_tokens=40))[0][0]
+    stop = printable_part(model, whole.tokens)
+    *pieces, last = stream(model, request, greedy(model, stop=stop, max_new_tokens=40))
+    assert isinstance(last, Generation)
+    assert "".join(str(piece) for piece in pieces).strip() == last.text == whole.text[: whole.text.index(stop)].strip()
+
+
+def test_closing_a_stream_ends_its_thread() -> None:
+    model = make_model(max_position_embeddings=8192)
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    pieces = stream(model, request, greedy(model, max_new_tokens=4000))
+    next(pieces)
+    started = time.perf_counter()
+    pieces.close()  # type: ignore[attr-defined]  # it is a generator
+    assert time.perf_counter() - started < 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "beacon-memory-generate"]
+
+
+def test_an_error_while_streaming_reaches_the_consumer() -> None:
+    model = make_model()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("boom")
+
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    model.base.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        list(stream(model, request, greedy(model)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_tokens": 5}, "max_tokens=5"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"num_beams": 0}, "num_beams"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generation_config(make_model(), None, options)
+
+
+def test_naming_a_temperature_samples_and_zero_is_greedy() -> None:
+    model = make_model()
+    assert generation_config(model, None, {"temperature": 0.7}).do_sample is True
+    assert generation_config(model, None, {"temperature": 0}).do_sample is False
+    assert not generation_config(model, None, {}).do_sample
+
+
+def test_chat_prompt_leaves_out_the_bos_that_stands_in_front_of_the_memory() -> None:
+    model = make_model()
+    alone = chat_prompt(model, "Who?", behind_memory=False)
+    behind = chat_prompt(model, "Who?", behind_memory=True)
+    assert alone == [1, *behind]
+    assert model.tokenizer.decode(behind) == "<|user|>Who?</s><|assistant|>"
+
+
+def test_chat_prompt_keeps_a_template_token_that_only_looks_like_bos() -> None:
+    model = tiny_model("llama", BeaconConfig(beacon_window=16), tokenizer=tiny_tokenizer(leading_bos=False))
+    assert chat_prompt(model, "Who?", behind_memory=True)[0] == 1
+
+
+def test_chat_prompt_takes_a_conversation_and_refuses_anything_else() -> None:
+    model = make_model()
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    text = model.tokenizer.decode(chat_prompt(model, turns, behind_memory=True))
+    assert text == "<|system|>Be brief.</s><|user|>Who?</s><|assistant|>"
+    with pytest.raises(InputError, match="content"):
+        chat_prompt(model, [{"role": "user"}], behind_memory=True)
+    model.tokenizer.chat_template = None
+    with pytest.raises(InputError, match="chat template"):
+        chat_prompt(model, "Who?", behind_memory=True)
+
+
+def test_tools_go_through_the_template_or_are_refused() -> None:
+    model = make_model()
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(InputError, match="no place for tools"):
+        chat_prompt(model, "Is it raining?", behind_memory=False, tools=[tool])
+    model.tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}\n"
+        "{% endfor %}"
+    )
+    plain = model.tokenizer.decode(chat_prompt(model, "Is it raining?", behind_memory=False))
+    with_tool = model.tokenizer.decode(chat_prompt(model, "Is it raining?", behind_memory=False, tools=[tool]))
+    assert with_tool.endswith(plain)
+    assert '"weather"' in with_tool
+    called = [{"role": "assistant", "tool_calls": [tool]}, {"role": "tool", "content": "no"}]
+    assert '"weather"' in model.tokenizer.decode(chat_prompt(model, called, behind_memory=False))

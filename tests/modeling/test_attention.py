@@ -1,0 +1,243 @@
+"""What stands in front of position 0 is attended to as the text itself would be, head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from stock_behind import eager, some_kept, stock_reading
+from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from beacon_memory.config import BeaconConfig
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.kv.prefix import Front
+from beacon_memory.modeling import attention
+from beacon_memory.modeling.cache import MemoryCache
+from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, after
+from beacon_memory.modeling.model import BeaconModel
+
+TEXT, QUESTION = some_ids(20, seed=1), some_ids(6, seed=2)
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def both(name: str) -> tuple[PreTrainedModel, BeaconModel]:
+    """A stock model and one with the same weights that carries beacons."""
+    family, overrides = MODELS[name]
+    config = BeaconConfig(beacon_window=64, beacon_sink_size=0)
+    return eager(name), tiny_model(family, config, tokenizer=tiny_tokenizer(), **overrides)
+
+
+def uneven(stock: PreTrainedModel, ids: Sequence[int] = TEXT, *, seed: int = 0) -> MemoryKV:
+    """Of a text what chance leaves each head."""
+    kv = stock_reading(stock, ids).kv
+    return MemoryKV.chosen(kv, some_kept((kv.keys.shape[0], kv.keys.shape[1]), len(ids), seed=seed))
+
+
+def answer(model: BeaconModel, memory: MemoryKV, ids: Sequence[int] = QUESTION) -> Tensor:
+    """Logits of tokens that the base reads behind a memory."""
+    cache = MemoryCache([model.front(memory)])
+    with torch.no_grad():
+        logits: Tensor = model.base(torch.tensor([list(ids)]), past_key_values=cache).logits
+    return logits[0]
+
+
+@torch.no_grad()
+def run(model: BeaconModel, memories: Sequence[MemoryKV | None], rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The same in one pass of our own, each row behind its memory."""
+    layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)]) for ids in rows], model.config)
+    fronts = [None if memory is None else model.front(memory) for memory in memories]
+    hidden = model.run(layout, model.empty_kv(), [], fronts=fronts).hidden
+    return list(model.head(hidden).split([len(ids) for ids in rows]))
+
+
+def close(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+@every_model
+def test_uneven_heads_answer_as_the_full_text_masked_head_by_head(name: str) -> None:
+    stock, model = both(name)
+    kv = stock_reading(stock, TEXT).kv
+    kept = some_kept((kv.keys.shape[0], kv.keys.shape[1]), len(TEXT))
+    unseen = torch.zeros(*kept.shape[:2], len(TEXT) + 6, len(TEXT) + 6, dtype=torch.bool)
+    unseen[:, :, len(TEXT) :, : len(TEXT)] = ~kept[:, :, None]
+    expected = stock_reading(stock, TEXT + QUESTION, unseen=unseen).logits[len(TEXT) :]
+    memory = MemoryKV.chosen(kv, kept)
+    close(answer(model, memory), expected)
+    close(run(model, [memory], [QUESTION])[0], expected)
+    assert not torch.allclose(expected, stock_reading(stock, TEXT + QUESTION).logits[len(TEXT) :], atol=1e-2)
+
+
+@every_model
+def test_a_memory_of_all_tokens_answers_as_the_full_text(name: str) -> None:
+    stock, model = both(name)
+    memory, expected = MemoryKV.of(stock_reading(stock, TEXT).kv), stock_reading(stock, TEXT + QUESTION).logits[-6:]
+    close(answer(model, memory), expected)
+    close(run(model, [memory], [QUESTION])[0], expected)
+
+
+@every_model
+def test_a_memory_behind_another_is_the_text_at_later_positions(name: str) -> None:
+    stock, model = both(name)
+    texts = [TEXT, some_ids(9, seed=3)]
+    readings = [stock_reading(stock, ids).kv for ids in texts]
+    kept = [some_kept((3, 2), len(ids), seed=seed, share=0.6) for seed, ids in enumerate(texts)]
+    unseen = torch.zeros(3, 2, 35, 35, dtype=torch.bool)
+    unseen[:, :, 20:29, :20] = True  # the second text does not see the first
+    unseen[:, :, 29:, :29] = ~torch.cat(kept, dim=-1)[:, :, None]
+    expected = stock_reading(stock, [*TEXT, *texts[1], *QUESTION], unseen=unseen).logits[29:]
+    memory = MemoryKV.concat([MemoryKV.chosen(kv, one) for kv, one in zip(readings, kept, strict=True)])
+    close(answer(model, memory), expected)
+    close(run(model, [memory], [QUESTION])[0], expected)
+
+
+@every_model
+@pytest.mark.parametrize("span", [19, 13, 8])
+def test_a_squeezed_memory_has_fractional_positions(name: str, span: int) -> None:
+    stock, model = both(name)
+    memory = uneven(stock)
+    expected = stock_reading(stock, QUESTION, replace(memory, places=memory.places * (span / 20), span=span)).logits
+    close(answer(model, memory.squeezed(span)), expected)
+    close(run(model, [memory.squeezed(span)], [QUESTION])[0], expected)
+    assert not torch.allclose(expected, stock_reading(stock, QUESTION, memory).logits, atol=1e-2)
+
+
+@every_model
+def test_every_generated_token_sees_its_own_memory_and_no_padding(name: str) -> None:
+    stock, model = both(name)
+    memories = [uneven(stock), MemoryKV.of(model.empty_kv()), uneven(stock, some_ids(33, seed=4), seed=1).squeezed(30)]
+    prompts = [some_ids(4, seed=5), some_ids(7, seed=6), some_ids(1, seed=7)]
+    longest = max(map(len, prompts))
+    base: Any = model.base
+    output = base.generate(
+        torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
+        past_key_values=MemoryCache([model.front(memory) for memory in memories], config=base.config),
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    for row, (memory, prompt) in enumerate(zip(memories, prompts, strict=True)):
+        made = output.sequences[row, longest:].tolist()
+        expected = stock_reading(stock, [*prompt, *made], memory).logits[len(prompt) - 1 : -1]
+        close(torch.stack([step[row] for step in output.logits]), expected)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_copies_of_a_row_keep_its_memory_and_may_be_reordered(padding: int) -> None:
+    stock, model = both("llama")
+    memories = [uneven(stock), uneven(stock, some_ids(15, seed=4), seed=1)]
+    cache = MemoryCache([model.front(memory) for memory in memories])
+    cache.batch_repeat_interleave(2)
+    rows = torch.tensor([[0] * padding + QUESTION] * 4)
+    mask = torch.tensor([[0] * padding + [1] * 6] * 4)
+    positions = torch.tensor([[0] * padding + list(range(6))] * 4)
+    step = {"attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        logits = model.base(rows, past_key_values=cache, **step).logits[:, padding:]
+        close(logits, torch.stack([answer(model, memories[row]) for row in (0, 0, 1, 1)]))
+        cache.reorder_cache(torch.tensor([2, 0, 3, 1]))
+        step = {"attention_mask": torch.cat((mask, mask[:, -1:]), dim=1), "position_ids": positions[:, -1:] + 1}
+        logits = model.base(torch.tensor([[9]] * 4), past_key_values=cache, **step).logits[:, 0]
+    close(logits, torch.stack([answer(model, memories[row], [*QUESTION, 9])[-1] for row in (1, 0, 1, 0)]))
+
+
+@every_model
+def test_sequences_of_one_pass_have_memories_of_their_own_or_none(name: str) -> None:
+    stock, model = both(name)
+    memories = [uneven(stock), None, uneven(stock, some_ids(15, seed=4), seed=1), MemoryKV.of(model.empty_kv())]
+    rows = [some_ids(3 + number, seed=number) for number in range(4)]
+    for memory, ids, logits in zip(memories, rows, run(model, memories, rows), strict=True):
+        close(logits, stock_reading(stock, ids, memory).logits)
+
+
+@every_model
+def test_slots_of_the_pass_stand_between_the_memory_in_front_and_the_rows(name: str) -> None:
+    stock, model = both(name)
+    memory, between = uneven(stock), some_ids(9, seed=3)
+    expected = stock_reading(stock, between + QUESTION, memory).logits
+    start = Cursor()
+    (raw,) = model.cut(start, between, iter([0]), tail="close")
+    layout = BeaconLayout.build([Piece(start, [raw, Window.behind(9, QUESTION)])], model.config)
+    with torch.no_grad():
+        close(model.head(model.run(layout, model.empty_kv(), [], fronts=[model.front(memory)]).hidden), expected)
+
+
+@every_model
+def test_a_window_read_token_by_token_stays_behind_its_memory(name: str) -> None:
+    stock, model = both(name)
+    memory, logits = uneven(stock), []
+    front, cursor, past = model.front(memory), Cursor(), model.empty_kv()
+    for token in QUESTION:
+        (window,) = model.cut(cursor, [token], iter([0]))
+        layout = BeaconLayout.build([Piece(cursor, [window])], model.config)
+        with torch.no_grad():
+            output = model.run(layout, past, layout.unfinished[0], fronts=[front])
+        logits.append(model.head(output.hidden)[0])
+        cursor, past = after(cursor, window), output.kept
+    close(torch.stack(logits), stock_reading(stock, QUESTION, memory).logits)
+
+
+@pytest.mark.parametrize("ids", [QUESTION, some_ids(40, seed=5)], ids=len)
+def test_bf16_is_close_to_float32(ids: list[int]) -> None:
+    stock, model = both("llama")
+    memory = uneven(stock)
+    exact = answer(model, memory, ids)
+    model.to(torch.bfloat16)
+    for rounded in (answer(model, memory, ids), run(model, [memory], [ids])[0]):
+        assert rounded.dtype == torch.bfloat16
+        assert float((rounded.float() - exact).norm() / exact.norm()) < 0.1
+
+
+def test_masks_of_uneven_heads_begin_where_their_tensor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory-efficient kernels of CUDA refuse a mask that begins at an address that is not aligned, or fail."""
+    stock, model = both("llama")
+    attend, offsets = attention.scaled_dot_product_attention, []
+
+    def noting(*args: Any, attn_mask: Tensor, **kwargs: Any) -> Tensor:
+        offsets.append(attn_mask.storage_offset())
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noting)
+    memory = uneven(stock)
+    answer(model, memory)
+    run(model, [memory], [QUESTION])
+    assert set(offsets) == {0}
+
+
+class TestFront:
+    def kv(self, slots: int) -> BeaconKV:
+        generator = torch.Generator().manual_seed(0)
+        return BeaconKV(*(torch.randn(2, 3, slots, 8, generator=generator) for _ in "kv"))
+
+    def test_even_heads_are_one_block_and_uneven_ones_a_block_each(self) -> None:
+        _, model = both("llama")
+        kept = torch.ones(2, 3, 5, dtype=torch.bool)
+        kept[1, 0, 2] = False
+        even, ragged = Front(MemoryKV.chosen(self.kv(5), kept), model.rope).blocks
+        assert [(heads, tuple(keys.shape)) for heads, keys, _ in even] == [(slice(0, 3), (3, 5, 8))]
+        assert [(heads.start, heads.stop, tuple(values.shape)) for heads, _, values in ragged] == [
+            (0, 1, (1, 4, 8)),
+            (1, 2, (1, 5, 8)),
+            (2, 3, (1, 5, 8)),
+        ]
+
+    def test_its_last_position_is_minus_one(self) -> None:
+        _, model = both("llama")
+        kv = self.kv(5)
+        for (_, keys, values), theirs, held in zip(
+            (layer[0] for layer in Front(MemoryKV.of(kv), model.rope).blocks), kv.keys, kv.values, strict=True
+        ):
+            cos, sin = model.base.model.rotary_emb(theirs, torch.arange(-5, 0)[None])
+            turned = torch.cat((-theirs[..., 4:], theirs[..., :4]), dim=-1)
+            close(keys, theirs * cos + turned * sin, 1e-5)
+            assert torch.equal(values, held)

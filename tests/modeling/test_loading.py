@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers.utils import logging
+
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.work import Work
+from beacon_memory.config import BeaconConfig
+from beacon_memory.errors import AdapterError, ModelError, UnsupportedModelError
+from beacon_memory.modeling.adapter import read_adapter
+from beacon_memory.modeling.loading import tokenizer_digest
+from beacon_memory.modeling.model import BeaconModel
+
+CONFIG = BeaconConfig(beacon_window=8, beacon_ratio=(2, 4))
+REMOTE_CODE = """from pathlib import Path
+Path(__file__).with_name("executed").touch()
+raise RuntimeError("remote code was executed")
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "base", tiny_base("llama"))
+
+
+def load(base: Path, adapter: Path | None = None, **options: Any) -> BeaconModel:
+    return BeaconModel.from_pretrained(base, adapter, device="cpu", **options)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class TestBase:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_checkpoint_without_beacons_starts_untrained(self, family: str, tmp_path: Path) -> None:
+        stock = tiny_base(family)
+        stock.save_pretrained(tmp_path)
+        model = load(tmp_path, config=CONFIG)
+        ids = torch.tensor([some_ids(12)])
+        assert model.config == CONFIG
+        assert not model.training
+        assert torch.equal(model.base(ids).logits, stock(ids).logits)
+        assert not model.beacon_embed.any()
+
+    def test_it_is_loaded_in_its_own_dtype_or_the_one_asked_for(self, tmp_path: Path) -> None:
+        tiny_base("llama").bfloat16().save_pretrained(tmp_path)
+        assert load(tmp_path).dtype == torch.bfloat16
+        assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+    def test_it_needs_no_tokenizer(self, tmp_path: Path) -> None:
+        tiny_base("llama").save_pretrained(tmp_path)
+        kv = next(BeaconCompressor(load(tmp_path, config=CONFIG)).compress([Work(some_ids(8), [2])])).kv
+        assert kv.slots == 4
+
+    def test_a_missing_parameter_is_named(self, base: Path) -> None:
+        weights = load_file(base / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+            load(base)
+
+    def test_a_parameter_of_another_shape_is_refused(self, base: Path) -> None:
+        weights = load_file(base / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=str(base)):
+            load(base)
+
+    @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+    @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff" * 9], ids=str)
+    def test_a_missing_or_damaged_file_is_refused(self, base: Path, file: str, content: bytes | None) -> None:
+        (base / file).unlink()
+        if content is not None:
+            (base / file).write_bytes(content)
+        with pytest.raises(ModelError, match=str(base)):
+            load(base)
+
+    def test_an_unknown_name_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        for name in ("no-one/no-model", "not a name/at/all"):
+            with pytest.raises(ModelError, match=name):
+                BeaconModel.from_pretrained(name)
+
+    def test_loading_leaves_the_level_of_messages_as_it_was(self, base: Path) -> None:
+        before = logging.get_verbosity()
+        load(base)
+        assert logging.get_verbosity() == before
+
+
+class TestRemoteCode:
+    def offer(self, base: Path, **config: str) -> Path:
+        """Give a checkpoint code of its own; returns what it leaves behind if it is executed."""
+        automatic = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+        edit_json(base / "config.json", auto_map=automatic, **config)
+        edit_json(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["custom.Tokenizer", "custom.Tokenizer"]})
+        (base / "custom.py").write_text(REMOTE_CODE)
+        return base / "executed"
+
+    def test_a_known_architecture_is_loaded_by_the_library(self, base: Path) -> None:
+        executed = self.offer(base)
+        ids = torch.tensor([some_ids(12)])
+        assert torch.equal(load(base).base(ids).logits, tiny_base("llama")(ids).logits)
+        assert not executed.exists()
+
+    @pytest.mark.parametrize("architecture", ["beacon_llama", "phi3"])
+    def test_an_unknown_one_is_refused_without_a_question(
+        self, base: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("builtins.input", lambda *_: "y")
+        executed = self.offer(base, model_type=architecture)
+        with pytest.raises((ModelError, UnsupportedModelError)):
+            load(base)
+        assert not executed.exists()
+
+
+class TestTokenizerDigest:
+    def test_it_is_that_of_the_saved_tokenizer(self, base: Path) -> None:
+        assert tokenizer_digest(load(base).tokenizer) == tokenizer_digest(tiny_tokenizer())
+
+    @pytest.mark.parametrize(
+        "use", [lambda t: t("a b", truncation=True, max_length=1), lambda t: t(["a", "b c"], padding=True)]
+    )
+    def test_use_does_not_change_it(self, use: Callable[[Any], Any]) -> None:
+        tokenizer = tiny_tokenizer()
+        use(tokenizer)
+        assert tokenizer_digest(tokenizer) == tokenizer_digest(tiny_tokenizer())
+
+    def test_another_vocabulary_or_leading_token_changes_it(self) -> None:
+        larger = tiny_tokenizer()
+        larger.add_tokens(["<new>"])
+        digests = {tokenizer_digest(one) for one in (tiny_tokenizer(), larger, tiny_tokenizer(leading_bos=False), None)}
+        assert len(digests) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft's, when the test makes a reader
+class TestReader:
+    @pytest.fixture
+    def adapter(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "adapter"
+        tiny_model("llama", CONFIG, tokenizer=tiny_tokenizer()).save_adapter(folder)
+        return folder
+
+    @pytest.fixture(autouse=True)
+    def reader(self, adapter: Path) -> Tensor:
+        """Give the adapter a reader; returns PEFT's own logits with it merged in."""
+        targets = ["q_proj", "k_proj", "v_proj"]
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+        torch.manual_seed(0)
+        reading = get_peft_model(tiny_base("llama"), lora)
+        reading.save_pretrained(str(adapter / "reader"))
+        with torch.no_grad():
+            logits: Tensor = reading.merge_and_unload()(torch.tensor([some_ids(20)])).logits
+        return logits
+
+    def test_it_is_merged_as_peft_merges_it(self, base: Path, adapter: Path, reader: Tensor) -> None:
+        loaded = load(base, adapter)
+        with torch.no_grad():
+            assert torch.equal(loaded.base(torch.tensor([some_ids(20)])).logits, reader)
+            plain = load(base).base(torch.tensor([some_ids(20)])).logits
+        assert float((plain - reader).abs().max()) > 0.1
+        assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+
+    def test_it_leaves_the_beacons_own_projections_alone(self, base: Path, adapter: Path) -> None:
+        stored = read_adapter(adapter).tensors
+        loaded = dict(load(base, adapter).named_beacon_parameters())
+        assert loaded.keys() == stored.keys()
+        assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+
+    def test_it_belongs_to_the_fingerprint(self, base: Path, adapter: Path, tmp_path: Path) -> None:
+        with_reader = load(base, adapter).fingerprint
+        (adapter / "reader").rename(tmp_path / "elsewhere")
+        without = load(base, adapter).fingerprint
+        assert with_reader.adapter != without.adapter
+        assert with_reader.base == without.base
+
+    def test_it_is_saved_with_the_adapter(self, base: Path, adapter: Path, tmp_path: Path) -> None:
+        trained = load(base, adapter)
+        trained.save_adapter(tmp_path / "again")
+        again = load(base, tmp_path / "again")
+        assert again.fingerprint == trained.fingerprint
+        ids = torch.tensor([some_ids(20)])
+        assert torch.equal(again.base(ids).logits, trained.base(ids).logits)
+
+    def test_it_stays_where_an_adapter_is_saved_over_itself(
+        self, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        trained = load(base, Path("adapter"))
+        trained.save_adapter(adapter)
+        assert load(base, adapter).fingerprint == trained.fingerprint
+
+    def test_one_of_an_earlier_adapter_does_not_stay_behind(self, base: Path, adapter: Path) -> None:
+        plain = tiny_model("llama", CONFIG, tokenizer=tiny_tokenizer())
+        plain.save_adapter(adapter)
+        assert load(base, adapter).fingerprint == plain.fingerprint
+
+    def test_one_that_does_not_fit_is_refused(self, base: Path, adapter: Path) -> None:
+        tensors = load_file(adapter / "reader" / "adapter_model.safetensors")
+        wider = {name: torch.ones(tensor.shape[0], tensor.shape[1] + 1) for name, tensor in tensors.items()}
+        save_file(wider, adapter / "reader" / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match="reader"):
+            load(base, adapter)
+
+    @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+    @pytest.mark.parametrize("content", [None, b"", b"{"], ids=str)
+    def test_one_with_a_missing_or_damaged_file_is_refused(
+        self, base: Path, adapter: Path, file: str, content: bytes | None
+    ) -> None:
+        (adapter / "reader" / file).unlink()
+        if content is not None:
+            (adapter / "reader" / file).write_bytes(content)
+        with pytest.raises(AdapterError, match="reader"):
+            load(base, adapter)

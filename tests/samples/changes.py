@@ -1,0 +1,104 @@
+"""All that changes a store, each with a store to do it to, and what is there before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from crashing import copied, everything
+from workload import document, label
+
+from beacon_memory.storage.store import MemoryStore
+
+Act = Callable[[MemoryStore], object]
+
+
+def put(id: str, version: str, **options: object) -> Act:
+    def act(store: MemoryStore) -> None:
+        store.put(*document(id, version), label(version), created_at="2026-01-01T00:00:00.000+00:00", **options)
+
+    return act
+
+
+def append(store: MemoryStore) -> None:
+    put("doc", "2", replacing=store.row("doc").file)(store)
+
+
+def recompress(store: MemoryStore) -> None:
+    header, kv, text = document("doc", "1")
+    store.put(replace(header, fingerprint=replace(header.fingerprint, base="another")), kv, text, keep_version=True)
+
+
+def two(store: MemoryStore) -> None:
+    put("kept", "0")(store)
+    put("doc", "1")(store)
+
+
+def full(store: MemoryStore) -> None:
+    two(store)
+    recompress(store)
+    store.update("kept", pinned=True)
+    put("used", "2")(store)
+    store.configure(quota=store.totals().bytes)
+    store.catalog().touch({"used": 2**40})
+
+
+def expired(store: MemoryStore) -> None:
+    two(store)
+    store.update("doc", expires_at="2020-01-01T00:00:00Z")
+
+
+def recompressed(store: MemoryStore) -> None:
+    two(store)
+    recompress(store)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a store, and what makes that store."""
+
+    prepare: Act
+    act: Act
+
+
+CHANGES = {
+    "first put": Change(lambda _: None, put("doc", "1")),
+    "put": Change(two, put("new", "2")),
+    "replacement": Change(two, put("doc", "2")),
+    "append": Change(two, append),
+    "recompression": Change(two, recompress),
+    "eviction": Change(full, put("new", "3")),
+    "put in place of an expired one": Change(expired, put("doc", "2")),
+    "put into a new namespace": Change(two, lambda store: put("doc", "2")(store.within("other"))),
+    "update": Change(two, lambda store: store.update("doc", tags=["new"], pinned=True)),
+    "rename": Change(recompressed, lambda store: store.rename("doc", "renamed")),
+    "float16": Change(two, lambda store: store.convert("doc", "float16")),
+    "int8": Change(two, lambda store: store.convert("doc", "int8")),
+    "delete": Change(recompressed, lambda store: store.delete("doc")),
+    "expire": Change(expired, MemoryStore.expire),
+    "drop_versions": Change(recompressed, MemoryStore.drop_versions),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A store to copy, what is done to it, and what it holds before and after."""
+
+    template: Path
+    act: Act
+    before: object
+    after: object
+
+
+def prepare(folder: Path, name: str) -> Prepared:
+    """One of CHANGES, prepared in a folder."""
+    change = CHANGES[name]
+    template, done = folder / "template", folder / "done"
+    with MemoryStore(template) as store:
+        change.prepare(store)
+    before = everything(template)
+    with MemoryStore(copied(template, done)) as store:
+        change.act(store)
+        assert store.verify() == []
+    return Prepared(template, change.act, before, everything(done))

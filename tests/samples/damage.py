@@ -1,0 +1,122 @@
+"""What disks, crashes and people do to files: bytes that are flipped, cut off, zeroed, swapped, added.
+
+And files as somebody would write them to do harm: a metadata entry proves nothing but that no byte changed by chance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from kv_samples import TEXT, sample, stack
+from old_formats import write_format_1, write_format_2, write_format_3
+
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.storage.files.header import DocumentHeader
+from beacon_memory.storage.files.kv_file import StoredKV, stage_kv_file, with_precision
+
+PAGE = 4096  # bytes that a disk or SQLite loses together
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that happens to the bytes of a file at a share of its length, the same share of any file."""
+
+    kind: str
+    at: float
+    size: int
+    seed: int
+
+    def done_to(self, data: bytes) -> bytes:
+        where = min(int(self.at * len(data)), len(data) - 1)
+        page = where // PAGE * PAGE
+        other = self.seed * PAGE % len(data) // PAGE * PAGE
+        changed = bytearray(data)
+        match self.kind:
+            case "flip":
+                changed[where] ^= 1 << self.seed % 8
+            case "cut":
+                del changed[where:]
+            case "extend":
+                changed += self._noise(self.size)
+            case "zero":
+                changed[where : where + self.size] = bytes(len(data[where : where + self.size]))
+            case "noise":
+                changed[where : where + self.size] = self._noise(len(data[where : where + self.size]))
+            case "zero page":
+                changed[page : page + PAGE] = bytes(len(data[page : page + PAGE]))
+            case "move page":
+                changed[page : page + PAGE] = data[other : other + PAGE]
+            case "swap":
+                far = self.seed % len(data)
+                changed[where], changed[far] = changed[far], changed[where]
+        return bytes(changed)
+
+    def _noise(self, size: int) -> bytes:
+        return hashlib.shake_128(str(self.seed).encode()).digest(size)
+
+
+FORMS = ("format 1", "format 2", "format 3", "bfloat16", "float32", "int8", "int4")
+_KINDS = ("flip", "flip", "flip", "cut", "extend", "zero", "noise", "zero page", "move page", "swap")
+damages = st.builds(
+    Damage,
+    kind=st.sampled_from(_KINDS),
+    at=st.floats(0, 1, exclude_max=True),
+    size=st.sampled_from([1, 2, 4, 16, 100, 1000]),
+    seed=st.integers(0, 2**16),
+)
+
+
+def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A metadata entry with the hash that it must have."""
+    bare = {name: value for name, value in entry.items() if name != "sha256"}
+    return {**bare, "sha256": hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()}
+
+
+def crafted(head: Mapping[str, Any], data: bytes) -> bytes:
+    """A safetensors file of any header and data."""
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def parts(file: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """Header, metadata entry and data of a safetensors file of ours."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    head = json.loads(file[8:end])
+    return head, json.loads(head["__metadata__"]["beacon_memory"]), file[end:]
+
+
+def with_entry(file: bytes, entry: Mapping[str, Any]) -> bytes:
+    """The file with another metadata entry, sealed."""
+    head, _, data = parts(file)
+    return crafted({**head, "__metadata__": {"beacon_memory": json.dumps(sealed(entry))}}, data)
+
+
+def file_of(form: str, id: str = "doc", text: str = TEXT) -> tuple[bytes, DocumentHeader, StoredKV]:
+    """The bytes of a file, and what must be read from it; form: one of FORMS."""
+    header, kv = sample(id, text)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        if form == "format 1":
+            stacked = stack(header.slots, dtype=torch.bfloat16)
+            windows = tuple(replace(window, span=window.slots) for window in header.windows)
+            header = replace(header, windows=windows, compression="beacon", span=header.slots, method=None)
+            write_format_1(path, header, stacked)
+            return path.read_bytes(), header, MemoryKV.of(stacked)
+        if form == "format 2":
+            header = replace(header, method=None)
+            write_format_2(path, header, kv)
+            return path.read_bytes(), header, kv
+        if form == "format 3" and text == TEXT:
+            stored = write_format_3(path, header, kv)
+            return path.read_bytes(), header, stored
+        stored = with_precision(kv, form)
+        return stage_kv_file(Path(folder), header, stored, text).read_bytes(), header, stored

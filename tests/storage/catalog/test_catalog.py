@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from catalog_samples import LATER, add, row
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlite_utils import Database
+
+from beacon_memory.documents import Label, content_hash
+from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.migrations import migrations
+
+LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra. " * 20 for n in range(9))
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    yield catalog
+    with sqlite3.connect(tmp_path / "catalog.sqlite3") as connection:
+        connection.execute("INSERT INTO passages_fts(passages_fts, rank) VALUES('integrity-check', 1)")
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert not connection.execute("PRAGMA foreign_key_check").fetchall()
+    connection.close()
+    catalog.close()
+
+
+def test_the_catalog_imports_no_torch() -> None:
+    script = (
+        "import sys, beacon_memory.storage.catalog.catalog\n"
+        "print(sorted({'torch', 'safetensors', 'transformers'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_row_and_its_text_are_read_back(catalog: Catalog) -> None:
+    metadata = {"tags": ["a", None, 1.5], "nested": {"b": True}}
+    stored = add(catalog, "doc", "text\r\n \0 end", metadata=metadata, tags=("a", "b"), pinned=True, expires_at=LATER)
+    assert catalog.get("doc") == catalog.require("doc") == stored
+    assert catalog.list() == [*catalog.scan()] == [stored]
+    assert catalog.text("doc") == "text\r\n \0 end"
+    assert (stored.ratios, stored.compression, stored.precision) == ((2, 4), "beacon", "bfloat16")
+    assert stored.label == Label(metadata, ("a", "b"), True, LATER)
+
+
+@pytest.mark.parametrize(
+    "id", ["a\0b", "../../etc/passwd", "👩‍🚀", "x" * 10_000, "\u200f\u202eabc", " ", "\n", "a/b\\c:*?", "'; --"]
+)
+def test_any_text_is_an_id(catalog: Catalog, id: str) -> None:
+    for similar in ("a", "a\0", "👩", "x" * 9_999, "\u200f"):
+        add(catalog, similar, "another")
+    stored = add(catalog, id, id)
+    assert catalog.require(id) == stored
+    assert catalog.text(id) == id
+    assert id in [row.id for row in catalog.list()]
+    assert catalog.files(id) == {stored.file}
+    assert catalog.delete(id) == [stored.file]
+    assert catalog.get(id) is None
+    assert len(catalog.list()) == 5
+
+
+@given(ids=st.sets(st.text(min_size=1), min_size=1, max_size=8), text=st.text())
+@settings(max_examples=40, deadline=None)
+def test_ids_texts_and_metadata_survive_as_they_are(ids: set[str], text: str) -> None:
+    catalog = Catalog(":memory:")
+    for id in ids:
+        add(catalog, id, text + id, metadata={id: text})
+    assert {row.id for row in catalog.list()} == ids
+    for id in ids:
+        assert catalog.text(id) == text + id
+        assert catalog.require(id).metadata == {id: text}
+    catalog.close()
+
+
+@pytest.mark.parametrize(
+    ("id", "message"), [("", "empty"), ("a\udc80", "surrogate"), (7, "must be a str"), (b"a", "str")]
+)
+def test_what_is_no_id_is_refused(catalog: Catalog, id: str, message: str) -> None:
+    for use in (catalog.get, catalog.text, catalog.delete):
+        with pytest.raises(InputError, match=message):
+            use(id)
+    with pytest.raises(InputError, match=message):
+        add(catalog, id, "text")
+    assert not catalog.list()
+
+
+def test_a_text_without_utf8_form_is_refused(catalog: Catalog) -> None:
+    with pytest.raises(InputError, match="surrogate '\\\\ud800' at character 3"):
+        content_hash("abc\ud800")
+    with pytest.raises(InputError, match="decode bytes first"):
+        content_hash(b"abc")  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(InputError, match="not the sha256 of its text"):
+        catalog.put(row("doc", "one text"), "another text")
+    assert not catalog.list()
+
+
+def test_replacement_keeps_created_at_and_leaves_no_old_passage(catalog: Catalog) -> None:
+    first = add(catalog, "doc", "the old text is about apples", created_at="2020-01-01T00:00:00.000+00:00")
+    second = add(catalog, "doc", "the new text is about pears", tokens=99)
+    assert second.created_at == first.created_at
+    assert second.updated_at > first.created_at
+    assert catalog.list() == [second]
+    assert not catalog.search("apples")
+    assert [hit.text for hit in catalog.search("pears")] == ["the new text is about pears"]
+
+
+def test_delete_removes_row_text_and_passages(catalog: Catalog) -> None:
+    add(catalog, "doc", "something about apples")
+    add(catalog, "other", "something about pears")
+    catalog.delete("doc")
+    assert [row.id for row in catalog.list()] == ["other"]
+    assert [hit.document for hit in catalog.search("something about apples")] == ["other"]
+
+
+def test_a_row_is_updated_without_its_text(catalog: Catalog) -> None:
+    before = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
+    after = replace(before.labelled(Label({"b": 2}, ["y"])), updated_at=LATER)
+    catalog.update(after)
+    assert catalog.require("doc") == after
+    assert catalog.text("doc") == "about apples"
+    assert len(catalog.search("apples")) == 1
+    assert [len(catalog.list(tags=[tag])) for tag in ("x", "y")] == [0, 1]
+    assert [len(catalog.list(metadata={name: value})) for name, value in (("a", 1), ("b", 2))] == [0, 1]
+
+
+def test_a_renamed_document_takes_all_with_it(catalog: Catalog) -> None:
+    before = add(catalog, "doc", LONG, metadata={"a": 1}, tags=("x",))
+    after = replace(before, id="new", file="kv/new")
+    catalog.rename("doc", after)
+    assert catalog.list() == catalog.list(metadata={"a": 1}, tags=["x"]) == [after]
+    assert catalog.text("new") == LONG
+    assert {hit.document for hit in catalog.search("zebra", 100)} == {"new"}
+    assert (catalog.count("documents"), catalog.count("bytes")) == (1, before.bytes)
+    assert catalog.check() == []
+
+
+def test_a_missing_document_suggests_similar_ids(catalog: Catalog) -> None:
+    for use in (catalog.require, catalog.text, catalog.delete):
+        with pytest.raises(DocumentNotFoundError, match=r"no document 'moby dick' is stored; list\(\) shows"):
+            use("moby dick")
+    for id in ("moby-dick.txt", "notes", "x" * 10_000):
+        add(catalog, id, "text")
+    with pytest.raises(DocumentNotFoundError, match=r"did you mean 'moby-dick\.txt'"):
+        catalog.require("moby_dick.txt")
+
+
+def test_a_failed_transaction_leaves_everything_as_it_was(catalog: Catalog) -> None:
+    before = add(catalog, "doc", "about apples")
+    with pytest.raises(InputError), catalog.transaction():  # noqa: PT012 -- what comes before the error is the point
+        add(catalog, "doc", "about pears")
+        add(catalog, "new", "about plums")
+        add(catalog, "", "refused")
+    assert catalog.list() == [before]
+    assert not catalog.search("pears plums")
+    assert len(catalog.search("apples")) == 1
+
+
+def test_a_failure_inside_a_nested_transaction_can_be_survived(catalog: Catalog) -> None:
+    with catalog.transaction():
+        add(catalog, "kept", "text")
+        with pytest.raises(InputError):
+            catalog.put(row("refused", "text"), "another text")
+        with pytest.raises(StoreError):
+            add(catalog, "clash", "text", file="kv/'kept'")
+    assert [row.id for row in catalog.list()] == ["kept"]
+
+
+def test_threads_share_a_catalog(catalog: Catalog) -> None:
+    failures: list[BaseException] = []
+
+    def work(name: str) -> None:
+        try:
+            for n in range(15):
+                add(catalog, f"{name}-{n}", f"the text of {name} {n}")
+                assert catalog.search(name)
+                assert len(catalog.list()) >= n
+        except BaseException as error:  # noqa: BLE001 -- handed to the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("anna", "bela", "carl")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(catalog.list()) == 45
+
+
+def test_a_reader_goes_on_while_another_connection_writes(catalog: Catalog, tmp_path: Path) -> None:
+    before = add(catalog, "doc", "old")
+    other = Catalog(tmp_path / "catalog.sqlite3")
+    with other.transaction():
+        add(other, "doc", "new")
+        assert catalog.require("doc") == before
+        assert catalog.text("doc") == "old"
+    assert catalog.text("doc") == "new"
+    other.close()
+
+
+def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    first = Catalog(path)
+    stored = add(first, "doc", "text")
+    identity = first.fact("identity")
+    first.close()
+    again = Catalog(path)
+    assert again.list() == [stored]
+    assert again.fact("identity") == identity
+    again.close()
+    db = Database(path)
+    assert [step.name for step in migrations.applied(db)] == [
+        "m001_documents",
+        "m002_passages",
+        "m003_compression",
+        "m004_lifetimes",
+        "m005_sealed_facts",
+    ]
+    assert db.journal_mode == "wal"
+    db.close()
+
+
+def test_many_processes_may_create_the_same_catalog(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from beacon_memory.storage.catalog.catalog import Catalog\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "for n in range(8): Catalog(f'{sys.argv[1]}/{n}.sqlite3').close()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for child in children:
+        child.stdout.readline()
+    for child in children:  # all at the same time
+        child.stdin.write("\n")
+        child.stdin.flush()
+    assert [child.communicate(timeout=60)[1] for child in children] == [""] * 4
+    for path in tmp_path.glob("*.sqlite3"):
+        with contextlib.closing(Catalog(path)) as catalog:
+            assert (catalog.list(), catalog.check()) == ([], [])
+
+
+def test_waiting_for_another_writer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beacon_memory.storage.catalog.connections.BUSY_SECONDS", 0.1)
+    first, second = Catalog(tmp_path / "catalog.sqlite3"), Catalog(tmp_path / "catalog.sqlite3")
+    with first.transaction(), pytest.raises(StoreError, match="another process has been writing"):
+        add(second, "doc", "text")
+    add(second, "doc", "text")
+    assert first.text("doc") == "text"
+    first.close()
+    second.close()
+
+
+def test_a_newer_catalog_says_to_upgrade(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    Catalog(path).close()
+    db = Database(path)
+    db.table("_sqlite_migrations").insert({"migration_set": "beacon_memory", "name": "m999_future", "applied_at": "x"})
+    db.close()
+    with pytest.raises(StoreError, match=r"newer beacon_memory \(m999_future\); upgrade"):
+        Catalog(path)
+
+
+def test_a_damaged_catalog_is_a_store_error(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    path.write_bytes(b"not a database at all " * 100)
+    with pytest.raises(StoreError, match=r"catalog\.sqlite3 cannot be used as a catalog: file is not a database"):
+        Catalog(path)
+    with pytest.raises(StoreError, match="unable to open"):
+        Catalog(tmp_path / "no such folder" / "catalog.sqlite3")

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+import pytest
+from catalog_samples import LATER, add
+
+from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.rows import COLUMNS, DamagedRow
+
+LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra. " * 20 for n in range(9))
+
+
+def change(catalog: Catalog, sql: str) -> None:
+    """Change a catalog behind its back."""
+    with contextlib.closing(sqlite3.connect(catalog.path, isolation_level=None)) as db:
+        db.executescript(sql)
+
+
+@pytest.mark.parametrize("column", [name for name in COLUMNS if name not in ("used_at", "pinned")])
+@pytest.mark.parametrize("value", ["CAST(x'61ff00' AS TEXT)", "x'00'", "''", "7"])
+def test_a_change_in_any_column_of_a_row_is_noticed(tmp_path: Path, column: str, value: str) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    add(catalog, "doc", "text", metadata={"a": 1}, tags=("x",), expires_at=LATER)
+    sound = add(catalog, "sound", "text")
+    change(catalog, f"UPDATE documents SET {column} = {value} WHERE id = 'doc'")
+    (damaged,) = (row for row in catalog.scan() if isinstance(row, DamagedRow))
+    assert "is damaged; `beacon-memory repair` makes it anew" in damaged.message
+    (damaged.id + damaged.file + damaged.message).encode()  # can be shown
+    assert catalog.require("sound") == sound
+    with pytest.raises(StoreError):
+        catalog.require("doc")
+    catalog.forget(damaged)
+    assert [*catalog.scan()] == [sound]
+    assert catalog.count("documents") == 1
+    catalog.close()
+
+
+def test_a_changed_pin_is_noticed(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    add(catalog, "doc", "text")
+    change(catalog, "UPDATE documents SET pinned = 1")
+    with pytest.raises(CorruptFileError, match="row of 'doc' is damaged"):
+        catalog.get("doc")
+    with pytest.raises(CorruptFileError, match="row of 'doc' is damaged"):
+        catalog.list()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE passages SET text = replace(text, '3th', '4th')",
+        "UPDATE passages SET text = CAST(x'ff' || CAST(text AS BLOB) AS TEXT) WHERE ordinal = 1",
+        "UPDATE passages SET ordinal = 100 WHERE ordinal = 0",
+        "DELETE FROM passages WHERE ordinal = 2",
+        "DELETE FROM passages",
+        "UPDATE passages SET document = 'other' WHERE ordinal = 1",
+    ],
+)
+def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    kept = add(catalog, "doc", LONG)
+    add(catalog, "other", "")
+    change(catalog, sql)
+    with pytest.raises(CorruptFileError, match="text of 'doc' is damaged; `beacon-memory repair` takes its file's"):
+        catalog.text("doc")
+    assert catalog.kept_text("doc", kept.content_hash) is None
+    catalog.put(kept, LONG)
+    assert catalog.text("doc") == LONG
+    catalog.close()
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("UPDATE facts SET value = 99 WHERE name = 'documents'", "the numbers of documents and bytes"),
+        ("UPDATE facts SET value = 'many' WHERE name = 'bytes'", "the numbers of documents and bytes"),
+        ("DELETE FROM facts WHERE name = 'bytes'", "the numbers of documents and bytes"),
+        ("DELETE FROM facts WHERE name = 'last'", "the number of the last file is lost"),
+        ("UPDATE facts SET value = 'x' WHERE name = 'last'", "the number of the last file is lost"),
+        ("DELETE FROM labels WHERE name = 'tag'", "what documents are found by"),
+        ("UPDATE labels SET value = '2' WHERE value = '1'", "what documents are found by"),
+        ("INSERT INTO labels VALUES ('tag', 'y', 'doc')", "what documents are found by"),
+        ("INSERT INTO passages_fts(passages_fts) VALUES ('delete-all')", "full-text index does not fit"),
+        ("DROP TRIGGER passages_au; UPDATE passages SET text = 'about pears'", "full-text index does not fit"),
+    ],
+)
+def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql: str, message: str) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    kept = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
+    number = catalog.take_number()
+    assert catalog.check() == []
+    change(catalog, sql)
+    (found,) = catalog.check()
+    assert message in found
+    catalog.mend({})
+    assert catalog.check() == []
+    assert catalog.list(tags=["x"], metadata={"a": 1}) == [kept]
+    assert (catalog.count("documents"), catalog.count("bytes")) == (1, kept.bytes)
+    assert catalog.take_number() > number
+    catalog.close()
+
+
+def test_a_check_that_must_wait_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beacon_memory.storage.catalog.connections.BUSY_SECONDS", 0.1)
+    first, second = Catalog(tmp_path / "catalog.sqlite3"), Catalog(tmp_path / "catalog.sqlite3")
+    with first.transaction(), pytest.raises(StoreError, match="another process has been writing") as caught:
+        second.check()
+    assert not isinstance(caught.value, CorruptFileError)
+    first.close()
+    second.close()

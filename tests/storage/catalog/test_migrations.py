@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from catalog_samples import add
+from kv_samples import TEXT, same, sample
+from old_formats import create_old_catalog, insert_old_row, write_old_store
+from sqlite_utils import Database
+from store_samples import files
+
+from beacon_memory.documents import Label, content_hash
+from beacon_memory.errors import StoreError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.migrations import migrations
+from beacon_memory.storage.catalog.passages import split_passages
+from beacon_memory.storage.files.header import DocumentHeader
+from beacon_memory.storage.files.kv_file import precision_of, read_kv_file
+from beacon_memory.storage.store import MemoryStore
+
+LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra.\0 " * 20 for n in range(9))
+TEXTS = {"short": "about apples", "long": LONG, "a/ü 🚀\0": "about pears", "empty": ""}
+
+
+def shape(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """The tables of a database with their columns, and its triggers and indexes."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        columns = {name: db.execute(f"PRAGMA table_info('{name}')").fetchall() for name in names}
+        others = db.execute("SELECT type, name, tbl_name FROM sqlite_master WHERE type != 'table' ORDER BY name")
+        return columns | {"": others.fetchall()}
+
+
+def test_a_catalog_written_by_hand_is_what_the_old_steps_made(tmp_path: Path) -> None:
+    create_old_catalog(tmp_path / "by-hand").close()
+    db = Database(tmp_path / "by-steps")
+    migrations.apply(db, stop_before=["m004_lifetimes"])
+    db.close()
+    assert shape(tmp_path / "by-hand") == shape(tmp_path / "by-steps")
+
+
+def test_an_old_catalog_becomes_the_same_as_a_new_one(tmp_path: Path) -> None:
+    create_old_catalog(tmp_path / "old").close()
+    for name in ("old", "new"):
+        Catalog(tmp_path / name).close()
+    assert shape(tmp_path / "old") == shape(tmp_path / "new")
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    path = tmp_path / "catalog.sqlite3"
+    with contextlib.closing(create_old_catalog(path)) as db:
+        for n, (id, text) in enumerate(TEXTS.items()):
+            metadata = json.dumps({"n": n, "even": n % 2 == 0, "nested": {"n": n}, "\ud800": None})
+            insert_old_row(db, text, id=id, metadata=metadata, compression="hybrid", bytes=100 + n)
+    return path
+
+
+def test_an_old_catalog_keeps_all_it_has(old: Path) -> None:
+    with contextlib.closing(Catalog(old)) as catalog:
+        rows = {row.id: row for row in catalog.list()}
+        assert rows.keys() == TEXTS.keys()
+        for n, (id, text) in enumerate(TEXTS.items()):
+            row = rows[id]
+            assert catalog.text(id) == text
+            assert row.content_hash == content_hash(text)
+            assert row.metadata == {"n": n, "even": n % 2 == 0, "nested": {"n": n}, "\ud800": None}
+            assert (row.file, row.fingerprint, row.compression) == (f"kv/{id}", "f" * 16, "hybrid")
+            assert (row.tokens, row.slots, row.bytes, row.ratios) == (13, 6, 100 + n, (2, 4))
+            assert row.created_at == "2025-01-02T00:00:00.000+00:00"
+            assert row.updated_at == "2025-01-03T00:00:00.000+00:00"
+            assert (row.precision, row.tags, row.pinned, row.expires_at, row.used_at) == ("", (), False, None, 0)
+        assert catalog.check() == []
+
+
+def test_an_old_catalog_is_searched_counted_and_filtered(old: Path) -> None:
+    with contextlib.closing(Catalog(old)) as catalog:
+        assert [hit.document for hit in catalog.search("apples")] == ["short"]
+        hits = catalog.search("zebras", limit=20)
+        assert [hit.text for hit in sorted(hits, key=lambda hit: hit.start)] == [
+            LONG[start:stop] for start, stop in split_passages(LONG)
+        ]
+        assert (catalog.count("documents"), catalog.count("bytes")) == (4, 406)
+        assert [row.id for row in catalog.list(metadata={"even": True})] == ["a/ü 🚀\0", "short"]
+        assert [row.id for row in catalog.list(metadata={"n": 1})] == ["long"]
+        assert [row.id for row in catalog.list(metadata={"\ud800": None})] == sorted(TEXTS)
+        assert catalog.unsettled() == set()
+
+
+def test_an_old_catalog_is_written_to(old: Path) -> None:
+    with contextlib.closing(Catalog(old)) as catalog:
+        assert add(catalog, "short", "about plums", compression="select") == catalog.require("short")
+        assert catalog.require("short").created_at == "2025-01-02T00:00:00.000+00:00"
+        assert catalog.text("short") == "about plums"
+        assert not catalog.search("apples")
+        catalog.delete("long")
+        assert not catalog.search("zebra")
+        assert catalog.count("documents") == 3
+        assert catalog.check() == []
+
+
+def test_old_rows_are_sealed(old: Path) -> None:
+    Catalog(old).close()
+    with contextlib.closing(sqlite3.connect(old)) as db:
+        db.execute("UPDATE documents SET tokens = 14 WHERE id = 'short'")
+        db.commit()
+    with contextlib.closing(Catalog(old)) as catalog:
+        with pytest.raises(StoreError, match="row of 'short' is damaged"):
+            catalog.require("short")
+        assert catalog.require("long").tokens == 13
+
+
+@pytest.mark.parametrize("text", ["about apples", LONG, ""])
+def test_a_text_whose_passages_are_lost_or_damaged_is_cut_anew(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    with contextlib.closing(create_old_catalog(path)) as db:
+        insert_old_row(db, text, passages=False, id="lost")
+        insert_old_row(db, text, id="damaged")
+        insert_old_row(db, "something about pears", id="sound")
+        db.execute("UPDATE passages SET text = 'about plums' WHERE document = 'damaged' AND ordinal = 0")
+        (last,) = db.execute("SELECT max(id) FROM passages").fetchone()
+    with contextlib.closing(Catalog(path)) as catalog:
+        assert catalog.text("lost") == catalog.text("damaged") == text
+        assert not catalog.search("plums")
+        assert [hit.document for hit in catalog.search("pears")] == ["sound"]
+        assert len(catalog.search("apples zebra", 100)) == 2 * len(split_passages(text))
+        assert catalog.check() == []
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT id FROM passages WHERE document = 'sound'").fetchall() == [(last,)]
+
+
+def test_a_step_that_fails_leaves_the_catalog_as_it_was(old: Path) -> None:
+    with contextlib.closing(sqlite3.connect(old)) as db:
+        db.execute("CREATE TABLE versions (in_the_way TEXT)")
+    before = shape(old)
+    with pytest.raises(StoreError, match="versions already exists"):
+        Catalog(old)
+    assert shape(old) == before
+    with contextlib.closing(sqlite3.connect(old)) as db:
+        db.execute("DROP TABLE versions")
+    with contextlib.closing(Catalog(old)) as catalog:
+        assert catalog.text("long") == LONG
+
+
+def test_processes_that_open_an_old_catalog_together_bring_it_up_to_date_once(old: Path) -> None:
+    script = (
+        "import sys; from beacon_memory.storage.catalog.catalog import Catalog\nprint(len(Catalog(sys.argv[1]).list()))"
+    )
+    command = [sys.executable, "-c", script, str(old)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [child.communicate(timeout=60) for child in children] == [("4\n", "")] * 4
+
+
+OLD = {"doc": TEXT, "other": "Another text, about pears."}
+
+
+def appended(header: DocumentHeader, text: str) -> DocumentHeader:
+    windows = (*header.windows[:-1], replace(header.windows[-1], stop=len(text)))
+    return replace(header, content_hash=content_hash(text), windows=windows)
+
+
+def test_an_old_store_is_read_and_found_sound(tmp_path: Path) -> None:
+    kept = write_old_store(tmp_path / "store", OLD)
+    before = {path: path.read_bytes() for path in (tmp_path / "store" / "kv").rglob("*.safetensors")}
+    with MemoryStore(tmp_path / "store") as store:
+        assert store.verify() == []
+        assert store.repair() == []
+        for n, (id, text) in enumerate(OLD.items()):
+            found = store.get(id)
+            assert same(found.kv, kept[id])
+            assert (found.header.id, found.header.method) == (id, None)
+            assert store.text(id) == text
+            assert [row.id for row in store.list(metadata={"n": n})] == [id]
+        assert store.totals().documents == 2
+        assert {path: path.read_bytes() for path in files(store)} == before
+
+
+CHANGES: dict[str, Callable[[MemoryStore], object]] = {
+    "renamed": lambda store: store.rename("doc", "new"),
+    "converted": lambda store: store.convert("doc", "float16"),
+    "appended": lambda store: store.put(
+        appended(store.get("doc").header, TEXT + " The end."),
+        store.read("doc")[1].kv,
+        TEXT + " The end.",
+        replacing=store.row("doc").file,
+    ),
+    "replaced": lambda store: store.put(*sample(), TEXT),
+    "labelled": lambda store: store.update("doc", tags=["a"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_document_of_an_old_store_is_changed(tmp_path: Path, change: str) -> None:
+    kept = write_old_store(tmp_path / "store", OLD)
+    with MemoryStore(tmp_path / "store") as store:
+        CHANGES[change](store)
+        id = "new" if change == "renamed" else "doc"
+        assert {row.id for row in store.list()} == {id, "other"}
+        found = store.get(id)
+        assert found.row.created_at == "2025-01-02T00:00:00.000+00:00"
+        assert found.row.metadata == {"n": 0}
+        assert store.text(id) == TEXT + " The end." * (change == "appended")
+        if change in ("renamed", "appended", "labelled"):
+            assert same(found.kv, kept["doc"])
+        if change != "labelled":
+            file = read_kv_file(store.folder / found.row.file)
+            assert file.text == store.text(id)
+            assert (found.row.precision, found.row.bytes) == (precision_of(file.kv), 36 * (2 * 4 * 2 + 2))
+            assert len(found.row.file.partition("-")[2]) == len("0123456789ab.safetensors")
+        assert len(files(store)) == 2
+        assert store.verify() == []
+
+
+def test_a_damaged_row_over_an_old_file_takes_its_text_from_the_catalog(tmp_path: Path) -> None:
+    kept = write_old_store(tmp_path / "store", OLD)
+    with MemoryStore(tmp_path / "store") as store:
+        store.update("doc", tags=["a"])
+        with contextlib.closing(sqlite3.connect(store.folder / "catalog.sqlite3")) as db:
+            db.execute("UPDATE documents SET compression = 'sele\x01t' WHERE id = 'doc'")
+            db.commit()
+        assert [(problem.kind, problem.document) for problem in store.verify()] == [("damaged-row", "doc")]
+        assert [problem.mended for problem in store.repair()] == [True]
+        assert store.verify() == []
+        assert store.text("doc") == TEXT
+        assert same(store.get("doc").kv, kept["doc"])
+        assert store.row("doc").label == Label({"n": 0}, ["a"])
+
+
+def test_old_files_without_a_catalog_are_kept_and_reported(tmp_path: Path) -> None:
+    write_old_store(tmp_path / "store", OLD)
+    (tmp_path / "store" / "catalog.sqlite3").unlink()
+    with MemoryStore(tmp_path / "store") as store:
+        for look in (store.verify, store.repair, store.repair):
+            assert [(problem.kind, problem.mended) for problem in look()] == [("orphan-file", False)] * 2
+        assert len(files(store)) == 2
+        assert store.list() == []
+
+
+def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
+    with MemoryStore(tmp_path) as store:
+        settings = store.configure(quota=10**6, precision="int8")
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
+        db.execute("ALTER TABLE facts DROP COLUMN seal")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'm005_sealed_facts'")
+        db.commit()
+    with MemoryStore(tmp_path) as store:
+        assert store.settings == settings
+        assert store.verify() == []
+
+
+def test_files_of_an_old_store_whose_catalog_is_lost_are_kept_and_named(tmp_path: Path) -> None:
+    write_old_store(tmp_path / "store", {"doc": "about apples"})
+    (tmp_path / "store" / "catalog.sqlite3").unlink()
+    with MemoryStore(tmp_path / "store") as store:
+        for look in (store.verify, store.repair, store.repair):
+            (problem,) = look()
+            assert (problem.kind, problem.document, problem.mended) == ("orphan-file", "doc", False)
+            assert "add the document anew, and remove it" in problem.message
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1

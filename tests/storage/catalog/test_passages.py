@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beacon_memory.storage.catalog.passages import PASSAGE_LENGTH, split_passages
+
+
+@given(
+    st.lists(
+        st.sampled_from(["word ", "End. ", "\n\n", "\r\n \r\n", "x" * 700, "漢字。", "\n", "é", " " * 300]), max_size=80
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_passages_cover_the_text_without_gap(parts: list[str]) -> None:
+    text = "".join(parts)
+    passages = split_passages(text)
+    assert "".join(text[start:stop] for start, stop in passages) == text
+    assert [0, *(stop for _, stop in passages)][:-1] == [start for start, _ in passages]
+    for start, stop in passages:
+        assert stop - start <= 1.25 * PASSAGE_LENGTH
+        assert stop - start >= 0.25 * PASSAGE_LENGTH or len(passages) == 1
+
+
+def test_passages_end_at_paragraphs_then_sentences_then_words() -> None:
+    paragraph = "All of this belongs together. " * 20 + "\n\n"
+    assert all(text.endswith(".") for text in _passages(paragraph * 5))
+    sentences = _passages("This is the end of a sentence. " * 100)
+    assert all(text.endswith("sentence.") for text in sentences)
+    assert all(text.endswith("word") for text in _passages("word " * 1000))
+    assert [len(text) for text in _passages("x" * 2500)] == [1000, 1000, 500]
+    assert _passages("") == []
+    assert _passages("short\n\ntext") == ["short\n\ntext"]
+    assert _passages("Heading\n\n" + "One sentence of many. " * 60)[0].startswith("Heading\n\nOne sentence")
+
+
+def _passages(text: str) -> list[str]:
+    return [text[start:stop].rstrip() for start, stop in split_passages(text)]

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from beacon_memory.errors import StoreError
+from beacon_memory.storage.files import locks
+from beacon_memory.storage.files.locks import renew_in_forks, tidying, writing
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_TIDY_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "_WRITE_SECONDS", 0.1)
+
+
+def test_writers_work_side_by_side(tmp_path: Path) -> None:
+    with writing(tmp_path), writing(tmp_path), writing(tmp_path / "new" / "folder"):
+        pass
+
+
+def test_nobody_tidies_while_somebody_writes(tmp_path: Path) -> None:
+    with (
+        writing(tmp_path),
+        pytest.raises(StoreError, match=r"is being written to for more than .* s; try again"),
+        tidying(tmp_path),
+    ):
+        pass
+    with tidying(tmp_path):
+        pass
+
+
+def test_nobody_writes_or_tidies_while_somebody_tidies(tmp_path: Path) -> None:
+    with tidying(tmp_path):
+        with pytest.raises(StoreError, match="is being repaired for more than"), writing(tmp_path):
+            pass
+        with pytest.raises(StoreError, match="is being written to"), tidying(tmp_path):
+            pass
+    with writing(tmp_path):
+        pass
+
+
+def test_an_error_inside_gives_the_lock_back(tmp_path: Path) -> None:
+    for lock in (writing, tidying):
+        with pytest.raises(KeyError), lock(tmp_path):
+            raise KeyError
+    with tidying(tmp_path):
+        pass
+
+
+def test_who_waits_goes_on_as_soon_as_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
+    order = []
+
+    def tidy() -> None:
+        with tidying(tmp_path):
+            order.append("tidied")
+
+    with writing(tmp_path):
+        waiting = threading.Thread(target=tidy)
+        waiting.start()
+        time.sleep(0.05)
+        order.append("written")
+    waiting.join(timeout=20)
+    assert order == ["written", "tidied"]
+
+
+def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from beacon_memory.storage.files.locks import writing\n"
+        "with writing(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "locked\n"
+    with pytest.raises(StoreError, match="is being written to"), tidying(tmp_path):
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    with tidying(tmp_path):
+        pass
+
+
+def test_a_lock_that_cannot_be_opened_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "writers.lock").mkdir()
+    with (
+        pytest.raises(StoreError, match=r"writers\.lock cannot be opened: .*; a store must be writable"),
+        writing(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_is_registered_is_renewed_in_a_fork_and_only_there() -> None:
+    class Counter:
+        renewed = 0
+
+        def _renew(self) -> None:
+            self.renewed += 1
+
+    counter = Counter()
+    renew_in_forks(counter)
+    child = os.fork()
+    if child == 0:
+        os._exit(counter.renewed)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert counter.renewed == 0

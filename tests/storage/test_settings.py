@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+from kv_samples import same
+from store_samples import files, put
+
+from beacon_memory.documents import PRECISIONS
+from beacon_memory.errors import InputError, StoreError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.files.local import LocalFiles
+from beacon_memory.storage.settings import Settings, open_files
+from beacon_memory.storage.store import MemoryStore
+
+
+def test_settings_survive_in_a_catalog(tmp_path: Path) -> None:
+    settings = Settings("int8", 10**15, "s3://bucket/prefix", 0)
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    assert Settings.of(catalog) == Settings()
+    settings.write(catalog)
+    catalog.close()
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    assert Settings.of(catalog) == settings
+    Settings().write(catalog)
+    assert Settings.of(catalog) == Settings()
+    catalog.close()
+
+
+@pytest.mark.parametrize("precision", ["auto", *PRECISIONS])
+def test_every_precision_can_be_set(precision: str) -> None:
+    assert Settings(precision=precision).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "int2"}, "precision='int2' must be one of"),
+        ({"precision": None}, "precision=None must be one of"),
+        ({"quota": 0}, "quota=0 must be a number of bytes from 1 to"),
+        ({"quota": 1.5}, "quota=1.5"),
+        ({"quota": True}, "quota=True"),
+        ({"cache_bytes": -1}, "cache_bytes=-1 must be a number of bytes from 0 to"),
+        ({"cache_bytes": None}, "cache_bytes=None"),
+        ({"files": "bucket/prefix"}, "files='bucket/prefix' must be a URL"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Settings(**changes)
+    store = MemoryStore(tmp_path / "store")
+    store.configure(quota=10_000)
+    with pytest.raises(InputError, match=message):
+        store.configure(**{"quota": 20_000, **changes})
+    assert store.settings == Settings(quota=10_000)
+
+
+def test_a_setting_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="colour"):
+        MemoryStore(tmp_path / "store").configure(colour="red")
+
+
+def test_a_store_is_configured_for_all_that_open_it(tmp_path: Path) -> None:
+    store, other = (MemoryStore(tmp_path / "store") for _ in range(2))
+    assert store.settings == Settings()
+    assert not (tmp_path / "store").exists()
+    assert store.configure(precision="float16") == Settings(precision="float16")
+    assert other.configure(quota=10_000) == Settings("float16", 10_000)
+    assert store.settings == MemoryStore(tmp_path / "store").settings == Settings("float16", 10_000)
+    put(store)
+    assert store.row("doc").precision == "float16"
+    assert store.configure(precision="auto", quota=None) == Settings()
+
+
+def test_a_namespace_begins_with_the_settings_of_the_store_and_goes_its_own_way(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "store")
+    store.configure(precision="float32", quota=5_000, cache_bytes=7)
+    put(store.within("early"))
+    store.configure(precision="float16")
+    assert store.within("early").settings == Settings("float32", 5_000, None, 7)
+    assert store.within("late").configure(quota=6_000) == Settings("float16", 6_000, None, 7)
+    assert store.settings == Settings("float16", 5_000, None, 7)
+    assert store.within("early").settings.quota == 5_000
+
+
+def test_a_namespace_of_remote_files_has_its_own_folder_there(tmp_path: Path) -> None:
+    assert Settings(files="s3://b/p/").below(PurePosixPath("namespaces/1f")).files == "s3://b/p/namespaces/1f"
+    assert Settings().below(PurePosixPath("namespaces/1f")) == Settings()
+
+
+def test_files_can_be_moved_only_while_there_are_none(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "store")
+    put(store)
+    elsewhere = (tmp_path / "elsewhere").as_uri()
+    with pytest.raises(InputError, match="only an empty store can be given another place; copy this one"):
+        store.configure(files=elsewhere, quota=10_000)
+    assert store.settings == Settings()
+    store.delete("doc")
+    store.configure(files=elsewhere)
+    kv = put(store)
+    assert files(store) == []
+    assert len([*(tmp_path / "elsewhere" / "kv").rglob("*.safetensors")]) == 1
+    assert store.get("doc").kv.span == kv.span
+    assert store.verify() == []
+    with pytest.raises(InputError, match="only an empty store"):
+        store.configure(files=None)
+    assert store.configure(quota=10_000).files == elsewhere
+
+
+def test_files_belong_to_one_store(tmp_path: Path) -> None:
+    elsewhere = (tmp_path / "elsewhere").as_uri()
+    one, other = (MemoryStore(tmp_path / name) for name in ("one", "other"))
+    one.configure(files=elsewhere)
+    kv = put(one)
+    with pytest.raises(StoreError, match="belongs to another store"):
+        other.configure(files=elsewhere)
+    assert other.settings == Settings()
+    put(other)
+    assert len(files(other)) == 1
+    assert same(one.get("doc").kv, kv)
+
+
+def test_without_a_url_files_lie_in_the_folder(tmp_path: Path) -> None:
+    found = open_files(Settings(), tmp_path, "identity")
+    assert isinstance(found, LocalFiles)
+    assert found.staging == tmp_path / "kv"

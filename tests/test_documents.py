@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beacon_memory.documents import PRECISIONS, Label, check_id, check_precision, content_hash, utc_now
+from beacon_memory.errors import InputError
+
+
+def test_metadata_are_copied() -> None:
+    given = {"tags": ["a"], "pair": (1, 2), "odd": "\ud800", "\udc00": None}
+    copy = Label(given).metadata
+    given["tags"].append("b")  # type: ignore[union-attr]  # a list
+    assert copy == {"tags": ["a"], "pair": [1, 2], "odd": "\ud800", "\udc00": None}
+
+
+def _loop() -> dict[str, object]:
+    loop: dict[str, object] = {}
+    loop["again"] = loop
+    return loop
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"a": {"b": [1, {2}]}}, r"metadata\['a'\]\['b'\]\[1\] is \{2\} of type set"),
+        ({1: "a"}, "the key 1 of type int"),
+        ({"a": {None: 1}}, r"metadata\['a'\] has the key None"),
+        ({"a": float("nan")}, "is nan of type float"),
+        ({"a": b"x"}, "is b'x' of type bytes"),
+        ({"a": 10**5000}, "cannot be written as JSON"),
+        ([("a", 1)], "must be a dict"),
+        ("text", "must be a dict"),
+        (_loop(), "contains itself"),
+    ],
+)
+def test_metadata_that_json_cannot_hold_are_refused(metadata: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Label(metadata)
+
+
+def test_tags_are_sorted_and_kept_once() -> None:
+    assert Label(tags=["b", "a", "b"]).tags == ("a", "b")
+    assert Label(tags={"b", "a"}) == Label(tags=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ("abc", r"the one text 'abc'; write \['abc'\]"),
+        ([""], "not empty, got ''"),
+        ([1], "got 1"),
+        ([None], "got None"),
+        (["\ud800"], "a tag holds the lone surrogate"),
+        (None, "tags must be several texts, got None"),
+        (7, "tags must be several texts, got 7"),
+    ],
+)
+def test_what_are_no_tags_is_refused(tags: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Label(tags=tags)
+
+
+@pytest.mark.parametrize("pinned", [1, None, "yes"])
+def test_a_pin_is_true_or_false(pinned: Any) -> None:
+    with pytest.raises(InputError, match="pinned must be true or false, got"):
+        Label(pinned=pinned)
+
+
+@pytest.mark.parametrize(
+    ("time", "kept"),
+    [
+        (None, None),
+        ("2031-05-03T00:00:00Z", "2031-05-03T00:00:00.000+00:00"),
+        ("2031-05-03T00:00:00.1234567+02:00", "2031-05-02T22:00:00.123+00:00"),
+        ("2031-05-03T00:00:00-11:30", "2031-05-03T11:30:00.000+00:00"),
+        ("0999-01-01T00:00:00+00:00", "0999-01-01T00:00:00.000+00:00"),
+    ],
+)
+def test_a_time_is_kept_in_utc_to_the_millisecond(time: str | None, kept: str | None) -> None:
+    assert Label(expires_at=time).expires_at == kept
+
+
+@pytest.mark.parametrize("time", ["", "tomorrow", "2031-05-03", "2031-05-03T00:00:00", 5, "9999-12-31T23:59:59-12:00"])
+def test_what_is_no_moment_is_refused(time: Any) -> None:
+    with pytest.raises(InputError, match="a time must be ISO 8601 with an offset"):
+        Label(expires_at=time)
+
+
+@given(st.lists(st.datetimes(timezones=st.timezones()), min_size=2, max_size=2))
+def test_later_times_sort_behind_earlier_ones(times: list[Any]) -> None:
+    try:
+        first, second = (Label(expires_at=time.isoformat()).expires_at for time in times)
+    except InputError:  # an offset with seconds, or a time that UTC has no year for
+        return
+    assert first is not None
+    assert second is not None
+    if abs((times[0] - times[1]).total_seconds()) >= 0.001:
+        assert (first < second) == (times[0] < times[1])
+
+
+def test_now_is_a_time_that_can_be_kept() -> None:
+    before = utc_now()
+    assert Label(expires_at=before).expires_at == before <= utc_now()
+
+
+@given(st.text(min_size=1))
+def test_any_text_is_an_id(id: str) -> None:
+    assert check_id(id) == id
+
+
+@pytest.mark.parametrize(
+    ("id", "message"), [("", "empty"), ("a\udc80", "surrogate"), (7, "must be a str"), (b"a", "str")]
+)
+def test_what_is_no_id_is_refused(id: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_id(id)
+
+
+def test_a_text_without_utf8_form_has_no_hash() -> None:
+    assert content_hash("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    with pytest.raises(InputError, match="surrogate '\\\\ud800' at character 3"):
+        content_hash("abc\ud800")
+    with pytest.raises(InputError, match="decode bytes first"):
+        content_hash(b"abc")  # type: ignore[arg-type]  # wrong on purpose
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_is_returned(precision: str) -> None:
+    assert check_precision(precision) == precision
+
+
+@pytest.mark.parametrize("precision", ["auto", "int2", "", None, "Float32"])
+def test_another_precision_is_refused(precision: Any) -> None:
+    with pytest.raises(InputError, match="must be one of float32, bfloat16, float16, int8, int4"):
+        check_precision(precision)

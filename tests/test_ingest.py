@@ -1,0 +1,418 @@
+"""Documents that live on: appended to, renewed for another model, kept in fewer bytes, mended from their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer, train
+
+from beacon_memory import (
+    BeaconMemory,
+    CapacityError,
+    CorruptFileError,
+    Document,
+    DocumentNotFoundError,
+    FingerprintMismatchError,
+    InputError,
+    QuotaError,
+    StoreError,
+)
+from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import GROUP
+from beacon_memory.modeling.model import BeaconModel
+
+TEXT = "".join(f"In the year {year} the miller of Wend sold {year % 97} sacks of flour. " for year in range(1700, 1708))
+WINDOW = 32
+
+every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+
+
+def make_model(**overrides: Any) -> BeaconModel:
+    return tiny_model(
+        "llama",
+        BeaconConfig(beacon_window=WINDOW),
+        tokenizer=tiny_tokenizer(),
+        **{"max_position_embeddings": 1024} | overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> BeaconModel:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def other_model() -> BeaconModel:
+    """A model with another adapter, whose K/V no reader of `model` may use."""
+    return train(make_model(), seed=7)
+
+
+@pytest.fixture
+def memory(model: BeaconModel, tmp_path: Path) -> Iterator[BeaconMemory]:
+    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+        yield memory
+
+
+def kv_of(memory: BeaconMemory, id: str) -> MemoryKV:
+    return memory.store.get(id).kv
+
+
+def assert_same(ours: MemoryKV, theirs: MemoryKV) -> None:
+    assert (ours.span, ours.counts.tolist()) == (theirs.span, theirs.counts.tolist())
+    assert torch.equal(ours.places, theirs.places)
+    torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)
+
+
+def rows_read(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The raw tokens of each pass of the model from now on."""
+    read: list[int] = []
+    run = memory.model.run
+
+    def counted(layout: Any, *args: Any, **options: Any) -> Any:
+        read.append(len(layout.raw_ids))
+        return run(layout, *args, **options)
+
+    monkeypatch.setattr(memory.model, "run", counted)
+    return read
+
+
+@every_compression
+@pytest.mark.parametrize("cut", [1, 31, 32, 33, 64, 150])
+def test_appended_document_is_that_of_the_whole_text(memory: BeaconMemory, compression: str, cut: int) -> None:
+    memory.add("grown", TEXT[:cut], {"year": 1700}, ratio=4, compression=compression)
+    added = memory.append("grown", TEXT[cut:])
+    whole = memory.add("whole", TEXT, ratio=4, compression=compression)
+    assert added.status == "appended"
+    assert (added.tokens, added.slots, added.bytes, added.ratios) == (
+        whole.tokens,
+        whole.slots,
+        whole.bytes,
+        whole.ratios,
+    )
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+    grown, expected = (memory.store.get(id).header for id in ("grown", "whole"))
+    assert (grown.windows, grown.tail_ids, grown.method) == (expected.windows, expected.tail_ids, expected.method)
+    assert memory.store.text("grown") == TEXT
+    assert memory.show("grown").metadata == {"year": 1700}
+    assert memory.verify() == []
+
+
+@every_compression
+def test_many_small_appends_come_to_the_same(memory: BeaconMemory, compression: str) -> None:
+    memory.add("grown", TEXT[:7], ratio=2, compression=compression)
+    for at in range(7, 200, 13):
+        memory.append("grown", TEXT[at : min(200, at + 13)])
+    memory.add("whole", TEXT[:200], ratio=2, compression=compression)
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+    assert len(list((memory.store.folder / "kv").rglob("*.safetensors"))) == 2
+
+
+def test_only_the_last_window_is_read_again(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.add("grown", TEXT[: 5 * WINDOW + 10], ratio=4, compression="beacon")
+    before = kv_of(memory, "grown")
+    read = rows_read(memory, monkeypatch)
+    memory.append("grown", TEXT[5 * WINDOW + 10 : 6 * WINDOW])
+    assert read == [WINDOW]
+    finished = 5 * WINDOW // 4
+    after = kv_of(memory, "grown").between(0, finished)
+    assert torch.equal(after.keys, before.between(0, finished).keys)  # bit for bit
+    read.clear()
+    memory.append("grown", TEXT[6 * WINDOW : 6 * WINDOW + 5])
+    assert read == [5]
+
+
+def test_text_that_is_tokenized_differently_behind_the_end_is_read_from_there(memory: BeaconMemory) -> None:
+    class Merging:
+        """A tokenizer that reads "ab" as one token, so that a text may end within one."""
+
+        def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+            ids, offsets, at = [], [], 0
+            while at < len(text):
+                size = 2 if text.startswith("ab", at) else 1
+                ids.append(len(text) % 1 + 5 + (size == 2) * 60 + ord(text[at]) % 50)
+                offsets.append((at, at + size))
+                at += size
+            return {"input_ids": ids, "offset_mapping": offsets}
+
+    text = "x" * (WINDOW - 1) + "a" + "b" + "y" * 20
+    compressor = memory.compressor
+    tokenize = compressor.tokenize
+    merging = Merging()
+
+    def merged(text: str) -> Any:
+        encoded = merging(text)
+        return type(tokenize(""))(encoded["input_ids"], encoded["offset_mapping"])
+
+    compressor.tokenize = merged  # type: ignore[method-assign]  # the seam between text and tokens
+    try:
+        memory.add("grown", text[:WINDOW], ratio=4, compression="select")
+        memory.append("grown", text[WINDOW:])
+        memory.add("whole", text, ratio=4, compression="select")
+    finally:
+        del compressor.tokenize  # type: ignore[method-assign]
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+
+
+def test_new_windows_take_the_ratio_that_is_given(memory: BeaconMemory) -> None:
+    memory.add("grown", TEXT[:70], ratio=[2, 4, 8], compression="select")
+    memory.append("grown", TEXT[70:140], ratio=16)
+    assert [window.ratio for window in memory.store.get("grown").header.windows] == [2, 4, 8, 16, 16]
+    memory.append("grown", TEXT[140:170])
+    assert [window.ratio for window in memory.store.get("grown").header.windows] == [2, 4, 8, 16, 16, 16]
+
+
+def test_appending_nothing_changes_nothing(memory: BeaconMemory) -> None:
+    memory.add("grown", TEXT[:70], ratio=2)
+    before = memory.show("grown")
+    assert memory.append("grown", "").status == "unchanged"
+    assert memory.show("grown") == before
+
+
+def test_what_cannot_be_appended_leaves_the_document_as_it_was(
+    memory: BeaconMemory, other_model: BeaconModel, tmp_path: Path
+) -> None:
+    with pytest.raises(DocumentNotFoundError, match="'grown'"):
+        memory.append("grown", "text")
+    memory.add("grown", TEXT[:70], ratio=2)
+    before, kv = memory.show("grown"), kv_of(memory, "grown")
+    with pytest.raises(CapacityError, match=r"document 'grown': .* use a higher ratio"):
+        memory.append("grown", TEXT * 5)
+    with pytest.raises(InputError, match="surrogate"):
+        memory.append("grown", "\ud800")
+    with pytest.raises(FingerprintMismatchError, match="another adapter"):
+        BeaconMemory(tmp_path / "store", other_model, reserve=100).append("grown", "more")
+    assert memory.show("grown") == before
+    assert torch.equal(kv_of(memory, "grown").keys, kv.keys)
+    assert memory.store.text("grown") == TEXT[:70]
+
+
+def test_append_goes_on_from_what_somebody_else_stored_meanwhile(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.add("grown", TEXT[:40], ratio=2, compression="select")
+    compress, raced = memory.compressor.compress, []
+
+    def racing(*args: Any, **options: Any) -> Any:
+        if not raced:
+            raced.append(True)
+            memory.append("grown", TEXT[40:80])
+        return compress(*args, **options)
+
+    monkeypatch.setattr(memory.compressor, "compress", racing)
+    memory.append("grown", TEXT[80:120])
+    assert memory.store.text("grown") == TEXT[:120]
+    memory.add("whole", TEXT[:120], ratio=2, compression="select")
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+
+
+def test_chosen_tokens_of_another_score_are_read_again(model: BeaconModel, tmp_path: Path) -> None:
+    with BeaconMemory(tmp_path / "store", model, score="expected", reserve=100) as cheap:
+        cheap.add("grown", TEXT[:70], ratio=4, compression="select")
+    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+        memory.append("grown", TEXT[70:])
+        memory.add("whole", TEXT, ratio=4, compression="select")
+        assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+        assert memory.store.get("grown").header.method == {"score": "repeat"}
+
+
+def test_adding_with_another_score_compresses_anew(model: BeaconModel, tmp_path: Path) -> None:
+    with BeaconMemory(tmp_path / "store", model, score="expected", reserve=100) as cheap:
+        cheap.add("doc", TEXT, ratio=4, compression="select")
+        assert cheap.add("doc", TEXT, ratio=4, compression="select").status == "unchanged"
+    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+        assert memory.add("doc", TEXT, ratio=4, compression="select").status == "replaced"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_document_grows_without_drifting(memory: BeaconMemory, precision: str) -> None:
+    memory.add("grown", TEXT[:WINDOW], ratio=1, compression="select", precision=precision)
+    bits = {"int8": 8, "int4": 4}[precision]
+    finished: dict[int, MemoryKV] = {}
+    for at in range(WINDOW, 8 * WINDOW, WINDOW):
+        memory.append("grown", TEXT[at : at + WINDOW])
+        finished[at + WINDOW] = kv_of(memory, "grown")
+    row, file = memory.store.read("grown")
+    assert (row.precision, file.kv.bits) == (precision, bits)  # type: ignore[union-attr]  # it is quantized
+    last = kv_of(memory, "grown")
+    for size in range(GROUP, 8 * WINDOW, GROUP):  # groups of keys that were full by then
+        assert torch.equal(last.between(0, size).keys, finished[size].between(0, size).keys)
+    for size, then in finished.items():  # values have a scale for each token
+        assert torch.equal(last.between(0, size).values, then.values)
+    assert memory.verify() == []
+    assert memory.ask("Who sold flour?", "grown", max_new_tokens=3).ids == ("grown",)
+
+
+def test_precision_is_chosen_for_a_document_or_for_the_store(memory: BeaconMemory) -> None:
+    plain = memory.add("plain", TEXT, ratio=2)
+    eight = memory.add("eight", TEXT, ratio=2, precision="int8")
+    memory.store.configure(precision="int4")
+    four = memory.add("four", TEXT, ratio=2)
+    assert [one.precision for one in (plain, eight, four)] == ["float32", "int8", "int4"]
+    assert plain.bytes > 2.5 * eight.bytes > 3 * four.bytes
+    assert memory.add("four", TEXT, ratio=2).status == "unchanged"
+    assert memory.add("plain", TEXT, ratio=2).precision == "int4"  # converted, not read again
+    assert memory.add("eight", TEXT, ratio=2, precision="float16").status == "replaced"  # finer than what was kept
+    with pytest.raises(InputError, match="precision='int2' must be one of float32"):
+        memory.add("two", TEXT, precision="int2")
+    assert "two" not in memory.store
+
+
+def test_labels_are_set_with_documents_and_kept_by_new_texts(memory: BeaconMemory) -> None:
+    document = Document("doc", TEXT, {"a": 1}, tags=["x"], pinned=True, expires_at="2999-01-01T00:00:00+01:00")
+    memory.add_many([document], ratio=2)
+    row = memory.show("doc")
+    assert (row.metadata, row.tags, row.pinned, row.expires_at) == (
+        {"a": 1},
+        ("x",),
+        True,
+        "2998-12-31T23:00:00.000+00:00",
+    )
+    memory.add("doc", TEXT + "more", ratio=2)
+    assert memory.show("doc").label == row.label
+    assert memory.add_many([Document("doc", TEXT + "more", tags=["y"])], ratio=2)[0].status == "unchanged"
+    assert (memory.show("doc").tags, memory.show("doc").pinned) == (("y",), True)
+    assert [one.id for one in memory.list(tags=["y"])] == ["doc"]
+
+
+def test_evicted_documents_are_named(memory: BeaconMemory) -> None:
+    first = memory.add("first", TEXT, ratio=2)
+    memory.store.configure(quota=first.bytes + 10)
+    assert memory.add("second", TEXT, ratio=2).evicted == ("first",)
+    with pytest.raises(QuotaError, match="'third' takes"):
+        memory.add("third", TEXT * 2, ratio=2)
+    assert [row.id for row in memory.list()] == ["second"]
+
+
+def test_document_without_room_does_not_keep_others_out(memory: BeaconMemory) -> None:
+    memory.store.configure(quota=memory.add("first", TEXT, ratio=2).bytes + 10)
+    failed: list[str] = []
+    added = memory.add_many(
+        [("big", TEXT * 2), ("small", TEXT[:50])], ratio=2, on_error=lambda document, _: failed.append(document.id)
+    )
+    assert ([one.id for one in added], failed) == (["small"], ["big"])
+
+
+def test_namespaces_share_the_model_and_nothing_else(memory: BeaconMemory) -> None:
+    alice, bob = memory.within("alice"), memory.within("bob")
+    alice.add("doc", "The key lies under the blue stone.", ratio=2)
+    bob.add("doc", "The key was thrown into the sea.", ratio=2)
+    assert alice.model is bob.model is memory.model
+    assert (alice.store.text("doc"), bob.store.text("doc")) != (bob.store.text("doc"), alice.store.text("doc"))
+    assert memory.list() == []
+    with pytest.raises(DocumentNotFoundError, match="no document is stored yet"):
+        memory.ask("Where is the key?", max_new_tokens=1)
+    bob.remove("doc")
+    with pytest.raises(DocumentNotFoundError):
+        bob.ask("Where is the key?", "doc", max_new_tokens=1)
+    assert alice.ask("Where is the key?", "doc", max_new_tokens=1).ids == ("doc",)
+    assert alice.within("") is not alice
+    assert memory.store.namespaces() == ["alice", "bob"]
+
+
+def test_recompress_renews_what_another_model_made(
+    memory: BeaconMemory, other_model: BeaconModel, tmp_path: Path
+) -> None:
+    for compression in COMPRESSIONS:
+        memory.add(compression, TEXT, {"of": compression}, ratio=4, compression=compression)
+    memory.add("mixed", TEXT[:70], ratio=[2, 4, 8], compression="select", precision="float16")
+    renewing = BeaconMemory(tmp_path / "store", other_model, reserve=100)
+    with pytest.raises(FingerprintMismatchError):
+        renewing.ask("Who?", "select", max_new_tokens=1)
+    before = {row.id: row for row in memory.list()}
+    done = renewing.recompress()
+    assert {one.id for one in done} == {*COMPRESSIONS, "mixed"}
+    assert {one.status for one in done} == {"recompressed"}
+    for row in renewing.list():
+        old = before[row.id]
+        assert row.fingerprint == other_model.fingerprint.digest
+        for name in ("compression", "precision", "ratios", "tokens", "slots", "label", "created_at", "content_hash"):
+            assert getattr(row, name) == getattr(old, name), name
+        renewing.ask("Who?", row.id, max_new_tokens=1)
+    assert [w.ratio for w in renewing.store.get("mixed").header.windows] == [2, 4, 8]
+    fresh = BeaconMemory(tmp_path / "fresh", other_model, reserve=100)
+    fresh.add("select", TEXT, ratio=4, compression="select")
+    assert_same(kv_of(renewing, "select"), kv_of(fresh, "select"))
+    assert renewing.recompress() == []
+    assert renewing.verify() == []
+    assert len(list((memory.store.folder / "kv").rglob("*.safetensors"))) == 4
+
+
+def test_readers_of_the_old_model_go_on_until_all_is_renewed(
+    memory: BeaconMemory, other_model: BeaconModel, tmp_path: Path
+) -> None:
+    memory.add_many([("a", TEXT[:60]), ("b", TEXT[60:120]), ("c", TEXT[120:180])], ratio=2)
+    expected = {id: kv_of(memory, id) for id in "abc"}
+    renewing = BeaconMemory(tmp_path / "store", other_model, reserve=100)
+
+    def read_all(_: Any) -> None:
+        for id in "abc":
+            old = memory.store.get(id, fingerprint=memory.model.fingerprint.digest)
+            assert torch.equal(old.kv.keys, expected[id].keys)
+            memory.ask("What?", id, max_new_tokens=1)
+        if len(seen) < 1:
+            seen.append(True)
+            raise KeyboardInterrupt
+
+    seen: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        renewing.recompress(on_added=read_all)
+    assert memory.verify() == []
+    assert len({row.fingerprint for row in memory.list()}) == 2  # some are renewed
+    assert len(renewing.recompress(on_added=read_all)) == 2  # those that were left
+    with pytest.raises(FingerprintMismatchError, match="another adapter"):
+        memory.ask("What?", "a", max_new_tokens=1)
+    assert memory.store.totals().bytes == sum(row.bytes for row in memory.list())
+    assert memory.verify() == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "swapped"])
+def test_repair_compresses_damaged_documents_anew(memory: BeaconMemory, damage: str) -> None:
+    memory.add("doc", TEXT, {"a": 1}, ratio=[4] * (-(-len(TEXT) // WINDOW) - 1) + [2], compression="select")
+    memory.add("other", TEXT[:50], ratio=2)
+    expected, row = kv_of(memory, "doc"), memory.show("doc")
+    path = memory.store.folder / row.file
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        other = (memory.store.folder / memory.show("other").file).read_bytes()
+        path.write_bytes({"flipped": data[:-5] + b"flips", "cut": data[:-9], "swapped": other}[damage])
+    for use in (lambda: memory.ask("Who?", "doc"), lambda: memory.append("doc", "more")):
+        with pytest.raises(CorruptFileError, match="repair"):
+            use()
+    (problem,) = memory.repair()
+    assert (problem.document, problem.mended) == ("doc", True)
+    assert memory.verify() == []
+    mended = kv_of(memory, "doc")
+    assert mended.span == expected.span
+    if damage == "flipped":  # the header still told the ratios of the windows
+        assert_same(mended, expected)
+    assert memory.show("doc").label == row.label
+    assert memory.store.text("doc") == TEXT
+
+
+def test_repair_says_what_it_cannot_mend(memory: BeaconMemory, tmp_path: Path) -> None:
+    memory.add("doc", TEXT * 2, ratio=2)
+    (memory.store.folder / memory.show("doc").file).unlink()
+    small = BeaconMemory(tmp_path / "store", make_model(max_position_embeddings=128), reserve=100)
+    (problem,) = small.repair()
+    assert not problem.mended
+    assert "could not be compressed anew" in problem.message
+    assert memory.store.text("doc") == TEXT * 2
+
+
+def test_store_that_nothing_can_be_written_to_still_answers(memory: BeaconMemory, monkeypatch: Any) -> None:
+    memory.add("doc", TEXT, ratio=2)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StoreError("read-only")
+
+    monkeypatch.setattr("beacon_memory.storage.catalog.catalog.Catalog.touch", refuse)
+    assert memory.ask("Who?", "doc", max_new_tokens=1).ids == ("doc",)
+    memory.close()
