@@ -20,7 +20,7 @@ from .documents import Document, Label, check_id, content_hash
 from .errors import BeaconMemoryError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
 from .results import Added, Progress, Status
 
-__all__ = ["Intake"]
+__all__ = ["Ingestion"]
 
 _TRIES = 5  # times that a document may be changed by others while it is being continued
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
@@ -101,7 +101,7 @@ class _Run:
             self.on_added(one)
 
 
-class Intake:
+class Ingestion:
     """What compresses documents and puts them into a store."""
 
     def __init__(self, store: MemoryStore, compressor: BeaconCompressor) -> None:

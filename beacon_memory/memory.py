@@ -29,7 +29,7 @@ from beacon_memory.storage.store import MemoryStore
 
 from .documents import SESSION_TAG, Document
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
-from .ingest import Intake
+from .ingest import Ingestion
 from .results import Added, Answer, Progress, Usage
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class _Question:
 
     def answer(self, generation: Generation) -> Answer:
         now = time.perf_counter()
-        usage = Usage(self.request.prefix.slots, len(self.request.prompt), len(generation.tokens))
+        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens))
         first = generation.first_token_at - self.started
         return Answer(generation.text, self.ids, usage, first, now - self.started)
 
@@ -129,8 +129,8 @@ class BeaconMemory:
         return self.compressor.model
 
     @property
-    def _intake(self) -> Intake:
-        return Intake(self.store, self.compressor)
+    def _ingestion(self) -> Ingestion:
+        return Ingestion(self.store, self.compressor)
 
     def add(
         self,
@@ -170,7 +170,7 @@ class BeaconMemory:
         document that cannot be compressed or stored, and the others go on; without it the error is raised, after all
         documents in front of it were stored.
         """
-        return self._intake.add_many(documents, ratio, compression, precision, progress, on_added, on_error)
+        return self._ingestion.add_many(documents, ratio, compression, precision, progress, on_added, on_error)
 
     def append(self, id: str, text: str, ratio: int | None = None) -> Added:
         """Let a stored document go on: the memory is that of the whole text, but only its last window is read again.
@@ -179,7 +179,7 @@ class BeaconMemory:
         Raises DocumentNotFoundError, FingerprintMismatchError if another model compressed it, or CapacityError if it
         becomes too long; then nothing has changed.
         """
-        return self._intake.append(id, text, ratio)
+        return self._ingestion.append(id, text, ratio)
 
     def recompress(
         self,
@@ -197,7 +197,7 @@ class BeaconMemory:
         rows = self.list() if ids is None else [self.show(id) for id in ids]
         current = self.model.fingerprint.digest
         due = [row for row in rows if row.fingerprint != current]
-        done = self._intake.recompress(due, progress, on_added, on_error, keep_versions=True)
+        done = self._ingestion.recompress(due, progress, on_added, on_error, keep_versions=True)
         if all(row.fingerprint == current for row in self.list()):
             self.store.drop_versions()
         return done
@@ -269,8 +269,8 @@ class BeaconMemory:
         chosen = self.pick(question, limit, room) if ids is None else [ids] if isinstance(ids, str) else list(ids)
         rows = [self.store.row(id, model.fingerprint.digest) for id in chosen]
         require_room(model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
-        prefix = MemoryKV.concat([MemoryKV.of(sink), *(self._load(id) for id in chosen)], room + sink.slots)
-        return _Question(tuple(chosen), Request(prefix, prompt), config, started)
+        loaded = MemoryKV.concat([MemoryKV.of(sink), *(self._load(id) for id in chosen)], room + sink.slots)
+        return _Question(tuple(chosen), Request(loaded, prompt), config, started)
 
     def pick(self, question: Messages, limit: int = DEFAULT_DOCUMENTS, room: int | None = None) -> builtins.list[str]:
         """The ids of up to `limit` documents whose passages match a question best, best first.
@@ -353,7 +353,7 @@ class BeaconMemory:
             return problem
         try:
             row = self.show(problem.document)
-            self._intake.recompress([row], lambda _: None, lambda _: None, None, keep_versions=False)
+            self._ingestion.recompress([row], lambda _: None, lambda _: None, None, keep_versions=False)
         except BeaconMemoryError as error:
             return replace(problem, message=f"{problem.message}; it could not be compressed anew: {error}")
         return replace(problem, mended=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 from beacon_memory.compression.ratio import AUTO_RATIOS
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.checked_json import read_checked, stage_checked
 from beacon_memory.storage.files.local import LocalFiles, hash_id, unlink
 from beacon_memory.storage.files.locks import alone
-from beacon_memory.storage.files.sealed_json import read_sealed, stage_sealed
 
 from .documents import SESSION_TAG, Document, check_id, content_hash
 from .errors import CorruptFileError, DocumentNotFoundError, InputError
@@ -175,7 +175,7 @@ class Session:
 
     def _read(self) -> _State:
         try:
-            fields = read_sealed(self._path)
+            fields = read_checked(self._path)
             turns, (first, last) = [_turn(turn) for turn in fields["turns"]], fields["parts"]
             count, part, expected = fields["folding"] or (0, last, "")
         except FileNotFoundError:
@@ -188,7 +188,7 @@ class Session:
 
     def _write(self, state: _State) -> None:
         folder = LocalFiles(self._path.parent)
-        temp = stage_sealed(folder.folder, {"id": self.id, **asdict(state)}, f"the session {self.id!r}")
+        temp = stage_checked(folder.folder, {"id": self.id, **asdict(state)}, f"the session {self.id!r}")
         folder.publish(temp, self._path.name)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 from command_page import json_fields, sections
-from evaluation_samples import answer, contestant, saved_model
+from evaluation_samples import answer, baseline, saved_model
 from repository import ROOT
 
 from beacon_memory.cli.main import app
@@ -64,12 +64,12 @@ def test_the_page_of_evaluation_names_what_there_is() -> None:
         assert dataset in page, dataset
 
 
-def test_the_contestant_that_the_page_of_evaluation_adds_can_answer() -> None:
+def test_the_baseline_that_the_page_of_evaluation_adds_can_answer() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, "evaluation.md", "exec"), names)  # noqa: S102  # our own document
-    half, whole = names["EverySecond"]("half", saved_model()), contestant("full")
+    half, whole = names["EverySecond"]("half", saved_model()), baseline("full")
     assert answer(half).text != answer(whole).text
     assert answer(half).kv_bytes == pytest.approx(answer(whole).kv_bytes / 2, rel=0.01)
 

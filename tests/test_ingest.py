@@ -64,7 +64,7 @@ def kv_of(memory: BeaconMemory, id: str) -> MemoryKV:
 
 def assert_same(ours: MemoryKV, theirs: MemoryKV) -> None:
     assert (ours.span, ours.counts.tolist()) == (theirs.span, theirs.counts.tolist())
-    assert torch.equal(ours.places, theirs.places)
+    assert torch.equal(ours.positions, theirs.positions)
     torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)
 

@@ -143,8 +143,8 @@ def test_score_decides_which_tokens_are_kept_and_not_how_many(
         assert memory.ask("Who?", "roof", **SHORT).usage.generated_tokens > 0
         stored.append(memory.store.get("roof").kv)
     repeat, expected = stored
-    assert len(repeat.places) == len(expected.places)
-    assert not torch.equal(repeat.places, expected.places)
+    assert len(repeat.positions) == len(expected.positions)
+    assert not torch.equal(repeat.positions, expected.positions)
 
 
 def test_another_model_recompresses_on_add_and_is_refused_on_ask(memory: BeaconMemory, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_memories_that_do_not_fit_together_are_refused_before_any_is_read(
         memory.ask("Who?", ["a", "b"], **SHORT)
 
 
-def test_spans_that_do_not_fit_together_are_squeezed_and_answers_still_come(memory: BeaconMemory) -> None:
+def test_spans_that_do_not_fit_together_are_interpolated_and_answers_still_come(memory: BeaconMemory) -> None:
     for id, text in (("a", ROOF * 7), ("b", WELL * 7)):
         memory.add(id, text, ratio=4, compression="select")
     spans = [memory.store.get(id).header.span for id in ("a", "b")]
@@ -326,7 +326,7 @@ def test_bfloat16_memory_is_stored_in_bfloat16(tmp_path: Path) -> None:
     memory = BeaconMemory(tmp_path, half, reserve=100)
     memory.add("roof", ROOF, ratio=4)
     stored = memory.store.get("roof").kv
-    assert (stored.keys.dtype, stored.places.dtype) == (torch.bfloat16, torch.int32)
+    assert (stored.keys.dtype, stored.positions.dtype) == (torch.bfloat16, torch.int32)
     assert memory.ask("Who?", "roof", **SHORT).usage.generated_tokens > 0
 
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="""Measure what compressed memory keeps, beside what it competes with, on the same items and reader.
+    help="""Measure what compressed memory keeps, beside what it competes with, on the same items and LoRA.
 
-    Contestants, separated by commas; all with one R have the same K/V budget:
+    Baselines, separated by commas; all with one R have the same K/V budget:
     [bold]full[/bold], [bold]none[/bold]: the whole text, uncompressed; no text
-    [bold]base[/bold]: the model without reader, the whole text in its prompt
+    [bold]base[/bold]: the model without LoRA, the whole text in its prompt
     [bold]truncated:R[/bold]: the first 1/R of the text
     [bold]bm25:R[/bold]: the passages that match the question, 1/R of the text
     [bold]beacon:R[/bold]: beacons, R tokens for each
@@ -34,7 +34,7 @@ app = typer.Typer(
     [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
 
     Needs the extra: pip install 'beacon-memory\\[eval]'.""",
-    epilog="Example: beacon-memory eval qa --data qa.jsonl.gz --contestants full,none,beacon:4 --json out.json",
+    epilog="Example: beacon-memory eval qa --data qa.jsonl.gz --baselines full,none,beacon:4 --json out.json",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -42,7 +42,7 @@ app = typer.Typer(
 Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", exists=True, dir_okay=False)]
 Limit = Annotated[int | None, typer.Option(help="Most items, drawn by the seed.", min=1, show_default="all")]
 Texts = Annotated[int | None, typer.Option(help="Most texts, the first ones.", min=1, show_default="all")]
-Contestants = Annotated[str, typer.Option(help="Names separated by commas.")]
+Baselines = Annotated[str, typer.Option(help="Names separated by commas.")]
 Output = Annotated[
     Path | None, typer.Option("--json", help="Write everything, single answers too, to this file.", dir_okay=False)
 ]
@@ -60,7 +60,7 @@ def qa(
     data: Data,
     context_tokens: Annotated[int, typer.Option(help="Tokens of text for each question.", min=1)] = 768,
     limit: Limit = None,
-    contestants: Contestants = _ANSWERS,
+    baselines: Baselines = _ANSWERS,
     json: Output = None,
     seed: Seed = 0,
     where: Where = None,
@@ -75,7 +75,7 @@ def qa(
     in random order, up to --context-tokens.
     """
     chosen = _conditions(where)
-    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+    with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.qa(data, context_tokens=context_tokens, limit=limit, where=chosen))
 
 
@@ -86,7 +86,7 @@ def long(
     questions: Annotated[
         int | None, typer.Option(help="Most questions on a document.", min=1, show_default="all")
     ] = None,
-    contestants: Contestants = _ANSWERS,
+    baselines: Baselines = _ANSWERS,
     json: Output = None,
     seed: Seed = 0,
     model: Model = None,
@@ -97,9 +97,9 @@ def long(
     """Long documents and conversations, many questions each: articles, LoCoMo, L-Eval.
 
     Rows: doc_id, context (or sessions), qa (a list of question, answers, category). Of a text whose K/V do not fit the
-    model's positions, uncompressed or even compressed, a contestant reads beginning and end; the table says how often.
+    model's positions, uncompressed or even compressed, a baseline reads beginning and end; the table says how often.
     """
-    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+    with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.long(data, limit=limit, questions=questions))
 
 
@@ -107,7 +107,7 @@ def long(
 def longbench(
     data: Data,
     limit: Limit = None,
-    contestants: Contestants = _ANSWERS,
+    baselines: Baselines = _ANSWERS,
     json: Output = None,
     seed: Seed = 0,
     model: Model = None,
@@ -116,7 +116,7 @@ def longbench(
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Rows in the format of LongBench, each data set with its own metric."""
-    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+    with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.longbench(data, limit=limit))
 
 
@@ -124,7 +124,7 @@ def longbench(
 def kv(
     data: Data,
     limit: Limit = None,
-    contestants: Contestants = _ANSWERS,
+    baselines: Baselines = _ANSWERS,
     json: Output = None,
     seed: Seed = 0,
     model: Model = None,
@@ -133,7 +133,7 @@ def kv(
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Key-value retrieval: the value of one key among many pairs of random strings."""
-    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+    with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.kv_retrieval(data, limit=limit))
 
 
@@ -145,7 +145,7 @@ def needle(
         str, typer.Option(help="Where the needle is, 0 to 1, separated by commas.")
     ] = "0,0.25,0.5,0.75,1",
     repeats: Annotated[int, typer.Option(help="Needles for each length and depth.", min=1)] = 1,
-    contestants: Contestants = "full,beacon:2,beacon:4,beacon:8",
+    baselines: Baselines = "full,beacon:2,beacon:4,beacon:8",
     json: Output = None,
     seed: Seed = 0,
     model: Model = None,
@@ -155,7 +155,7 @@ def needle(
 ) -> None:
     """Needle in a haystack: one sentence at some depth of long texts. Rows: text."""
     chosen, places = _numbers("--lengths", lengths, int), _numbers("--depths", depths, float)
-    with _evaluation(contestants, seed, model, adapter, device, dtype, json) as (evaluation, done):
+    with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.needle(data, lengths=chosen, depths=places, repeats=repeats))
 
 
@@ -165,7 +165,7 @@ def ppl(
     context_tokens: Annotated[int, typer.Option(help="Tokens that are compressed.", min=1)] = 768,
     continuation_tokens: Annotated[int, typer.Option(help="Tokens behind them that are predicted.", min=2)] = 256,
     limit: Texts = None,
-    contestants: Contestants = _TEXTS,
+    baselines: Baselines = _TEXTS,
     json: Output = None,
     model: Model = None,
     adapter: Adapter = None,
@@ -174,10 +174,10 @@ def ppl(
 ) -> None:
     """Prediction of what follows a text, in nats per token. Rows: text.
 
-    With full and none among the contestants: how much of the difference between them each one makes up. Those that need
+    With full and none among the baselines: how much of the difference between them each one makes up. Those that need
     a question (bm25) cannot take part.
     """
-    with _evaluation(contestants, 0, model, adapter, device, dtype, json) as (evaluation, done):
+    with _evaluation(baselines, 0, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.ppl(data, context_tokens=context_tokens, continuation_tokens=continuation_tokens, limit=limit))
 
 
@@ -195,7 +195,7 @@ def retention(
 ) -> None:
     """Whether the model still predicts short texts, uncompressed, as its base does. Rows: text.
 
-    Without a reader both are the same to the last bit; with one, the difference is what the reader costs.
+    Without a LoRA both are the same to the last bit; with one, the difference is what the LoRA costs.
     """
     with _evaluation("base,full", 0, model, adapter, device, dtype, json) as (evaluation, done):
         done(

@@ -73,8 +73,8 @@ class BeaconCompressor:
         if self.score == "expected" and self._measured is None:
             text = files("beacon_memory.compression").joinpath("calibration.txt").read_text(encoding="utf-8")
             ids = self.tokenize(text).ids[: self.model.config.beacon_window]
-            front = self.model.front(MemoryKV.of(self.sink))
-            self._measured = repeated(self.model, front, read_raw(self.model, front, ids), ids)
+            prefix = self.model.prefix(MemoryKV.of(self.sink))
+            self._measured = repeated(self.model, prefix, read_raw(self.model, prefix, ids), ids)
         return self._measured
 
     def tokenize(self, text: str) -> TokenizedText:
@@ -159,7 +159,7 @@ class BeaconCompressor:
     def _read_before(self, work: Work, windows: Sequence[CompressedWindow]) -> list[MemoryKV]:
         """The memory of each window that was read before. Raises InputError where it cannot be that of these windows.
 
-        They go on as parts of their own, because a memory that is squeezed is squeezed part by part.
+        They go on as parts of their own, because a memory that is interpolated is interpolated part by part.
         """
         full = len(work.ids) // self.model.config.beacon_window
         if not 0 <= work.windows <= full:
@@ -188,9 +188,9 @@ class BeaconCompressor:
         for window in windows[work.windows :]:
             ids = work.ids[window.first : window.first + window.tokens]
             room = max(1, self.model.max_positions - len(ids) - min(PIECE, len(ids)))
-            front = self.model.front(MemoryKV.concat(parts, room).squeezed(room))
+            prefix = self.model.prefix(MemoryKV.concat(parts, room).interpolated(room))
             hybrid, measured = compression == "hybrid", self._scores()
-            parts.append(read_window(self.model, front, ids, window.ratio, hybrid=hybrid, measured=measured))
+            parts.append(read_window(self.model, prefix, ids, window.ratio, hybrid=hybrid, measured=measured))
             progress(len(ids))
         return CompressedDocument(MemoryKV.concat(parts[1:]), len(work.ids), windows)
 

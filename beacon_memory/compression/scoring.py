@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from beacon_memory.kv.memory_kv import BeaconKV
-from beacon_memory.kv.prefix import Block, Front
+from beacon_memory.kv.prefix import Block, Prefix
 from beacon_memory.kv.rope import Rope, apply_rotation
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
@@ -27,13 +27,13 @@ PIECE = 256  # tokens that are repeated at a time, which bounds the memory that 
 _FUTURE = 512  # positions behind a window that expected queries are spread over
 
 
-def repeated(model: BeaconModel, front: Front, raw: BeaconKV, ids: Sequence[int]) -> Tensor:
+def repeated(model: BeaconModel, prefix: Prefix, raw: BeaconKV, ids: Sequence[int]) -> Tensor:
     """What tokens of a window, whose K/V are `raw`, contribute while it is repeated: [layers, kv_heads, tokens]."""
     pieces = [(at, min(at + PIECE, len(ids))) for at in range(0, len(ids), PIECE)]
     branches = [Window.behind(raw.slots, ids[start:stop]) for start, stop in pieces]
     layout = BeaconLayout.build([Piece(Cursor(memory=raw.slots), branches)], model.config)
     received = _Received(pieces)
-    model.run(layout, raw, [], fronts=[front], watch=received)
+    model.run(layout, raw, [], prefixes=[prefix], watch=received)
     return received.scores * raw.values.float().square().sum(-1)
 
 
@@ -72,7 +72,7 @@ class _Received(_Scores):
         self.spans = spans
 
     def __call__(
-        self, _layer: int, _sequence: int, query: Tensor, key: Tensor, memory: int, front: Sequence[Block]
+        self, _layer: int, _sequence: int, query: Tensor, key: Tensor, memory: int, prefix: Sequence[Block]
     ) -> None:
         """See Watch; layers come in their order."""
         grouped = query.unflatten(0, (len(key), -1))
@@ -83,7 +83,7 @@ class _Received(_Scores):
             own.masked_fill_(torch.ones_like(own[0, 0], dtype=torch.bool).triu(1), float("-inf"))
             seen = (rows @ key[:, None, :memory].mT).float()
             total = torch.logaddexp(own.logsumexp(-1), seen.logsumexp(-1))
-            for heads, keys, _ in front:
+            for heads, keys, _ in prefix:
                 total[heads] = total[heads].logaddexp((rows[heads] @ keys[:, None].mT).float().logsumexp(-1))
             received += (seen - total[..., None]).exp_().square_().sum((1, 2))
         self.layers.append(received)

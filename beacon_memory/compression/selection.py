@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.prefix import Front
+from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from beacon_memory.modeling.model import BeaconModel
 
@@ -23,7 +23,7 @@ __all__ = ["best", "read_raw", "read_sink", "read_window", "span_of"]
 
 def read_window(
     model: BeaconModel,
-    front: Front,
+    prefix: Prefix,
     ids: Sequence[int],
     ratio: int,
     *,
@@ -41,13 +41,13 @@ def read_window(
     (window,) = model.cut(Cursor(), ids, iter([beacon_ratio]), tail="close")
     expected = None if measured is None else ExpectedAttention(model.rope, len(ids))
     layout = BeaconLayout.build([Piece(Cursor(), [window])], model.config)
-    kept = model.run(layout, model.empty_kv(), layout.windows[0].own, fronts=[front], watch=expected).kept
+    kept = model.run(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix], watch=expected).kept
     raw, beacons = kept[: len(ids)], kept[len(ids) :]
     budget = slots_of(len(ids), ratio) - beacons.slots
     if budget == len(ids):
         return MemoryKV.of(raw)
     if expected is None or measured is None:
-        scores = repeated(model, front, raw, ids)
+        scores = repeated(model, prefix, raw, ids)
     else:
         scores = spread(measured, expected.scores)
     return MemoryKV.concat([MemoryKV.chosen(raw, best(scores, budget)), MemoryKV.of(beacons)])
@@ -62,10 +62,10 @@ def span_of(tokens: int, ratio: int, hybrid_factor: int = 0) -> int:
     return tokens + (slots_of(tokens, beacon_ratio) if beacon_ratio else 0)
 
 
-def read_raw(model: BeaconModel, front: Front | None, ids: Sequence[int]) -> BeaconKV:
+def read_raw(model: BeaconModel, prefix: Prefix | None, ids: Sequence[int]) -> BeaconKV:
     """K/V of all tokens of a window, read behind a memory or behind nothing."""
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
-    return model.run(layout, model.empty_kv(), layout.windows[0].own, fronts=[front]).kept
+    return model.run(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix]).kept
 
 
 def read_sink(model: BeaconModel) -> BeaconKV:

@@ -1,8 +1,8 @@
-"""The field of contestants: who is called what.
+"""The field of baselines: who is called what.
 
     full           the whole text, uncompressed
     none           no text
-    base           the whole text in a prompt of the base model without reader
+    base           the whole text in a prompt of the base model without LoRA
     truncated:R    the first 1/R of the text (where a continuation is scored: the last)
     bm25:R         the passages that match the question best, up to 1/R of the text, uncompressed; bm25 alone: R = 4
     beacon:R       beacons at ratio R
@@ -14,7 +14,7 @@
     expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip as the package
                    kvpress has them
 
-R counts tokens of text for each slot of K/V, so all contestants with one R have the same K/V budget, but for those that
+R counts tokens of text for each slot of K/V, so all baselines with one R have the same K/V budget, but for those that
 are quantized.
 """
 
@@ -30,11 +30,11 @@ from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
-from .contestants import Compressed, Contestant, NoText, Retrieved, Truncated
+from .baselines import Baseline, Compressed, NoText, Retrieved, Truncated
 from .presses import PRESSES, Selected, stock_model
 from .untouched import Untouched
 
-__all__ = ["contestants"]
+__all__ = ["baselines"]
 
 _COMPRESSED = (*COMPRESSIONS, "select-expected")
 _NAMES = (
@@ -45,16 +45,16 @@ _NAMES = (
 _BITS = {"int8": 8, "int4": 4}
 
 
-def contestants(names: Sequence[str], model: BeaconModel) -> list[Contestant]:
-    """The contestants of these names, on one model.
+def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:
+    """The baselines of these names, on one model.
 
     Raises InputError, before anything is loaded, if there are none, or for a name that is not known or there twice.
     """
     parsed = {name: _parse(name) for name in names}
     if not 0 < len(names) == len(parsed):
-        raise InputError(f"contestants {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
+        raise InputError(f"baselines {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
     stock = cache(lambda: stock_model(model))  # one for all presses, and only if there is one
-    field = [_contestant(name, *parts, model, stock) for name, parts in parsed.items()]
+    field = [_baseline(name, *parts, model, stock) for name, parts in parsed.items()]
     alike = defaultdict(list)
     for one in field:
         if isinstance(one, Compressed):
@@ -77,23 +77,23 @@ def _parse(name: str) -> tuple[str, list[int], int | None]:
         or (at and (precision not in _BITS or kind not in _COMPRESSED))
     ):
         raise InputError(
-            f"contestant {name!r} must be one of {', '.join(_NAMES)}, with whole numbers for R and N; "
+            f"baseline {name!r} must be one of {', '.join(_NAMES)}, with whole numbers for R and N; "
             f"{', '.join(_COMPRESSED)} may be followed by @{' or @'.join(_BITS)}"
         )
     return kind, numbers, _BITS.get(precision)
 
 
-def _contestant(
+def _baseline(
     name: str,
     kind: str,
     numbers: list[int],
     bits: int | None,
     model: BeaconModel,
     stock: Callable[[], PreTrainedModel],
-) -> Contestant:
+) -> Baseline:
     if kind in PRESSES:
         return Selected(name, model, stock(), kind, *numbers)
-    made: dict[str, Callable[..., Contestant]] = {
+    made: dict[str, Callable[..., Baseline]] = {
         "full": lambda: Truncated(name, model, 1),
         "none": lambda: NoText(name, model),
         "base": lambda: Untouched(name, model),

@@ -173,7 +173,7 @@ METRICS: dict[str, Metric] = {
     "exam": exam,
 }
 
-# By data set. The Chinese ones need words cut apart (jieba), and a reader of Chinese; they are left out.
+# By data set. The Chinese ones need words cut apart (jieba), and a LoRA of Chinese; they are left out.
 LONGBENCH_METRICS = {
     "narrativeqa": "f1",
     "qasper": "f1",

@@ -1,4 +1,4 @@
-"""Texts as token ids, and how contestants cut them."""
+"""Texts as token ids, and how baselines cut them."""
 
 from __future__ import annotations
 

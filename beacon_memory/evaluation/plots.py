@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_heat_map", "draw_ratios"]
 
-_LEVEL = {"full": "-", "none": ":", "base": "--"}  # contestants without a ratio, and how their line is drawn
+_LEVEL = {"full": "-", "none": ":", "base": "--"}  # baselines without a ratio, and how their line is drawn
 
 
 def draw_ratios(result: Result, file: Path) -> bool:
@@ -24,7 +24,7 @@ def draw_ratios(result: Result, file: Path) -> bool:
     metric = "gap closed" if any("gap closed" in row.scores for row in rows) else next(iter(rows[0].scores))
     lines: dict[str, dict[int, Interval]] = {}
     for row in rows:
-        kind, *numbers = row.contestant.split(":")
+        kind, *numbers = row.baseline.split(":")
         if numbers:
             name = f"{kind}, {numbers[1]} documents" if numbers[1:] else kind
             lines.setdefault(name, {})[int(numbers[0])] = row.scores[metric]
@@ -38,9 +38,9 @@ def draw_ratios(result: Result, file: Path) -> bool:
         ends = [[max(0, one.mean - one.low) for one in of_ratio], [max(0, one.high - one.mean) for one in of_ratio]]
         axes.errorbar(ratios, [one.mean for one in of_ratio], yerr=ends, marker="o", capsize=3, label=name)
     for row in rows:
-        if row.contestant in _LEVEL:
-            style = _LEVEL[row.contestant]
-            axes.axhline(row.scores[metric].mean, color="gray", linestyle=style, label=row.contestant)
+        if row.baseline in _LEVEL:
+            style = _LEVEL[row.baseline]
+            axes.axhline(row.scores[metric].mean, color="gray", linestyle=style, label=row.baseline)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({ratio for points in lines.values() for ratio in points}))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -52,16 +52,16 @@ def draw_ratios(result: Result, file: Path) -> bool:
 
 
 def draw_heat_map(result: Result, file: Path) -> bool:
-    """One map for each contestant, depth against length of the text; returns whether there are such groups.
+    """One map for each baseline, depth against length of the text; returns whether there are such groups.
 
     Groups are named `LENGTH DEPTH`, see `needle_items`.
     """
-    names = list(dict.fromkeys(row.contestant for row in result.rows))
+    names = list(dict.fromkeys(row.baseline for row in result.rows))
     of: dict[tuple[str, float, float], float] = {}
     for row in result.rows:
         if row.group:
             length, depth = map(float, row.group.split())
-            of[row.contestant, length, depth] = row.scores["score"].mean
+            of[row.baseline, length, depth] = row.scores["score"].mean
     if not of:
         return False
     lengths, depths = sorted({length for _, length, _ in of}), sorted({depth for _, _, depth in of})

@@ -1,7 +1,7 @@
-"""Training-free selection of K/V by the package kvpress, as contestants.
+"""Training-free selection of K/V by the package kvpress, as baselines.
 
 A press keeps some of the text's own K/V, at the positions where they were. It is given the text alone and never sees
-the question. The model is the stock one with the reader merged in, apart from the one that beacons are on.
+the question. The model is the stock one with the LoRA merged in, apart from the one that beacons are on.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from transformers.cache_utils import DynamicLayer
 
 from beacon_memory.errors import InputError, MissingDependencyError
 from beacon_memory.generation.prompt import chat_prompt
-from beacon_memory.modeling.loading import load_base, merge_reader
+from beacon_memory.modeling.loading import load_base, merge_lora
 from beacon_memory.modeling.model import BeaconModel
 
-from .contestants import Outcome, ReadingContestant, mean_nll
+from .baselines import Outcome, ReadingBaseline, mean_nll
 from .items import Item
 from .pieces import Passages, cut_middle
 
@@ -36,9 +36,9 @@ PRESSES = {"expected": "ExpectedAttentionPress", "snapkv": "SnapKVPress", "kvzip
 
 
 def stock_model(model: BeaconModel) -> PreTrainedModel:
-    """The base of `model`, loaded anew without beacons, with its reader merged in."""
+    """The base of `model`, loaded anew without beacons, with its LoRA merged in."""
     base, _ = load_base(str(model.base.config.name_or_path), model.device, model.dtype)
-    stock = base if model.reader is None else merge_reader(base, model.reader)
+    stock = base if model.lora is None else merge_lora(base, model.lora)
     stock.eval()
     return stock
 
@@ -68,7 +68,7 @@ class Selection:
         return cache
 
 
-class Selected(ReadingContestant[Selection]):
+class Selected(ReadingBaseline[Selection]):
     """`expected:R`, `snapkv:R` and `kvzip:R`."""
 
     def __init__(self, name: str, model: BeaconModel, stock: PreTrainedModel, press: str, ratio: int) -> None:
@@ -98,7 +98,7 @@ class Selected(ReadingContestant[Selection]):
 
     @torch.inference_mode()
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """See Contestant."""
+        """See Baseline."""
         selection = self.memory_to_continue(context)
         with _hiding(self.stock, selection.hidden):
             logits = self._logits(selection.fresh_cache(), continuation, selection.read)

@@ -18,7 +18,7 @@ __all__ = ["markdown", "read_result", "write_report", "write_result"]
 
 def write_result(result: Result, file: Path) -> None:
     """Everything of a result as JSON, single records included. Raises InputError if the file cannot be written."""
-    half = file.with_name(f"{file.name}.part")  # no reader ever finds half a result
+    half = file.with_name(f"{file.name}.part")  # no LoRA ever finds half a result
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         half.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -46,7 +46,7 @@ def markdown(result: Result) -> str:
 
     Below it the score by group, and what quantizing costs.
     """
-    lines = _by_contestant([row for row in result.rows if not row.group])
+    lines = _by_baseline([row for row in result.rows if not row.group])
     if costs := _by_precision(result):
         lines += ["", *costs]
     if groups := [row for row in result.rows if row.group]:
@@ -54,15 +54,15 @@ def markdown(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _by_contestant(rows: Sequence[Row]) -> list[str]:
+def _by_baseline(rows: Sequence[Row]) -> list[str]:
     metrics = list(dict.fromkeys(metric for row in rows for metric in row.scores))
     if not any(_says_more(row) for row in rows):
         metrics = [metric for metric in metrics if metric != "score"]
     sized, cut = any(row.kv_bytes for row in rows), any(row.cut for row in rows)
-    head = ["contestant", "items", *metrics, *["K/V"] * sized, "seconds", *["cut"] * cut]
+    head = ["baseline", "items", *metrics, *["K/V"] * sized, "seconds", *["cut"] * cut]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        cells = [row.contestant, str(row.items), *(_interval(row.scores.get(metric)) for metric in metrics)]
+        cells = [row.baseline, str(row.items), *(_interval(row.scores.get(metric)) for metric in metrics)]
         cells += [f"{row.kv_bytes / 1e6:.2f} MB"] * sized + [f"{row.seconds:.2f}"] + [str(row.cut)] * cut
         lines.append(_line(cells))
     return lines
@@ -75,10 +75,10 @@ def _says_more(row: Row) -> bool:
 
 
 def _by_group(rows: Sequence[Row]) -> list[str]:
-    """A line for each group, a column of main scores for each contestant."""
-    names = list(dict.fromkeys(row.contestant for row in rows))
+    """A line for each group, a column of main scores for each baseline."""
+    names = list(dict.fromkeys(row.baseline for row in rows))
     groups = dict.fromkeys(row.group for row in rows)
-    of = {(row.contestant, row.group): row for row in rows}
+    of = {(row.baseline, row.group): row for row in rows}
     lines = [_line(["score", "items", *names]), _line(["---"] * (2 + len(names)))]
     for group in groups:
         scores = [f"{of[name, group].scores['score'].mean:.3f}" for name in names]
@@ -87,11 +87,11 @@ def _by_group(rows: Sequence[Row]) -> list[str]:
 
 
 def _by_precision(result: Result) -> list[str]:
-    """For each quantized contestant that competes with itself unquantized, the difference item by item.
+    """For each quantized baseline that competes with itself unquantized, the difference item by item.
 
     The last lines are means over all of one precision: of an item first, so the interval is one over items.
     """
-    of = {name: [one for one in result.records if one.contestant == name] for name in _names(result.records)}
+    of = {name: [one for one in result.records if one.baseline == name] for name in _names(result.records)}
     base = {name: name.partition("@")[0] for name in of if "@" in name}
     pairs = {name: (of[name], of[plain]) for name, plain in base.items() if plain in of}
     if not pairs:
@@ -119,7 +119,7 @@ def _by_precision(result: Result) -> list[str]:
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(record.contestant for record in records))
+    return list(dict.fromkeys(record.baseline for record in records))
 
 
 def _difference(gained: Sequence[float]) -> str:
@@ -143,11 +143,11 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "README.md"]
     lines = ["# Results", "", f"Written by `{command}`; not to be edited.", ""]
-    origins = [_facts(result.provenance) for result in results]
+    origins = [_properties(result.provenance) for result in results]
     if shared := len(set(origins)) == 1:
         lines += [f"Made with {origins[0]}.", ""]
     for result, origin in zip(results, origins, strict=True):
-        settings = _facts({name: value for name, value in result.settings.items() if name != "contestants"})
+        settings = _properties({name: value for name, value in result.settings.items() if name != "baselines"})
         lines += [f"## {result.task}", "", f"{settings}." + ("" if shared else f" Made with {origin}."), ""]
         lines += [markdown(result), ""]
         plot = folder / f"{result.task}.png"
@@ -158,5 +158,5 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> list[
     return written
 
 
-def _facts(facts: Mapping[str, object]) -> str:
+def _properties(facts: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())

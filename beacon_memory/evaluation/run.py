@@ -1,4 +1,4 @@
-"""Running contestants over items, and what comes out of it."""
+"""Running baselines over items, and what comes out of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
-from .contestants import BATCH, Contestant
+from .baselines import BATCH, Baseline
 from .items import Item
 from .metrics import METRICS, Interval, bootstrap, paired_difference
 
@@ -30,13 +30,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one contestant made of one item.
+    """What one baseline made of one item.
 
     scores: by metric, from 0 to 1; `score` is the item's main one. Of a continuation: `nll`, nats per token.
     kv_bytes, seconds, cut: see Outcome; of a continuation there are only the seconds.
     """
 
-    contestant: str
+    baseline: str
     item: str
     group: str
     prediction: str
@@ -48,14 +48,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contestant's mean over all items, or over those of one group.
+    """One baseline's mean over all items, or over those of one group.
 
     group:  '' for all items.
     scores: by metric, with a 95 % bootstrap interval over the items that have it. kv_bytes, seconds: means for an item.
     cut:    items whose text did not fit.
     """
 
-    contestant: str
+    baseline: str
     group: str
     items: int
     scores: Mapping[str, Interval]
@@ -81,7 +81,7 @@ class Result:
 
 def run_items(
     task: str,
-    field: Sequence[Contestant],
+    field: Sequence[Baseline],
     items: Sequence[Item],
     settings: Mapping[str, Any],
     model: BeaconModel,
@@ -89,7 +89,7 @@ def run_items(
     max_new_tokens: int,
     progress: Progress = lambda _: None,
 ) -> Result:
-    """Let each contestant answer all items and score the answers. `progress` hears of each item who answered it.
+    """Let each baseline answer all items and score the answers. `progress` hears of each item who answered it.
 
     Raises InputError if there are no items.
     """
@@ -97,14 +97,14 @@ def run_items(
         raise InputError(f"task {task!r} has no items: none fits {dict(settings)}")
     records = []
     batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-    for _, reading_alike in groupby(field, key=lambda contestant: contestant.reading):
+    for _, reading_alike in groupby(field, key=lambda baseline: baseline.reading):
         group = list(reading_alike)
-        for batch, contestant in product(batches, group):
-            for item, outcome in zip(batch, contestant.answer(batch, max_new_tokens), strict=True):
+        for batch, baseline in product(batches, group):
+            for item, outcome in zip(batch, baseline.answer(batch, max_new_tokens), strict=True):
                 scores = {name: METRICS[name](outcome.text, item.answers) for name in item.metrics}
                 records.append(
                     Record(
-                        contestant=contestant.name,
+                        baseline=baseline.name,
                         item=item.id,
                         group=item.group,
                         prediction=outcome.text,
@@ -114,51 +114,51 @@ def run_items(
                         cut=outcome.cut,
                     )
                 )
-                progress(contestant.name)
-        for contestant in group:
-            contestant.forget()
+                progress(baseline.name)
+        for baseline in group:
+            baseline.forget()
     return Result(task, dict(settings), _provenance(model), _summary(records), records)
 
 
 def run_continuations(
     task: str,
-    field: Sequence[Contestant],
+    field: Sequence[Baseline],
     texts: Sequence[tuple[str, Sequence[int], Sequence[int]]],
     settings: Mapping[str, Any],
     model: BeaconModel,
     *,
     progress: Progress = lambda _: None,
 ) -> Result:
-    """Score how well each contestant predicts what follows a text: (name, token ids of the text, of what follows).
+    """Score how well each baseline predicts what follows a text: (name, token ids of the text, of what follows).
 
     Where `full` and `none` take part, each row also has `gap closed`: the share of the difference between the two that
-    a contestant makes up, (nll of none - nll) / (nll of none - nll of full), on means over texts, unless the text does
-    not help at all. Raises InputError if there are no texts, or for a contestant that needs a question.
+    a baseline makes up, (nll of none - nll) / (nll of none - nll of full), on means over texts, unless the text does
+    not help at all. Raises InputError if there are no texts, or for a baseline that needs a question.
     """
     if not texts:
         raise InputError(f"task {task!r} has no texts: none is as long as {dict(settings)} asks for")
-    if asking := [contestant.name for contestant in field if contestant.asks_first]:
+    if asking := [baseline.name for baseline in field if baseline.asks_first]:
         raise InputError(f"task {task!r} asks no questions, which {', '.join(asking)} must know: leave them out")
     records = []
-    for contestant in field:
+    for baseline in field:
         for name, context, continuation in texts:
             started = time.perf_counter()
-            nll = contestant.score(context, continuation)
+            nll = baseline.score(context, continuation)
             seconds = time.perf_counter() - started
-            records.append(Record(contestant.name, name, "", "", {"nll": nll}, 0, seconds))
-            progress(contestant.name)
-        contestant.forget()
+            records.append(Record(baseline.name, name, "", "", {"nll": nll}, 0, seconds))
+            progress(baseline.name)
+        baseline.forget()
     rows = _with_gap_closed(_summary(records), records)
     return Result(task, dict(settings), _provenance(model), rows, records)
 
 
 def _summary(records: Sequence[Record]) -> list[Row]:
-    """Means by contestant, over everything and, unless one group is everything, over each group."""
+    """Means by baseline, over everything and, unless one group is everything, over each group."""
     groups = {record.group for record in records}
     named = sorted(groups - {""}, key=_with_numbers) if len(groups) > 1 else []
     rows = []
-    for name in dict.fromkeys(record.contestant for record in records):
-        of_name = [record for record in records if record.contestant == name]
+    for name in dict.fromkeys(record.baseline for record in records):
+        of_name = [record for record in records if record.baseline == name]
         rows.append(_row(name, "", of_name))
         rows += [_row(name, group, [record for record in of_name if record.group == group]) for group in named]
     return rows
@@ -173,7 +173,7 @@ def _with_numbers(group: str) -> list[tuple[float, str]]:
 def _row(name: str, group: str, records: Sequence[Record]) -> Row:
     metrics = dict.fromkeys(metric for record in records for metric in record.scores)
     return Row(
-        contestant=name,
+        baseline=name,
         group=group,
         items=len(records),
         scores={m: bootstrap([record.scores[m] for record in records if m in record.scores]) for m in metrics},
@@ -184,7 +184,7 @@ def _row(name: str, group: str, records: Sequence[Record]) -> Row:
 
 
 def _with_gap_closed(rows: list[Row], records: Sequence[Record]) -> list[Row]:
-    nll = {row.contestant: [r.scores["nll"] for r in records if r.contestant == row.contestant] for row in rows}
+    nll = {row.baseline: [r.scores["nll"] for r in records if r.baseline == row.baseline] for row in rows}
     if not {"full", "none"} <= nll.keys():
         return rows
     gap = paired_difference(nll["none"], nll["full"], resamples=1).mean
@@ -192,7 +192,7 @@ def _with_gap_closed(rows: list[Row], records: Sequence[Record]) -> list[Row]:
         return rows
     closed = []
     for row in rows:
-        gained = paired_difference(nll["none"], nll[row.contestant])
+        gained = paired_difference(nll["none"], nll[row.baseline])
         share = Interval(gained.mean / gap, gained.low / gap, gained.high / gap)
         closed.append(replace(row, scores={**row.scores, "gap closed": share}))
     return closed

@@ -112,7 +112,7 @@ def run_suite(
         elif not file.exists():
             say(f"{task.name}: left out, {file.name} is not there")
         else:
-            say(f"{task.name}: {len(task.names)} contestants")
+            say(f"{task.name}: {len(task.names)} baselines")
             result = task.run(replace(evaluation, names=task.names), file, limit)
             result = replace(result, settings={**result.settings, "limit": limit})
             write_result(result, kept)
@@ -130,7 +130,7 @@ def _same_run(result: Result, evaluation: Evaluation, names: Sequence[str], limi
         "base": model.fingerprint.base,
         "adapter": model.fingerprint.adapter,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "contestants": list(names),
+        "baselines": list(names),
         "limit": limit,
         "seed": evaluation.seed,
     }

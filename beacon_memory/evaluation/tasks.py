@@ -1,4 +1,4 @@
-"""The tasks: which items, which contestants, how long an answer."""
+"""The tasks: which items, which baselines, how long an answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from beacon_memory.modeling.model import BeaconModel
 
-from .field import contestants
+from .field import baselines
 from .items import Item, read_kv_retrieval, read_long, read_longbench, read_qa, read_texts
 from .needles import needle_items
 from .pieces import token_ids
@@ -21,10 +21,10 @@ __all__ = ["Evaluation"]
 class Evaluation:
     """Tasks on one model.
 
-    names:    of the contestants, see `field`.
+    names:    of the baselines, see `field`.
     seed:     of every draw. progress: hears of each item who has dealt with it.
 
-    Every task raises InputError for data that cannot be used or of which nothing is left, and for a contestant that is
+    Every task raises InputError for data that cannot be used or of which nothing is left, and for a baseline that is
     not known.
     """
 
@@ -88,7 +88,7 @@ class Evaluation:
         settings = {"context_tokens": context_tokens, "continuation_tokens": continuation_tokens, "limit": limit}
         return run_continuations(
             task,
-            contestants(self.names, self.model),
+            baselines(self.names, self.model),
             texts,
             self._settings(data, settings),
             self.model,
@@ -100,7 +100,7 @@ class Evaluation:
     ) -> Result:
         return run_items(
             task,
-            contestants(self.names, self.model),
+            baselines(self.names, self.model),
             items,
             self._settings(data, {**settings, "max_new_tokens": max_new_tokens}),
             self.model,
@@ -111,7 +111,7 @@ class Evaluation:
     def _settings(self, data: Path, settings: Mapping[str, object]) -> dict[str, object]:
         """What decides a result beside the model, as it is written down; what was not set is left out."""
         chosen = {name: value for name, value in settings.items() if value not in (None, {})}
-        return {"data": data.name, **chosen, "seed": self.seed, "contestants": list(self.names)}
+        return {"data": data.name, **chosen, "seed": self.seed, "baselines": list(self.names)}
 
     def _count(self, text: str) -> int:
         return len(token_ids(self.model.tokenizer, text))

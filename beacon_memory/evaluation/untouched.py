@@ -1,4 +1,4 @@
-"""The base model as it comes, as a contestant: what the reader and the memory are measured against."""
+"""The base model as it comes, as a baseline: what the LoRA and the memory are measured against."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.loading import load_base
 from beacon_memory.modeling.model import BeaconModel
 
-from .contestants import Contestant, Outcome, Truncated, greedy
+from .baselines import Baseline, Outcome, Truncated, greedy
 from .items import Item
 from .pieces import cut_middle, token_ids
 
@@ -21,8 +21,8 @@ __all__ = ["Untouched"]
 INSTRUCTION = "Answer the question with a few words from the text."
 
 
-class Untouched(Contestant):
-    """`base`: the base model loaded anew, without reader or memory, the whole text in its own chat template."""
+class Untouched(Baseline):
+    """`base`: the base model loaded anew, without LoRA or memory, the whole text in its own chat template."""
 
     def __init__(self, name: str, model: BeaconModel) -> None:
         base, tokenizer = load_base(str(model.base.config.name_or_path), model.device, model.dtype)
@@ -53,5 +53,5 @@ class Untouched(Contestant):
         ]
 
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """See Contestant: as `full` does it, so that without a reader both are the same to the last bit."""
+        """See Baseline: as `full` does it, so that without a LoRA both are the same to the last bit."""
         return self._raw.score(context, continuation)

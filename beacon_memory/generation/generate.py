@@ -30,11 +30,11 @@ __all__ = ["Generation", "Request", "generate", "require_room"]
 class Request:
     """A prompt behind a memory.
 
-    prefix: sink and memories; may have no slots.
+    memory: sink and documents, one behind another; may have no slots.
     prompt: token ids that follow it.
     """
 
-    prefix: MemoryKV
+    memory: MemoryKV
     prompt: Sequence[int]
 
 
@@ -76,17 +76,17 @@ def generate(
     Raises CapacityError, before any work, if a request does not fit the model's positions.
     """
     for request in requests:
-        require_room(model, request.prefix.span, len(request.prompt), config.max_new_tokens or 0)
+        require_room(model, request.memory.span, len(request.prompt), config.max_new_tokens or 0)
     tokenizer = model.tokenizer
     longest = max(len(request.prompt) for request in requests)
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     prompts = torch.tensor([[pad] * (longest - len(r.prompt)) + list(r.prompt) for r in requests], device=model.device)
     prompt_mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
-    prefixes = {id(request.prefix): request.prefix for request in requests}  # questions on one memory share it
-    fronts = {key: model.front(prefix) for key, prefix in prefixes.items()}
-    behind = any(request.prefix.slots for request in requests)  # what stands behind nothing is stock altogether
+    memories = {id(request.memory): request.memory for request in requests}  # questions on one memory share it
+    prefixes = {key: model.prefix(memory) for key, memory in memories.items()}
+    behind = any(request.memory.slots for request in requests)  # what stands behind nothing is stock altogether
     cache = MemoryCache(
-        [fronts[id(request.prefix)] for request in requests] if behind else (), config=model.base.config
+        [prefixes[id(request.memory)] for request in requests] if behind else (), config=model.base.config
     )
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     if copies > 1:

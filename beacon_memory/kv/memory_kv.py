@@ -88,14 +88,14 @@ class MemoryKV:
 
     keys:   [entries, head_dim], **before** RoPE; an entry is one slot of one head, in the order layer, kv head, place.
     values: [entries, head_dim]
-    places: [entries] where in the memory's span an entry stands, 0 to span - 1; int32, or float32 once squeezed.
+    positions: [entries] where in the memory's span an entry stands, 0 to span - 1; int32, or float32 once interpolated.
     counts: [layers, kv_heads] int64, on the CPU: how many entries each head has.
-    span:   positions of the model that it takes. A squeezed memory has less than one position for each token.
+    span:   positions of the model that it takes. An interpolated memory has less than one position for each token.
     """
 
     keys: Tensor
     values: Tensor
-    places: Tensor
+    positions: Tensor
     counts: Tensor
     span: int
 
@@ -106,10 +106,10 @@ class MemoryKV:
                 f"keys and values must both be [{entries} entries, head_dim], "
                 f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
             )
-        if self.places.shape != (entries,) or self.counts.ndim != 2:
+        if self.positions.shape != (entries,) or self.counts.ndim != 2:
             raise InputError(
-                f"places must be [{entries} entries] and counts [layers, kv_heads], "
-                f"got {tuple(self.places.shape)} and {tuple(self.counts.shape)}"
+                f"positions must be [{entries} entries] and counts [layers, kv_heads], "
+                f"got {tuple(self.positions.shape)} and {tuple(self.counts.shape)}"
             )
 
     @classmethod
@@ -119,7 +119,7 @@ class MemoryKV:
         return cls(
             keys=stack.keys.flatten(0, 2),
             values=stack.values.flatten(0, 2),
-            places=torch.arange(slots, dtype=torch.int32, device=stack.keys.device).repeat(layers * heads),
+            positions=torch.arange(slots, dtype=torch.int32, device=stack.keys.device).repeat(layers * heads),
             counts=torch.full((layers, heads), slots),
             span=slots,
         )
@@ -130,7 +130,7 @@ class MemoryKV:
         return cls(
             keys=stack.keys[kept],
             values=stack.values[kept],
-            places=kept.nonzero()[:, 2].to(torch.int32),
+            positions=kept.nonzero()[:, 2].to(torch.int32),
             counts=kept.sum(-1).cpu(),
             span=stack.slots,
         )
@@ -142,33 +142,33 @@ class MemoryKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and places together."""
-        return self.keys.nbytes + self.values.nbytes + self.places.nbytes
+        """Bytes of keys, values and positions together."""
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
 
     @property
     def least_span(self) -> int:
-        """The span down to which `squeezed` goes."""
+        """The span down to which `interpolated` goes."""
         return min(self.slots, self.span)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryKV:
         """The same memory on another device, keys and values in another dtype."""
         keys, values = (part.to(device=device, dtype=dtype) for part in (self.keys, self.values))
-        return replace(self, keys=keys, values=values, places=self.places.to(device))
+        return replace(self, keys=keys, values=values, positions=self.positions.to(device))
 
-    def squeezed(self, span: int) -> MemoryKV:
+    def interpolated(self, span: int) -> MemoryKV:
         """The same entries on fewer positions, evenly (position interpolation, Chen et al., arXiv 2306.15595)."""
         if span >= self.span:
             return self
-        return replace(self, places=self.places.float() * (span / self.span), span=span)
+        return replace(self, positions=self.positions.float() * (span / self.span), span=span)
 
     def between(self, start: int, stop: int) -> MemoryKV:
-        """The entries at the places from `start` up to `stop`, as a memory of that span: what `concat` put together."""
-        kept = (self.places >= start) & (self.places < stop)
+        """Return the entries at positions `start` up to `stop` as a memory of that span, what `concat` put together."""
+        kept = (self.positions >= start) & (self.positions < stop)
         heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
         return MemoryKV(
             keys=self.keys[kept],
             values=self.values[kept],
-            places=self.places[kept] - start,
+            positions=self.positions[kept] - start,
             counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
             span=stop - start,
         )
@@ -180,8 +180,8 @@ class MemoryKV:
     def stack(self) -> BeaconKV:
         """The stack that this is the memory `of`. Raises InputError unless every head has an entry at every place."""
         shape = (*self.counts.shape, self.span)
-        places = torch.arange(self.span, device=self.places.device)
-        if (self.counts != self.span).any() or (self.places.unflatten(0, shape) != places).any():
+        positions = torch.arange(self.span, device=self.positions.device)
+        if (self.counts != self.span).any() or (self.positions.unflatten(0, shape) != positions).any():
             raise InputError(
                 f"a memory of {self.span} positions with {int(self.counts.min())} to {int(self.counts.max())} entries "
                 "in a head is no stack: not every head has one at every place"
@@ -189,25 +189,25 @@ class MemoryKV:
         return BeaconKV(self.keys.unflatten(0, shape), self.values.unflatten(0, shape))
 
     def layer(self, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and places of each head of a layer: views, [entries of the head, ...]."""
+        """Keys, values and positions of each head of a layer: views, [entries of the head, ...]."""
         start = int(self.counts[:number].sum())
         sizes = self.counts[number].tolist()
         stop = start + sum(sizes)
-        parts = (part[start:stop].split(sizes) for part in (self.keys, self.values, self.places))
+        parts = (part[start:stop].split(sizes) for part in (self.keys, self.values, self.positions))
         return list(zip(*parts, strict=True))
 
     @staticmethod
     def concat(parts: Sequence[MemoryKV], room: int | None = None) -> MemoryKV:
         """Memories one behind another; a part that is alone is not copied. Raises InputError for none.
 
-        room: positions at hand. If the spans need more, each part is squeezed by the same share of what it can give.
+        room: positions at hand. If the spans need more, each part gives the same share of what it can (`interpolated`).
         """
         if not parts:
             raise InputError("MemoryKV.concat needs at least one part")
         span, least = sum(part.span for part in parts), sum(part.least_span for part in parts)
         if room is not None and span > room:
             give = max(0.0, (room - least) / (span - least)) if span > least else 0.0
-            parts = [part.squeezed(part.least_span + int(give * (part.span - part.least_span))) for part in parts]
+            parts = [part.interpolated(part.least_span + int(give * (part.span - part.least_span))) for part in parts]
         if len(parts) == 1:
             return parts[0]
         offsets = [0, *accumulate(part.span for part in parts)]
@@ -215,11 +215,11 @@ class MemoryKV:
         heads = torch.arange(counts[0].numel())
         order = torch.cat([heads.repeat_interleave(part.counts.flatten()) for part in parts]).argsort(stable=True)
         order = order.to(parts[0].keys.device)
-        places = [part.places + offset for part, offset in zip(parts, offsets, strict=False)]
+        positions = [part.positions + offset for part, offset in zip(parts, offsets, strict=False)]
         return MemoryKV(
             keys=torch.cat([part.keys for part in parts])[order],
             values=torch.cat([part.values for part in parts])[order],
-            places=torch.cat(places)[order],
+            positions=torch.cat(positions)[order],
             counts=counts.sum(0),
             span=offsets[-1],
         )

@@ -8,12 +8,12 @@ from torch import Tensor
 from .memory_kv import MemoryKV
 from .rope import Rope, apply_rotation
 
-__all__ = ["Front"]
+__all__ = ["Prefix"]
 
 Block = tuple[slice, Tensor, Tensor]
 
 
-class Front:
+class Prefix:
     """A memory in front of what is read, at the positions -span to -1, for all layers of a model.
 
     blocks: for each layer (kv heads, keys [heads, entries, head_dim], values), keys rotated: all heads in one block if
@@ -24,8 +24,8 @@ class Front:
         self.blocks: list[list[Block]] = []
         for layer, counts in enumerate(memory.counts.tolist()):
             heads = [
-                (apply_rotation(keys, *rope.table(places.float() - memory.span)), values)
-                for keys, values, places in memory.layer(layer)
+                (apply_rotation(keys, *rope.table(positions.float() - memory.span)), values)
+                for keys, values, positions in memory.layer(layer)
             ]
             width = len(heads) if len(set(counts)) == 1 else 1
             blocks = []

@@ -27,7 +27,7 @@ BITS = (8, 4)
 GROUP = 64  # another number is another stored form
 _LARGEST_ROTATION = 256  # so is this
 # On the device; counts stay on the CPU.
-_TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "places")
+_TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "positions")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class QuantizedKV:
     keys, values: [entries, head_dim * bits / 8] uint8. Of 4 bits, byte i holds channel i low and head_dim / 2 + i high.
     key_scales, key_zeros:     [groups, head_dim] float16. Groups are of `GROUP` entries, each head's last of the rest.
     value_scales, value_zeros: [entries] float16
-    places, counts, span:      as those of a MemoryKV.
+    positions, counts, span:      as those of a MemoryKV.
     dtype:        of the keys and values that were quantized.
     rotated:      what the codes of keys stand for was rotated, see `_rotated`.
 
@@ -52,7 +52,7 @@ class QuantizedKV:
     key_zeros: Tensor
     value_scales: Tensor
     value_zeros: Tensor
-    places: Tensor
+    positions: Tensor
     counts: Tensor
     span: int
     dtype: torch.dtype
@@ -76,7 +76,7 @@ class QuantizedKV:
             (("keys", "values"), (entries, width), (torch.uint8,)),
             (("key_scales", "key_zeros"), (groups, head_dim), (torch.float16,)),
             (("value_scales", "value_zeros"), (entries,), (torch.float16,)),
-            (("places",), (entries,), (torch.int32, torch.float32)),
+            (("positions",), (entries,), (torch.int32, torch.float32)),
         ):
             for name in names:
                 tensor: Tensor = getattr(self, name)
@@ -109,7 +109,7 @@ class QuantizedKV:
         if self.rotated:
             keys = _rotated(keys)
         values = _decoded(_unpacked(self.values, self.bits), self.value_scales[:, None], self.value_zeros[:, None])
-        return MemoryKV(keys.to(dtype), values.to(dtype), self.places, self.counts, self.span)
+        return MemoryKV(keys.to(dtype), values.to(dtype), self.positions, self.counts, self.span)
 
     def grown(self, start: int, new: MemoryKV) -> QuantizedKV:
         """Of this memory what stands before the place `start`, and behind it another one, quantized as this is.
@@ -118,8 +118,8 @@ class QuantizedKV:
         """
         grown = _quantized(self.dequantized(torch.float32).grown(start, new), self.bits, rotated=self.rotated)
         old, now = self.counts.flatten(), grown.counts.flatten()
-        gone = torch.nn.functional.pad((self.places >= start).cpu().long().cumsum(0), (1, 0))  # before each entry
-        head = _numbered(old, len(self.places))
+        gone = torch.nn.functional.pad((self.positions >= start).cpu().long().cumsum(0), (1, 0))  # before each entry
+        head = _numbered(old, len(self.positions))
         same = head[gone[1:] == gone[old.cumsum(0) - old][head]].bincount(minlength=len(old))  # that each head keeps
         full = same // GROUP
         for names, sizes, new_sizes, taken in (
@@ -164,7 +164,7 @@ def _quantized(kv: MemoryKV, bits: int, *, rotated: bool) -> QuantizedKV:
         key_zeros=key_zeros,
         value_scales=value_scales,
         value_zeros=value_zeros,
-        places=kv.places,
+        positions=kv.positions,
         counts=kv.counts,
         span=kv.span,
         dtype=kv.keys.dtype,

@@ -29,7 +29,7 @@ from beacon_memory.errors import AdapterError, ConfigError
 
 __all__ = ["Adapter", "base_name", "read_adapter", "read_published", "write_adapter"]
 
-SETTINGS, WEIGHTS, READER = "beacon.json", "beacon.safetensors", "reader"
+SETTINGS, WEIGHTS, LORA = "beacon.json", "beacon.safetensors", "reader"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class Adapter:
 
     tensors: the beacon parameters under their published names; empty for a base without any.
     base:    what is known of the base it was made for: `name`, `digest` (see Fingerprint.base).
-    reader:  folder of a PEFT LoRA to be merged into the base.
+    lora:  folder of a PEFT LoRA to be merged into the base.
     """
 
     config: BeaconConfig
@@ -47,7 +47,7 @@ class Adapter:
     token_starts_word: Tensor | None = None
     chat_template: str | None = None
     base: Mapping[str, str] = field(default_factory=dict)
-    reader: Path | None = None
+    lora: Path | None = None
 
 
 def read_adapter(source: str | Path) -> Adapter:
@@ -63,7 +63,7 @@ def read_adapter(source: str | Path) -> Adapter:
         raise AdapterError(f"{folder} is no adapter: it lacks {Path(error.filename or WEIGHTS).name}") from error
     except (ValueError, AttributeError, SafetensorError, ConfigError) as error:
         raise AdapterError(f"the adapter in {folder} cannot be read: {error}") from error
-    reader = folder / READER
+    lora = folder / LORA
     base = settings.get("base") or {}
     return Adapter(
         config=config,
@@ -72,7 +72,7 @@ def read_adapter(source: str | Path) -> Adapter:
         tensors=tensors,
         chat_template=settings.get("chat_template"),
         base=base if isinstance(base, dict) else {"name": str(base)},
-        reader=reader if reader.is_dir() else None,
+        lora=lora if lora.is_dir() else None,
     )
 
 
@@ -82,7 +82,7 @@ def base_name(base: str | Path) -> str:
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
-    """Write `beacon.json` and `beacon.safetensors`, and a copy of the reader."""
+    """Write `beacon.json` and `beacon.safetensors`, and a copy of the LoRA."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
@@ -94,11 +94,11 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
         settings["chat_template"] = adapter.chat_template
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    reader = folder / READER
-    if adapter.reader is None:
-        shutil.rmtree(reader, ignore_errors=True)  # of an earlier adapter
-    elif adapter.reader.resolve() != reader.resolve():
-        shutil.copytree(adapter.reader, reader, dirs_exist_ok=True)
+    lora = folder / LORA
+    if adapter.lora is None:
+        shutil.rmtree(lora, ignore_errors=True)  # of an earlier adapter
+    elif adapter.lora.resolve() != lora.resolve():
+        shutil.copytree(adapter.lora, lora, dirs_exist_ok=True)
 
 
 def read_published(base: str | Path, config: PretrainedConfig) -> Adapter | None:
@@ -145,7 +145,7 @@ def _weight_files(base: str | Path) -> list[str]:
 
 
 def _download(name: str) -> Path:
-    patterns = [SETTINGS, WEIGHTS, f"{READER}/*"]
+    patterns = [SETTINGS, WEIGHTS, f"{LORA}/*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

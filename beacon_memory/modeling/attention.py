@@ -4,7 +4,7 @@ A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`, 
 travel as keyword arguments of the model call, never through a global, so that threads and gradient checkpointing cannot
 mix passes up.
 
-A memory in front (`Front`) has its positions before 0, where the tokens behind it begin: rotary attention knows
+A memory in front (`Prefix`) has its positions before 0, where the tokens behind it begin: rotary attention knows
 distances only.
 """
 
@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from beacon_memory.kv.memory_kv import BeaconKV
-from beacon_memory.kv.prefix import Block, Front
+from beacon_memory.kv.prefix import Block, Prefix
 from beacon_memory.kv.rope import Rope, apply_rotation
 
 from .layout import BeaconLayout, WindowRows
@@ -57,7 +57,7 @@ class BeaconPass:
 
     past:   K/V of the pool entries in front of the rows, before RoPE.
     keep:   pool entries whose K/V the pass shall hand back, see `collected`.
-    fronts: for each sequence the memory in front of all its windows, if any.
+    prefixes: for each sequence the memory in front of all its windows, if any.
     watch:  see Watch.
     """
 
@@ -69,7 +69,7 @@ class BeaconPass:
         keep: list[int],
         *,
         hidden: bool,
-        fronts: Sequence[Front | None] = (),
+        prefixes: Sequence[Prefix | None] = (),
         watch: Watch | None = None,
     ) -> None:
         device, dtype = past.keys.device, past.keys.dtype
@@ -80,7 +80,7 @@ class BeaconPass:
         self.raw_rows = len(layout.raw_ids)
         self.rope = rope
         self.past = past
-        self.fronts = fronts
+        self.prefixes = prefixes
         self.watch = watch
         # Attention takes the rows window by window, while the linear layers want all raw ones first.
         self.by_window = indices([row for window in layout.windows for row in window.queries])
@@ -134,7 +134,7 @@ def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tenso
 
 
 def _attend_behind(
-    front: Sequence[Block],
+    prefix: Sequence[Block],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -154,12 +154,12 @@ def _attend_behind(
         of_queries = _for_queries(keys, groups), _for_queries(values, groups)
         return scaled_dot_product_attention(rows, *of_queries, attn_mask=seen, dropout_p=dropout, scale=scaling)[0]
 
-    if not front:
+    if not prefix:
         return attend(slice(0, len(key)), key, value, mask)
     # The memory comes last: so the mask of every head begins where the tensor does, which CUDA's kernels need.
-    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in front)), value=mask.dtype == torch.bool)  # seen by all
+    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in prefix)), value=mask.dtype == torch.bool)  # seen by all
     output = []
-    for heads, keys, values in front:
+    for heads, keys, values in prefix:
         all_keys, all_values = torch.cat((key[heads], keys), dim=1), torch.cat((value[heads], values), dim=1)
         output.append(attend(heads, all_keys, all_values, wide[:, : all_keys.shape[1]]))
     return torch.cat(output)
@@ -170,8 +170,8 @@ def _for_queries(part: Tensor, groups: int) -> Tensor:
     return part[:, None].expand(-1, groups, -1, -1).flatten(0, 1)[None]
 
 
-def _attend_behind_fronts(
-    fronts: Sequence[Front],
+def _attend_behind_prefixes(
+    prefixes: Sequence[Prefix],
     layer: int,
     query: Tensor,
     key: Tensor,
@@ -191,8 +191,8 @@ def _attend_behind_fronts(
         attention_mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
     mask = attention_mask[:, 0, :, :own].expand(batch, -1, -1)
     output = [
-        _attend_behind(front.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
-        for row, front in enumerate(fronts)
+        _attend_behind(prefix.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
+        for row, prefix in enumerate(prefixes)
     ]
     return torch.stack(output).transpose(1, 2)
 
@@ -236,13 +236,13 @@ def _attend_by_window(
         queries = query[0, :, window.rows]
         keys_seen = torch.cat((*keys, own_keys[:, :, window.rows]), dim=2)[0]
         values_seen = torch.cat((*values, own_values[:, :, window.rows]), dim=2)[0]
-        before = beacon_pass.fronts[window.sequence] if beacon_pass.fronts else None
-        front = [] if before is None else before.blocks[layer]
+        before = beacon_pass.prefixes[window.sequence] if beacon_pass.prefixes else None
+        prefix = [] if before is None else before.blocks[layer]
         if beacon_pass.watch is not None:
             scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
-            beacon_pass.watch(layer, window.sequence, scaled, keys_seen, window.memory, front)
+            beacon_pass.watch(layer, window.sequence, scaled, keys_seen, window.memory, prefix)
         mask = window.mask.to(query.dtype)
-        output.append(_attend_behind(front, queries, keys_seen, values_seen, mask, scaling, dropout))
+        output.append(_attend_behind(prefix, queries, keys_seen, values_seen, mask, scaling, dropout))
     return torch.cat(output, dim=1).transpose(0, 1)[None, beacon_pass.by_kind]
 
 
@@ -255,13 +255,13 @@ def beacon_attention(
     dropout: float = 0.0,  # sixth, as stock functions have it: packages that wrap them all, such as kvpress, rely on it
     scaling: float | None = None,
     beacon_pass: BeaconPass | None = None,
-    fronts: Sequence[Front] = (),
+    prefixes: Sequence[Prefix] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention by windows where the call brings a `BeaconPass`, behind memories where its cache does; else SDPA."""
     layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
-    if fronts:
-        return _attend_behind_fronts(fronts, layer, query, key, value, attention_mask, scaling, dropout), None
+    if prefixes:
+        return _attend_behind_prefixes(prefixes, layer, query, key, value, attention_mask, scaling, dropout), None
     if beacon_pass is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -8,33 +8,33 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from beacon_memory.kv.prefix import Front
+from beacon_memory.kv.prefix import Prefix
 
-__all__ = ["MemoryCache", "bring_fronts"]
+__all__ = ["MemoryCache", "bring_prefixes"]
 
 
 class MemoryCache(DynamicCache):
     """A cache that holds the tokens behind a memory, and brings the memory along.
 
-    fronts: one for each row of the batch. Rows of one request share theirs, whatever beams do.
+    prefixes: one for each row of the batch. Rows of one request share theirs, whatever beams do.
     """
 
-    def __init__(self, fronts: Sequence[Front], **options: Any) -> None:
+    def __init__(self, prefixes: Sequence[Prefix], **options: Any) -> None:
         super().__init__(**options)
-        self.fronts = list(fronts)
+        self.prefixes = list(prefixes)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """See DynamicCache."""
         super().batch_repeat_interleave(repeats)
-        self.fronts = [front for front in self.fronts for _ in range(repeats)]
+        self.prefixes = [prefix for prefix in self.prefixes for _ in range(repeats)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """See DynamicCache."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # it takes any tensor of indices
-        self.fronts = [self.fronts[row] for row in beam_idx.tolist()]
+        self.prefixes = [self.prefixes[row] for row in beam_idx.tolist()]
 
 
-def bring_fronts(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def bring_prefixes(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A pre-hook of attention modules: hands the memories of a `MemoryCache` to the attention function."""
     cache = kwargs.get("past_key_values")
-    return args, {**kwargs, "fronts": cache.fronts} if isinstance(cache, MemoryCache) else kwargs
+    return args, {**kwargs, "prefixes": cache.prefixes} if isinstance(cache, MemoryCache) else kwargs

@@ -1,4 +1,4 @@
-"""Loading the stock parts: base model, tokenizer and reader."""
+"""Loading the stock parts: base model, tokenizer and LoRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 from beacon_memory.errors import AdapterError, ModelError
 from beacon_memory.kv.fingerprint import digest_json, digest_tensors
 
-__all__ = ["load_base", "merge_reader", "reader_digest", "tokenizer_digest"]
+__all__ = ["load_base", "lora_digest", "merge_lora", "tokenizer_digest"]
 
 
 def load_base(
@@ -73,20 +73,20 @@ def _without_load_report() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def merge_reader(base: PreTrainedModel, reader: Path) -> PreTrainedModel:
+def merge_lora(base: PreTrainedModel, lora: Path) -> PreTrainedModel:
     """The base with a PEFT LoRA merged into its weights, a stock model again. Raises AdapterError if it misfits."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is on its way out
-            merged: PreTrainedModel = PeftModel.from_pretrained(base, str(reader)).merge_and_unload()
+            merged: PreTrainedModel = PeftModel.from_pretrained(base, str(lora)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise AdapterError(f"the reader in {reader} does not fit the base model: {error}") from error
+        raise AdapterError(f"the LoRA in {lora} does not fit the base model: {error}") from error
     return merged
 
 
-def reader_digest(reader: Path | None) -> str:
-    """A short hash of a reader's weights."""
-    return digest_tensors(load_file(reader / "adapter_model.safetensors").items() if reader is not None else [])
+def lora_digest(lora: Path | None) -> str:
+    """A short hash of a LoRA's weights."""
+    return digest_tensors(load_file(lora / "adapter_model.safetensors").items() if lora is not None else [])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -19,7 +19,7 @@ from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import AdapterError, ConfigError, InputError
 from beacon_memory.kv.fingerprint import Fingerprint, digest_json, digest_tensors
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.prefix import Front
+from beacon_memory.kv.prefix import Prefix
 from beacon_memory.kv.rope import Rope
 
 from .adapter import (
@@ -32,10 +32,10 @@ from .adapter import (
     write_adapter,
 )
 from .attention import IMPLEMENTATION, BeaconPass, Watch
-from .cache import bring_fronts
+from .cache import bring_prefixes
 from .default_model import default_adapter, ensure_default_model
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
-from .loading import load_base, merge_reader, reader_digest, tokenizer_digest
+from .loading import load_base, lora_digest, merge_lora, tokenizer_digest
 from .projections import beacon_parameters, install_projections
 from .ratio_mix import mixed_ratios
 from .support import attention_modules, check_salience, max_positions, model_rope
@@ -84,18 +84,18 @@ class BeaconModel(nn.Module):
         token_salience: Tensor | None = None,
         token_starts_word: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        reader: Path | None = None,
+        lora: Path | None = None,
     ) -> None:
         super().__init__()
         self._attentions = attention_modules(base)
         model_rope(base)  # refuses what cannot be supported
         check_salience(base, config, token_salience, token_starts_word)
         self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
-        self.base = base if reader is None else merge_reader(base, reader)
+        self.base = base if lora is None else merge_lora(base, lora)
         self.config = config
         self.max_positions = max_positions(base.config)
         self.adapter = UNTRAINED
-        self._reader = reader
+        self._lora = lora
         self._tokenizer = tokenizer
         self._salience = token_salience
         self._starts_word = token_starts_word
@@ -136,7 +136,7 @@ class BeaconModel(nn.Module):
             token_salience=source.token_salience,
             token_starts_word=source.token_starts_word,
             tokenizer=tokenizer,
-            reader=source.reader,
+            lora=source.lora,
         )
         warn_of_another_base(source, beacons._base_digest)
         own = dict(beacons.named_beacon_parameters())
@@ -145,10 +145,10 @@ class BeaconModel(nn.Module):
             beacons.adapter = str(adapter or base)
         return beacons.eval()
 
-    def save_adapter(self, folder: str | Path, reader: Path | None = None) -> None:
-        """Write the beacons, in the model's dtype, and the reader as an adapter folder.
+    def save_adapter(self, folder: str | Path, lora: Path | None = None) -> None:
+        """Write the beacons, in the model's dtype, and the LoRA as an adapter folder.
 
-        reader: folder of a LoRA that was trained with them; None for the one they were loaded with.
+        lora: folder of a LoRA that was trained with them; None for the one they were loaded with.
         """
         folder = Path(folder)
         adapter = Adapter(
@@ -158,19 +158,19 @@ class BeaconModel(nn.Module):
             token_starts_word=self._starts_word,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
             base={"name": base_name(str(self.base.config.name_or_path)), "digest": self._base_digest},
-            reader=reader or self._reader,
+            lora=lora or self._lora,
         )
         write_adapter(folder, adapter)
 
     def load_adapter(self, source: str | Path) -> None:
-        """Take the beacons of an adapter that has this model's settings and reader.
+        """Take the beacons of an adapter that has this model's settings and LoRA.
 
         Raises AdapterError otherwise: `from_pretrained` makes a model for any adapter.
         """
         adapter = read_adapter(source)
-        if adapter.config != self.config or reader_digest(adapter.reader) != reader_digest(self._reader):
+        if adapter.config != self.config or lora_digest(adapter.lora) != lora_digest(self._lora):
             raise AdapterError(
-                f"the adapter in {source} has other settings or another reader than the loaded model; "
+                f"the adapter in {source} has other settings or another LoRA than the loaded model; "
                 "load it with BeaconModel.from_pretrained(base, adapter=...)"
             )
         check_salience(self.base, adapter.config, adapter.token_salience, adapter.token_starts_word)
@@ -205,7 +205,7 @@ class BeaconModel(nn.Module):
     def _install(self) -> None:
         install_projections(self._attentions, self.config.beacon_param)
         for attention in self._attentions:
-            attention.register_forward_pre_hook(bring_fronts, with_kwargs=True)
+            attention.register_forward_pre_hook(bring_prefixes, with_kwargs=True)
         embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
         if self.config.beacon_embed == "last-token":
             self.beacon_embed = nn.Parameter(torch.zeros_like(embeddings[0]))
@@ -228,9 +228,9 @@ class BeaconModel(nn.Module):
         return model_rope(self.base)
 
     @property
-    def reader(self) -> Path | None:
+    def lora(self) -> Path | None:
         """The folder of the LoRA that was merged into the base, if any."""
-        return self._reader
+        return self._lora
 
     @property
     def device(self) -> torch.device:
@@ -301,7 +301,7 @@ class BeaconModel(nn.Module):
         settings = {key: settings[key] for key in settings if key not in without}  # any can be read
         return Fingerprint(
             base=self._base_digest,
-            adapter=digest_json([digest_tensors(trained), reader_digest(self._reader)]),
+            adapter=digest_json([digest_tensors(trained), lora_digest(self._lora)]),
             tokenizer=tokenizer_digest(self._tokenizer),
             config=digest_json(settings),
             rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
@@ -326,9 +326,9 @@ class BeaconModel(nn.Module):
         """`layout.cut_windows` with this model's settings."""
         return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
 
-    def front(self, memory: MemoryKV) -> Front:
+    def prefix(self, memory: MemoryKV) -> Prefix:
         """A memory made ready to stand in front of what is read, on the model's device."""
-        return Front(memory.to(self.device, self.dtype), self.rope)
+        return Prefix(memory.to(self.device, self.dtype), self.rope)
 
     def empty_kv(self) -> BeaconKV:
         """K/V of no slots, on the model's device."""
@@ -340,16 +340,16 @@ class BeaconModel(nn.Module):
         past: BeaconKV,
         keep: list[int],
         *,
-        fronts: Sequence[Front | None] = (),
+        prefixes: Sequence[Prefix | None] = (),
         watch: Watch | None = None,
     ) -> PassOutput:
         """One forward pass through the base's decoder, without its language-model head.
 
-        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order; fronts: for
+        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order; prefixes: for
         each sequence, or for none, a memory in front of position 0; watch: hears of the attention of every window.
         """
         hidden = self.config.beacon_attn == "hidden"
-        beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, fronts=fronts, watch=watch)
+        beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, prefixes=prefixes, watch=watch)
         embed = self.base.get_input_embeddings()
         ids = torch.tensor([layout.raw_ids + layout.anchor_ids], device=self.device)
         rows = embed(ids)

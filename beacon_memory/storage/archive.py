@@ -28,12 +28,12 @@ from typing import IO, Any
 from beacon_memory.documents import Label, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.checked_json import json_checksum
 from beacon_memory.storage.files.durable import make_folder, sync_file, sync_folder
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, read_label, stage_label
 from beacon_memory.storage.files.local import TEMP_PREFIX, unlink
 from beacon_memory.storage.files.locks import writing
-from beacon_memory.storage.files.sealed_json import seal_json
 
 from .store import MemoryStore
 
@@ -87,7 +87,7 @@ def export_documents(
                     entries += [_add(tar, f"documents/{number:09}{end}", file) for end, file in files.items()]
                 on_document(id)
             listed = [entry.listed for entry in entries]
-            _add_json(tar, _MANIFEST, {"files": listed, "sha256": seal_json(listed)})
+            _add_json(tar, _MANIFEST, {"files": listed, "sha256": json_checksum(listed)})
         sync_file(temp)
         temp.replace(path)
     except OSError as error:
@@ -245,7 +245,7 @@ def _checked(file: IO[bytes], path: Path) -> list[tuple[_Entry, _Entry]]:
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; see to the disk") from error
     listed = [entry.listed for entry in found]
-    if not isinstance(manifest, dict) or manifest != {"files": listed, "sha256": seal_json(listed)}:
+    if not isinstance(manifest, dict) or manifest != {"files": listed, "sha256": json_checksum(listed)}:
         raise _corrupt(path, "what it holds is not what its manifest lists, or it was cut")
     pairs = list(zip(found[::2], found[1::2], strict=False))
     numbered = [f"documents/{number:09}{end}" for number in range(len(pairs)) for end in (".safetensors", ".json")]

@@ -133,7 +133,7 @@ def _put_aside(store: Store, path: Path) -> str:
     catalog = store.catalog(create=True)
     with catalog.transaction():
         for name, value in carried.items():
-            catalog.set_fact(name, value)
+            catalog.write_property(name, value)
     fate = f"it was put aside as {aside.name}, and a new one is made from the files"
     return fate + ("" if carried else "; its settings could not be read, so they are those of a new store")
 
@@ -154,7 +154,7 @@ def _flaws(store: Store) -> list[str]:
 def _carried(store: Store) -> dict[str, Any]:
     """What a catalog knows of itself, if it can still be read: whose remote files are, and the settings."""
     with contextlib.suppress(BeaconMemoryError):
-        return store.catalog().sound_facts()
+        return store.catalog().sound_properties()
     return {}
 
 
@@ -228,8 +228,8 @@ def _look_at_version(store: Store, row: DocumentRow | DamagedRow) -> Iterator[tu
 def _look_at_copy(store: Store) -> Iterator[tuple[Problem, Mend]]:
     """A copy of the settings that says something else than the catalog, which counts."""
     catalog, path = store.catalog(), store.folder / COPY
-    facts = catalog.facts()
-    if read_copy(store.folder) != facts and (path.exists() or len(facts) > 1):  # more than the identity
+    properties = catalog.properties()
+    if read_copy(store.folder) != properties and (path.exists() or len(properties) > 1):  # more than the identity
         message = "the copy of the settings is missing, damaged, or says something else than the catalog"
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
@@ -346,7 +346,7 @@ def _adopt(store: Store, names: list[str]) -> None:
         now = catalog.get(row.id)
         if now is None or _number(now.file) < _number(row.file):
             row = catalog.put(row, _text(catalog, file))
-            catalog.set_fact("last", max(catalog.count("last"), _number(row.file)))
+            catalog.write_property("last", max(catalog.count("last"), _number(row.file)))
             _write_label(files, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row

@@ -10,8 +10,8 @@ from typing import Any
 from beacon_memory.documents import check_precision
 from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.files.checked_json import read_checked, stage_checked
 from beacon_memory.storage.files.local import Files, LocalFiles
-from beacon_memory.storage.files.sealed_json import read_sealed, stage_sealed
 
 __all__ = ["COPY", "Settings", "keep_copy", "open_files", "read_copy"]
 
@@ -51,13 +51,13 @@ class Settings:
     @classmethod
     def of(cls, catalog: Catalog) -> Settings:
         """The settings that a catalog holds; raises CorruptFileError if they are damaged."""
-        known = catalog.facts()
+        known = catalog.properties()
         return cls(**{field.name: known[field.name] for field in fields(cls) if field.name in known})
 
     def write(self, catalog: Catalog) -> None:
         """Make a catalog hold these."""
         for field in fields(self):
-            catalog.set_fact(field.name, getattr(self, field.name))
+            catalog.write_property(field.name, getattr(self, field.name))
 
     def below(self, folder: PurePath) -> Settings:
         """The settings of a namespace in a folder of this store."""
@@ -66,13 +66,13 @@ class Settings:
 
 def keep_copy(catalog: Catalog, folder: Path) -> None:
     """Keep what a catalog knows of itself in a file beside it, from which `repair` takes it if the catalog is lost."""
-    LocalFiles(folder).publish(stage_sealed(folder, catalog.facts(), "the copy of the settings"), COPY)
+    LocalFiles(folder).publish(stage_checked(folder, catalog.properties(), "the copy of the settings"), COPY)
 
 
 def read_copy(folder: Path) -> dict[str, Any]:
     """What `keep_copy` kept; nothing if there is no sound copy."""
     with contextlib.suppress(FileNotFoundError, CorruptFileError):
-        return read_sealed(folder / COPY)
+        return read_checked(folder / COPY)
     return {}
 
 

@@ -126,7 +126,7 @@ class MemoryStore:
         for path in self.root.glob(f"namespaces/*/{_CATALOG}"):
             try:
                 with contextlib.closing(Catalog(path)) as catalog:
-                    name = catalog.fact("namespace")  # none if it was killed at birth
+                    name = catalog.read_property("namespace")  # none if it was killed at birth
             except CorruptFileError:  # which its own users learn
                 name = read_copy(path.parent).get("namespace")
             found += [str(name)] if name else []
@@ -149,7 +149,7 @@ class MemoryStore:
             if settings.files != self.settings.files and catalog.count("documents"):
                 raise InputError("files: only an empty store can be given another place; copy this one into a new one")
             if settings.files != self.settings.files:
-                open_files(settings, self.folder, str(catalog.fact("identity")))  # refuses what cannot be used
+                open_files(settings, self.folder, str(catalog.read_property("identity")))  # refuses what cannot be used
             settings.write(catalog)
             keep_copy(catalog, self.folder)
         return settings
@@ -375,7 +375,9 @@ class MemoryStore:
                 make_folder(self.folder)
                 self._catalog = Catalog(path)
                 self._opened = there or identity(path)
-                if not there or (self.namespace and self._catalog.fact("namespace") is None):  # killed at birth
+                if not there or (
+                    self.namespace and self._catalog.read_property("namespace") is None
+                ):  # killed at birth
                     self._begin(self._catalog)
             return self._catalog
 
@@ -385,7 +387,7 @@ class MemoryStore:
         settings = self.settings  # another process may have changed them
         if self._files is None or self._files[0] != settings:
             catalog = self.catalog(create=settings.files is not None)
-            self._files = settings, open_files(settings, self.folder, str(catalog.fact("identity")))
+            self._files = settings, open_files(settings, self.folder, str(catalog.read_property("identity")))
         return self._files[1]
 
     def verify(self) -> builtins.list[Problem]:
@@ -401,9 +403,9 @@ class MemoryStore:
         with catalog.transaction():
             if kept := read_copy(self.folder):
                 for name, value in kept.items():
-                    catalog.set_fact(name, value)
+                    catalog.write_property(name, value)
             elif self.namespace:
-                catalog.set_fact("namespace", self.namespace)
+                catalog.write_property("namespace", self.namespace)
                 self._first_settings.write(catalog)
                 keep_copy(catalog, self.folder)
 

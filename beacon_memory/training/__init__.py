@@ -14,7 +14,7 @@ from beacon_memory.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from .recipe import DataSource as DataSource
-    from .recipe import ReaderRecipe as ReaderRecipe
+    from .recipe import LoraRecipe as LoraRecipe
     from .recipe import Recipe as Recipe
     from .recipe import SalienceRecipe as SalienceRecipe
     from .recipe import Stage as Stage
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "DataSource": "recipe",
-    "ReaderRecipe": "recipe",
+    "LoraRecipe": "recipe",
     "Recipe": "recipe",
     "SalienceRecipe": "recipe",
     "Stage": "recipe",

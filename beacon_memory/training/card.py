@@ -92,8 +92,8 @@ def _settings(recipe: Recipe, config: BeaconConfig, base: str) -> Iterator[tuple
     if recipe.salience is not None:
         sources = ", ".join(" ".join((one.path, *_conditions(one))) for one in recipe.salience.data)
         yield "salience", f"of {sources}; weight of standing in an answer: {recipe.salience.answer_weight:g}"
-    reader = recipe.reader
-    yield "reader", f"LoRA, rank {reader.rank}, alpha {reader.alpha}, {', '.join(reader.targets)}" if reader else "none"
+    lora = recipe.lora
+    yield "lora", f"LoRA, rank {lora.rank}, alpha {lora.alpha}, {', '.join(lora.targets)}" if lora else "none"
     yield "seed", recipe.seed
 
 

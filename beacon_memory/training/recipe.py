@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import ConfigError
 
-__all__ = ["DataSource", "ReaderRecipe", "Recipe", "SalienceRecipe", "Stage", "read_recipe", "shipped_recipes"]
+__all__ = ["DataSource", "LoraRecipe", "Recipe", "SalienceRecipe", "Stage", "read_recipe", "shipped_recipes"]
 
 ADAPTER = "adapter"  # the folder, beside those of the stages, that the finished adapter gets
 
@@ -45,7 +45,7 @@ class DataSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReaderRecipe:
+class LoraRecipe:
     """A LoRA of the base, trained on all rows (q, k and v: on raw rows only, since beacons have their own).
 
     rank, alpha: of the LoRA. targets: the linear layers that get one.
@@ -168,7 +168,7 @@ class Recipe:
              start untrained.
     beacon:  settings of BeaconConfig that differ from the adapter's, or from the defaults.
     salience: for salient placement. None: the adapter's, else from the data of the stages.
-    reader:  a LoRA of the base to train too. One that `adapter` brings is trained on, and must have the same shape.
+    lora:  a LoRA of the base to train too. One that `adapter` brings is trained on, and must have the same shape.
     base:    base model: folder or hub name. None: the embedded default model.
     chat_template: of questions and answers. None: the adapter's, else the tokenizer's.
     dtype:   what the frozen base computes in; what is trained is kept in float32.
@@ -180,7 +180,7 @@ class Recipe:
     adapter: str | None = None
     beacon: Mapping[str, Any] = field(default_factory=dict)
     salience: SalienceRecipe | None = None
-    reader: ReaderRecipe | None = None
+    lora: LoraRecipe | None = None
     base: str | None = None
     chat_template: str | None = None
     dtype: str = "bfloat16"
@@ -245,8 +245,8 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
     given = dict(settings)
     if "stages" in given:
         raise ConfigError("recipe: unknown key 'stages'; write each stage as [[stage]]")
-    if "reader" in given:
-        given["reader"] = _made(ReaderRecipe, given["reader"], "reader")
+    if "lora" in given:
+        given["lora"] = _made(LoraRecipe, given["lora"], "lora")
     if "salience" in given:
         given["salience"] = _with_sources(SalienceRecipe, given["salience"], "salience")
     given["stages"] = [

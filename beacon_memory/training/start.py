@@ -17,7 +17,7 @@ from beacon_memory.modeling.default_model import default_adapter, ensure_default
 from beacon_memory.modeling.loading import load_base
 from beacon_memory.modeling.model import BeaconModel
 
-from .reader import inject_reader, reader_parameters
+from .lora import inject_lora, lora_parameters
 from .recipe import Recipe, SalienceRecipe
 from .rows import Context, contexts_by_title, load_rows, texts
 
@@ -28,10 +28,10 @@ _PRIOR = 20  # occurrences
 
 
 def start_model(recipe: Recipe, recipe_folder: Path, data: Path, device: str | None = None) -> BeaconModel:
-    """Base, beacons and reader as the recipe's first step finds them; what is trained is in float32.
+    """Base, beacons and LoRA as the recipe's first step finds them; what is trained is in float32.
 
     Salient placement takes the recipe's salience, else the adapter's, else that of the tokens in the stages' data.
-    Raises ConfigError if adapter, reader and settings do not fit each other.
+    Raises ConfigError if adapter, LoRA and settings do not fit each other.
     """
     base, tokenizer = load_base(recipe.base or ensure_default_model(), device, getattr(torch, recipe.dtype))
     if tokenizer is None:
@@ -49,10 +49,10 @@ def start_model(recipe: Recipe, recipe_folder: Path, data: Path, device: str | N
     model = BeaconModel(base, config, token_salience=salience, token_starts_word=starts_word, tokenizer=tokenizer)
     if source.tensors:
         model.set_beacon_parameters(source.tensors)
-    if recipe.reader is not None:
+    if recipe.lora is not None:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            inject_reader(model, recipe.reader, source.reader)
+            inject_lora(model, recipe.lora, source.lora)
     for _, parameter in trained_parameters(model):
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
@@ -64,15 +64,15 @@ def _source(recipe: Recipe, recipe_folder: Path) -> Adapter:
     if recipe.adapter is None:
         return Adapter(recipe.beacon_config(BeaconConfig()))
     source = read_adapter(default_adapter() if recipe.adapter == "default" else recipe_folder / recipe.adapter)
-    if source.reader is not None and recipe.reader is None:
-        raise ConfigError(f"the adapter {recipe.adapter!r} has a reader, so the recipe needs a [reader] of its shape")
+    if source.lora is not None and recipe.lora is None:
+        raise ConfigError(f"the adapter {recipe.adapter!r} has a LoRA, so the recipe needs a [lora] of its shape")
     return source
 
 
 def trained_parameters(model: BeaconModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Beacons and reader: all that a training changes."""
+    """Beacons and LoRA: all that a training changes."""
     yield from model.named_beacon_parameters()
-    yield from reader_parameters(model.base)
+    yield from lora_parameters(model.base)
 
 
 def token_salience(tokenizer: PreTrainedTokenizerBase, recipe: SalienceRecipe, folder: Path, vocab: int) -> Tensor:

@@ -21,8 +21,8 @@ from beacon_memory.errors import ConfigError, InputError
 from beacon_memory.modeling.model import BeaconModel
 
 from .card import write_card
+from .lora import write_lora
 from .losses import Losses, TrainingModel
-from .reader import write_reader
 from .recipe import ADAPTER, Recipe, Stage
 from .samples import Sample, SampleSet
 from .start import start_model, trained_parameters
@@ -47,11 +47,11 @@ def train(recipe: Recipe, recipe_folder: Path, data: Path, output: Path, device:
     model = start_model(recipe, recipe_folder, data, device)
     history = {stage.name: _run_stage(model, recipe, stage, data, output / stage.name) for stage in recipe.stages}
     if _is_main_process():
-        reader = None
-        if recipe.reader is not None:
-            reader = adapter / "reader"
-            write_reader(model, recipe.reader, reader)
-        model.save_adapter(adapter, reader)
+        lora = None
+        if recipe.lora is not None:
+            lora = adapter / "reader"
+            write_lora(model, recipe.lora, lora)
+        model.save_adapter(adapter, lora)
         write_card(adapter, recipe, model.config, history)
     return adapter
 

@@ -1,8 +1,9 @@
 """Handles: how a memory block tells the model which memory to load, since messages cannot carry tensors.
 
-A handle is the id of a document with a seal over it, its store and its namespace. The seal is made with a secret that
-this process drew at its start and never gives out, so nobody else can make one, and one for another document, store or
-namespace does not fit. It stands beside the text of a system message, in `additional_kwargs`, never in a text.
+A handle is the id of a document with a signature over it, its store and its namespace. The signature is made with a
+secret that this process drew at its start and never gives out, so nobody else can make one, and one for another
+document, store or namespace does not fit. It stands beside the text of a system message, in `additional_kwargs`, never
+in a text.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 def issue(store: MemoryStore, id: str) -> ChatMessage:
     """A message without text that has the model load a document of this store and namespace."""
-    handle = {"id": id, "seal": _seal(store, id)}
+    handle = {"id": id, "signature": _sign(store, id)}
     return ChatMessage(role=MessageRole.SYSTEM, blocks=[], additional_kwargs={KEY: handle})
 
 
@@ -50,10 +51,10 @@ def redeem_all(store: MemoryStore, messages: Sequence[ChatMessage]) -> list[str]
 
 
 def _redeem(store: MemoryStore, handle: Any) -> str:
-    id, seal = (handle.get("id"), handle.get("seal")) if isinstance(handle, dict) else (None, None)
-    if not (isinstance(id, str) and isinstance(seal, str)):
+    id, signature = (handle.get("id"), handle.get("signature")) if isinstance(handle, dict) else (None, None)
+    if not (isinstance(id, str) and isinstance(signature, str)):
         raise InputError(f"additional_kwargs[{KEY!r}] of a system message is no memory handle; leave it out")
-    if not hmac.compare_digest(seal.encode("utf-8", "replace"), _seal(store, id).encode()):
+    if not hmac.compare_digest(signature.encode("utf-8", "replace"), _sign(store, id).encode()):
         raise InputError(
             "a memory handle in a system message was not issued by this process for this store and namespace; get the "
             "messages anew from the Memory whose block issued it, and ask a model in the block's namespace"
@@ -61,6 +62,6 @@ def _redeem(store: MemoryStore, handle: Any) -> str:
     return id
 
 
-def _seal(store: MemoryStore, id: str) -> str:
-    sealed = json.dumps([str(store.root.resolve()), store.namespace, id])
-    return hmac.new(_SECRET, sealed.encode(), hashlib.sha256).hexdigest()[:32]
+def _sign(store: MemoryStore, id: str) -> str:
+    signed = json.dumps([str(store.root.resolve()), store.namespace, id])
+    return hmac.new(_SECRET, signed.encode(), hashlib.sha256).hexdigest()[:32]

@@ -25,12 +25,15 @@ from beacon_memory.storage.catalog import full_text
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files import kv_file, sealed_json
+from beacon_memory.storage.files import checked_json, kv_file
 from beacon_memory.storage.files import local as files
 from beacon_memory.storage.store import MemoryStore
 
 ROWS = 2000
-OWN = {"documents": ["file", "created_at", "updated_at", "used_at", "seal"], "facts": []}  # differ from put to put
+OWN = {
+    "documents": ["file", "created_at", "updated_at", "used_at", "checksum"],
+    "properties": [],
+}  # differ from put to put
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def contents(store: MemoryStore) -> dict[str, list[tuple[Any, ...]]]:
     db = sqlite3.connect(store.folder / "catalog.sqlite3")
     db.execute("CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, passages_fts, instance)")
     found = {}
-    for table in ("documents", "labels", "passages", "versions", "unsettled", "facts", "words"):
+    for table in ("documents", "labels", "passages", "versions", "unsettled", "properties", "words"):
         rows = db.execute(f"SELECT * FROM {table}")
         kept = [n for n, column in enumerate(rows.description) if column[0] not in OWN.get(table, [])]
         found[table] = sorted(tuple(row[n] for n in kept) for row in rows if row[0] not in ("identity", "last"))
@@ -222,7 +225,7 @@ def test_names_of_a_new_file_and_its_label_are_synced_together(tmp_path: Path, m
         header, kv = document("doc", "text", 0.1)
         store.put(header, kv, "text")  # makes the folders
         monkeypatch.setattr(kv_file, "sync_file", noting(kv_file.sync_file))
-        monkeypatch.setattr(sealed_json, "sync_file", noting(sealed_json.sync_file))
+        monkeypatch.setattr(checked_json, "sync_file", noting(checked_json.sync_file))
         monkeypatch.setattr(files, "sync_folder", noting(files.sync_folder))
         row = store.put(header, kv, "text")
     assert [path.parent.name if path.name.startswith(".tmp") else path.name for path in synced] == [

@@ -46,9 +46,9 @@ def written(result: Result, name: str = "out.json") -> dict[str, Any]:
     return read
 
 
-def test_qa_asks_each_contestant_and_writes_every_answer(run: Run) -> None:
+def test_qa_asks_each_baseline_and_writes_every_answer(run: Run) -> None:
     result = run("qa", "--data", file("qa_dev"), "--context-tokens", "200", "--limit", "4", "--seed", "3", "--where",
-                 "source=squad_v1.1", "--contestants", "full, none,beacon:4", "--json", "out.json")  # fmt: skip
+                 "source=squad_v1.1", "--baselines", "full, none,beacon:4", "--json", "out.json")  # fmt: skip
     read = written(result)
     assert list(read) == ["task", "settings", "provenance", "rows", "records"]
     assert read["task"] == "qa"
@@ -59,10 +59,10 @@ def test_qa_asks_each_contestant_and_writes_every_answer(run: Run) -> None:
         "where": {"source": "squad_v1.1"},
         "max_new_tokens": 48,
         "seed": 3,
-        "contestants": ["full", "none", "beacon:4"],
+        "baselines": ["full", "none", "beacon:4"],
     }
-    assert [(row["contestant"], row["items"]) for row in read["rows"]] == [("full", 4), ("none", 4), ("beacon:4", 4)]
-    assert [record["contestant"] for record in read["records"]] == ["full"] * 4 + ["none"] * 4 + ["beacon:4"] * 4
+    assert [(row["baseline"], row["items"]) for row in read["rows"]] == [("full", 4), ("none", 4), ("beacon:4", 4)]
+    assert [record["baseline"] for record in read["records"]] == ["full"] * 4 + ["none"] * 4 + ["beacon:4"] * 4
     assert list(read["records"][0]["scores"]) == ["score", "f1", "exact_match", "contains"]
     full, none, beacon = read["rows"]
     assert none["kv_bytes"] == 0
@@ -70,7 +70,7 @@ def test_qa_asks_each_contestant_and_writes_every_answer(run: Run) -> None:
 
 
 def test_long_asks_many_questions_and_counts_what_was_left_out(run: Run) -> None:
-    result = run("long", "--data", file("locomo"), "--limit", "1", "--questions", "3", "--contestants", "none,bm25:4",
+    result = run("long", "--data", file("locomo"), "--limit", "1", "--questions", "3", "--baselines", "none,bm25:4",
                  "--json", "out.json")  # fmt: skip
     read = written(result)
     assert read["settings"]["left_out"] == {"no answer": 1}
@@ -79,18 +79,18 @@ def test_long_asks_many_questions_and_counts_what_was_left_out(run: Run) -> None
 
 
 def test_longbench_has_a_score_for_each_data_set(run: Run) -> None:
-    read = written(run("longbench", "--data", file("longbench"), "--contestants", "none", "--json", "out.json"))
+    read = written(run("longbench", "--data", file("longbench"), "--baselines", "none", "--json", "out.json"))
     assert [row["group"] for row in read["rows"]] == ["", "hotpotqa", "qasper"]
 
 
 def test_kv_has_a_score_for_each_place(run: Run) -> None:
-    read = written(run("kv", "--data", file("kv_retrieval"), "--contestants", "truncated:2", "--json", "out.json"))
+    read = written(run("kv", "--data", file("kv_retrieval"), "--baselines", "truncated:2", "--json", "out.json"))
     assert [row["group"] for row in read["rows"][1:]] == [f"{n}-{n + 20} %" for n in range(0, 100, 20)]
 
 
 def test_needle_has_a_score_for_each_length_and_depth(run: Run) -> None:
     result = run("needle", "--data", file("paul_graham_essays"), "--lengths", "400,200", "--depths", "0,0.5",
-                 "--repeats", "2", "--contestants", "beacon:8", "--json", "out.json")  # fmt: skip
+                 "--repeats", "2", "--baselines", "beacon:8", "--json", "out.json")  # fmt: skip
     read = written(result)
     assert [row["group"] for row in read["rows"][1:]] == ["200 0.0", "200 0.5", "400 0.0", "400 0.5"]
     assert len(read["records"]) == 8
@@ -99,7 +99,7 @@ def test_needle_has_a_score_for_each_length_and_depth(run: Run) -> None:
 
 def test_ppl_says_how_much_of_the_gap_is_closed(run: Run) -> None:
     result = run("ppl", "--data", file("paul_graham_essays"), "--context-tokens", "100", "--continuation-tokens", "20",
-                 "--contestants", "full,none,beacon:4,select:4,hybrid:4:2", "--limit", "1",
+                 "--baselines", "full,none,beacon:4,select:4,hybrid:4:2", "--limit", "1",
                  "--json", "out.json")  # fmt: skip
     read = written(result)
     assert [record["item"] for record in read["records"]] == ["essay 0"] * 5
@@ -110,7 +110,7 @@ def test_ppl_says_how_much_of_the_gap_is_closed(run: Run) -> None:
 def test_retention_compares_with_the_base_to_the_last_bit(run: Run) -> None:
     read = written(run("retention", "--data", file("paul_graham_essays"), "--json", "out.json"))
     base, full = read["rows"]
-    assert (base["contestant"], full["contestant"]) == ("base", "full")
+    assert (base["baseline"], full["baseline"]) == ("base", "full")
     assert base["scores"] == full["scores"]
 
 
@@ -122,11 +122,11 @@ def test_report_writes_a_page_with_plots_and_goes_on_where_it_stopped(run: Run) 
     assert {path.name for path in Path("results").iterdir()} == {
         "README.md", "qa-fairytale.json", "qa-fairytale.png", "kv.json", "kv.png"
     }  # fmt: skip
-    assert re.search(r"^kv: \d+ contestants$", result.stderr, re.MULTILINE)
+    assert re.search(r"^kv: \d+ baselines$", result.stderr, re.MULTILINE)
     assert "locomo: left out" in result.stderr
     again = run(*arguments)
     assert "kv: kept" in again.stderr
-    assert "contestants" not in again.stderr
+    assert "baselines" not in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -135,18 +135,18 @@ def test_report_writes_a_page_with_plots_and_goes_on_where_it_stopped(run: Run) 
         (["qa", "--data", "bad.jsonl"], "bad.jsonl, line 1: not JSON"),
         (["qa", "--data", file("qa_dev"), "--where", "source=nowhere"], "has no row with"),
         (["qa", "--data", file("qa_dev"), "--where", "task=any"], "'task' is missing"),
-        (["qa", "--data", file("qa_dev"), "--contestants", "full,fuller"], "contestant 'fuller' must be one of full"),
-        (["qa", "--data", file("qa_dev"), "--contestants", ""], "name one or more"),
+        (["qa", "--data", file("qa_dev"), "--baselines", "full,fuller"], "baseline 'fuller' must be one of full"),
+        (["qa", "--data", file("qa_dev"), "--baselines", ""], "name one or more"),
         (["kv", "--data", file("kv_retrieval"), "--model", "absent/folder/of/a/model"], "cannot be loaded"),
         (["longbench", "--data", "empty.jsonl"], "task 'longbench' has no items"),
         (["needle", "--data", file("paul_graham_essays"), "--depths", "2"], "depths=[2.0]"),
         (["needle", "--data", file("paul_graham_essays"), "--lengths", "90000"], "too short; give more texts"),
-        (["ppl", "--data", file("paul_graham_essays"), "--contestants", "bm25:4"], "bm25:4 must know"),
+        (["ppl", "--data", file("paul_graham_essays"), "--baselines", "bm25:4"], "bm25:4 must know"),
         (["ppl", "--data", file("paul_graham_essays"), "--context-tokens", "9000"], "none is as long as"),
-        (["ppl", "--data", "long.jsonl", "--context-tokens", "3500", "--contestants", "full"], "4096 positions whole"),
+        (["ppl", "--data", "long.jsonl", "--context-tokens", "3500", "--baselines", "full"], "4096 positions whole"),
         (["report", "data", "results", "--only", "quality"], "there is no task quality; name one of qa-squad"),
         (["report", "nothing", "results"], "nothing holds none of"),
-        (["ppl", "--data", "long.jsonl", "--contestants", "none", "--json", "bad.jsonl/out"], "name another file"),
+        (["ppl", "--data", "long.jsonl", "--baselines", "none", "--json", "bad.jsonl/out"], "name another file"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_exit_with_1(run: Run, arguments: list[str], message: str) -> None:
@@ -187,7 +187,7 @@ def test_wrong_usage_exits_with_2_before_a_model_is_loaded(
 
 def test_without_the_extra_it_says_how_to_get_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    result = run("qa", "--data", file("qa_dev"), "--contestants", "bm25:4")
+    result = run("qa", "--data", file("qa_dev"), "--baselines", "bm25:4")
     assert result.exit_code == 1
     assert "bm25 needs the package bm25s: pip install 'beacon-memory[eval]'" in result.stderr
 
@@ -206,7 +206,7 @@ def test_after_ctrl_c_it_says_what_is_there(run: Run, monkeypatch: pytest.Monkey
 
 def test_plain_json_lines_are_read_too(run: Run) -> None:
     Path("plain.jsonl").write_bytes(gzip.decompress(Path(file("kv_retrieval")).read_bytes()))
-    assert run("kv", "--data", "plain.jsonl", "--contestants", "none").stdout.startswith("| contestant | items |")
+    assert run("kv", "--data", "plain.jsonl", "--baselines", "none").stdout.startswith("| baseline | items |")
 
 
 def test_help_shows_every_command_and_its_brackets(run: Run) -> None:

@@ -256,9 +256,9 @@ class TestChosenTokens:
         model = tiny_model(family, config, tokenizer=tiny_tokenizer(), **overrides)
         parts = [MemoryKV.of(stock_reading(stock, [BOS]).kv)]
         for number, ratio in enumerate(self.RATIOS):
-            window, front = self.IDS[number * WINDOW : (number + 1) * WINDOW], MemoryKV.concat(parts)
-            kv = stock_reading(stock, window, front).kv
-            scores = slow_repeated(stock, front, kv, window)
+            window, prefix = self.IDS[number * WINDOW : (number + 1) * WINDOW], MemoryKV.concat(parts)
+            kv = stock_reading(stock, window, prefix).kv
+            scores = slow_repeated(stock, prefix, kv, window)
             parts.append(MemoryKV.chosen(kv, best(scores, -(-len(window) // ratio))))
         assert_same(self.compress(model, compression="select"), MemoryKV.concat(parts[1:]))
 
@@ -274,7 +274,7 @@ class TestChosenTokens:
         stock, question = eager(name), some_ids(5, seed=2)
         memory = MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
         with torch.no_grad():
-            cache = MemoryCache([model.front(memory)])
+            cache = MemoryCache([model.prefix(memory)])
             ours = model.base(torch.tensor([question]), past_key_values=cache).logits[0]
         full = stock_reading(stock, [BOS, *self.IDS, *question]).logits[-5:]
         torch.testing.assert_close(ours, full, atol=1e-4, rtol=0)
@@ -288,9 +288,9 @@ class TestChosenTokens:
         (whole,) = compressor.compress([Work(self.IDS, self.RATIOS)], compression=compression)
         parts, measured = [MemoryKV.of(compressor.sink)], compressor._scores()
         for number, ratio in enumerate(self.RATIOS):
-            window, front = self.IDS[number * WINDOW : (number + 1) * WINDOW], model.front(MemoryKV.concat(parts))
+            window, prefix = self.IDS[number * WINDOW : (number + 1) * WINDOW], model.prefix(MemoryKV.concat(parts))
             with torch.no_grad():
-                part = read_window(model, front, window, ratio, hybrid=compression == "hybrid", measured=measured)
+                part = read_window(model, prefix, window, ratio, hybrid=compression == "hybrid", measured=measured)
             parts.append(part)
         assert_same(whole.kv, MemoryKV.concat(parts[1:]))
 
@@ -344,7 +344,7 @@ class TestChosenTokens:
     @pytest.mark.parametrize(
         ("compression", "ratio", "span"), [("select", 4, 160), ("hybrid", 4, 170), ("select", 2, 160)]
     )
-    def test_a_text_longer_than_the_model_s_positions_is_read_behind_a_squeezed_memory(
+    def test_a_text_longer_than_the_model_s_positions_is_read_behind_a_interpolated_memory(
         self, compression: str, ratio: int, span: int
     ) -> None:
         small, large = (
@@ -357,11 +357,11 @@ class TestChosenTokens:
         assert ours.slots == roomy.slots == 160 // ratio
         parts, room = [MemoryKV.of(BeaconCompressor(small).sink)], 80 - 16 - 16  # the window is read and repeated
         for number in range(10):
-            front = MemoryKV.concat(parts, room).squeezed(room)
-            assert front.span == MemoryKV.concat(parts).span if number < 3 else room - len(parts) < front.span <= room
+            prefix = MemoryKV.concat(parts, room).interpolated(room)
+            assert prefix.span == MemoryKV.concat(parts).span if number < 3 else room - len(parts) < prefix.span <= room
             with torch.no_grad():
                 window = ids[16 * number : 16 * (number + 1)]
-                parts.append(read_window(small, small.front(front), window, ratio, hybrid=compression == "hybrid"))
+                parts.append(read_window(small, small.prefix(prefix), window, ratio, hybrid=compression == "hybrid"))
         assert_same(ours, MemoryKV.concat(parts[1:]))
         assert not torch.equal(ours.counts, roomy.counts)
 
@@ -375,7 +375,7 @@ class TestChosenTokens:
             *("self", "model", "rows_per_pass", "reserve", "score"),
             *("documents", "progress", "compression"),
             *("ids", "ratios", "read", "windows"),
-            *("front", "ids", "ratio", "hybrid", "measured"),
+            *("prefix", "ids", "ratio", "hybrid", "measured"),
         }
         compressor = BeaconCompressor(model_of(), score=score)
         before, after = [], []
@@ -399,7 +399,7 @@ class TestChosenTokens:
 
     def test_scores_differ(self) -> None:
         kept = [self.compress(model_of(), compression="select", score=score) for score in ("repeat", "expected")]
-        assert not torch.equal(kept[0].places, kept[1].places)
+        assert not torch.equal(kept[0].positions, kept[1].positions)
 
     @pytest.mark.parametrize("score", ["question", "", None])
     def test_an_unknown_score_is_refused(self, score: Any) -> None:

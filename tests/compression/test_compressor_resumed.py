@@ -138,7 +138,7 @@ def test_documents_that_go_on_share_passes_with_others(rows: int, compression: s
 @by_choice
 @every_score
 @pytest.mark.parametrize("ratios", [[4] * 10, [4, 2, 0, 8, 16, 2, 2, 4, 0, 4]], ids=["even", "uneven"])
-def test_a_memory_is_squeezed_as_if_it_had_been_read_now(compression: str, score: str, ratios: list[int]) -> None:
+def test_a_memory_is_interpolated_as_if_it_had_been_read_now(compression: str, score: str, ratios: list[int]) -> None:
     config, how = BeaconConfig(beacon_window=16), {"compression": compression, "score": score}
     model = tiny_model("llama", config, tokenizer=tiny_tokenizer(), max_position_embeddings=80)
     work = Work(some_ids(153, seed=3), ratios)
@@ -222,9 +222,12 @@ def test_a_memory_that_is_not_that_of_the_windows_is_refused(
         ({"windows": 3}, f"{spans} the first 3 windows take {longer}"),
         ({"windows": 0}, f"{spans} the first 0 windows take 0"),
         ({"read": None}, f"read spans 0 positions, but the first 2 windows take {span}"),
-        ({"read": kv.squeezed(span - 1)}, f"read spans {span - 1} positions"),
+        ({"read": kv.interpolated(span - 1)}, f"read spans {span - 1} positions"),
         ({"read": replace(kv, span=span + 1)}, f"read spans {span + 1} positions"),
-        ({"read": replace(kv, places=kv.places.clamp(max=3))}, f"{entries} 0, which at ratio 2 leaves 24 in 6 heads"),
+        (
+            {"read": replace(kv, positions=kv.positions.clamp(max=3))},
+            f"{entries} 0, which at ratio 2 leaves 24 in 6 heads",
+        ),
         (
             {"ratios": (2, 8, 4, 3)},
             f"{entries} 1, which at ratio 8" if span == other else f"{spans} the first 2 windows take {other}",

@@ -34,13 +34,13 @@ def in_front(stock: PreTrainedModel, tokens: int) -> MemoryKV:
 
 @every_model
 @pytest.mark.parametrize("tokens", [1, 40, PIECE, PIECE + 86])
-@pytest.mark.parametrize("front", [0, 30])
-def test_repeated_adds_up_what_tokens_contribute_to_all_that_a_piece_sees(name: str, tokens: int, front: int) -> None:
+@pytest.mark.parametrize("prefix", [0, 30])
+def test_repeated_adds_up_what_tokens_contribute_to_all_that_a_piece_sees(name: str, tokens: int, prefix: int) -> None:
     stock, model = both(name)
-    memory, ids = in_front(stock, front), some_ids(tokens, seed=1)
+    memory, ids = in_front(stock, prefix), some_ids(tokens, seed=1)
     window = stock_reading(stock, ids, memory).kv
     with torch.no_grad():
-        ours = repeated(model, model.front(memory), window, ids)
+        ours = repeated(model, model.prefix(memory), window, ids)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, slow_repeated(stock, memory, window, ids), atol=1e-4, rtol=1e-3)
 
@@ -57,9 +57,9 @@ def rotation(base: PreTrainedModel, position: float) -> Tensor:
     return matrix * float(base.model.rotary_emb.attention_scaling)
 
 
-def slow_expected(stock: PreTrainedModel, front: MemoryKV, ids: list[int]) -> Tensor:
+def slow_expected(stock: PreTrainedModel, prefix: MemoryKV, ids: list[int]) -> Tensor:
     """exp(k m + k C k / 2) over its sum, of queries spread over the 512 positions behind the window."""
-    reading = stock_reading(stock, ids, front)
+    reading = stock_reading(stock, ids, prefix)
     count, dim = len(ids), reading.kv.keys.shape[-1]
     future = torch.stack([rotation(stock, position) for position in range(count, count + 512)]).mean(0)
     turns = torch.stack([rotation(stock, position) for position in range(count)])
@@ -85,7 +85,7 @@ def test_expected_attention_is_its_formula(name: str, tokens: int) -> None:
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
     heard = ExpectedAttention(model.rope, tokens)
     with torch.no_grad():
-        model.run(layout, model.empty_kv(), [], fronts=[model.front(memory)], watch=heard)
+        model.run(layout, model.empty_kv(), [], prefixes=[model.prefix(memory)], watch=heard)
     torch.testing.assert_close(heard.scores, slow_expected(stock, memory, ids), atol=1e-5, rtol=1e-3)
 
 

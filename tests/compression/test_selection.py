@@ -34,8 +34,8 @@ def in_front(stock: PreTrainedModel) -> MemoryKV:
 
 
 @torch.no_grad()
-def read(model: BeaconModel, front: MemoryKV, ids: Sequence[int], ratio: int, **how: Any) -> MemoryKV:
-    return read_window(model, model.front(front), ids, ratio, **how)
+def read(model: BeaconModel, prefix: MemoryKV, ids: Sequence[int], ratio: int, **how: Any) -> MemoryKV:
+    return read_window(model, model.prefix(prefix), ids, ratio, **how)
 
 
 def nothing(model: BeaconModel) -> MemoryKV:
@@ -43,17 +43,17 @@ def nothing(model: BeaconModel) -> MemoryKV:
 
 
 def kept_of(memory: MemoryKV) -> Tensor:
-    """The places that each head keeps, [layers, kv_heads, span] bool."""
+    """The positions that each head keeps, [layers, kv_heads, span] bool."""
     kept = torch.zeros(*memory.counts.shape, memory.span, dtype=torch.bool)
     for layer in range(len(kept)):
-        for head, (_, _, places) in enumerate(memory.layer(layer)):
-            kept[layer, head, places.long()] = True
+        for head, (_, _, positions) in enumerate(memory.layer(layer)):
+            kept[layer, head, positions.long()] = True
     return kept
 
 
 def assert_same(ours: MemoryKV, theirs: MemoryKV) -> None:
     assert torch.equal(ours.counts, theirs.counts)
-    assert torch.equal(ours.places, theirs.places)
+    assert torch.equal(ours.positions, theirs.positions)
     assert ours.span == theirs.span
     torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=0)
     torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=0)
@@ -75,19 +75,19 @@ def test_slots_are_tokens_over_ratio_rounded_up_in_the_mean(tokens: int, ratio: 
 @pytest.mark.parametrize(("ratio", "hybrid"), [(0, False), (1, False), (0, True)])
 def test_without_beacons_ratios_0_and_1_keep_every_token(name: str, ratio: int, hybrid: bool) -> None:
     stock, model = both(name)
-    front, ids = in_front(stock), some_ids(21, seed=1)
-    expected = MemoryKV.of(stock_reading(stock, ids, front).kv)
-    assert_same(read(model, front, ids, ratio, hybrid=hybrid), expected)
+    prefix, ids = in_front(stock), some_ids(21, seed=1)
+    expected = MemoryKV.of(stock_reading(stock, ids, prefix).kv)
+    assert_same(read(model, prefix, ids, ratio, hybrid=hybrid), expected)
 
 
 @every_model
 @pytest.mark.parametrize(("tokens", "ratio"), [(21, 2), (90, 4), (90, 13)])
 def test_heads_compete_for_one_budget_by_what_they_look_up(name: str, tokens: int, ratio: int) -> None:
     stock, model = both(name)
-    front, ids = in_front(stock), some_ids(tokens, seed=1)
-    window = stock_reading(stock, ids, front).kv
-    kept = best(slow_repeated(stock, front, window, ids), -(-tokens // ratio))
-    memory = read(model, front, ids, ratio)
+    prefix, ids = in_front(stock), some_ids(tokens, seed=1)
+    window = stock_reading(stock, ids, prefix).kv
+    kept = best(slow_repeated(stock, prefix, window, ids), -(-tokens // ratio))
+    memory = read(model, prefix, ids, ratio)
     assert_same(memory, MemoryKV.chosen(window, kept))
     assert len(set(memory.counts.flatten().tolist())) > 1
 
@@ -96,22 +96,22 @@ def test_heads_compete_for_one_budget_by_what_they_look_up(name: str, tokens: in
 def test_chosen_tokens_do_not_depend_on_how_beacons_are_read(attn: str) -> None:
     stock, model = both(beacon_attn=attn, beacon_param=("q", "k", "v", "o"))
     plain = tiny_model("llama", BeaconConfig(beacon_sink_size=0, beacon_param=()), trained=False)
-    front, ids = in_front(stock), some_ids(40, seed=1)
-    assert_same(read(model, front, ids, 4), read(plain, front, ids, 4))
+    prefix, ids = in_front(stock), some_ids(40, seed=1)
+    assert_same(read(model, prefix, ids, 4), read(plain, prefix, ids, 4))
 
 
 @every_model
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_measured_scores_save_the_second_pass(name: str, hybrid: bool) -> None:
     stock, model = both(name)
-    front, ids, passes = in_front(stock), some_ids(40, seed=1), []
+    prefix, ids, passes = in_front(stock), some_ids(40, seed=1), []
     measured = torch.rand(3, 2, 60, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         heard = ExpectedAttention(model.rope, 40)
         layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
-        model.run(layout, model.empty_kv(), [], fronts=[model.front(front)], watch=heard)
+        model.run(layout, model.empty_kv(), [], prefixes=[model.prefix(prefix)], watch=heard)
     hook = model.base.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    memory = read(model, front, ids, 4, measured=measured, hybrid=hybrid)
+    memory = read(model, prefix, ids, 4, measured=measured, hybrid=hybrid)
     hook.remove()
     assert len(passes) == 1
     chosen = best(spread(measured, heard.scores), 10 - (3 if hybrid else 0))
@@ -125,7 +125,7 @@ def test_all_of_a_window_can_be_read_behind_a_memory_or_behind_nothing(name: str
     ids = some_ids(21, seed=1)
     for memory in (in_front(stock), None):
         with torch.no_grad():
-            ours = read_raw(model, None if memory is None else model.front(memory), ids)
+            ours = read_raw(model, None if memory is None else model.prefix(memory), ids)
         assert_same(MemoryKV.of(ours), MemoryKV.of(stock_reading(stock, ids, memory).kv))
 
 
@@ -137,16 +137,16 @@ class TestHybrid:
         self, name: str, tokens: int, ratio: int, factor: int, placement: str
     ) -> None:
         stock, model = both(name, beacon_hybrid_factor=factor, beacon_placement=placement)
-        front, ids = in_front(stock), some_ids(tokens, seed=1)
-        memory, beacons = read(model, front, ids, ratio, hybrid=True), -(-tokens // (ratio * factor))
-        window = stock_reading(stock, ids, front).kv
-        kept = best(slow_repeated(stock, front, window, ids), -(-tokens // ratio) - beacons)
+        prefix, ids = in_front(stock), some_ids(tokens, seed=1)
+        memory, beacons = read(model, prefix, ids, ratio, hybrid=True), -(-tokens // (ratio * factor))
+        window = stock_reading(stock, ids, prefix).kv
+        kept = best(slow_repeated(stock, prefix, window, ids), -(-tokens // ratio) - beacons)
         chosen = MemoryKV.chosen(window, kept)
         assert memory.span == tokens + beacons
         for layer in range(3):
             for all_of_head, its_tokens in zip(memory.layer(layer), chosen.layer(layer), strict=True):
-                keys, values, places = all_of_head
-                assert places.tolist() == [*its_tokens[2].tolist(), *range(tokens, tokens + beacons)]
+                keys, values, positions = all_of_head
+                assert positions.tolist() == [*its_tokens[2].tolist(), *range(tokens, tokens + beacons)]
                 torch.testing.assert_close(keys[:-beacons], its_tokens[0], atol=1e-4, rtol=0)
                 torch.testing.assert_close(values[:-beacons], its_tokens[1], atol=1e-4, rtol=0)
 
@@ -164,6 +164,6 @@ class TestHybrid:
     def test_its_beacons_have_read_the_memory_in_front_too(self) -> None:
         stock, model = both()
         alone, behind = (
-            read(model, front, some_ids(16, seed=1), 4, hybrid=True) for front in (nothing(model), in_front(stock))
+            read(model, prefix, some_ids(16, seed=1), 4, hybrid=True) for prefix in (nothing(model), in_front(stock))
         )
         assert not torch.allclose(alone.layer(2)[0][1][-1], behind.layer(2)[0][1][-1], atol=1e-2)

@@ -4,8 +4,8 @@ import pytest
 from evaluation_samples import saved_model
 
 from beacon_memory.errors import InputError
-from beacon_memory.evaluation.contestants import Compressed, NoText, Retrieved, Truncated
-from beacon_memory.evaluation.field import contestants
+from beacon_memory.evaluation.baselines import Compressed, NoText, Retrieved, Truncated
+from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.presses import Selected
 from beacon_memory.evaluation.untouched import Untouched
 
@@ -34,8 +34,8 @@ KINDS = {
 }
 
 
-def test_every_name_has_its_contestant_in_order() -> None:
-    field = contestants(list(KINDS), saved_model())
+def test_every_name_has_its_baseline_in_order() -> None:
+    field = baselines(list(KINDS), saved_model())
     assert {one.name: type(one) for one in field} == KINDS
     assert [one.name for one in field] == list(KINDS)
     assert vars(field[4])["ratio"] == 4
@@ -47,7 +47,7 @@ def test_every_name_has_its_contestant_in_order() -> None:
 
 
 def test_presses_share_one_stock_model() -> None:
-    field = contestants(["expected:4", "full", "kvzip:4"], saved_model())
+    field = baselines(["expected:4", "full", "kvzip:4"], saved_model())
     assert vars(field[0])["stock"] is vars(field[2])["stock"]
 
 
@@ -63,4 +63,4 @@ REPEATED = (["full", "full"], ["full", "beacon:4", "beacon:4"])
 def test_other_names_are_refused_with_those_that_there_are(names: list[str]) -> None:
     known = "bm25, bm25:R, beacon:R, beacon:R:N, select:R, select:R:N, hybrid:R, hybrid:R:N, select-expected:R, "
     with pytest.raises(InputError, match=rf"full, none, base, truncated:R, {known}"):
-        contestants(names, saved_model())
+        baselines(names, saved_model())

@@ -256,7 +256,7 @@ READERS: list[tuple[Callable[[Path], Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("read", "row"), READERS)
 class TestErrors:
-    """Each reader, given a good row and a bad one."""
+    """Each lora, given a good row and a bad one."""
 
     @pytest.mark.parametrize("bad", [b'{"text": ', b"\xff", b"[1]", b"", b"{}"])
     @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])

@@ -15,9 +15,9 @@ from evaluation_samples import (
     TEXT,
     an_item,
     answer,
-    contestant,
+    baseline,
     ids_of,
-    model_with_reader,
+    model_with_lora,
     saved_model,
     stock_answer,
     stock_nll,
@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from beacon_memory.errors import CapacityError, InputError, MissingDependencyError
-from beacon_memory.evaluation.field import contestants
+from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.pieces import cut_middle
 from beacon_memory.evaluation.presses import PRESSES, Selection
 from beacon_memory.generation.prompt import chat_prompt
@@ -52,7 +52,7 @@ def keys(cache: DynamicCache) -> list[Tensor]:
 
 
 def whole(one: Any) -> Selection:
-    return selection(contestant("expected:1", one.model))
+    return selection(baseline("expected:1", one.model))
 
 
 def score(one: Any, chosen: Selection, monkeypatch: pytest.MonkeyPatch) -> float:
@@ -66,27 +66,27 @@ def score(one: Any, chosen: Selection, monkeypatch: pytest.MonkeyPatch) -> float
 @every_press
 class TestEveryPress:
     def test_at_ratio_1_it_is_full_text(self, press: str) -> None:
-        one = contestant(f"{press}:1")
+        one = baseline(f"{press}:1")
         assert answer(one).text == stock_answer(ids_of(TEXT))
         nll = one.score(ids_of(TEXT), CONTINUATION)
         assert nll == pytest.approx(stock_nll(ids_of(TEXT), CONTINUATION), abs=1e-4)
         assert answer(one).kv_bytes == TOKENS * one.model.slot_bytes
 
     def test_less_than_all_is_another_text(self, press: str) -> None:
-        one = contestant(f"{press}:4")
+        one = baseline(f"{press}:4")
         assert answer(one).text != stock_answer(ids_of(TEXT))
         assert abs(one.score(ids_of(TEXT), CONTINUATION) - stock_nll(ids_of(TEXT), CONTINUATION)) > 0.01
 
     @pytest.mark.parametrize("ratio", [2, 3, 4, 7, 8, 31])
-    def test_its_budget_is_that_of_the_other_contestants(self, press: str, ratio: int) -> None:
-        one = contestant(f"{press}:{ratio}")
+    def test_its_budget_is_that_of_the_other_baselines(self, press: str, ratio: int) -> None:
+        one = baseline(f"{press}:{ratio}")
         slots = answer(one).kv_bytes / one.model.slot_bytes
         assert slots == pytest.approx(math.ceil(TOKENS / ratio), abs=1.01 / (LAYERS * HEADS))
-        truncated = answer(contestant(f"truncated:{ratio}")).kv_bytes
+        truncated = answer(baseline(f"truncated:{ratio}")).kv_bytes
         assert truncated == math.ceil(TOKENS / ratio) * (one.model.slot_bytes + LAYERS * HEADS * 4)  # and their places
 
     def test_the_question_is_never_shown_to_it(self, press: str) -> None:
-        one, read = contestant(f"{press}:4"), []
+        one, read = baseline(f"{press}:4"), []
 
         def note(_: object, args: object, kwargs: dict[str, Tensor]) -> None:
             read.append(kwargs["input_ids"][0].tolist())
@@ -101,25 +101,25 @@ class TestEveryPress:
         assert one.model.tokenizer.decode(read[len(others) + 1]) == "<|user|>Another question?</s><|assistant|>"
 
     def test_a_text_is_read_once_for_its_questions(self, press: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        one, asked = contestant(f"{press}:4"), []
+        one, asked = baseline(f"{press}:4"), []
         read = one.read
         monkeypatch.setattr(one, "read", lambda passages, question: asked.append(question) or read(passages, question))
         items = [an_item("One?"), an_item("Two?"), an_item("Three?", CONTEXT[:3]), an_item("Four?")]
         together = [outcome.text for outcome in one.answer(items, 12)]
         assert asked == ["One?", "Three?", "Four?"]
-        assert together == [answer(contestant(f"{press}:4"), item).text for item in items]
+        assert together == [answer(baseline(f"{press}:4"), item).text for item in items]
 
-    def test_it_reads_with_the_reader(self, press: str) -> None:
-        model = model_with_reader()
+    def test_it_reads_with_the_lora(self, press: str) -> None:
+        model = model_with_lora()
         tokens = torch.tensor([[*model.sink_ids, *ids_of(TEXT), *CONTINUATION]])
         with torch.no_grad():
             logits = model.base(input_ids=tokens).logits[0, -len(CONTINUATION) : -1]
         naive = torch.nn.functional.cross_entropy(logits, torch.tensor(CONTINUATION[1:])).item()
-        nll = contestant(f"{press}:1", model).score(ids_of(TEXT), CONTINUATION)
+        nll = baseline(f"{press}:1", model).score(ids_of(TEXT), CONTINUATION)
         assert nll == pytest.approx(naive, abs=1e-4)
 
     def test_it_leaves_nothing_behind_in_the_stock_model(self, press: str) -> None:
-        one = contestant(f"{press}:4")
+        one = baseline(f"{press}:4")
         hooks = self.hooks(one)
         answer(one)
         one.score(ids_of(TEXT), CONTINUATION)
@@ -135,35 +135,35 @@ class TestEveryPress:
         return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in one.stock.modules()]
 
     def test_a_text_that_does_not_fit_is_cut_in_the_middle(self, press: str) -> None:
-        one = contestant(f"{press}:1", saved_model(1200))
+        one = baseline(f"{press}:1", saved_model(1200))
         assert answer(one).cut
         assert answer(one).text == stock_answer(cut_middle(ids_of(TEXT), 175))
         with pytest.raises(CapacityError, match=rf"{press}:1: a text of {TOKENS} tokens .* 1200 positions whole"):
             one.score(ids_of(TEXT), CONTINUATION)
 
     def test_short_texts_can_be_selected_from(self, press: str) -> None:
-        one = contestant(f"{press}:4")
+        one = baseline(f"{press}:4")
         outcome = answer(one, an_item(context=("A short text.",)))
         assert outcome.kv_bytes / one.model.slot_bytes == pytest.approx(4, abs=1.01 / (LAYERS * HEADS))
         with pytest.raises(InputError, match="4 tokens is too short"):
             answer(one, an_item(context=("Oh!",)))
 
     def test_without_a_sink_a_bos_leads_the_text(self, press: str) -> None:
-        one = contestant(f"{press}:1", saved_model(sink=0))
+        one = baseline(f"{press}:1", saved_model(sink=0))
         assert answer(one).text == stock_answer(ids_of(TEXT))
-        assert answer(contestant(f"{press}:4", saved_model(sink=0))).text != stock_answer(ids_of(TEXT))
+        assert answer(baseline(f"{press}:4", saved_model(sink=0))).text != stock_answer(ids_of(TEXT))
 
     def test_without_the_package_it_says_how_to_get_it(self, press: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "kvpress", None)
         with pytest.raises(MissingDependencyError, match=rf"{press}:4 .*pip install 'beacon-memory\[eval\]'"):
-            contestant(f"{press}:4")
+            baseline(f"{press}:4")
 
 
 @every_press
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
 def test_models_of_other_families_can_be_selected_from(press: str, family: str) -> None:
     model = saved_model(family=family)
-    full, whole_text, part = (contestant(name, model) for name in ("full", f"{press}:1", f"{press}:4"))
+    full, whole_text, part = (baseline(name, model) for name in ("full", f"{press}:1", f"{press}:4"))
     nll = full.score(ids_of(TEXT), CONTINUATION)
     assert whole_text.score(ids_of(TEXT), CONTINUATION) == pytest.approx(nll, abs=1e-4)
     assert abs(part.score(ids_of(TEXT), CONTINUATION) - nll) > 0.01
@@ -177,7 +177,7 @@ class TestShorterCaches:
 
     @pytest.mark.parametrize("ratio", [2, 3, 8])
     def test_every_head_keeps_as_many_of_the_texts_own_keys(self, press: str, ratio: int) -> None:
-        one = contestant(f"{press}:{ratio}")
+        one = baseline(f"{press}:{ratio}")
         chosen, full = selection(one), whole(one)
         assert (chosen.hidden, chosen.read) == (None, 1 + TOKENS)
         for kept, all_keys in zip(keys(chosen.cache), keys(full.cache), strict=True):
@@ -186,7 +186,7 @@ class TestShorterCaches:
                 assert len(set(self.places(kept[head], all_keys[head]))) == kept.shape[1]
 
     def test_dropped_slots_are_as_good_as_hidden_ones(self, press: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        one = contestant(f"{press}:4")
+        one = baseline(f"{press}:4")
         chosen, full = selection(one), whole(one)
         hidden = torch.ones(LAYERS, HEADS, 1 + TOKENS, dtype=torch.bool)
         for layer, (kept, all_keys) in enumerate(zip(keys(chosen.cache), keys(full.cache), strict=True)):
@@ -206,7 +206,7 @@ class TestShorterCaches:
 
 def test_snapkv_keeps_the_last_tokens_and_others() -> None:
     for ratio, window in ((2, 64), (8, 28)):  # of 221 and 56 slots
-        one = contestant(f"snapkv:{ratio}")
+        one = baseline(f"snapkv:{ratio}")
         last = {tuple(key.tolist()) for key in keys(whole(one).cache)[0][0, -window:].round(decimals=3)}
         kept = {tuple(key.tolist()) for key in keys(selection(one).cache)[0][0].round(decimals=3)}
         assert last < kept
@@ -217,7 +217,7 @@ class TestHiddenSlots:
     """KVzip keeps more in some heads than in others: the cache stays whole, and slots are hidden from heads."""
 
     def test_they_are_as_many_as_asked_not_evenly_spread(self) -> None:
-        chosen = selection(contestant("kvzip:4"))
+        chosen = selection(baseline("kvzip:4"))
         assert chosen.hidden is not None
         assert chosen.hidden.shape == (LAYERS, HEADS, 1 + TOKENS)
         kept = (~chosen.hidden).sum(dim=-1)
@@ -225,7 +225,7 @@ class TestHiddenSlots:
         assert len(set(kept.flatten().tolist())) > 1
 
     def test_nothing_that_follows_sees_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        one = contestant("kvzip:4")
+        one = baseline("kvzip:4")
         chosen = selection(one)
         before = score(one, chosen, monkeypatch)
         assert score(one, self.garbled(chosen, hidden=True), monkeypatch) == pytest.approx(before, abs=1e-4)
@@ -246,7 +246,7 @@ class TestHiddenSlots:
 
     def test_answers_see_what_scores_see(self) -> None:
         """Token by token, and in one piece."""
-        one = contestant("kvzip:4")
+        one = baseline("kvzip:4")
         chosen = selection(one)
         prompt = chat_prompt(one.model, QUESTION, behind_memory=True)
         tokens = one._generate(chosen, prompt, 6)
@@ -256,15 +256,15 @@ class TestHiddenSlots:
             assert likely < other
 
     def test_selections_on_one_stock_model_do_not_mix(self) -> None:
-        field = contestants(["kvzip:2", "kvzip:8", "expected:4"], saved_model())
-        alone = [answer(contestant(one.name)).text for one in field]
+        field = baselines(["kvzip:2", "kvzip:8", "expected:4"], saved_model())
+        alone = [answer(baseline(one.name)).text for one in field]
         first = [answer(one).text for one in field]
         second = [answer(one).text for one in field]  # behind what each has kept
         assert first == second == alone
         assert len(set(alone)) == 3
 
-    def test_the_tokenizer_that_kvzip_loads_goes_with_the_contestant(self) -> None:
-        one = contestant("kvzip:4")
+    def test_the_tokenizer_that_kvzip_loads_goes_with_the_baseline(self) -> None:
+        one = baseline("kvzip:4")
         folder = Path(one._folder.name)
         template = one.model.tokenizer.chat_template
         answer(one)
@@ -276,11 +276,11 @@ class TestHiddenSlots:
 
 
 def test_beacons_read_the_same_after_kvpress_has_wrapped_all_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestant("expected:2")  # imports kvpress
+    baseline("expected:2")  # imports kvpress
     assert ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] is not beacon_attention
     names = ("full", "beacon:4", "select:4")
-    wrapped = [answer(contestant(name)).text for name in names]
-    keys_wrapped = contestant("beacon:4").read([ids_of(TEXT)], None).kv.keys
+    wrapped = [answer(baseline(name)).text for name in names]
+    keys_wrapped = baseline("beacon:4").read([ids_of(TEXT)], None).kv.keys
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, IMPLEMENTATION, beacon_attention)
-    assert torch.equal(contestant("beacon:4").read([ids_of(TEXT)], None).kv.keys, keys_wrapped)
-    assert [answer(contestant(name)).text for name in names] == wrapped
+    assert torch.equal(baseline("beacon:4").read([ids_of(TEXT)], None).kv.keys, keys_wrapped)
+    assert [answer(baseline(name)).text for name in names] == wrapped

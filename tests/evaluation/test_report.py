@@ -16,14 +16,14 @@ from beacon_memory.evaluation.report import markdown, read_result, write_report,
 from beacon_memory.evaluation.run import Record, Result, Row, run_continuations, run_items
 
 
-def a_row(contestant: str, group: str = "", **more: Any) -> Row:
+def a_row(baseline: str, group: str = "", **more: Any) -> Row:
     scores = {"score": Interval(0.5, 0.25, 0.75), "f1": Interval(0.5, 0.25, 0.75), "contains": Interval(0, 0, 1)}
-    return Row(**{"contestant": contestant, "group": group, "items": 4, "scores": scores, "kv_bytes": 2_500_000,
+    return Row(**{"baseline": baseline, "group": group, "items": 4, "scores": scores, "kv_bytes": 2_500_000,
                   "seconds": 1.254, "cut": 0, **more})  # fmt: skip
 
 
 def a_result(*rows: Row, task: str = "qa") -> Result:
-    settings = {"data": "qa.jsonl.gz", "limit": 4, "seed": 0, "contestants": ["full", "none"]}
+    settings = {"data": "qa.jsonl.gz", "limit": 4, "seed": 0, "baselines": ["full", "none"]}
     return Result(task, settings, {"torch": "2.13.0", "commit": None}, list(rows), [])
 
 
@@ -76,8 +76,8 @@ class TestFiles:
             write_result(a_result(a_row("full")), tmp_path / "file" / "result.json")
 
 
-def a_record(contestant: str, item: str, score: float, prediction: str = "", kv_bytes: int = 100) -> Record:
-    return Record(contestant, item, "", prediction, {"score": score, "f1": score}, kv_bytes, 1.0)
+def a_record(baseline: str, item: str, score: float, prediction: str = "", kv_bytes: int = 100) -> Record:
+    return Record(baseline, item, "", prediction, {"score": score, "f1": score}, kv_bytes, 1.0)
 
 
 class TestCostOfQuantizing:
@@ -112,10 +112,10 @@ class TestCostOfQuantizing:
 
 
 class TestMarkdown:
-    def test_one_line_for_each_contestant(self) -> None:
+    def test_one_line_for_each_baseline(self) -> None:
         shown = markdown(a_result(a_row("full"), a_row("beacon:4", kv_bytes=625_000, seconds=0.5)))
         assert shown.splitlines() == [
-            "| contestant | items | f1 | contains | K/V | seconds |",
+            "| baseline | items | f1 | contains | K/V | seconds |",
             "| --- | --- | --- | --- | --- | --- |",
             "| full | 4 | 0.500 (0.250 to 0.750) | 0.000 (0.000 to 1.000) | 2.50 MB | 1.25 |",
             "| beacon:4 | 4 | 0.500 (0.250 to 0.750) | 0.000 (0.000 to 1.000) | 0.62 MB | 0.50 |",
@@ -124,7 +124,7 @@ class TestMarkdown:
     def test_a_line_for_each_group_below(self) -> None:
         other = {"score": Interval(0.125, 0, 1), "f1": Interval(0.125, 0, 1)}
         rows = [a_row("full"), a_row("full", "a", items=3), a_row("full", "b", items=1)]
-        rows += [replace(row, contestant="none", scores=other) for row in rows]
+        rows += [replace(row, baseline="none", scores=other) for row in rows]
         assert markdown(a_result(*rows)).splitlines()[4:] == [
             "",
             "| score | items | full | none |",
@@ -137,7 +137,7 @@ class TestMarkdown:
         mixed = {"score": Interval(0.5, 0, 1), "f1": Interval(0.25, 0, 1), "number": Interval(0.75, 0, 1)}
         nothing = dict.fromkeys(mixed, Interval(0, 0, 0))
         head, *_ = markdown(a_result(a_row("none", scores=nothing), a_row("full", scores=mixed))).splitlines()
-        assert head == "| contestant | items | score | f1 | number | K/V | seconds |"
+        assert head == "| baseline | items | score | f1 | number | K/V | seconds |"
 
     def test_cuts_are_shown_where_there_are_any(self) -> None:
         head, _, full, none = markdown(a_result(a_row("full", cut=3), a_row("none"))).splitlines()
@@ -148,7 +148,7 @@ class TestMarkdown:
     def test_continuations_have_no_size(self) -> None:
         scores = {"nll": Interval(2.5, 2.25, 2.75), "gap closed": Interval(0.5, 0.25, 0.625)}
         assert markdown(a_result(a_row("full", scores=scores, kv_bytes=0))).splitlines() == [
-            "| contestant | items | nll | gap closed | seconds |",
+            "| baseline | items | nll | gap closed | seconds |",
             "| --- | --- | --- | --- | --- |",
             "| full | 4 | 2.500 (2.250 to 2.750) | 0.500 (0.250 to 0.625) | 1.25 |",
         ]
@@ -209,7 +209,7 @@ def test_the_page_has_a_section_for_each_task_with_its_table_and_plot(tmp_path: 
         "# Results\n\nWritten by `beacon-memory eval report`; not to be edited.\n\nMade with torch 2"
     )
     for result in (*results, retention):
-        assert f"## {result.task}\n\ndata qa.jsonl.gz, limit 4, seed 0.\n\n| contestant" in page
+        assert f"## {result.task}\n\ndata qa.jsonl.gz, limit 4, seed 0.\n\n| baseline" in page
         assert f"\n\n{markdown(result)}\n" in page
     assert "![qa](qa.png)" in page
     assert "![retention]" not in page

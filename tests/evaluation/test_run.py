@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_samples import Fake, an_item, contestant, saved_model
+from evaluation_samples import Fake, an_item, baseline, saved_model
 
 from beacon_memory import __version__
 from beacon_memory.errors import InputError
-from beacon_memory.evaluation.contestants import Compressed
-from beacon_memory.evaluation.field import contestants
+from beacon_memory.evaluation.baselines import Compressed
+from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.items import Item
 from beacon_memory.evaluation.metrics import METRICS, Interval, bootstrap
 from beacon_memory.evaluation.run import Result, Row, _commit, run_continuations, run_items
@@ -43,7 +43,7 @@ def run(field: list[Any], asked: list[Item], **options: Any) -> Result:
 
 
 def row(result: Result, name: str, group: str = "") -> Row:
-    (found,) = (row for row in result.rows if (row.contestant, row.group) == (name, group))
+    (found,) = (row for row in result.rows if (row.baseline, row.group) == (name, group))
     return found
 
 
@@ -60,12 +60,12 @@ class TestAnswers:
         assert set(row(result, "silent").scores.values()) == {Interval(0.0, 0.0, 0.0)}
 
     def test_who_sees_nothing_scores_what_none_scores(self) -> None:
-        blind = contestant("truncated:1000")
-        blind.read = contestant("none").read
+        blind = baseline("truncated:1000")
+        blind.read = baseline("none").read
         asked = [an_item(f"Where does river {number} rise?", id=str(number)) for number in range(3)]
-        result = run([contestant("none"), blind, contestant("full")], asked)
+        result = run([baseline("none"), blind, baseline("full")], asked)
         said = {
-            name: [one.prediction for one in result.records if one.contestant == name]
+            name: [one.prediction for one in result.records if one.baseline == name]
             for name in ("none", blind.name, "full")
         }
         assert said["none"] == said[blind.name] != said["full"]
@@ -73,7 +73,7 @@ class TestAnswers:
 
     def test_a_record_says_all_there_is(self) -> None:
         (record,) = run([Fake("some", {"1": "nothing right"})], [an_item(id="1", group="a")]).records
-        assert (record.contestant, record.item, record.group, record.prediction) == ("some", "1", "a", "nothing right")
+        assert (record.baseline, record.item, record.group, record.prediction) == ("some", "1", "a", "nothing right")
         assert record.scores == {"score": 0.0, "f1": 0.0, "contains": 0.0}
         assert (record.kv_bytes, record.seconds, record.cut) == (8000, 0.5, True)
 
@@ -110,7 +110,7 @@ class TestAnswers:
             {"score": 0.75, "contains": 2 / 3, "f1": 2 / 3, "number": 1.0}
         )
 
-    def test_contestants_that_differ_in_bits_alone_read_each_text_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_baselines_that_differ_in_bits_alone_read_each_text_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         read, compress = [], Compressed.memories
 
         def counting(self: Compressed, documents: Any, *arguments: Any) -> Any:
@@ -120,21 +120,21 @@ class TestAnswers:
 
         monkeypatch.setattr(Compressed, "memories", counting)
         asked = [an_item("Which one?", id=str(number), context=(f"River {number} is long.",)) for number in range(9)]
-        field = contestants(["beacon:2@int4", "beacon:2", "beacon:2@int8", "beacon:4", "beacon:4@int8"], saved_model())
+        field = baselines(["beacon:2@int4", "beacon:2", "beacon:2@int8", "beacon:4", "beacon:4@int8"], saved_model())
         result = run(field, asked)
         assert read == [2] * 9 + [4] * 9
-        assert [row.contestant for row in result.rows] == [one.name for one in field]
-        assert [record.item for record in result.records if record.contestant == "beacon:4"] == [i.id for i in asked]
+        assert [row.baseline for row in result.rows] == [one.name for one in field]
+        assert [record.item for record in result.records if record.baseline == "beacon:4"] == [i.id for i in asked]
         assert all(record.seconds > 0.1 for record in result.records)  # each has the time that reading took
         for one in field:
-            alone = run([contestant(one.name)], asked)
+            alone = run([baseline(one.name)], asked)
             assert [(r.prediction, r.kv_bytes) for r in alone.records] == [
-                (r.prediction, r.kv_bytes) for r in result.records if r.contestant == one.name
+                (r.prediction, r.kv_bytes) for r in result.records if r.baseline == one.name
             ]
         assert len(read) == 18 + 5 * 9
 
     def test_what_was_read_is_let_go_of(self) -> None:
-        field = contestants(["beacon:2", "beacon:2@int8", "full"], saved_model())
+        field = baselines(["beacon:2", "beacon:2@int8", "full"], saved_model())
         memories = []
         for one in field:
             one.answer([an_item()], 1)
@@ -162,7 +162,7 @@ class TestContinuations:
 
     def test_none_has_closed_nothing_of_the_gap_and_full_all_of_it(self) -> None:
         result = self.run(self.fake("none", *self.NONE), self.fake("full", *self.FULL), self.fake("half", *self.HALF))
-        closed = {row.contestant: row.scores["gap closed"] for row in result.rows}
+        closed = {row.baseline: row.scores["gap closed"] for row in result.rows}
         assert closed["none"] == Interval(0.0, 0.0, 0.0)
         assert closed["full"] == Interval(1.0, 1.0, 1.0)
         gained = bootstrap([1.0, 1.0, 2.0, 0.0])  # none - half, of a gap of 2
@@ -195,15 +195,15 @@ class TestContinuations:
         ]
         assert heard == ["half"] * 4
 
-    def test_real_contestants_lie_between_their_ends(self) -> None:
+    def test_real_baselines_lie_between_their_ends(self) -> None:
         texts = [("text", [20, 30, 40] * 20, [50, 60, 70])]
-        field = [contestant(name) for name in ("none", "full", "beacon:4")]
+        field = [baseline(name) for name in ("none", "full", "beacon:4")]
         scores = run_continuations("ppl", field, texts, {}, saved_model()).rows[2].scores
         assert scores["nll"].mean == field[2].score(*texts[0][1:])
 
     def test_who_needs_a_question_is_refused_before_anything_is_scored(self) -> None:
         with pytest.raises(InputError, match="task 'ppl' asks no questions, which bm25:4 must know"):
-            self.run(Fake("first"), contestant("bm25:4"))  # the first has no scores to give
+            self.run(Fake("first"), baseline("bm25:4"))  # the first has no scores to give
 
     def test_no_texts_are_an_error(self) -> None:
         with pytest.raises(InputError, match=r"task 'ppl' has no texts: none is as long as {'context_tokens': 5}"):

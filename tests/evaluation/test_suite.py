@@ -21,7 +21,7 @@ TASKS = ("qa-squad", "qa-composed", "qa-fairytale", "ppl", "retention", "article
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The fields of contestants that took part, in place of whom fakes answer."""
+    """The fields of baselines that took part, in place of whom fakes answer."""
     fields: list[tuple[str, ...]] = []
 
     def fakes(names: Any, _: object) -> list[Fake]:
@@ -29,7 +29,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         fields.append(tuple(names))
         return [Fake(name, nll=defaultdict(lambda name=name: 1.0 if name == "full" else 2.0)) for name in names]
 
-    monkeypatch.setattr("beacon_memory.evaluation.tasks.contestants", fakes)
+    monkeypatch.setattr("beacon_memory.evaluation.tasks.baselines", fakes)
     return fields
 
 
@@ -47,12 +47,12 @@ def run(evaluation: Evaluation, data: Path, output: Path, limit: int = 4, only: 
 def test_every_task_is_run_and_written(ran: list[tuple[str, ...]], evaluation: Evaluation, tmp_path: Path) -> None:
     said = run(evaluation, write_data(tmp_path / "data"), tmp_path / "out")
     assert [line.split(":")[0] for line in said] == list(TASKS)
-    assert all(line.endswith(" contestants") for line in said)
+    assert all(line.endswith(" baselines") for line in said)
     page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for task in TASKS:
         result = read_result(tmp_path / "out" / f"{task}.json")
         assert (result.task, result.settings["limit"], result.settings["seed"]) == (task, 4, 0)
-        assert result.settings["contestants"] == list(dict.fromkeys(record.contestant for record in result.records))
+        assert result.settings["baselines"] == list(dict.fromkeys(record.baseline for record in result.records))
         assert f"## {task}\n" in page
         assert (tmp_path / "out" / f"{task}.png").exists() == (task != "retention")
     assert f"`beacon-memory eval report DATA {(tmp_path / 'out').as_posix()} --limit 4 --seed 0`" in page
@@ -69,7 +69,7 @@ def test_what_is_there_is_not_run_again(ran: list[tuple[str, ...]], evaluation: 
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == page
 
 
-@pytest.mark.parametrize("change", ["limit", "seed", "model", "dtype", "contestants"])
+@pytest.mark.parametrize("change", ["limit", "seed", "model", "dtype", "baselines"])
 def test_what_was_run_otherwise_is_run_again(
     change: str, ran: list[tuple[str, ...]], evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,9 +86,9 @@ def test_what_was_run_otherwise_is_run_again(
     elif change == "dtype":
         kept["provenance"]["dtype"] = "bfloat16"
     else:
-        kept["settings"]["contestants"].pop()
+        kept["settings"]["baselines"].pop()
     file.write_text(json.dumps(kept), encoding="utf-8")
-    assert f"articles: {len(ran[0])} contestants" in run(evaluation, data, tmp_path / "out", limit)
+    assert f"articles: {len(ran[0])} baselines" in run(evaluation, data, tmp_path / "out", limit)
     assert len(ran) == 2
     run(evaluation, data, tmp_path / "out", limit)
     assert len(ran) == 2
@@ -96,7 +96,7 @@ def test_what_was_run_otherwise_is_run_again(
 
 def test_what_has_no_data_is_left_out(ran: list[tuple[str, ...]], evaluation: Evaluation, tmp_path: Path) -> None:
     said = run(evaluation, write_data(tmp_path / "data", "kv_retrieval"), tmp_path / "out")
-    assert f"kv: {len(ran[0])} contestants" in said
+    assert f"kv: {len(ran[0])} baselines" in said
     assert "locomo: left out, locomo.jsonl.gz is not there" in said
     assert sum("left out" in line for line in said) == len(TASKS) - 1
 
@@ -108,7 +108,7 @@ def test_only_some_are_run_and_others_kept(ran: list[tuple[str, ...]], evaluatio
     said = run(evaluation, data, tmp_path / "out", only=("longbench",))
     assert len(ran) == 3
     assert [line for line in said if not line.endswith("left out")] == [
-        "leval: kept", f"longbench: {len(ran[2])} contestants", "kv: kept"
+        "leval: kept", f"longbench: {len(ran[2])} baselines", "kv: kept"
     ]  # fmt: skip
     page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert all(f"## {task}\n" in page for task in ("kv", "leval", "longbench"))

@@ -92,13 +92,13 @@ def test_prompt_longer_than_the_prefix_sees_all_of_the_prefix(compression: str) 
     assert list(one.tokens) == greedy_by_hand(eager("llama"), prefix, prompt, 12)
 
 
-def test_a_squeezed_prefix_leaves_the_prompt_right_behind_it() -> None:
+def test_a_interpolated_prefix_leaves_the_prompt_right_behind_it() -> None:
     model = make_model()
     prefix, prompt = compressed(model, some_ids(40), 4), some_ids(5, seed=1)
     tokens = []
     for span in (prefix.span, 20):
-        ((one,),) = generate(model, [Request(prefix.squeezed(span), prompt)], greedy(model))
-        assert list(one.tokens) == greedy_by_hand(eager("llama"), prefix.squeezed(span), prompt, 12)
+        ((one,),) = generate(model, [Request(prefix.interpolated(span), prompt)], greedy(model))
+        assert list(one.tokens) == greedy_by_hand(eager("llama"), prefix.interpolated(span), prompt, 12)
         tokens.append(one.tokens)
     assert tokens[0] != tokens[1]
 
@@ -158,10 +158,10 @@ def test_several_sequences_for_each_prompt_of_a_batch() -> None:
 def test_generating_leaves_the_stored_tensors_alone() -> None:
     model = make_model()
     prefix = compressed(model, some_ids(40), 4)
-    before = [part.clone() for part in (prefix.keys, prefix.values, prefix.places)]
+    before = [part.clone() for part in (prefix.keys, prefix.values, prefix.positions)]
     first = generate(model, [Request(prefix, some_ids(5))], greedy(model))
     again = generate(model, [Request(prefix, some_ids(5))], greedy(model))
-    assert all(torch.equal(*pair) for pair in zip((prefix.keys, prefix.values, prefix.places), before, strict=True))
+    assert all(torch.equal(*pair) for pair in zip((prefix.keys, prefix.values, prefix.positions), before, strict=True))
     assert first[0][0].tokens == again[0][0].tokens
 
 
@@ -183,7 +183,7 @@ def test_what_counts_is_the_positions_that_a_memory_takes_not_its_entries() -> N
     assert prefix.slots < 10
     with pytest.raises(CapacityError, match=r"61 positions of memory, 5 prompt tokens"):
         generate(model, [Request(prefix, some_ids(5))], greedy(model))
-    assert generate(model, [Request(prefix.squeezed(47), some_ids(5))], greedy(model))
+    assert generate(model, [Request(prefix.interpolated(47), some_ids(5))], greedy(model))
 
 
 def test_stop_string_ends_the_text_and_is_not_part_of_it() -> None:

@@ -17,7 +17,7 @@ Entry: TypeAlias = tuple[float, list[float], list[float]]
 
 def listed(kv: MemoryKV) -> dict[tuple[int, int], list[Entry]]:
     """Place, key and value of each entry by layer and kv head, in plain numbers."""
-    entries = list(zip(kv.places.tolist(), kv.keys.tolist(), kv.values.tolist(), strict=True))
+    entries = list(zip(kv.positions.tolist(), kv.keys.tolist(), kv.values.tolist(), strict=True))
     heads: dict[tuple[int, int], list[Entry]] = {}
     for layer, counts in enumerate(kv.counts.tolist()):
         for head, count in enumerate(counts):
@@ -63,7 +63,7 @@ class TestWhatAMemoryIsMadeOf:
     def test_a_stack_has_the_same_places_in_every_head(self) -> None:
         kv = stack(4)
         made = MemoryKV.of(kv)
-        assert (made.slots, made.span, made.places.dtype) == (4, 4, torch.int32)
+        assert (made.slots, made.span, made.positions.dtype) == (4, 4, torch.int32)
         for (layer, head), entries in listed(made).items():
             assert [place for place, _, _ in entries] == [0, 1, 2, 3]
             assert [key for _, key, _ in entries] == kv.keys[layer, head].tolist()
@@ -73,7 +73,7 @@ class TestWhatAMemoryIsMadeOf:
         kv, kept = stack(9), torch.rand(2, 3, 9) < 0.4
         kept[0, 1], kept[1, 2] = False, True
         made = MemoryKV.chosen(kv, kept)
-        assert (made.span, made.places.dtype, made.counts.tolist()) == (9, torch.int32, kept.sum(-1).tolist())
+        assert (made.span, made.positions.dtype, made.counts.tolist()) == (9, torch.int32, kept.sum(-1).tolist())
         for (layer, head), entries in listed(made).items():
             assert entries == [
                 (slot, kv.keys[layer, head, slot].tolist(), kv.values[layer, head, slot].tolist())
@@ -92,16 +92,16 @@ class TestWhatAMemoryIsMadeOf:
         assert kv.nbytes == entries * (2 * 4 * 4 + 4)
 
     def test_least_span_is_never_above_the_span(self) -> None:
-        assert MemoryKV.of(stack(5)).squeezed(3).least_span == 3
+        assert MemoryKV.of(stack(5)).interpolated(3).least_span == 3
 
     def test_a_layer_is_handed_out_head_by_head_without_a_copy(self) -> None:
         kv = memory(7, 20)
         heads = listed(kv)
         for number in range(2):
             for head, parts in enumerate(kv.layer(number)):
-                keys, values, places = (part.tolist() for part in parts)
-                assert list(zip(places, keys, values, strict=True)) == heads[number, head]
-        for part, whole in zip(kv.layer(1)[2], (kv.keys, kv.values, kv.places), strict=True):
+                keys, values, positions = (part.tolist() for part in parts)
+                assert list(zip(positions, keys, values, strict=True)) == heads[number, head]
+        for part, whole in zip(kv.layer(1)[2], (kv.keys, kv.values, kv.positions), strict=True):
             assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
     def test_another_dtype_is_one_of_keys_and_values_alone(self) -> None:
@@ -111,7 +111,7 @@ class TestWhatAMemoryIsMadeOf:
 
     def test_counts_stay_on_the_cpu_when_all_else_moves(self) -> None:
         moved = memory(7, 20).to("meta")
-        assert {part.device.type for part in (moved.keys, moved.values, moved.places)} == {"meta"}
+        assert {part.device.type for part in (moved.keys, moved.values, moved.positions)} == {"meta"}
         assert moved.counts.device.type == "cpu"
 
     @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ class TestWhatAMemoryIsMadeOf:
             ({"keys": torch.ones(19, 4)}, r"\[20 entries, head_dim\], got \(19, 4\) and \(20, 4\)"),
             ({"values": torch.ones(20, 5)}, r"got \(20, 4\) and \(20, 5\)"),
             ({"keys": torch.ones(20, 2, 2), "values": torch.ones(20, 2, 2)}, r"got \(20, 2, 2\)"),
-            ({"places": torch.ones(20, 1)}, r"places must be \[20 entries\].*got \(20, 1\) and \(2, 3\)"),
+            ({"positions": torch.ones(20, 1)}, r"positions must be \[20 entries\].*got \(20, 1\) and \(2, 3\)"),
             ({"counts": torch.tensor([[9, 9, 3]])}, r"\[21 entries, head_dim\], got \(20, 4\)"),
             ({"counts": torch.tensor([9, 9, 2])}, r"counts \[layers, kv_heads\], got \(20,\) and \(3,\)"),
         ],
@@ -134,7 +134,7 @@ class TestWhatAMemoryIsMadeOf:
 def twice_at_one_place() -> MemoryKV:
     """A stack but for one entry."""
     kv = MemoryKV.of(stack(5))
-    kv.places[1] = 0
+    kv.positions[1] = 0
     return kv
 
 
@@ -143,7 +143,7 @@ class TestTakingApart:
     def test_between_two_places_every_head_has_its_entries_there(self, start: int, stop: int) -> None:
         kv = memory(9, 30)
         part = kv.between(start, stop)
-        assert (part.span, part.places.dtype, part.counts.dtype) == (stop - start, torch.int32, torch.int64)
+        assert (part.span, part.positions.dtype, part.counts.dtype) == (stop - start, torch.int32, torch.int64)
         for head, entries in listed(kv).items():
             there = [(place - start, key, value) for place, key, value in entries if start <= place < stop]
             assert listed(part)[head] == there
@@ -159,10 +159,10 @@ class TestTakingApart:
         bounds = [0, 3, 3, 11, 20]
         assert same(MemoryKV.concat([kv.between(*bound) for bound in pairwise(bounds)]), kv)
 
-    def test_a_part_of_a_squeezed_memory_stays_squeezed(self) -> None:
-        part = memory(12, 60).squeezed(8).between(2, 6)
-        assert (part.span, part.places.dtype) == (4, torch.float32)
-        assert 0 <= part.places.min() <= part.places.max() < 4
+    def test_a_part_of_a_interpolated_memory_stays_interpolated(self) -> None:
+        part = memory(12, 60).interpolated(8).between(2, 6)
+        assert (part.span, part.positions.dtype) == (4, torch.float32)
+        assert 0 <= part.positions.min() <= part.positions.max() < 4
 
     @pytest.mark.parametrize("slots", [0, 1, 5])
     def test_a_stack_is_found_again(self, slots: int) -> None:
@@ -172,7 +172,7 @@ class TestTakingApart:
         assert torch.equal(again.values, kv.values)
 
     @pytest.mark.parametrize(
-        "kv", [memory(7, 20), memory(7, 0), MemoryKV.of(stack(5)).squeezed(3), twice_at_one_place()]
+        "kv", [memory(7, 20), memory(7, 0), MemoryKV.of(stack(5)).interpolated(3), twice_at_one_place()]
     )
     def test_a_memory_without_an_entry_at_every_place_of_every_head_is_no_stack(self, kv: MemoryKV) -> None:
         least, most = int(kv.counts.min()), int(kv.counts.max())
@@ -180,25 +180,25 @@ class TestTakingApart:
             kv.stack()
 
 
-class TestSqueezing:
+class TestInterpolation:
     def test_places_move_together_evenly_and_nothing_else_changes(self) -> None:
         kv = memory(12, 30)
-        less = kv.squeezed(8)
-        assert (less.span, less.places.dtype) == (8, torch.float32)
-        assert torch.allclose(less.places, kv.places * (8 / 12))
-        assert less.places.max() < 8
-        assert same(replace(less, places=kv.places, span=12), kv)
+        less = kv.interpolated(8)
+        assert (less.span, less.positions.dtype) == (8, torch.float32)
+        assert torch.allclose(less.positions, kv.positions * (8 / 12))
+        assert less.positions.max() < 8
+        assert same(replace(less, positions=kv.positions, span=12), kv)
 
-    def test_squeezing_twice_is_squeezing_once(self) -> None:
+    def test_interpolating_twice_is_interpolating_once(self) -> None:
         kv = memory(12, 30)
-        twice, once = kv.squeezed(9).squeezed(7), kv.squeezed(7)
+        twice, once = kv.interpolated(9).interpolated(7), kv.interpolated(7)
         assert twice.span == once.span == 7
-        assert torch.allclose(twice.places, once.places)
+        assert torch.allclose(twice.positions, once.positions)
 
     @pytest.mark.parametrize("span", [12, 13, 100])
     def test_nothing_is_stretched(self, span: int) -> None:
         kv = memory(12, 30)
-        assert kv.squeezed(span) is kv
+        assert kv.interpolated(span) is kv
 
 
 def slow_concat(parts: list[MemoryKV]) -> dict[tuple[int, int], list[Entry]]:
@@ -217,13 +217,13 @@ class TestConcat:
     def test_every_head_has_its_entries_of_all_parts(self, sizes: list[tuple[int, int]]) -> None:
         parts = [memory(*size) for size in sizes]
         whole = MemoryKV.concat(parts)
-        assert (whole.span, whole.places.dtype) == (sum(span for span, _ in sizes), torch.int32)
+        assert (whole.span, whole.positions.dtype) == (sum(span for span, _ in sizes), torch.int32)
         assert listed(whole) == slow_concat(parts)
 
-    def test_a_squeezed_part_stands_among_whole_ones(self) -> None:
-        parts = [memory(6, 12), memory(10, 24).squeezed(5), memory(4, 9)]
+    def test_a_interpolated_part_stands_among_whole_ones(self) -> None:
+        parts = [memory(6, 12), memory(10, 24).interpolated(5), memory(4, 9)]
         whole = MemoryKV.concat(parts)
-        assert (whole.span, whole.places.dtype) == (15, torch.float32)
+        assert (whole.span, whole.positions.dtype) == (15, torch.float32)
         heads = slow_concat(parts)
         for head, entries in listed(whole).items():
             assert [entry[1:] for entry in entries] == [entry[1:] for entry in heads[head]]
@@ -238,12 +238,12 @@ class TestConcat:
         with pytest.raises(InputError, match="at least one"):
             MemoryKV.concat([])
 
-    def test_what_fits_is_not_squeezed(self) -> None:
+    def test_what_fits_is_not_interpolated(self) -> None:
         parts = [memory(5, 12), memory(9, 20)]
         assert same(MemoryKV.concat(parts, room=14), MemoryKV.concat(parts))
 
     @pytest.mark.parametrize("room", range(21, 40))
-    def test_what_does_not_fit_is_squeezed_into_the_room(self, room: int) -> None:
+    def test_what_does_not_fit_is_interpolated_into_the_room(self, room: int) -> None:
         parts = [memory(10, 30), memory(20, 60), MemoryKV.of(stack(6)), memory(4, 0)]  # 21 slots, a span of 40
         whole = MemoryKV.concat(parts, room=room)
         assert room - len(parts) < whole.span <= room
@@ -263,16 +263,16 @@ class TestConcat:
                     at += 1
             assert at == len(entries)
 
-    def test_alone_it_is_squeezed_too(self) -> None:
+    def test_alone_it_is_interpolated_too(self) -> None:
         kv = memory(20, 60)
-        assert same(MemoryKV.concat([kv], room=15), kv.squeezed(15))
+        assert same(MemoryKV.concat([kv], room=15), kv.interpolated(15))
 
     @pytest.mark.parametrize("room", [0, 5, 15])
     def test_no_part_goes_below_one_position_for_a_slot(self, room: int) -> None:
         parts = [memory(10, 30), memory(20, 60)]
         whole = MemoryKV.concat(parts, room=room)
         assert whole.span == 15
-        assert same(whole, MemoryKV.concat([part.squeezed(part.least_span) for part in parts]))
+        assert same(whole, MemoryKV.concat([part.interpolated(part.least_span) for part in parts]))
 
     def test_stacks_that_do_not_fit_stay_as_they_are(self) -> None:
         parts = [MemoryKV.of(stack(3)), MemoryKV.of(stack(4))]

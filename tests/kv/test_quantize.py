@@ -16,7 +16,7 @@ from beacon_memory.errors import InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import BITS, GROUP, QuantizedKV, quantized
 
-TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "places", "counts")
+TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "positions", "counts")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_width = pytest.mark.parametrize("bits", BITS)
 
@@ -36,9 +36,9 @@ def ragged(counts: list[int], scale: float = 1, seed: int = 0, dtype: torch.dtyp
     """Random K/V of one layer whose heads have so many entries, every channel with a size and a middle of its own."""
     torch.manual_seed(seed)
     entries, span = sum(counts), max([1, *counts])
-    shape, places = (entries, 4), [torch.arange(count, dtype=torch.int32) for count in counts]
+    shape, positions = (entries, 4), [torch.arange(count, dtype=torch.int32) for count in counts]
     keys, values = (scale * (torch.randn(shape) * torch.rand(4) * 2 + torch.randn(4) * 8) for _ in range(2))
-    return MemoryKV(keys.to(dtype), values.to(dtype), torch.cat(places), torch.tensor([counts]), span)
+    return MemoryKV(keys.to(dtype), values.to(dtype), torch.cat(positions), torch.tensor([counts]), span)
 
 
 memories = st.builds(
@@ -157,7 +157,7 @@ def test_codes_stay_as_they_are_while_a_memory_grows(
         assert packed.counts.tolist() == [[a + b for a, b in zip(before.counts[0].tolist(), counts, strict=True)]]
         kept_as_it_was(before, packed, before.counts.flatten().tolist())
         whole = MemoryKV.concat([before.dequantized(torch.float32), new])
-        assert torch.equal(packed.places, whole.places)
+        assert torch.equal(packed.positions, whole.positions)
         back, group_sizes = packed.dequantized(torch.float32), [stop - first for _, first, stop in runs(packed)]
         off = (as_coded(back.keys, rotated) - as_coded(whole.keys, rotated)).abs()
         key_scales = packed.key_scales.float().repeat_interleave(torch.tensor(group_sizes), 0)
@@ -181,24 +181,24 @@ def test_what_stands_behind_the_start_gives_way_to_the_new(bits: int) -> None:
     kv = memory(5 * GROUP, 12 * GROUP)
     old, new = quantized(kv, bits), memory(40, 90)
     start = 3 * GROUP
-    before = [int((part.places[part.places < start]).numel()) for part in heads_of(kv)]
+    before = [int((part.positions[part.positions < start]).numel()) for part in heads_of(kv)]
     packed = old.grown(start, new)
     assert packed.counts.flatten().tolist() == [a + b for a, b in zip(before, new.counts.flatten(), strict=True)]
     assert packed.span == start + 40
     kept_as_it_was(old, packed, before)
     rest = packed.dequantized().between(start, start + 40)
-    assert torch.equal(rest.places, new.places)
+    assert torch.equal(rest.positions, new.positions)
     assert (rest.values - new.values).abs().max() < 0.3
     assert (rest.keys - new.keys).abs().max() < 0.6
 
 
 def test_entries_out_of_order_grow_to_no_others() -> None:
     kv = ragged([GROUP, GROUP + 9])
-    kv = replace(kv, places=kv.places.flip(0) % kv.span)
+    kv = replace(kv, positions=kv.positions.flip(0) % kv.span)
     start, new = GROUP // 2, ragged([3, 4], seed=1)
     grown = quantized(kv, 4).grown(start, new).dequantized()
     wanted = kv.grown(start, new)
-    assert torch.equal(grown.places, wanted.places)
+    assert torch.equal(grown.positions, wanted.positions)
     assert grown.counts.tolist() == wanted.counts.tolist()
     assert (grown.keys - wanted.keys).abs().max() < 4
     assert (grown.values - wanted.values).abs().max() < 2
@@ -217,7 +217,7 @@ def kept_as_it_was(before: QuantizedKV, after: QuantizedKV, sizes: list[int]) ->
         full = size // GROUP
         for name, count in {"keys": full * GROUP, "key_scales": full, "key_zeros": full}.items():
             assert torch.equal(new[name][:count], old[name][:count])
-        for name in ("values", "value_scales", "value_zeros", "places"):
+        for name in ("values", "value_scales", "value_zeros", "positions"):
             assert torch.equal(new[name][:size], old[name][:size])
 
 
@@ -259,7 +259,7 @@ def test_the_dtype_is_kept_and_another_may_be_asked_for(bits: int, dtype: torch.
     wide = packed.dequantized(torch.float32)
     assert same(packed.dequantized(), wide.to(dtype=dtype))
     assert (wide.span, packed.slots) == (kv.span, kv.slots)
-    assert torch.equal(wide.places, kv.places)
+    assert torch.equal(wide.positions, kv.positions)
     assert torch.equal(wide.counts, kv.counts)
 
 
@@ -270,26 +270,26 @@ def test_heads_without_entries_and_no_entries_at_all_are_fine(bits: int, kv: Mem
     for back in (packed.dequantized(), packed.grown(kv.span, kv).dequantized().between(0, kv.span)):
         assert (back.keys.shape, back.span) == (kv.keys.shape, kv.span)
         assert back.counts.tolist() == kv.counts.tolist()
-        assert torch.equal(back.places, kv.places)
+        assert torch.equal(back.positions, kv.positions)
 
 
 @every_width
-def test_a_squeezed_memory_keeps_its_places(bits: int) -> None:
-    kv = memory(100, 300).squeezed(60)
-    assert torch.equal(quantized(kv, bits).dequantized().places, kv.places)
+def test_a_interpolated_memory_keeps_its_places(bits: int) -> None:
+    kv = memory(100, 300).interpolated(60)
+    assert torch.equal(quantized(kv, bits).dequantized().positions, kv.positions)
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.54), (4, 0.29)])
 def test_bytes_are_about_a_half_and_less_than_a_third(bits: int, share: float) -> None:
     heads, slots, head_dim = 3, 5 * GROUP, 64
     shape = (heads * slots, head_dim)
-    places = torch.arange(slots, dtype=torch.int32).repeat(heads)
+    positions = torch.arange(slots, dtype=torch.int32).repeat(heads)
     numbers = torch.randn(shape).bfloat16()
-    kv = MemoryKV(numbers, numbers, places, torch.full((1, heads), slots), slots)
+    kv = MemoryKV(numbers, numbers, positions, torch.full((1, heads), slots), slots)
     packed = quantized(kv, bits)
-    assert packed.nbytes - places.nbytes <= share * (kv.nbytes - places.nbytes)
+    assert packed.nbytes - positions.nbytes <= share * (kv.nbytes - positions.nbytes)
     tensors = (packed.keys, packed.values, packed.key_scales, packed.key_zeros, packed.value_scales, packed.value_zeros)
-    assert packed.nbytes == sum(tensor.nbytes for tensor in (*tensors, packed.places))
+    assert packed.nbytes == sum(tensor.nbytes for tensor in (*tensors, packed.positions))
 
 
 @every_width
@@ -297,7 +297,7 @@ def test_counts_stay_on_the_cpu_when_all_else_moves_and_is_dequantized_there(bit
     packed = quantized(memory(150, 400), bits).to("meta")
     assert {getattr(packed, name).device.type for name in TENSORS[:-1]} == {"meta"}
     back = packed.dequantized(torch.bfloat16)
-    assert {part.device.type for part in (back.keys, back.values, back.places)} == {"meta"}
+    assert {part.device.type for part in (back.keys, back.values, back.positions)} == {"meta"}
     assert (back.keys.dtype, back.keys.shape) == (torch.bfloat16, (400, 4))
     assert packed.counts.device.type == back.counts.device.type == "cpu"
 
@@ -315,8 +315,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"key_zeros": torch.zeros(6, 4)}, r"key_zeros must be \[6, 4\] torch.float16, got \[6, 4\] torch.float32"),
     ({"value_scales": torch.zeros(20, 1).half()}, r"value_scales must be \[20\] torch.float16, got \[20, 1\]"),
     ({"value_zeros": torch.zeros(19).half()}, r"value_zeros must be \[20\] torch.float16, got \[19\]"),
-    ({"places": torch.zeros(20)[:4]}, r"places must be \[20\] torch.int32 or torch.float32, got \[4\]"),
-    ({"places": torch.zeros(20, dtype=torch.int16)}, "got .* torch.int16"),
+    ({"positions": torch.zeros(20)[:4]}, r"positions must be \[20\] torch.int32 or torch.float32, got \[4\]"),
+    ({"positions": torch.zeros(20, dtype=torch.int16)}, "got .* torch.int16"),
     ({"counts": torch.tensor([[9, 9, 2]], dtype=torch.int32)}, r"counts must be .* int64 .*got \[1, 3\] torch.int32"),
     ({"counts": torch.tensor([9, 9, 2])}, r"counts must be \[layers, kv_heads\]"),
     ({"counts": torch.tensor([[21, -1, 0]])}, r"of at least 0, got .*\[21, -1, 0\]"),

@@ -119,15 +119,15 @@ def test_an_adapter_can_be_saved_over_itself(kind: str, base: Path, tmp_path: Pa
     assert_same_model(load(base, tmp_path / "adapter"), trained)
 
 
-def test_a_reader_that_was_trained_is_saved_with_the_beacons(base: Path, tmp_path: Path) -> None:
+def test_a_lora_that_was_trained_is_saved_with_the_beacons(base: Path, tmp_path: Path) -> None:
     a_model(config(), tokenizer=tiny_tokenizer()).save_adapter(tmp_path / "first")
-    reader = tmp_path / "lora"
-    reader.mkdir()
-    (reader / "adapter_config.json").write_text("{}")
-    load(base, tmp_path / "first").save_adapter(tmp_path / "second", reader)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text("{}")
+    load(base, tmp_path / "first").save_adapter(tmp_path / "second", lora)
     read = read_adapter(tmp_path / "second")
-    assert read.reader == tmp_path / "second" / "reader"
-    assert (read.reader / "adapter_config.json").read_text() == "{}"
+    assert read.lora == tmp_path / "second" / "reader"
+    assert (read.lora / "adapter_config.json").read_text() == "{}"
 
 
 def test_saving_what_was_loaded_gives_the_same_files(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read.token_starts_word is not None
     assert torch.equal(read.token_salience, some_salience())
     assert torch.equal(read.token_starts_word, some_word_starts())
-    assert read.reader is None
+    assert read.lora is None
 
 
 def test_a_saved_adapter_names_a_base_in_a_folder_without_its_path(base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.prefix import Front
+from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling import attention
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, after
@@ -41,7 +41,7 @@ def uneven(stock: PreTrainedModel, ids: Sequence[int] = TEXT, *, seed: int = 0) 
 
 def answer(model: BeaconModel, memory: MemoryKV, ids: Sequence[int] = QUESTION) -> Tensor:
     """Logits of tokens that the base reads behind a memory."""
-    cache = MemoryCache([model.front(memory)])
+    cache = MemoryCache([model.prefix(memory)])
     with torch.no_grad():
         logits: Tensor = model.base(torch.tensor([list(ids)]), past_key_values=cache).logits
     return logits[0]
@@ -51,8 +51,8 @@ def answer(model: BeaconModel, memory: MemoryKV, ids: Sequence[int] = QUESTION) 
 def run(model: BeaconModel, memories: Sequence[MemoryKV | None], rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """The same in one pass of our own, each row behind its memory."""
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)]) for ids in rows], model.config)
-    fronts = [None if memory is None else model.front(memory) for memory in memories]
-    hidden = model.run(layout, model.empty_kv(), [], fronts=fronts).hidden
+    prefixes = [None if memory is None else model.prefix(memory) for memory in memories]
+    hidden = model.run(layout, model.empty_kv(), [], prefixes=prefixes).hidden
     return list(model.head(hidden).split([len(ids) for ids in rows]))
 
 
@@ -99,26 +99,32 @@ def test_a_memory_behind_another_is_the_text_at_later_positions(name: str) -> No
 
 @every_model
 @pytest.mark.parametrize("span", [19, 13, 8])
-def test_a_squeezed_memory_has_fractional_positions(name: str, span: int) -> None:
+def test_a_interpolated_memory_has_fractional_positions(name: str, span: int) -> None:
     stock, model = both(name)
     memory = uneven(stock)
-    expected = stock_reading(stock, QUESTION, replace(memory, places=memory.places * (span / 20), span=span)).logits
-    close(answer(model, memory.squeezed(span)), expected)
-    close(run(model, [memory.squeezed(span)], [QUESTION])[0], expected)
+    expected = stock_reading(
+        stock, QUESTION, replace(memory, positions=memory.positions * (span / 20), span=span)
+    ).logits
+    close(answer(model, memory.interpolated(span)), expected)
+    close(run(model, [memory.interpolated(span)], [QUESTION])[0], expected)
     assert not torch.allclose(expected, stock_reading(stock, QUESTION, memory).logits, atol=1e-2)
 
 
 @every_model
 def test_every_generated_token_sees_its_own_memory_and_no_padding(name: str) -> None:
     stock, model = both(name)
-    memories = [uneven(stock), MemoryKV.of(model.empty_kv()), uneven(stock, some_ids(33, seed=4), seed=1).squeezed(30)]
+    memories = [
+        uneven(stock),
+        MemoryKV.of(model.empty_kv()),
+        uneven(stock, some_ids(33, seed=4), seed=1).interpolated(30),
+    ]
     prompts = [some_ids(4, seed=5), some_ids(7, seed=6), some_ids(1, seed=7)]
     longest = max(map(len, prompts))
     base: Any = model.base
     output = base.generate(
         torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts]),
         attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
-        past_key_values=MemoryCache([model.front(memory) for memory in memories], config=base.config),
+        past_key_values=MemoryCache([model.prefix(memory) for memory in memories], config=base.config),
         max_new_tokens=5,
         do_sample=False,
         eos_token_id=None,
@@ -136,7 +142,7 @@ def test_every_generated_token_sees_its_own_memory_and_no_padding(name: str) -> 
 def test_copies_of_a_row_keep_its_memory_and_may_be_reordered(padding: int) -> None:
     stock, model = both("llama")
     memories = [uneven(stock), uneven(stock, some_ids(15, seed=4), seed=1)]
-    cache = MemoryCache([model.front(memory) for memory in memories])
+    cache = MemoryCache([model.prefix(memory) for memory in memories])
     cache.batch_repeat_interleave(2)
     rows = torch.tensor([[0] * padding + QUESTION] * 4)
     mask = torch.tensor([[0] * padding + [1] * 6] * 4)
@@ -169,19 +175,19 @@ def test_slots_of_the_pass_stand_between_the_memory_in_front_and_the_rows(name: 
     (raw,) = model.cut(start, between, iter([0]), tail="close")
     layout = BeaconLayout.build([Piece(start, [raw, Window.behind(9, QUESTION)])], model.config)
     with torch.no_grad():
-        close(model.head(model.run(layout, model.empty_kv(), [], fronts=[model.front(memory)]).hidden), expected)
+        close(model.head(model.run(layout, model.empty_kv(), [], prefixes=[model.prefix(memory)]).hidden), expected)
 
 
 @every_model
 def test_a_window_read_token_by_token_stays_behind_its_memory(name: str) -> None:
     stock, model = both(name)
     memory, logits = uneven(stock), []
-    front, cursor, past = model.front(memory), Cursor(), model.empty_kv()
+    prefix, cursor, past = model.prefix(memory), Cursor(), model.empty_kv()
     for token in QUESTION:
         (window,) = model.cut(cursor, [token], iter([0]))
         layout = BeaconLayout.build([Piece(cursor, [window])], model.config)
         with torch.no_grad():
-            output = model.run(layout, past, layout.unfinished[0], fronts=[front])
+            output = model.run(layout, past, layout.unfinished[0], prefixes=[prefix])
         logits.append(model.head(output.hidden)[0])
         cursor, past = after(cursor, window), output.kept
     close(torch.stack(logits), stock_reading(stock, QUESTION, memory).logits)
@@ -214,7 +220,7 @@ def test_masks_of_uneven_heads_begin_where_their_tensor_does(monkeypatch: pytest
     assert set(offsets) == {0}
 
 
-class TestFront:
+class TestPrefix:
     def kv(self, slots: int) -> BeaconKV:
         generator = torch.Generator().manual_seed(0)
         return BeaconKV(*(torch.randn(2, 3, slots, 8, generator=generator) for _ in "kv"))
@@ -223,7 +229,7 @@ class TestFront:
         _, model = both("llama")
         kept = torch.ones(2, 3, 5, dtype=torch.bool)
         kept[1, 0, 2] = False
-        even, ragged = Front(MemoryKV.chosen(self.kv(5), kept), model.rope).blocks
+        even, ragged = Prefix(MemoryKV.chosen(self.kv(5), kept), model.rope).blocks
         assert [(heads, tuple(keys.shape)) for heads, keys, _ in even] == [(slice(0, 3), (3, 5, 8))]
         assert [(heads.start, heads.stop, tuple(values.shape)) for heads, _, values in ragged] == [
             (0, 1, (1, 4, 8)),
@@ -235,7 +241,7 @@ class TestFront:
         _, model = both("llama")
         kv = self.kv(5)
         for (_, keys, values), theirs, held in zip(
-            (layer[0] for layer in Front(MemoryKV.of(kv), model.rope).blocks), kv.keys, kv.values, strict=True
+            (layer[0] for layer in Prefix(MemoryKV.of(kv), model.rope).blocks), kv.keys, kv.values, strict=True
         ):
             cos, sin = model.base.model.rotary_emb(theirs, torch.arange(-5, 0)[None])
             turned = torch.cat((-theirs[..., 4:], theirs[..., :4]), dim=-1)

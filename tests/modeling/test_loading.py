@@ -143,7 +143,7 @@ class TestTokenizerDigest:
         assert len(digests) == 4
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft's, when the test makes a reader
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft's, when the test makes a LoRA
 class TestReader:
     @pytest.fixture
     def adapter(self, tmp_path: Path) -> Path:
@@ -152,8 +152,8 @@ class TestReader:
         return folder
 
     @pytest.fixture(autouse=True)
-    def reader(self, adapter: Path) -> Tensor:
-        """Give the adapter a reader; returns PEFT's own logits with it merged in."""
+    def lora(self, adapter: Path) -> Tensor:
+        """Give the adapter a LoRA; returns PEFT's own logits with it merged in."""
         targets = ["q_proj", "k_proj", "v_proj"]
         lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
         torch.manual_seed(0)
@@ -163,12 +163,12 @@ class TestReader:
             logits: Tensor = reading.merge_and_unload()(torch.tensor([some_ids(20)])).logits
         return logits
 
-    def test_it_is_merged_as_peft_merges_it(self, base: Path, adapter: Path, reader: Tensor) -> None:
+    def test_it_is_merged_as_peft_merges_it(self, base: Path, adapter: Path, lora: Tensor) -> None:
         loaded = load(base, adapter)
         with torch.no_grad():
-            assert torch.equal(loaded.base(torch.tensor([some_ids(20)])).logits, reader)
+            assert torch.equal(loaded.base(torch.tensor([some_ids(20)])).logits, lora)
             plain = load(base).base(torch.tensor([some_ids(20)])).logits
-        assert float((plain - reader).abs().max()) > 0.1
+        assert float((plain - lora).abs().max()) > 0.1
         assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
 
     def test_it_leaves_the_beacons_own_projections_alone(self, base: Path, adapter: Path) -> None:
@@ -178,11 +178,11 @@ class TestReader:
         assert all(torch.equal(loaded[name], stored[name]) for name in stored)
 
     def test_it_belongs_to_the_fingerprint(self, base: Path, adapter: Path, tmp_path: Path) -> None:
-        with_reader = load(base, adapter).fingerprint
+        with_lora = load(base, adapter).fingerprint
         (adapter / "reader").rename(tmp_path / "elsewhere")
         without = load(base, adapter).fingerprint
-        assert with_reader.adapter != without.adapter
-        assert with_reader.base == without.base
+        assert with_lora.adapter != without.adapter
+        assert with_lora.base == without.base
 
     def test_it_is_saved_with_the_adapter(self, base: Path, adapter: Path, tmp_path: Path) -> None:
         trained = load(base, adapter)
@@ -209,7 +209,7 @@ class TestReader:
         tensors = load_file(adapter / "reader" / "adapter_model.safetensors")
         wider = {name: torch.ones(tensor.shape[0], tensor.shape[1] + 1) for name, tensor in tensors.items()}
         save_file(wider, adapter / "reader" / "adapter_model.safetensors")
-        with pytest.raises(AdapterError, match="reader"):
+        with pytest.raises(AdapterError, match="LoRA"):
             load(base, adapter)
 
     @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -220,5 +220,5 @@ class TestReader:
         (adapter / "reader" / file).unlink()
         if content is not None:
             (adapter / "reader" / file).write_bytes(content)
-        with pytest.raises(AdapterError, match="reader"):
+        with pytest.raises(AdapterError, match="LoRA"):
             load(base, adapter)

@@ -65,7 +65,7 @@ def close(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:
 
 def answer(model: BeaconModel, memory: MemoryKV, question: list[int]) -> Tensor:
     """Logits [1, tokens, vocab] of a question that the base reads behind a memory."""
-    logits: Tensor = model.base(torch.tensor([question]), past_key_values=MemoryCache([model.front(memory)])).logits
+    logits: Tensor = model.base(torch.tensor([question]), past_key_values=MemoryCache([model.prefix(memory)])).logits
     return logits
 
 
@@ -199,9 +199,9 @@ class TestComposition:
         """The memory behind which the branches stand, and the logits of each."""
         sink = model.sink_ids
         pieces = [Piece(Cursor(), model.cut(Cursor(), sink, iter([0]), tail="close"))] if sink else []
-        start, front = Cursor(memory=len(sink)), range(len(pieces))
+        start, prefix = Cursor(memory=len(sink)), range(len(pieces))
         for ids, ratios in self.DOCUMENTS:
-            pieces.append(Piece(start, model.cut(start, ids, iter(ratios), tail="close"), behind=front))
+            pieces.append(Piece(start, model.cut(start, ids, iter(ratios), tail="close"), behind=prefix))
         slots = len(sink) + sum(len(window.kept) for piece in pieces[len(sink) :] for window in piece.windows)
         windows = [Window(slots, 0, tuple(ids), (), 0, (), 0, finished=False) for ids in branches]
         pieces.append(Piece(Cursor(memory=slots), windows, behind=range(len(pieces))))

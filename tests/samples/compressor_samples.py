@@ -63,7 +63,7 @@ def assert_same(ours: MemoryKV, theirs: MemoryKV | ReferenceRead) -> None:
     if isinstance(theirs, ReferenceRead):
         theirs = MemoryKV.of(BeaconKV(theirs.keys, theirs.values))
     assert torch.equal(ours.counts, theirs.counts)
-    assert torch.equal(ours.places, theirs.places)
+    assert torch.equal(ours.positions, theirs.positions)
     assert ours.span == theirs.span
     torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=0)
     torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=0)

@@ -185,7 +185,7 @@ def seen(store: MemoryStore, id: str) -> object:
     found_by_words = {hit.document for hit in store.search(text.split()[0], 1000)}
     assert id in found_by_words
     row = replace(row, file="", updated_at="", used_at=0)
-    kv = [getattr(found.kv, name) for name in ("keys", "values", "places", "counts")]
+    kv = [getattr(found.kv, name) for name in ("keys", "values", "positions", "counts")]
     tensors = [(str(one.dtype), tuple(one.shape), xxhash.xxh3_128_hexdigest(one.float().numpy())) for one in kv]
     return asdict(row), asdict(header), text, tensors
 

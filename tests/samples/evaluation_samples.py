@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from beacon_memory.config import BeaconConfig
-from beacon_memory.evaluation.contestants import Contestant, Outcome
-from beacon_memory.evaluation.field import contestants
+from beacon_memory.evaluation.baselines import Baseline, Outcome
+from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.items import Item
 from beacon_memory.evaluation.presses import _hiding
 from beacon_memory.generation.prompt import chat_prompt
@@ -61,8 +61,8 @@ def saved_model(positions: int = 4096, sink: int = 1, family: str = "llama") -> 
 
 
 @cache
-def model_with_reader() -> BeaconModel:
-    """The same with a LoRA as reader, and a chat template of its own."""
+def model_with_lora() -> BeaconModel:
+    """The same with a LoRA as lora, and a chat template of its own."""
     folder, model = a_folder(), saved_model()
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(tiny_base("llama"), lora).save_pretrained(str(folder / "lora"))
@@ -72,12 +72,12 @@ def model_with_reader() -> BeaconModel:
     return reading
 
 
-def contestant(name: str, model: BeaconModel | None = None) -> Any:
-    (made,) = contestants([name], model or saved_model())
+def baseline(name: str, model: BeaconModel | None = None) -> Any:
+    (made,) = baselines([name], model or saved_model())
     return made
 
 
-def answer(one: Contestant, item: Item | None = None) -> Outcome:
+def answer(one: Baseline, item: Item | None = None) -> Outcome:
     (outcome,) = one.answer([item or an_item()], 12)
     return outcome
 
@@ -123,7 +123,8 @@ def nll_behind(memory: MemoryKV, continuation: Sequence[int]) -> float:
     hidden = torch.arange(longest) >= memory.counts[..., None]
     for layer in range(len(memory.counts)):
         heads = [
-            (apply_rotation(keys, *model.rope.table(places)), values) for keys, values, places in memory.layer(layer)
+            (apply_rotation(keys, *model.rope.table(positions)), values)
+            for keys, values, positions in memory.layer(layer)
         ]
         padded = [[torch.nn.functional.pad(part, (0, 0, 0, longest - len(part))) for part in head] for head in heads]
         keys, values = (torch.stack(parts)[None] for parts in zip(*padded, strict=True))
@@ -138,8 +139,8 @@ def _nll(logits: Tensor, continuation: Sequence[int]) -> float:
     return cross_entropy(logits, torch.tensor(list(continuation[1:]))).item()
 
 
-class Fake(Contestant):
-    """A contestant that answers from `say` and scores from `nll`, by the id or the text of what it is given."""
+class Fake(Baseline):
+    """A baseline that answers from `say` and scores from `nll`, by the id or the text of what it is given."""
 
     def __init__(self, name: str, say: Mapping[str, str] | None = None, nll: Mapping[int, float] | None = None) -> None:
         super().__init__(name, saved_model())

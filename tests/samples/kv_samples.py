@@ -63,7 +63,7 @@ def write_kv_file(path: Path, header: DocumentHeader, kv: StoredKV, text: str = 
 
 def same(ours: StoredKV, theirs: StoredKV) -> bool:
     """Equal bit for bit, in dtypes too."""
-    names = ["keys", "values", "places", "counts"]
+    names = ["keys", "values", "positions", "counts"]
     if isinstance(ours, QuantizedKV):
         names += ["key_scales", "key_zeros", "value_scales", "value_zeros"]
     pairs = [(getattr(ours, name), getattr(theirs, name)) for name in names]

@@ -99,7 +99,7 @@ def write_old_store(folder: Path, documents: dict[str, str]) -> dict[str, Memory
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         write_format_2(folder / file, header, kv)
         old = {"fingerprint": header.fingerprint.digest, "compression": "select", "metadata": json.dumps({"n": n})}
-        insert_old_row(db, text, id=id, file=file, bytes=stored_bytes(kv) + kv.places.nbytes // 2, **old)
+        insert_old_row(db, text, id=id, file=file, bytes=stored_bytes(kv) + kv.positions.nbytes // 2, **old)
         kept[id] = kv
     db.close()
     return kept
@@ -119,7 +119,7 @@ def write_format_3(path: Path, header: DocumentHeader, kv: MemoryKV) -> Quantize
 
 def write_format_2(path: Path, header: DocumentHeader, kv: MemoryKV, **changes: object) -> None:
     """A file as the second version wrote it; changes: to what it says of its tensors."""
-    tensors = {"keys": kv.keys, "values": kv.values, "places": kv.places, "counts": kv.counts.to(torch.int32)}
+    tensors = {"keys": kv.keys, "values": kv.values, "places": kv.positions, "counts": kv.counts.to(torch.int32)}
     said = {name: {"dtype": str(tensor.dtype), "shape": [*tensor.shape]} for name, tensor in tensors.items()}
     entry = {
         "format": 2,

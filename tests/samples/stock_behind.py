@@ -39,7 +39,7 @@ class Reading:
     weights: Tensor
 
     def of_slots(self, memory: MemoryKV, layer: int, head: int) -> Tensor:
-        """[groups, tokens, entries] the weights that the slots of one kv head receive, in the order of their places."""
+        """[groups, tokens, entries] the weights that the slots of one kv head receive, by position."""
         groups = self.weights.shape[1] // memory.counts.shape[1]
         return self.weights[layer, head * groups : (head + 1) * groups, :, : int(memory.counts[layer, head])]
 
@@ -56,7 +56,7 @@ def eager(name: str, **overrides: Any) -> PreTrainedModel:
 def stock_reading(
     stock: PreTrainedModel, ids: Sequence[int], memory: MemoryKV | None = None, *, unseen: Tensor | None = None
 ) -> Reading:
-    """Read tokens at the positions behind a memory's span, its slots at their places.
+    """Read tokens at the positions behind a memory's span, its slots at their positions.
 
     unseen: [layers, kv_heads, tokens, tokens] bool, what a head does not see among the tokens themselves.
     """
@@ -68,9 +68,9 @@ def stock_reading(
     mask[..., width:] = torch.full((tokens, tokens), -math.inf).triu(1)
     for layer in range(layers if memory is not None and width else 0):
         keys, values = (torch.zeros(1, kv_heads, width, stock.model.layers[0].self_attn.head_dim) for _ in "kv")
-        for head, (its_keys, its_values, places) in enumerate(memory.layer(layer)):
-            count = len(places)
-            cos, sin = (part[0] for part in stock.model.rotary_emb(its_keys, places[None].float()))
+        for head, (its_keys, its_values, positions) in enumerate(memory.layer(layer)):
+            count = len(positions)
+            cos, sin = (part[0] for part in stock.model.rotary_emb(its_keys, positions[None].float()))
             keys[0, head, :count] = its_keys * cos + rotate_half(its_keys) * sin
             values[0, head, :count] = its_values
             mask[layer, head, :, count:width] = -math.inf
@@ -119,9 +119,9 @@ def some_kept(shape: tuple[int, int], tokens: int, *, seed: int = 0, share: floa
     return kept
 
 
-def slow_repeated(stock: PreTrainedModel, front: MemoryKV, window: BeaconKV, ids: list[int]) -> Tensor:
-    """Read piece after piece behind [front | window]; add up the squares of weight times value, as long as that is."""
-    memory = MemoryKV.concat([front, MemoryKV.of(window)])
+def slow_repeated(stock: PreTrainedModel, prefix: MemoryKV, window: BeaconKV, ids: list[int]) -> Tensor:
+    """Read piece after piece behind [prefix | window]; add up the squares of weight times value, as long as that is."""
+    memory = MemoryKV.concat([prefix, MemoryKV.of(window)])
     scores = torch.zeros(*memory.counts.shape, len(ids))
     for start in range(0, len(ids), PIECE):
         reading = stock_reading(stock, ids[start : start + PIECE], memory)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.training import DataSource, ReaderRecipe, Recipe, Stage
-from beacon_memory.training.reader import inject_reader
+from beacon_memory.training import DataSource, LoraRecipe, Recipe, Stage
+from beacon_memory.training.lora import inject_lora
 from beacon_memory.training.samples import Branch, Sample
 from beacon_memory.training.start import trained_parameters
 
 TEXTS = [f"In year {year} the mill by the river was sold for {7 * year} pounds to a farmer." for year in range(20, 32)]
-READER = ReaderRecipe(rank=4, alpha=8, targets=("q_proj", "o_proj", "up_proj"))
+LORA = LoraRecipe(rank=4, alpha=8, targets=("q_proj", "o_proj", "up_proj"))
 
 
 def question_rows() -> list[dict[str, Any]]:
@@ -71,12 +71,12 @@ def a_base(folder: Path, **overrides: Any) -> Path:
     return tiny_checkpoint(folder, tiny_base("llama", **overrides))
 
 
-def a_model(reader: ReaderRecipe | None = None, **settings: Any) -> BeaconModel:
-    """A tiny model whose beacons, and reader, are as a training would find them half way."""
+def a_model(lora: LoraRecipe | None = None, **settings: Any) -> BeaconModel:
+    """A tiny model whose beacons, and LoRA, are as a training would find them half way."""
     config = BeaconConfig(**({"beacon_window": 8, "beacon_ratio": (2, 4)} | settings))
     model = tiny_model("llama", config, tokenizer=tiny_tokenizer())
-    if reader is not None:
-        inject_reader(model, reader, None)
+    if lora is not None:
+        inject_lora(model, lora, None)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in trained_parameters(model):

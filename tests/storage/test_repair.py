@@ -47,7 +47,7 @@ MENDED: dict[str, tuple[Callable[[MemoryStore], object], list[ProblemKind]]] = {
         lambda store: change(store, "UPDATE documents SET metadata = CAST(x'ff00' AS TEXT) WHERE id = 'doc'"),
         ["damaged-row"],
     ),
-    "seal": (lambda store: change(store, "UPDATE documents SET seal = '' WHERE id = 'doc'"), ["damaged-row"]),
+    "checksum": (lambda store: change(store, "UPDATE documents SET checksum = '' WHERE id = 'doc'"), ["damaged-row"]),
     "id of a row": (lambda store: change(store, "UPDATE documents SET id = 'dpc' WHERE id = 'doc'"), ["damaged-row"]),
     "id that is no text": (
         lambda store: change(store, "UPDATE documents SET id = CAST(x'64ff63' AS TEXT) WHERE id = 'doc'"),
@@ -70,8 +70,11 @@ MENDED: dict[str, tuple[Callable[[MemoryStore], object], list[ProblemKind]]] = {
         lambda store: change(store, "DELETE FROM documents WHERE id = 'doc'"),
         ["damaged-catalog", "lost-row"],
     ),
-    "counts": (lambda store: change(store, "UPDATE facts SET value = 7 WHERE name = 'bytes'"), ["damaged-catalog"]),
-    "number": (lambda store: change(store, "DELETE FROM facts WHERE name = 'last'"), ["damaged-catalog"]),
+    "counts": (
+        lambda store: change(store, "UPDATE properties SET value = 7 WHERE name = 'bytes'"),
+        ["damaged-catalog"],
+    ),
+    "number": (lambda store: change(store, "DELETE FROM properties WHERE name = 'last'"), ["damaged-catalog"]),
     "labels to filter by": (lambda store: change(store, "DELETE FROM labels"), ["damaged-catalog"]),
     "full-text index": (
         lambda store: change(store, "INSERT INTO passages_fts(passages_fts) VALUES ('delete-all')"),

@@ -44,14 +44,14 @@ def test_a_lost_catalog_comes_back_with_all_but_times_of_use(store: MemoryStore)
         put(store, id, n=1)
     store.update("c", expires_at=LONG_AGO)
     settings = store.configure(quota=10**6, precision="float32")
-    before, identity = everything(store), store.catalog().fact("identity")
+    before, identity = everything(store), store.catalog().read_property("identity")
     leave_catalog(store).unlink()
     assert store.list() == []
     assert kinds(store.repair()) == [("lost-row", id) for id in sorted(["a", "b/ü 🚀\0", "c"], key=file_stem)]
     assert all(content.stands(store) for content in before)
     assert [row.id for row in store.list()] == ["a", "b/ü 🚀\0"]
     assert store.expire() == ["c"]
-    assert (store.settings, store.catalog().fact("identity")) == (settings, identity)
+    assert (store.settings, store.catalog().read_property("identity")) == (settings, identity)
     assert store.verify() == []
 
 
@@ -220,28 +220,28 @@ def test_a_catalog_that_cannot_be_read_is_put_aside(store: MemoryStore) -> None:
 def test_a_catalog_that_is_put_aside_leaves_its_settings_and_identity(store: MemoryStore) -> None:
     store.configure(quota=10**6, precision="float16")
     put(store)
-    settings, identity = store.settings, store.catalog().fact("identity")
+    settings, identity = store.settings, store.catalog().read_property("identity")
     change(store, "DROP TABLE passages_fts_data")
     assert [problem.kind for problem in store.repair()] == ["damaged-catalog", "lost-row"]
-    assert (store.settings, store.catalog().fact("identity")) == (settings, identity)
+    assert (store.settings, store.catalog().read_property("identity")) == (settings, identity)
     assert store.verify() == []
 
 
 def _lose(store: MemoryStore, *names: str) -> None:
     for name in names:
-        change(store, f"DELETE FROM facts WHERE name = '{name}'")
+        change(store, f"DELETE FROM properties WHERE name = '{name}'")
 
 
 DAMAGE_TO_SETTINGS: dict[str, Callable[[MemoryStore], object]] = {
-    "a quota": lambda store: change(store, "UPDATE facts SET value = value / 1000 WHERE name = 'quota'"),
-    "a type": lambda store: change(store, "UPDATE facts SET value = CAST(value AS TEXT) WHERE name = 'quota'"),
-    "a precision": lambda store: change(store, "UPDATE facts SET value = 'int4' WHERE name = 'precision'"),
-    "an identity": lambda store: change(store, "UPDATE facts SET value = replace(value, 'a', 'b') || '' || 'c'"),
-    "a name": lambda store: change(store, "UPDATE facts SET name = 'quotb' WHERE name = 'quota'"),
+    "a quota": lambda store: change(store, "UPDATE properties SET value = value / 1000 WHERE name = 'quota'"),
+    "a type": lambda store: change(store, "UPDATE properties SET value = CAST(value AS TEXT) WHERE name = 'quota'"),
+    "a precision": lambda store: change(store, "UPDATE properties SET value = 'int4' WHERE name = 'precision'"),
+    "an identity": lambda store: change(store, "UPDATE properties SET value = replace(value, 'a', 'b') || '' || 'c'"),
+    "a name": lambda store: change(store, "UPDATE properties SET name = 'quotb' WHERE name = 'quota'"),
     "a name that is no text": lambda store: change(
-        store, "UPDATE facts SET name = CAST(x'71ff' AS TEXT) WHERE name = 'quota'"
+        store, "UPDATE properties SET name = CAST(x'71ff' AS TEXT) WHERE name = 'quota'"
     ),
-    "a seal": lambda store: change(store, "UPDATE facts SET seal = '' WHERE name = 'cache_bytes'"),
+    "a seal": lambda store: change(store, "UPDATE properties SET checksum = '' WHERE name = 'cache_bytes'"),
     "an identity gone": lambda store: _lose(store, "identity"),
 }
 
@@ -249,7 +249,7 @@ DAMAGE_TO_SETTINGS: dict[str, Callable[[MemoryStore], object]] = {
 @pytest.mark.parametrize("name", DAMAGE_TO_SETTINGS)
 def test_damaged_settings_are_refused_and_come_back_from_their_copy(store: MemoryStore, name: str) -> None:
     settings = store.configure(quota=10**6, precision="bfloat16")
-    kv, identity = put(store), store.catalog().fact("identity")
+    kv, identity = put(store), store.catalog().read_property("identity")
     DAMAGE_TO_SETTINGS[name](store)
     if "gone" not in name:
         for use in (lambda: store.settings, lambda: put(store, "new"), lambda: store.configure(quota=7)):
@@ -257,7 +257,7 @@ def test_damaged_settings_are_refused_and_come_back_from_their_copy(store: Memor
                 use()
     assert [problem.kind for problem in store.verify()][:1] == ["damaged-catalog"]
     assert all(problem.mended for problem in store.repair())
-    assert (store.settings, store.catalog().fact("identity")) == (settings, identity)
+    assert (store.settings, store.catalog().read_property("identity")) == (settings, identity)
     assert same(store.get("doc").kv, kv)
     assert store.verify() == []
 
@@ -282,7 +282,7 @@ def test_damaged_settings_without_a_copy_are_those_of_a_new_store(store: MemoryS
     kv = put(store)
     (store.folder / "settings.json").write_text("{}")
     assert kinds(store.verify()) == [("stale-label", None)]
-    change(store, "UPDATE facts SET value = 7 WHERE name = 'quota'")
+    change(store, "UPDATE properties SET value = 7 WHERE name = 'quota'")
     assert [problem.mended for problem in store.repair()] == [True, True]
     assert store.settings == Settings(precision="bfloat16")
     assert same(store.get("doc").kv, kv)

@@ -43,7 +43,7 @@ def test_a_stored_document_is_read_back_bit_for_bit(store: MemoryStore, dtype: t
     assert store.list() == [store.row("doc")] == [row]
     assert "doc" in store
     assert (row.tokens, row.slots, row.ratios) == (13, 6, (2, 4))
-    assert row.bytes == kv.nbytes - 2 * len(kv.places)  # places of so short a span take two bytes in the file
+    assert row.bytes == kv.nbytes - 2 * len(kv.positions)  # places of so short a span take two bytes in the file
     assert store.totals() == Totals(1, row.bytes)
     assert (row.compression, f"torch.{row.precision}") == ("select", str(dtype))
     assert (row.label, row.fingerprint) == (label, FINGERPRINT.digest)
@@ -171,7 +171,7 @@ def test_what_does_not_fit_together_is_refused_and_changes_nothing(store: Memory
     for arguments, message in [
         ((header, other, TEXT.upper(), None), "made for another text"),
         ((header, memory(13, 35), TEXT, None), "35 entries, but its windows take 6 slots"),
-        ((header, other.squeezed(7), TEXT, None), "squeezed"),
+        ((header, other.interpolated(7), TEXT, None), "interpolated"),
         ((header, other.to(dtype=torch.float64), TEXT, None), "must be one of float32"),
         ((beyond, thirteen, TEXT, None), "ends after the text's 66 characters"),
         ((header, other, TEXT + "\ud800", None), "surrogate"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from tiny_models import tiny_base
-from training_samples import QA, READER, TEXT, a_base, a_model, a_recipe, a_stage
+from training_samples import LORA, QA, TEXT, a_base, a_model, a_recipe, a_stage
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling.model import BeaconModel
@@ -51,17 +51,17 @@ def test_where_the_base_lay_is_not_told(tmp_path: Path) -> None:
     assert str(tmp_path) not in written
 
 
-def test_it_tells_settings_and_reader(tmp_path: Path) -> None:
-    written = card(tmp_path, a_recipe(reader=READER), beacon_placement="salient-words")
+def test_it_tells_settings_and_lora(tmp_path: Path) -> None:
+    written = card(tmp_path, a_recipe(lora=LORA), beacon_placement="salient-words")
     for line in (
         "| `beacon_window` | 8 |",
         "| `beacon_ratio` | 2, 4 |",
         "| `beacon_placement` | salient-words |",
-        "| reader | LoRA, rank 4, alpha 8, q_proj, o_proj, up_proj |",
+        "| lora | LoRA, rank 4, alpha 8, q_proj, o_proj, up_proj |",
         "| started from | untrained beacons |",
     ):
         assert line in written
-    assert "| reader | none |" in card(tmp_path)
+    assert "| lora | none |" in card(tmp_path)
 
 
 def test_it_tells_where_salience_comes_from(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from tiny_models import BOS, some_ids
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from training_samples import READER, a_model, a_sample
+from training_samples import LORA, a_model, a_sample
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
@@ -30,7 +30,7 @@ ALONE = a_sample([some_ids(3, seed=5)], [[4]], (some_ids(7, seed=6), 2))
 LONG = a_sample([some_ids(19, seed=1)], [[2, 4, 2]], (some_ids(9, seed=3), 6), (some_ids(4, seed=4), 1))
 
 every_method = pytest.mark.parametrize("settings", SETTINGS, ids=str)
-with_and_without_reader = pytest.mark.parametrize("reader", [None, READER], ids=["no reader", "reader"])
+with_and_without_lora = pytest.mark.parametrize("lora", [None, LORA], ids=["no LoRA", "lora"])
 
 
 def behind(model: BeaconModel, sample: Sample, branch: Branch, compression: str = "beacon") -> Tensor:
@@ -38,8 +38,8 @@ def behind(model: BeaconModel, sample: Sample, branch: Branch, compression: str 
     compressor = BeaconCompressor(model)
     documents = [Work(*one) for one in zip(sample.parts, sample.ratios, strict=True)]
     memories = [next(compressor.compress([one], compression=compression)).kv for one in documents]
-    front = model.front(MemoryKV.concat([MemoryKV.of(compressor.sink), *memories]))
-    cache = MemoryCache([front], config=model.base.config)
+    prefix = model.prefix(MemoryKV.concat([MemoryKV.of(compressor.sink), *memories]))
+    cache = MemoryCache([prefix], config=model.base.config)
     logits = model.base(torch.tensor([branch.ids]), past_key_values=cache).logits[0]
     return logits[branch.labelled - 1 : -1]  # type: ignore[no-any-return]
 
@@ -75,11 +75,11 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 class TestLabels:
     @every_method
-    @with_and_without_reader
+    @with_and_without_lora
     def test_it_is_that_of_the_stock_model_behind_documents_compressed_one_by_one(
-        self, settings: dict[str, Any], reader: Any
+        self, settings: dict[str, Any], lora: Any
     ) -> None:
-        model = a_model(reader, **settings)
+        model = a_model(lora, **settings)
         with torch.no_grad():
             expected = [losses_behind(model, one) for one in (COMPOSED, ALONE)]
             ours = TrainingModel(model)([COMPOSED, ALONE])
@@ -126,9 +126,9 @@ class TestHybrid:
     SHORT = a_sample([some_ids(5, seed=2)], [[4]], (some_ids(7, seed=6), 2))
 
     @pytest.mark.parametrize("settings", [{}, {"beacon_sink_size": 0}, {"beacon_placement": "salient-words"}], ids=str)
-    @with_and_without_reader
-    def test_it_is_that_of_the_stock_model_behind_hybrid_memories(self, settings: dict[str, Any], reader: Any) -> None:
-        model = a_model(reader, **settings)
+    @with_and_without_lora
+    def test_it_is_that_of_the_stock_model_behind_hybrid_memories(self, settings: dict[str, Any], lora: Any) -> None:
+        model = a_model(lora, **settings)
         with torch.no_grad():
             expected = [losses_behind(model, one, "hybrid") for one in (self.WINDOW, self.SHORT)]
             ours = TrainingModel(model, hybrid=True)([self.WINDOW, self.SHORT])
@@ -136,7 +136,7 @@ class TestHybrid:
         assert abs(float(ours.loss - loss(model, self.WINDOW, self.SHORT))) > 0.01
 
     def test_gradient_reaches_the_beacons(self) -> None:
-        model = a_model(READER)
+        model = a_model(LORA)
         TrainingModel(model.train(), hybrid=True)([self.WINDOW]).loss.backward()
         gradients = {name: parameter.grad for name, parameter in trained_parameters(model)}
         for kind in ("beacon_k_proj", "beacon_v_proj", ".lora_"):
@@ -144,9 +144,9 @@ class TestHybrid:
 
 
 class TestDistillation:
-    @with_and_without_reader
-    def test_it_is_the_divergence_from_the_stock_model_reading_the_full_text(self, reader: Any) -> None:
-        model = a_model(reader)
+    @with_and_without_lora
+    def test_it_is_the_divergence_from_the_stock_model_reading_the_full_text(self, lora: Any) -> None:
+        model = a_model(lora)
         with torch.no_grad():
             expected = divergence(model, LONG).mean()
         assert float(expected) > 0.01
@@ -170,7 +170,7 @@ class TestDistillation:
         assert float(loss(model, text, label_weight=0.0, distill_weight=1.0)) > 0.01
 
     def test_the_full_reading_is_not_trained(self) -> None:
-        model = a_model(READER)
+        model = a_model(LORA)
         raw = a_sample([some_ids(18)], [[0, 0, 0]], (some_ids(9), 3))
         TrainingModel(model, label_weight=0.0, distill_weight=1.0)([raw]).loss.backward()
         gradients = [p.grad for _, p in trained_parameters(model) if p.grad is not None]
@@ -183,8 +183,8 @@ class TestGradient:
         TrainingModel(model.train(), **weights)(samples).loss.backward()
         return {name: parameter.grad for name, parameter in trained_parameters(model)}
 
-    def test_it_reaches_beacons_and_reader_and_nothing_else(self) -> None:
-        model = a_model(READER)
+    def test_it_reaches_beacons_and_lora_and_nothing_else(self) -> None:
+        model = a_model(LORA)
         gradients = self.backward(model, COMPOSED)
         assert sum(".lora_" in name for name in gradients) == 2 * 3 * 3
         for name, gradient in gradients.items():
@@ -204,7 +204,7 @@ class TestGradient:
     def test_checkpointing_does_not_change_it(self, settings: dict[str, Any]) -> None:
         gradients, calls = [], []
         for checkpointing in (False, True):
-            model = a_model(READER, **settings)
+            model = a_model(LORA, **settings)
             if checkpointing:
                 model.base.activation_checkpointing_enable({"use_reentrant": False})
             model.base.model.layers[1].mlp.register_forward_pre_hook(

@@ -12,7 +12,7 @@ from training_samples import TEXT, a_recipe, a_stage
 from beacon_memory import training
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import ConfigError, MissingDependencyError
-from beacon_memory.training import DataSource, ReaderRecipe, Recipe, SalienceRecipe, read_recipe, shipped_recipes
+from beacon_memory.training import DataSource, LoraRecipe, Recipe, SalienceRecipe, read_recipe, shipped_recipes
 
 SMALL = """
 [[stage]]
@@ -39,15 +39,15 @@ class TestReading:
         (stage,) = recipe.stages
         assert (stage.name, stage.steps, stage.ratio_per) == ("first", 10, "window")
         assert stage.data == (DataSource(path="text.jsonl", kind="text"),)
-        assert (recipe.adapter, recipe.reader, recipe.dtype, recipe.seed) == (None, None, "bfloat16", 0)
+        assert (recipe.adapter, recipe.lora, recipe.dtype, recipe.seed) == (None, None, "bfloat16", 0)
 
     def test_what_is_given_is_taken(self, tmp_path: Path) -> None:
-        reader = "reader = { rank = 2, targets = ['o_proj'] }"
-        head = f"seed = 7\nbase = 'some/model'\nbeacon = {{ beacon_window = 64 }}\n{reader}"
+        lora = "lora = { rank = 2, targets = ['o_proj'] }"
+        head = f"seed = 7\nbase = 'some/model'\nbeacon = {{ beacon_window = 64 }}\n{lora}"
         second = SMALL.replace("first", "second").replace("steps", "learning_rate = 1\nsteps")
         recipe = read(tmp_path, f"{head}\n{SMALL}where = {{ source = 'a', year = 3 }}\nweight = 2\n{second}")
         assert (recipe.seed, recipe.base, recipe.beacon) == (7, "some/model", {"beacon_window": 64})
-        assert recipe.reader == ReaderRecipe(rank=2, targets=("o_proj",))
+        assert recipe.lora == LoraRecipe(rank=2, targets=("o_proj",))
         assert [(stage.name, stage.learning_rate) for stage in recipe.stages] == [("first", 5e-5), ("second", 1)]
         assert recipe.stages[0].data[0].where == {"source": "a", "year": 3}
         assert recipe.stages[0].data[0].weight == 2
@@ -62,7 +62,7 @@ class TestReading:
         assert recipe.salience == SalienceRecipe(data=(DataSource(path="a", kind="qa"),), answer_weight=2)
 
     def test_its_dict_survives_json(self) -> None:
-        settings = a_recipe(reader=ReaderRecipe()).to_dict()
+        settings = a_recipe(lora=LoraRecipe()).to_dict()
         assert json.loads(json.dumps(settings)) == settings
         assert settings["stages"][0]["tokens"] == [12, 40]
 
@@ -93,9 +93,9 @@ class TestErrors:
             (SMALL + "weight = inf", "stage 1, data 1: weight=inf must be above 0"),
             (SMALL + "weight = '2'", "stage 1, data 1: weight='2' must be a number"),
             (SMALL + "where = 'a'", "stage 1, data 1: where='a' must be a table"),
-            ("reader = true\n" + SMALL, "reader=True must be a table"),
-            ("reader = { rank = 0 }\n" + SMALL, "reader: rank=0 must be above 0"),
-            ("reader = { targets = 'o_proj' }\n" + SMALL, "reader: targets='o_proj' must be a list of texts"),
+            ("lora = true\n" + SMALL, "lora=True must be a table"),
+            ("lora = { rank = 0 }\n" + SMALL, "lora: rank=0 must be above 0"),
+            ("lora = { targets = 'o_proj' }\n" + SMALL, "lora: targets='o_proj' must be a list of texts"),
             ("salience = 3\n" + SMALL, "salience=3 must be a table"),
             ("salience = { answer_weight = 1 }\n" + SMALL, r"salience: data=\(\) must be at least one source"),
             (SMALL + "[salience]\ndata = 'a'", "salience: data must be written as tables"),
@@ -161,7 +161,7 @@ class TestShipped:
     def test_the_default_one_goes_on_with_the_shipped_adapter(self) -> None:
         recipe, _ = read_recipe("default")
         assert (recipe.base, recipe.adapter) == (None, "default")
-        assert recipe.reader is not None
+        assert recipe.lora is not None
 
     def test_the_paper_s_has_the_published_settings(self) -> None:
         recipe, _ = read_recipe("paper")
@@ -169,14 +169,14 @@ class TestShipped:
             {"beacon_window": 2048, "beacon_ratio": [2, 4, 8, 16, 32], "beacon_param": ["q", "k", "v"]}
         )
         assert recipe.beacon_config(BeaconConfig()) == published
-        assert (recipe.adapter, recipe.reader) == (None, None)
+        assert (recipe.adapter, recipe.lora) == (None, None)
         assert [stage.learning_rate for stage in recipe.stages] == [5e-5, 1e-5]
         assert {stage.ratio_per for stage in recipe.stages} == {"window"}
 
 
 class TestPackage:
     def test_public_names_are_exactly_these(self) -> None:
-        settings = {"DataSource", "ReaderRecipe", "Recipe", "SalienceRecipe", "Stage"}
+        settings = {"DataSource", "LoraRecipe", "Recipe", "SalienceRecipe", "Stage"}
         assert set(training.__all__) == settings | {"read_recipe", "shipped_recipes", "train"}
         for name in training.__all__:
             assert getattr(training, name) is not None

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import some_ids, tiny_base
 from torch import Tensor
-from training_samples import QA, READER, TEXT, a_base, a_recipe, a_stage, write_rows
+from training_samples import LORA, QA, TEXT, a_base, a_recipe, a_stage, write_rows
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.errors import AdapterError, ConfigError, InputError
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.training import ReaderRecipe, Recipe, read_recipe, trainer
+from beacon_memory.training import LoraRecipe, Recipe, read_recipe, trainer
 from beacon_memory.training.losses import TrainingModel
 from beacon_memory.training.start import trained_parameters
 from beacon_memory.training.trainer import train
@@ -91,16 +91,16 @@ def losses(output: Path, stage: str = "first") -> list[float]:
 
 class TestRun:
     @pytest.mark.parametrize("settings", [{}, PAPER, {"beacon_placement": "salient-words"}], ids=str)
-    @pytest.mark.parametrize("reader", [None, READER], ids=["no reader", "reader"])
+    @pytest.mark.parametrize("lora", [None, LORA], ids=["no LoRA", "lora"])
     def test_the_adapter_is_the_model_that_was_trained(
-        self, settings: dict[str, Any], reader: ReaderRecipe | None, base: Path, data: Path, left: list[BeaconModel]
+        self, settings: dict[str, Any], lora: LoraRecipe | None, base: Path, data: Path, left: list[BeaconModel]
     ) -> None:
         beacon = {"beacon_window": 8, "beacon_ratio": [2, 4], **settings}
-        adapter = run(a_recipe(base, beacon=beacon, reader=reader), data, data.parent / "run")
+        adapter = run(a_recipe(base, beacon=beacon, lora=lora), data, data.parent / "run")
         (ours,), loaded = left, BeaconModel.from_pretrained(base, adapter, device="cpu")
         assert adapter == data.parent / "run" / "adapter"
         assert loaded.config == ours.config
-        assert (adapter / "reader").exists() == (reader is not None)
+        assert (adapter / "reader").exists() == (lora is not None)
         ids = torch.tensor([some_ids(29)])
         with torch.no_grad():
             logits = [model(ids, ratios=[iter([2, 4, 2])]).logits for model in (ours, loaded)]
@@ -111,7 +111,7 @@ class TestRun:
                 assert not torch.allclose(untrained(ids, ratios=[iter([2, 4, 2])]).logits, logits[0], atol=1e-2)
 
     def test_the_base_is_not_trained(self, base: Path, data: Path, left: list[BeaconModel]) -> None:
-        run(a_recipe(base, reader=READER), data, data.parent / "run")
+        run(a_recipe(base, lora=LORA), data, data.parent / "run")
         trained = {id(parameter) for _, parameter in trained_parameters(left[0])}
         stock = dict(tiny_base("llama").named_parameters())
         names = [(name, p) for name, p in left[0].base.named_parameters() if id(p) not in trained]
@@ -121,7 +121,7 @@ class TestRun:
 
     def test_the_loss_falls(self, base: Path, data: Path) -> None:
         write_rows(data / "qa.jsonl", [{"context": "The key is red.", "question": "Key?", "answers": ["red"]}])
-        recipe = a_recipe(base, a_stage(data=(QA,), steps=25, learning_rate=2e-2, ratios=(2,)), reader=READER)
+        recipe = a_recipe(base, a_stage(data=(QA,), steps=25, learning_rate=2e-2, ratios=(2,)), lora=LORA)
         run(recipe, data, data.parent / "run")
         logged = losses(data.parent / "run")
         assert logged[-1] < 0.2 * logged[0]
@@ -172,7 +172,7 @@ class TestRun:
     def test_checkpointing_gradients_changes_nothing(self, base: Path, data: Path, left: list[BeaconModel]) -> None:
         adapters = [
             run(
-                a_recipe(base, a_stage(gradient_checkpointing=wanted), reader=READER),
+                a_recipe(base, a_stage(gradient_checkpointing=wanted), lora=LORA),
                 data,
                 data.parent / f"run {wanted}",
             )
@@ -199,7 +199,7 @@ class TestRun:
     def test_in_bfloat16_what_is_trained_stays_in_float32_until_it_is_saved(
         self, base: Path, data: Path, left: list[BeaconModel]
     ) -> None:
-        adapter = run(a_recipe(base, dtype="bfloat16", reader=READER), data, data.parent / "run")
+        adapter = run(a_recipe(base, dtype="bfloat16", lora=LORA), data, data.parent / "run")
         assert {p.dtype for _, p in trained_parameters(left[0])} == {torch.float32}
         assert {tensor.dtype for tensor in load_file(data.parent / "run/first/trained.safetensors").values()} == {
             torch.float32
@@ -213,7 +213,7 @@ class TestInterruption:
         self, after: int, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stages = (a_stage(steps=3, accumulate=2), a_stage(name="second", steps=3, accumulate=2, ratios=(2, 4, 0)))
-        recipe = a_recipe(base, *stages, reader=READER)
+        recipe = a_recipe(base, *stages, lora=LORA)
         whole = run(recipe, data, data.parent / "whole")
         interrupted(recipe, data, data.parent / "parts", monkeypatch, after)
         assert not (data.parent / "parts/adapter").exists()
@@ -234,11 +234,11 @@ class TestInterruption:
             state.unlink() if content is None else state.write_text(content)
             assert_same_adapter(run(recipe, data, output), whole)
 
-    @pytest.mark.parametrize("name", ["save_file", "_BeaconTrainer.save_state", "write_reader", "write_card"])
+    @pytest.mark.parametrize("name", ["save_file", "_BeaconTrainer.save_state", "write_lora", "write_card"])
     def test_a_run_interrupted_while_it_writes_is_finished_by_the_next(
         self, name: str, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        recipe = a_recipe(base, reader=READER)
+        recipe = a_recipe(base, lora=LORA)
         whole = run(recipe, data, data.parent / "whole")
         with monkeypatch.context() as patch:
             patch.setattr(f"{trainer.__name__}.{name}", interrupt)
@@ -249,7 +249,7 @@ class TestInterruption:
         assert (adapter / "README.md").exists()
 
     def test_a_finished_run_is_not_run_again(self, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        recipe = a_recipe(base, reader=READER)
+        recipe = a_recipe(base, lora=LORA)
         adapter = run(recipe, data, data.parent / "run")
         before = {file.relative_to(adapter): file.read_bytes() for file in adapter.rglob("*") if file.is_file()}
         monkeypatch.setattr(TrainingModel, "forward", interrupt)
@@ -275,17 +275,17 @@ class TestInterruption:
 
 
 class TestStart:
-    def test_an_adapter_and_its_reader_are_trained_on(self, base: Path, data: Path) -> None:
-        first = run(a_recipe(base, reader=READER), data, data.parent / "run")
+    def test_an_adapter_and_its_lora_are_trained_on(self, base: Path, data: Path) -> None:
+        first = run(a_recipe(base, lora=LORA), data, data.parent / "run")
         still = a_stage(steps=1, learning_rate=1e-30)
-        second = run(a_recipe(base, still, adapter="run/adapter", reader=READER), data, data.parent / "again")
+        second = run(a_recipe(base, still, adapter="run/adapter", lora=LORA), data, data.parent / "again")
         assert_same_adapter(second, first)
 
-    def test_a_reader_of_another_shape_or_left_out_is_refused(self, base: Path, data: Path) -> None:
-        run(a_recipe(base, reader=READER), data, data.parent / "run")
-        with pytest.raises(ConfigError, match=r"a reader of rank 4, alpha 8 on \['o_proj', 'q_proj', 'up_proj'\]"):
-            run(a_recipe(base, adapter="run/adapter", reader=ReaderRecipe(rank=8, alpha=8)), data, data.parent / "a")
-        with pytest.raises(ConfigError, match=r"'run/adapter' has a reader, so the recipe needs a \[reader\]"):
+    def test_a_lora_of_another_shape_or_left_out_is_refused(self, base: Path, data: Path) -> None:
+        run(a_recipe(base, lora=LORA), data, data.parent / "run")
+        with pytest.raises(ConfigError, match=r"a LoRA of rank 4, alpha 8 on \['o_proj', 'q_proj', 'up_proj'\]"):
+            run(a_recipe(base, adapter="run/adapter", lora=LoraRecipe(rank=8, alpha=8)), data, data.parent / "a")
+        with pytest.raises(ConfigError, match=r"'run/adapter' has a LoRA, so the recipe needs a \[lora\]"):
             run(a_recipe(base, adapter="run/adapter"), data, data.parent / "b")
 
     def test_an_adapter_that_is_not_there_is_named(self, base: Path, data: Path, monkeypatch: Any) -> None:
@@ -293,16 +293,16 @@ class TestStart:
         with pytest.raises(AdapterError, match="absent"):
             run(a_recipe(base, adapter="absent"), data, data.parent / "run")
 
-    def test_a_reader_of_layers_that_the_base_lacks_is_refused(self, base: Path, data: Path) -> None:
-        with pytest.raises(ConfigError, match=r"\[reader\] targets names 'c_proj', but the base model has no layer"):
-            run(a_recipe(base, reader=ReaderRecipe(targets=("q_proj", "c_proj"))), data, data.parent / "run")
+    def test_a_lora_of_layers_that_the_base_lacks_is_refused(self, base: Path, data: Path) -> None:
+        with pytest.raises(ConfigError, match=r"\[lora\] targets names 'c_proj', but the base model has no layer"):
+            run(a_recipe(base, lora=LoraRecipe(targets=("q_proj", "c_proj"))), data, data.parent / "run")
 
-    def test_the_seed_decides_how_a_reader_begins(self, base: Path, data: Path) -> None:
+    def test_the_seed_decides_how_a_lora_begins(self, base: Path, data: Path) -> None:
         still = a_stage(steps=1, learning_rate=1e-30)
         made = []
         for number, seed in enumerate((0, 0, 1)):
             torch.manual_seed(number)
-            made.append(tensors(run(a_recipe(base, still, reader=READER, seed=seed), data, data.parent / str(number))))
+            made.append(tensors(run(a_recipe(base, still, lora=LORA, seed=seed), data, data.parent / str(number))))
         name = next(name for name in made[0] if "lora_A" in name)
         assert torch.equal(made[0][name], made[1][name])
         assert not torch.equal(made[0][name], made[2][name])
@@ -323,7 +323,7 @@ class TestStart:
 
 
 def test_documents_can_be_compressed_with_what_was_trained(base: Path, data: Path) -> None:
-    adapter = run(a_recipe(base, reader=READER), data, data.parent / "run")
+    adapter = run(a_recipe(base, lora=LORA), data, data.parent / "run")
     model = BeaconModel.from_pretrained(base, adapter, device="cpu")
     (document,) = BeaconCompressor(model).compress([Work(some_ids(20), [2, 4, 2])])
     assert document.kv.slots == 4 + 2 + 2

@@ -27,7 +27,7 @@ from .connections import BUSY_SECONDS, Connections
 from .full_text import PassageHit, search
 from .migrations import begin_immediate, migrate
 from .passages import split_passages
-from .rows import COLUMNS, DamagedRow, DocumentRow, facts_of, from_record, seal, to_record
+from .rows import COLUMNS, DamagedRow, DocumentRow, checksum, from_record, properties_of, to_record
 
 __all__ = ["COUNTS", "Catalog", "DocumentRow", "PassageHit"]
 
@@ -104,7 +104,7 @@ class Catalog:
         for id in filter(None, (prefix, after)):
             check_id(id)
         sought = Label({} if metadata is None else metadata, tags)
-        wanted = builtins.list(facts_of(_plain(sought.metadata), sought.tags))
+        wanted = builtins.list(properties_of(_plain(sought.metadata), sought.tags))
         with self._database() as db:
             start = max(after, prefix)
             if len(wanted) > 1:
@@ -257,24 +257,24 @@ class Catalog:
         with self._database() as db:
             return {str(file) for (file,) in db.execute(sql, [id, id] if id is not None else []).fetchall()}
 
-    def facts(self) -> dict[str, Any]:
+    def properties(self) -> dict[str, Any]:
         """What is known of the whole catalog and does not follow from its rows; raises CorruptFileError if damaged.
 
-        identity: a random text, of this catalog alone. Others are set with `set_fact`.
+        identity: a random text, of this catalog alone. Others are set with `write_property`.
         """
-        sound, damaged = self._facts()
+        sound, damaged = self._properties()
         if damaged:
             names = ", ".join(map(repr, damaged))
             raise CorruptFileError(f"{self.path}: what it says of {names} is damaged; `beacon-memory repair` mends it")
         return sound
 
-    def sound_facts(self) -> dict[str, Any]:
-        """As `facts`, without those that are damaged."""
-        return self._facts()[0]
+    def sound_properties(self) -> dict[str, Any]:
+        """As `properties`, without those that are damaged."""
+        return self._properties()[0]
 
-    def fact(self, name: str) -> Any:
-        """One of the `facts`, None if there is none of this name."""
-        return self.facts().get(name)
+    def read_property(self, name: str) -> Any:
+        """One of the `properties`, None if there is none of this name."""
+        return self.properties().get(name)
 
     def count(self, name: str) -> int:
         """One of the `COUNTS`; raises CorruptFileError if it is lost.
@@ -286,20 +286,20 @@ class Catalog:
             raise CorruptFileError(f"{self.path}: the number of {name} is lost; `beacon-memory repair` finds it again")
         return value
 
-    def set_fact(self, name: str, value: object) -> None:
-        """Set a fact; None forgets it."""
+    def write_property(self, name: str, value: object) -> None:
+        """Set a property; None forgets it."""
         with self.transaction(), self._database() as db:
             if value is None:
-                db.execute("DELETE FROM facts WHERE name = ?", [name])
+                db.execute("DELETE FROM properties WHERE name = ?", [name])
             else:
-                fact = {"name": name, "value": value}
-                db.table("facts").upsert(fact | {"seal": seal(fact)}, pk="name")
+                kept = {"name": name, "value": value}
+                db.table("properties").upsert(kept | {"checksum": checksum(kept)}, pk="name")
 
     def take_number(self) -> int:
         """A number for a new file, higher than all before: milliseconds since 1970, or one more than the last."""
         with self._unsynced() as db, begin_immediate(db):
             number = max(self.count("last") + 1, int(time.time() * 1000))
-            db.execute("UPDATE facts SET value = ? WHERE name = 'last'", [number])
+            db.execute("UPDATE properties SET value = ? WHERE name = 'last'", [number])
         return number
 
     def unsettled(self) -> set[str]:
@@ -377,49 +377,49 @@ class Catalog:
                     found.append("the numbers of documents and bytes are not those of the rows")
                 if self._count("last") is None:
                     found.append("the number of the last file is lost")
-                sound, damaged = self._facts()
+                sound, damaged = self._properties()
                 if damaged or "identity" not in sound:
                     found.append(f"what it says of itself is damaged: {', '.join(map(repr, damaged)) or 'identity'}")
-                if any(set(facts_of(row.metadata, row.tags)) != self._labels(db, row.id) for row in self._sound()):
+                if any(set(properties_of(row.metadata, row.tags)) != self._labels(db, row.id) for row in self._sound()):
                     found.append("what documents are found by is not what their rows say")
         return found
 
-    def mend(self, facts: Mapping[str, Any]) -> None:
+    def mend(self, properties: Mapping[str, Any]) -> None:
         """Make anew what follows from the rows: indexes, full-text index, counts, labels.
 
-        facts: which to set in place of damaged ones, as far as they are known.
+        properties: which to set in place of damaged ones, as far as they are known.
         """
         with self.transaction(), self._database() as db:
             # not the index of the steps that made the tables: which names are right, its own or those of its table?
-            for table in ("documents", "passages", "labels", "versions", "unsettled", "facts"):
+            for table in ("documents", "passages", "labels", "versions", "unsettled", "properties"):
                 db.execute(f"REINDEX {table}")
             db.execute("INSERT INTO passages_fts(passages_fts) VALUES('rebuild')")
             for name, count in self._counts(db):
-                self.set_fact(name, count)
+                self.write_property(name, count)
             if self._count("last") is None:
-                self.set_fact("last", int(time.time() * 1000))
-            sound, damaged = self._facts()
+                self.write_property("last", int(time.time() * 1000))
+            sound, damaged = self._properties()
             if damaged or "identity" not in sound:
                 for name in damaged:
                     db.execute(
-                        "DELETE FROM facts WHERE name = CAST(? AS TEXT)", [name.encode(errors="surrogateescape")]
+                        "DELETE FROM properties WHERE name = CAST(? AS TEXT)", [name.encode(errors="surrogateescape")]
                     )
-                for name, value in {"identity": secrets.token_hex(16), **facts, **sound}.items():
-                    self.set_fact(name, value)
+                for name, value in {"identity": secrets.token_hex(16), **properties, **sound}.items():
+                    self.write_property(name, value)
             for row in self._sound():
                 self._write(db, row)
 
-    def _facts(self) -> tuple[dict[str, Any], builtins.list[str]]:
-        """All facts but the counts, which change too often to be sealed: the sound ones, and the names of others."""
+    def _properties(self) -> tuple[dict[str, Any], builtins.list[str]]:
+        """All properties but the counts, which change too often for a checksum: sound ones, names of damaged ones."""
         with self._database() as db:
-            found = builtins.list(db.query("SELECT name, value, seal FROM facts"))
-        facts = [one for one in found if one["name"] not in COUNTS]
-        damaged = [str(one["name"]) for one in facts if one["seal"] != seal(one)]
-        return {one["name"]: one["value"] for one in facts if one["name"] not in damaged}, damaged
+            found = builtins.list(db.query("SELECT name, value, checksum FROM properties"))
+        properties = [one for one in found if one["name"] not in COUNTS]
+        damaged = [str(one["name"]) for one in properties if one["checksum"] != checksum(one)]
+        return {one["name"]: one["value"] for one in properties if one["name"] not in damaged}, damaged
 
     def _count(self, name: str) -> int | None:
         with self._database() as db:
-            found = db.execute("SELECT value FROM facts WHERE name = ?", [name]).fetchone()
+            found = db.execute("SELECT value FROM properties WHERE name = ?", [name]).fetchone()
         return found[0] if found is not None and type(found[0]) is int else None
 
     def _sound(self) -> Iterator[DocumentRow]:
@@ -458,7 +458,7 @@ class Catalog:
     def _write(db: Database, row: DocumentRow) -> DocumentRow:
         db.execute(_UPSERT, to_record(row))
         db.execute("DELETE FROM labels WHERE document = ?", [row.id])
-        labels = [(name, value, row.id) for name, value in facts_of(row.metadata, row.tags)]
+        labels = [(name, value, row.id) for name, value in properties_of(row.metadata, row.tags)]
         db.conn.executemany("INSERT INTO labels (name, value, document) VALUES (?, ?, ?)", labels)
         return row
 

@@ -187,7 +187,7 @@ def _opened(path: Path | str) -> sqlite3.Connection:
         check_same_thread=False,
         uri=isinstance(path, str) and path.startswith("file:"),
     )
-    # a damaged value must not keep others from being read; its row's seal or its text's hash tells
+    # a damaged value must not keep others from being read; its row's checksum or its text's hash tells
     connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
     return connection
 

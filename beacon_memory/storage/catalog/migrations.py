@@ -18,7 +18,7 @@ from sqlite_utils import Database, Migrations
 from beacon_memory.errors import CorruptFileError, StoreError
 
 from .passages import split_passages
-from .rows import facts_of, seal
+from .rows import checksum, properties_of
 
 __all__ = ["begin_immediate", "migrate", "migrations"]
 
@@ -150,8 +150,8 @@ def m004_lifetimes(db: Database) -> None:
                 """  # noqa: S608  # our own names
             )
     for row in list(db.query("SELECT * FROM documents")):
-        db.execute("UPDATE documents SET seal = ? WHERE id = ?", [seal(row), row["id"]])
-        for name, value in facts_of(json.loads(row["metadata"]), ()):
+        db.execute("UPDATE documents SET seal = ? WHERE id = ?", [checksum(row), row["id"]])
+        for name, value in properties_of(json.loads(row["metadata"]), ()):
             db.execute("INSERT INTO labels VALUES (?, ?, ?)", [name, value, row["id"]])
 
 
@@ -160,7 +160,15 @@ def m005_sealed_facts(db: Database) -> None:
     """Facts that do not follow from the rows, such as settings, are sealed as rows are."""
     db.execute("ALTER TABLE facts ADD COLUMN seal TEXT NOT NULL DEFAULT ''")
     for fact in list(db.query("SELECT name, value FROM facts")):
-        db.execute("UPDATE facts SET seal = ? WHERE name = ?", [seal(fact), fact["name"]])
+        db.execute("UPDATE facts SET seal = ? WHERE name = ?", [checksum(fact), fact["name"]])
+
+
+@migrations()
+def m006_names(db: Database) -> None:
+    """Tables and columns are called what they are in the code."""
+    db.execute("ALTER TABLE facts RENAME TO properties")
+    for table in ("properties", "documents"):
+        db.execute(f"ALTER TABLE {table} RENAME COLUMN seal TO checksum")
 
 
 def _keep_texts(db: Database) -> None:

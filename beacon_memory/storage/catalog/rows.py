@@ -1,4 +1,4 @@
-"""What the catalog knows of a document, and how it is sealed against damage."""
+"""What the catalog knows of a document, and how it is checked against damage."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from beacon_memory.documents import Label
 from beacon_memory.errors import CorruptFileError
 
-__all__ = ["COLUMNS", "DamagedRow", "DocumentRow", "Totals", "facts_of", "from_record", "seal", "to_record"]
+__all__ = ["COLUMNS", "DamagedRow", "DocumentRow", "Totals", "checksum", "from_record", "properties_of", "to_record"]
 
 _JSON = ("ratios", "metadata", "tags")
-_UNSEALED = ("used_at", "seal")
+_NOT_CHECKED = ("used_at", "checksum")
 _ENCODER = json.JSONEncoder(sort_keys=True, default=repr)
 
 
@@ -81,7 +81,7 @@ class DamagedRow:
         """What it says, true or not; raises CorruptFileError if that can be no row."""
         try:
             json.dumps(self.record, ensure_ascii=False).encode()  # as the catalog would
-            row = from_record({**self.record, "seal": seal(self.record)})
+            row = from_record({**self.record, "checksum": checksum(self.record)})
             return row.labelled(row.label)
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptFileError(f"the row of {self.id!r} says nothing that could be: {error}") from None
@@ -95,29 +95,29 @@ class Totals:
     bytes: int
 
 
-COLUMNS = (*(field.name for field in fields(DocumentRow)), "seal")
+COLUMNS = (*(field.name for field in fields(DocumentRow)), "checksum")
 
 
 def to_record(row: DocumentRow) -> dict[str, Any]:
-    """The values of the catalog's columns for a row, the seal among them."""
+    """The values of the catalog's columns for a row, the checksum among them."""
     record = asdict(row) | {name: json.dumps(getattr(row, name)) for name in _JSON} | {"pinned": int(row.pinned)}
-    return record | {"seal": seal(record)}
+    return record | {"checksum": checksum(record)}
 
 
 def from_record(record: Mapping[str, Any]) -> DocumentRow:
     """The row of some columns' values; raises CorruptFileError if they are not those that were written."""
-    if record["seal"] != seal(record):
+    if record["checksum"] != checksum(record):
         raise CorruptFileError(
             f"the catalog's row of {record['id']!r} is damaged; `beacon-memory repair` makes it anew from its file"
         )
     values = dict(record)
-    del values["seal"]
+    del values["checksum"]
     ratios, metadata, tags = json.loads(f"[{', '.join(map(values.__getitem__, _JSON))}]")  # at once, which is faster
     values |= {"ratios": tuple(ratios), "metadata": metadata, "tags": tuple(tags), "pinned": bool(record["pinned"])}
     return DocumentRow(**values)
 
 
-def facts_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tuple[str, str]]:
+def properties_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tuple[str, str]]:
     """What a document can be found by, as names and values: its tags, and plain values at the top of its metadata."""
     for tag in tags:
         yield "tag", tag
@@ -126,9 +126,9 @@ def facts_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tu
             yield f"metadata.{json.dumps(name)}", json.dumps(value)  # JSON: a name may hold what has no UTF-8 form
 
 
-def seal(record: Mapping[str, Any]) -> str:
-    """A short hash of a row's values; a step of `migrations` that changes them seals all rows anew."""
-    sealed = dict(record)
-    for name in _UNSEALED:
-        sealed.pop(name, None)
-    return hashlib.sha256(_ENCODER.encode(sealed).encode()).hexdigest()[:32]
+def checksum(record: Mapping[str, Any]) -> str:
+    """A short hash of a row's values; a step of `migrations` that changes them checks all rows anew."""
+    checked = dict(record)
+    for name in _NOT_CHECKED:
+        checked.pop(name, None)
+    return hashlib.sha256(_ENCODER.encode(checked).encode()).hexdigest()[:32]

@@ -44,10 +44,10 @@ from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, quantized
 
+from .checked_json import json_checksum
 from .durable import make_folder, sync_file
 from .header import DocumentHeader, WindowSpan
 from .local import TEMP_PREFIX
-from .sealed_json import seal_json
 
 __all__ = [
     "FORMAT_VERSION",
@@ -69,7 +69,7 @@ _LONGEST_HEADER = 32 << 20  # bytes; a window takes about a hundred
 _LONGEST_ENTRY = _LONGEST_HEADER // 4  # as JSON in JSON each quotation mark takes more
 _LONGEST_FLAW = 500  # characters of an error message: it may quote what somebody wrote to do harm
 _LARGEST_EMPTY = 1 << 24  # product of the other axes of a tensor without elements: more is a lie, and would cost memory
-_PLACES_16 = 1 << 15  # span up to which places take two bytes
+_POSITIONS_16 = 1 << 15  # span up to which positions take two bytes
 _PLAIN = ("counts", "keys", "places", "values")
 _SCALES = ("key_scales", "key_zeros", "value_scales", "value_zeros")
 
@@ -127,14 +127,14 @@ def with_precision(kv: StoredKV, precision: str) -> StoredKV:
 
 
 def stored_bytes(kv: StoredKV) -> int:
-    """Bytes that keys, values and places take in a file."""
-    return kv.nbytes - kv.places.nbytes + _narrow(kv).nbytes
+    """Bytes that keys, values and positions take in a file."""
+    return kv.nbytes - kv.positions.nbytes + _narrow(kv).nbytes
 
 
 def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str) -> Path:
     """Write a temporary file into `folder`, created if missing, and sync it to disk.
 
-    Raises InputError if `kv` is not a memory that the header describes, or is squeezed, or the text is another one;
+    Raises InputError if `kv` is not a memory that the header describes, or is interpolated, or the text is another one;
     StoreError if the file cannot be written. Nothing is left behind then.
     """
     if flaw := _misfit(header, kv) or _misplaced(kv):
@@ -162,7 +162,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str)
         "header": asdict(header),
         "tensors": {**{name: _form(tensor) for name, tensor in tensors.items()}, "xxh3": _hash(tensors), **rotated},
     }
-    entry = json.dumps({**described, "sha256": seal_json(described)})
+    entry = json.dumps({**described, "sha256": json_checksum(described)})
     if len(entry) > _LONGEST_ENTRY:
         raise InputError(f"the header of {header.id!r} would take {len(entry)} bytes; split the document")
     make_folder(folder)
@@ -275,22 +275,25 @@ def _kv(tensors: Mapping[str, Tensor], span: int, rotated: bool) -> StoredKV:
             f"its counts must be int32 and its places int16 or int32, got {tensors['counts'].dtype} and "
             f"{tensors['places'].dtype}"
         )
-    whole = {"counts": tensors["counts"].long(), "places": _wide(tensors["places"])}
+    whole = {"counts": tensors["counts"].long(), "positions": _wide(tensors["places"])}
+    given = {name: tensor for name, tensor in tensors.items() if name != "places"}
     if "key_scales" not in tensors:
-        return MemoryKV(**{**tensors, **whole}, span=span)
+        return MemoryKV(**{**given, **whole}, span=span)
     width, head_dim = (tensors[name].shape[-1] if tensors[name].ndim else 0 for name in ("keys", "key_scales"))
     bits = 8 * width // max(1, head_dim)
-    return QuantizedKV(**{**tensors, **whole}, bits=bits, span=span, dtype=torch.float32, rotated=rotated)
+    return QuantizedKV(**{**given, **whole}, bits=bits, span=span, dtype=torch.float32, rotated=rotated)
 
 
-def _wide(places: Tensor) -> Tensor:
-    """Places of a file as a memory has them; by one thread, see `_misplaced`."""
-    return torch.from_numpy(places.numpy().astype("int32", copy=False))
+def _wide(positions: Tensor) -> Tensor:
+    """Positions of a file as a memory has them; by one thread, see `_misplaced`."""
+    return torch.from_numpy(positions.numpy().astype("int32", copy=False))
 
 
 def _narrow(kv: StoredKV) -> Tensor:
-    """The places as a file keeps them."""
-    return kv.places.to(torch.int16) if kv.span <= _PLACES_16 and kv.places.dtype == torch.int32 else kv.places
+    """The positions as a file keeps them, under their older name `places`."""
+    return (
+        kv.positions.to(torch.int16) if kv.span <= _POSITIONS_16 and kv.positions.dtype == torch.int32 else kv.positions
+    )
 
 
 def _read_entry(path: Path, metadata: Mapping[str, str]) -> tuple[DocumentHeader, dict[str, Any]]:
@@ -298,7 +301,7 @@ def _read_entry(path: Path, metadata: Mapping[str, str]) -> tuple[DocumentHeader
 
     What it says is the `_form` of each tensor by name, and their hash as `xxh3` or `sha256`.
     """
-    entry = _unsealed(path, metadata)
+    entry = _checked(path, metadata)
     version = entry["format"]
     try:
         header, tensors = entry["header"], entry["tensors"]
@@ -319,7 +322,7 @@ def _read_entry(path: Path, metadata: Mapping[str, str]) -> tuple[DocumentHeader
         raise _corrupt(path, f"its header cannot be read ({error})") from error
 
 
-def _unsealed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _checked(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The JSON object in a file's metadata, its version and digest checked."""
     if _ENTRY not in metadata:
         raise _corrupt(path, f"it has no metadata entry {_ENTRY!r}, so beacon_memory did not write it")
@@ -327,7 +330,7 @@ def _unsealed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise _corrupt(path, f"its metadata entry {_ENTRY!r} is longer than any of ours")
     try:
         entry = json.loads(metadata[_ENTRY])
-        sealed = isinstance(entry, dict) and entry.pop("sha256", None) == seal_json(entry)
+        sound = isinstance(entry, dict) and entry.pop("sha256", None) == json_checksum(entry)
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"its metadata entry {_ENTRY!r} is not JSON ({error})") from error
     version = entry.get("format") if isinstance(entry, dict) else None
@@ -338,7 +341,7 @@ def _unsealed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{path} has format {version}, written by a newer beacon_memory; this one reads formats up to "
             f"{FORMAT_VERSION}: upgrade beacon_memory, or add the document again with this version"
         )
-    if not sealed:
+    if not sound:
         raise _corrupt(path, "its header is damaged: the digest of the header differs")
     return dict(entry)
 
@@ -383,13 +386,15 @@ def _misfit(header: DocumentHeader, kv: StoredKV) -> str | None:
     """What is wrong if a document of this header has other K/V than these. Reads none of them but the counts."""
     if kv.keys.dtype != kv.values.dtype:
         return f"its keys and values must have one dtype, got {kv.keys.dtype} and {kv.values.dtype}"
-    if kv.places.dtype != torch.int32:
-        return f"its places must be int32, got {kv.places.dtype}; of a squeezed memory, keep what was squeezed"
+    if kv.positions.dtype != torch.int32:
+        return f"its positions must be int32, got {kv.positions.dtype}; keep it before it is interpolated"
     if kv.span != header.span:
         return f"it spans {kv.span} positions, but its header says {header.span}"
     heads = kv.counts.numel()
-    if not heads or len(kv.places) != header.slots * heads:
-        return f"it holds {len(kv.places)} entries, but its windows take {header.slots} slots of each of {heads} heads"
+    if not heads or len(kv.positions) != header.slots * heads:
+        return (
+            f"it holds {len(kv.positions)} entries, but its windows take {header.slots} slots of each of {heads} heads"
+        )
     return None
 
 
@@ -397,7 +402,9 @@ def _misplaced(kv: StoredKV) -> str | None:
     """What is wrong if a head has less than no entries, or an entry lies outside the span."""
     if (kv.counts < 0).any():
         return f"one of its heads has {int(kv.counts.min())} entries"
-    places = kv.places.cpu().numpy()  # torch would share this among threads, and wait for the last of them to wake
-    if len(places) and (places.min() < 0 or places.max() >= kv.span):
-        return f"its places go from {places.min()} to {places.max()}, but it spans {kv.span} positions"
+    positions = (
+        kv.positions.cpu().numpy()
+    )  # torch would share this among threads, and wait for the last of them to wake
+    if len(positions) and (positions.min() < 0 or positions.max() >= kv.span):
+        return f"its positions go from {positions.min()} to {positions.max()}, but it spans {kv.span} positions"
     return None

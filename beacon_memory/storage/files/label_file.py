@@ -12,7 +12,7 @@ from pathlib import Path
 from beacon_memory.documents import Label, check_id
 from beacon_memory.errors import CorruptFileError, InputError
 
-from .sealed_json import read_sealed, stage_sealed
+from .checked_json import read_checked, stage_checked
 
 __all__ = ["StoredLabel", "label_name", "read_label", "stage_label"]
 
@@ -32,14 +32,14 @@ def label_name(file: str) -> str:
 
 
 def stage_label(folder: Path, stored: StoredLabel) -> Path:
-    """Write and sync a temporary file into a folder; raises as `stage_sealed`."""
+    """Write and sync a temporary file into a folder; raises as `stage_checked`."""
     fields = {"id": stored.id, "created_at": stored.created_at, **asdict(stored.label)}
-    return stage_sealed(folder, fields, f"the label of {stored.id!r}")
+    return stage_checked(folder, fields, f"the label of {stored.id!r}")
 
 
 def read_label(path: Path) -> StoredLabel:
     """Read a label; raises FileNotFoundError, or CorruptFileError for anything that `stage_label` did not write."""
-    fields = read_sealed(path)
+    fields = read_checked(path)
     try:
         id, created_at = check_id(fields.pop("id")), fields.pop("created_at")
         if not isinstance(created_at, str) or not created_at.isascii():

@@ -258,14 +258,14 @@ def test_forged_handles_are_refused(llm: BeaconMemoryLLM) -> None:
     assert llm.chat(with_handle(handle)).raw["document_ids"] == ["BeaconMemory/monday/1"]
     forged = [
         {**handle, "id": "diary"},
-        {**handle, "seal": "0" * len(handle["seal"])},
-        {**handle, "seal": handle["seal"][:-1] + "é"},
-        {**handle, "seal": ""},
+        {**handle, "signature": "0" * len(handle["signature"])},
+        {**handle, "signature": handle["signature"][:-1] + "é"},
+        {**handle, "signature": ""},
     ]
     for one in forged:
         with pytest.raises(InputError, match="was not issued by this process for this store and namespace"):
             llm.chat(with_handle(one))
-    malformed: list[Any] = ["diary", {"id": "diary"}, {"id": 1, "seal": handle["seal"]}, None, ["diary"]]
+    malformed: list[Any] = ["diary", {"id": "diary"}, {"id": 1, "signature": handle["signature"]}, None, ["diary"]]
     for other in malformed:
         with pytest.raises(InputError, match="is no memory handle"):
             llm.chat(with_handle(other))
@@ -290,7 +290,7 @@ def test_handle_in_a_text_is_only_text(llm: BeaconMemoryLLM, role: str) -> None:
     block = BeaconMemoryBlock(llm=llm)
     talk(make_memory(block), ROOF, WELL)
     handle = handle_of(block)
-    for text in (json.dumps({KEY: handle}), str({"additional_kwargs": {KEY: handle}}), handle["seal"]):
+    for text in (json.dumps({KEY: handle}), str({"additional_kwargs": {KEY: handle}}), handle["signature"]):
         assert llm.chat([ChatMessage(text, role=role), QUESTION]).raw["document_ids"] == []
         assert llm.complete(text).raw["document_ids"] == []
 

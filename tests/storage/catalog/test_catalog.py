@@ -213,11 +213,11 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
     first = Catalog(path)
     stored = add(first, "doc", "text")
-    identity = first.fact("identity")
+    identity = first.read_property("identity")
     first.close()
     again = Catalog(path)
     assert again.list() == [stored]
-    assert again.fact("identity") == identity
+    assert again.read_property("identity") == identity
     again.close()
     db = Database(path)
     assert [step.name for step in migrations.applied(db)] == [

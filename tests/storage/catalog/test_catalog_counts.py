@@ -85,13 +85,13 @@ def test_counts_are_those_of_the_rows_whatever_is_done(data: st.DataObject) -> N
 
 
 def test_facts_are_set_and_forgotten(catalog: Catalog) -> None:
-    assert catalog.fact("colour") is None
+    assert catalog.read_property("colour") is None
     for value in ("red", 7, "ü\0"):
-        catalog.set_fact("colour", value)
-        assert catalog.fact("colour") == value
-    catalog.set_fact("colour", None)
-    assert catalog.fact("colour") is None
-    assert len(str(catalog.fact("identity"))) == 32
+        catalog.write_property("colour", value)
+        assert catalog.read_property("colour") == value
+    catalog.write_property("colour", None)
+    assert catalog.read_property("colour") is None
+    assert len(str(catalog.read_property("identity"))) == 32
 
 
 def test_numbers_of_files_rise_with_the_time_and_never_repeat(catalog: Catalog, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_numbers_of_files_rise_with_the_time_and_never_repeat(catalog: Catalog, 
     assert before <= first <= int(time.time() * 1000) + 1
     numbers = [catalog.take_number() for _ in range(50)]
     assert numbers == sorted({first, *numbers})[1:]
-    catalog.set_fact("last", ahead := before + 10**9)  # as if the clock had been set back
+    catalog.write_property("last", ahead := before + 10**9)  # as if the clock had been set back
     with contextlib.closing(Catalog(tmp_path / "catalog.sqlite3")) as other:
         assert [other.take_number(), catalog.take_number()] == [ahead + 1, ahead + 2]
 
@@ -206,7 +206,7 @@ def test_notes_and_numbers_inside_a_transaction_are_part_of_it(catalog: Catalog)
     with pytest.raises(KeyError), catalog.transaction():  # noqa: PT012 -- what comes before the error is the point
         assert catalog.touch({"doc": 300})
         assert catalog.settle(["0123456789ab"])
-        catalog.set_fact("last", catalog.take_number() + 10**9)
+        catalog.write_property("last", catalog.take_number() + 10**9)
         raise KeyError
     assert catalog.require("doc").used_at == 200
     assert catalog.unsettled() == {"0123456789ab"}

@@ -76,11 +76,11 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("UPDATE facts SET value = 99 WHERE name = 'documents'", "the numbers of documents and bytes"),
-        ("UPDATE facts SET value = 'many' WHERE name = 'bytes'", "the numbers of documents and bytes"),
-        ("DELETE FROM facts WHERE name = 'bytes'", "the numbers of documents and bytes"),
-        ("DELETE FROM facts WHERE name = 'last'", "the number of the last file is lost"),
-        ("UPDATE facts SET value = 'x' WHERE name = 'last'", "the number of the last file is lost"),
+        ("UPDATE properties SET value = 99 WHERE name = 'documents'", "the numbers of documents and bytes"),
+        ("UPDATE properties SET value = 'many' WHERE name = 'bytes'", "the numbers of documents and bytes"),
+        ("DELETE FROM properties WHERE name = 'bytes'", "the numbers of documents and bytes"),
+        ("DELETE FROM properties WHERE name = 'last'", "the number of the last file is lost"),
+        ("UPDATE properties SET value = 'x' WHERE name = 'last'", "the number of the last file is lost"),
         ("DELETE FROM labels WHERE name = 'tag'", "what documents are found by"),
         ("UPDATE labels SET value = '2' WHERE value = '1'", "what documents are found by"),
         ("INSERT INTO labels VALUES ('tag', 'y', 'doc')", "what documents are found by"),

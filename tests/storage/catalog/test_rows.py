@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from beacon_memory.documents import Label
 from beacon_memory.errors import CorruptFileError
-from beacon_memory.storage.catalog.rows import COLUMNS, DocumentRow, facts_of, from_record, seal, to_record
+from beacon_memory.storage.catalog.rows import COLUMNS, DocumentRow, checksum, from_record, properties_of, to_record
 
 _PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 _NESTED = st.recursive(_PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
@@ -57,7 +57,7 @@ def test_values_that_changed_places_break_the_seal() -> None:
 def test_use_is_noted_without_a_new_seal() -> None:
     record = to_record(labelled())
     assert from_record(record | {"used_at": 99}) == replace(labelled(), used_at=99, **_times(record))
-    assert seal(record) == record["seal"] == seal(record | {"used_at": 99})
+    assert checksum(record) == record["checksum"] == checksum(record | {"used_at": 99})
 
 
 def _times(record: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def test_another_label_leaves_all_else() -> None:
 
 def test_a_document_is_found_by_tags_and_plain_values_at_the_top() -> None:
     metadata = {"a": 1, "b": "1", "c": None, "d": True, "e": 1.5, "f": {"a": 1}, "g": [1], "tag": "x"}
-    assert dict(facts_of({"a": 1}, ())) != dict(facts_of({"a": "1"}, ()))
-    names = [name for name, _ in facts_of(metadata, ("x", "y"))]
+    assert dict(properties_of({"a": 1}, ())) != dict(properties_of({"a": "1"}, ()))
+    names = [name for name, _ in properties_of(metadata, ("x", "y"))]
     assert names[:2] == ["tag", "tag"]
     assert len(set(names[2:])) == 6
     assert "tag" not in names[2:]
@@ -83,6 +83,6 @@ def test_a_document_is_found_by_tags_and_plain_values_at_the_top() -> None:
 @given(st.dictionaries(_ANYTHING, _ANYTHING))
 @settings(max_examples=60, deadline=None)
 def test_what_a_document_is_found_by_has_a_utf8_form(metadata: dict[str, str]) -> None:
-    found = [pair for name, value in facts_of(metadata, ()) for pair in (name, value)]
+    found = [pair for name, value in properties_of(metadata, ()) for pair in (name, value)]
     assert "".join(found).isascii()
-    assert len({*facts_of(metadata, ())}) == len(metadata)
+    assert len({*properties_of(metadata, ())}) == len(metadata)

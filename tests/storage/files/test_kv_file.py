@@ -81,7 +81,7 @@ def test_kv_of_no_slots_and_no_text_can_be_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("span", "dtype"), [(1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)])
 def test_places_take_two_bytes_where_these_are_enough(tmp_path: Path, span: int, dtype: torch.dtype) -> None:
     kv = replace(memory(13, 36, dtype=torch.bfloat16), span=span)
-    kv = replace(kv, places=kv.places.index_fill(0, torch.tensor([35]), span - 1))
+    kv = replace(kv, positions=kv.positions.index_fill(0, torch.tensor([35]), span - 1))
     window = WindowSpan(36, 6, 0, 4, span)
     header = DocumentHeader("doc", content_hash("text"), 36, (window,), (), "select", span, FINGERPRINT)
     write_kv_file(tmp_path / "a.safetensors", header, kv, "text")
@@ -116,7 +116,7 @@ def test_kv_are_kept_in_any_precision_that_they_still_have(now: str, wanted: str
     converted = with_precision(kv, wanted)
     assert precision_of(converted) == wanted
     assert (converted is kv) == (now == wanted)
-    assert torch.equal(converted.places, kv.places)
+    assert torch.equal(converted.positions, kv.positions)
     assert (stored_bytes(converted) < stored_bytes(kv)) == (bits[wanted] < bits[now])
     with pytest.raises(InputError, match="precision='int2' must be one of"):
         with_precision(kv, "int2")
@@ -126,7 +126,7 @@ def test_slices_and_tensors_that_share_memory_are_written_as_they_look(tmp_path:
     header, kv = sample()
     every_other = torch.randn(72, 4, requires_grad=True)[::2]
     for shared in (every_other, every_other.contiguous()):
-        kv = replace(kv, keys=shared, values=shared, places=kv.places.repeat_interleave(2)[::2])
+        kv = replace(kv, keys=shared, values=shared, positions=kv.positions.repeat_interleave(2)[::2])
         write_kv_file(tmp_path / "a.safetensors", header, kv)
         assert same(read_kv_file(tmp_path / "a.safetensors").kv, kv)
 
@@ -203,11 +203,11 @@ def test_a_full_disk_is_a_store_error_and_leaves_nothing(tmp_path: Path) -> None
     [
         (lambda _: memory(13, 35), "35 entries, but its windows take 6 slots of each of 6 heads"),
         (lambda _: memory(12, 36), "spans 12 positions, but its header says 13"),
-        (lambda kv: kv.squeezed(7), "places must be int32, got torch.float32; of a squeezed memory"),
-        (lambda kv: replace(kv, places=kv.places.float()), "places must be int32, got torch.float32"),
+        (lambda kv: kv.interpolated(7), "positions must be int32, got torch.float32; keep it before"),
+        (lambda kv: replace(kv, positions=kv.positions.float()), "positions must be int32, got torch.float32"),
         (lambda kv: replace(kv, values=kv.values.float()), "one dtype, got torch.bfloat16 and torch.float32"),
-        (lambda kv: replace(kv, places=kv.places + 1), "places go from 1 to 13, but it spans 13 positions"),
-        (lambda kv: replace(kv, places=kv.places - 1), "places go from -1 to 11"),
+        (lambda kv: replace(kv, positions=kv.positions + 1), "positions go from 1 to 13, but it spans 13 positions"),
+        (lambda kv: replace(kv, positions=kv.positions - 1), "positions go from -1 to 11"),
         (lambda kv: replace(kv, counts=torch.tensor([[-1, 37, 0], [0, 0, 0]])), "one of its heads has -1 entries"),
         (lambda kv: replace(kv, counts=torch.tensor([[36]])), "36 entries, but its windows take 6 slots of each of 1"),
     ],
@@ -217,7 +217,7 @@ def test_kv_that_the_header_does_not_describe_are_refused(
 ) -> None:
     header, _ = sample()
     places = torch.tensor([0, 2, 4, 6, 8, 12], dtype=torch.int32).repeat(6)
-    kv = replace(MemoryKV.of(stack(6, dtype=torch.bfloat16)), places=places, span=13)
+    kv = replace(MemoryKV.of(stack(6, dtype=torch.bfloat16)), positions=places, span=13)
     stage_kv_file(tmp_path, header, kv, TEXT).unlink()
     with pytest.raises(InputError, match=f"the K/V of 'doc' cannot be stored: .*{message}"):
         stage_kv_file(tmp_path, header, change(kv), TEXT)
@@ -312,14 +312,14 @@ def test_what_is_not_ours_is_corrupt(tmp_path: Path) -> None:
 
 def _rewrite(path: Path, change: dict[str, object], tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write the file again with another metadata entry, sealed as a foreign writer would."""
-    from beacon_memory.storage.files.sealed_json import seal_json
+    from beacon_memory.storage.files.checked_json import json_checksum
 
     with safe_open(path, framework="pt") as file:
         entry = json.loads(file.metadata()["beacon_memory"])
         tensors = tensors or {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     del entry["sha256"]
     entry |= change
-    save_file(tensors, path, metadata={"beacon_memory": json.dumps({**entry, "sha256": seal_json(entry)})})
+    save_file(tensors, path, metadata={"beacon_memory": json.dumps({**entry, "sha256": json_checksum(entry)})})
 
 
 def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def _replace_tensors(path: Path, **changed: torch.Tensor | None) -> None:
         ({"places": None, "counts": None}, "holds 3 tensors, but its header tells of counts, keys, places"),
         ({"text": None}, "holds 4 tensors, but its header tells of counts, keys, places, text, values"),
         ({"more": torch.zeros(1)}, "holds 6 tensors, but its header tells of counts, keys, places, text, values"),
-        ({"places": torch.zeros(35, dtype=torch.int32)}, r"places must be \[36 entries\]"),
+        ({"places": torch.zeros(35, dtype=torch.int32)}, r"positions must be \[36 entries\]"),
         ({"places": torch.zeros(36)}, "places int16 or int32, got torch.int32 and torch.float32"),
         ({"places": torch.zeros(36, dtype=torch.int64)}, "places int16 or int32, got torch.int32 and torch.int64"),
         ({"counts": torch.full((2, 3), 6)}, "counts must be int32 and its places int16 or int32, got torch.int64"),
@@ -469,8 +469,8 @@ def test_scales_that_do_not_fit_are_corrupt(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"places": torch.full((36,), 13, dtype=torch.int32)}, "places go from 13 to 13, but it spans 13 positions"),
-        ({"places": torch.full((36,), -1, dtype=torch.int32)}, "places go from -1 to -1"),
+        ({"places": torch.full((36,), 13, dtype=torch.int32)}, "positions go from 13 to 13, but it spans 13 positions"),
+        ({"places": torch.full((36,), -1, dtype=torch.int32)}, "positions go from -1 to -1"),
         ({"counts": torch.tensor([[-1, 37, 0], [0, 0, 0]], dtype=torch.int32)}, "one of its heads has -1 entries"),
     ],
 )
@@ -487,7 +487,7 @@ def test_entries_without_head_or_place_are_corrupt(
 def test_a_span_of_another_document_is_corrupt(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     header, kv = sample()
-    write_kv_file(path, header, replace(kv, places=kv.places.clamp(max=12).index_fill(0, torch.tensor([0]), 12)))
+    write_kv_file(path, header, replace(kv, positions=kv.positions.clamp(max=12).index_fill(0, torch.tensor([0]), 12)))
     first, last = header.windows
     _rewrite(path, {"header": asdict(replace(header, span=12, windows=(first, replace(last, span=4))))})
     with pytest.raises(CorruptFileError, match="to 12, but it spans 12 positions"):

@@ -1,4 +1,4 @@
-"""Ways to answer from a text: what compressed memory is compared with, on the same reader."""
+"""Ways to answer from a text: what compressed memory is compared with, on the same lora."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from .retrieval import rank_passages
 
 __all__ = [
     "BATCH",
+    "Baseline",
     "Compressed",
-    "Contestant",
     "NoText",
     "Outcome",
-    "Prefix",
-    "PrefixContestant",
-    "ReadingContestant",
+    "PrefixBaseline",
+    "PrefixMemory",
+    "ReadingBaseline",
     "Retrieved",
     "Truncated",
     "greedy",
@@ -49,10 +49,10 @@ BATCH = 8  # items that are answered together
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a contestant answered.
+    """What a baseline answered.
 
     kv_bytes: K/V that stand for the text, without the sink.
-    seconds:  to read the text, even if that was done for an earlier item or contestant, and to answer.
+    seconds:  to read the text, even if that was done for an earlier item or baseline, and to answer.
     cut:      the text did not fit the model's positions, and its middle was left out.
     """
 
@@ -62,7 +62,7 @@ class Outcome:
     cut: bool = False
 
 
-class Contestant(ABC):
+class Baseline(ABC):
     """One way to answer from a text. `asks_first`: the question must be known before the text is read."""
 
     asks_first = False
@@ -84,7 +84,7 @@ class Contestant(ABC):
 
     @property
     def reading(self) -> object:
-        """What reads the texts: contestants that have one in common read a text once if they answer in turn."""
+        """What reads the texts: baselines that have one in common read a text once if they answer in turn."""
         return self
 
     def forget(self) -> None:  # noqa: B027  # not all have something to forget
@@ -92,7 +92,7 @@ class Contestant(ABC):
 
 
 class _Memory(Protocol):
-    """What any contestant's memory tells."""
+    """What any baseline's memory tells."""
 
     @property
     def cut(self) -> bool: ...
@@ -101,8 +101,8 @@ class _Memory(Protocol):
 M = TypeVar("M", bound=_Memory)
 
 
-class ReadingContestant(Contestant, Generic[M]):
-    """A contestant that makes a memory of a text, once for all its questions that follow each other."""
+class ReadingBaseline(Baseline, Generic[M]):
+    """A baseline that makes a memory of a text, once for all its questions that follow each other."""
 
     def __init__(self, name: str, model: BeaconModel) -> None:
         super().__init__(name, model)
@@ -124,7 +124,7 @@ class ReadingContestant(Contestant, Generic[M]):
         return self._last[1], self._last[2]
 
     def forget(self) -> None:
-        """See Contestant."""
+        """See Baseline."""
         self._last = None
 
     def memory_to_continue(self, context: Sequence[int]) -> M:
@@ -133,7 +133,7 @@ class ReadingContestant(Contestant, Generic[M]):
         if memory.cut:
             raise CapacityError(
                 f"{self.name}: a text of {len(context)} tokens does not fit the model's {self.model.max_positions} "
-                "positions whole; shorten the context, or leave this contestant out"
+                "positions whole; shorten the context, or leave this baseline out"
             )
         return memory
 
@@ -151,10 +151,10 @@ class ReadingContestant(Contestant, Generic[M]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
+class PrefixMemory:
     """A memory that stands in front of any question, the sink included. kv_bytes, cut: see Outcome.
 
-    saved: seconds of reading that were spent for another contestant.
+    saved: seconds of reading that were spent for another baseline.
     """
 
     kv: MemoryKV
@@ -163,8 +163,8 @@ class Prefix:
     saved: float = 0.0
 
 
-class PrefixContestant(ReadingContestant[Prefix]):
-    """A contestant whose memory is a prefix: all that read with beacons, or with none."""
+class PrefixBaseline(ReadingBaseline[PrefixMemory]):
+    """A baseline whose memory is a prefix: all that read with beacons, or with none."""
 
     def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
         """Answer items in one batch."""
@@ -184,10 +184,10 @@ class PrefixContestant(ReadingContestant[Prefix]):
 
     @torch.inference_mode()
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """See Contestant."""
+        """See Baseline."""
         prefix = self.memory_to_continue(context).kv
         layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, continuation)])], self.model.config)
-        hidden = self.model.run(layout, self.model.empty_kv(), [], fronts=[self.model.front(prefix)]).hidden
+        hidden = self.model.run(layout, self.model.empty_kv(), [], prefixes=[self.model.prefix(prefix)]).hidden
         return mean_nll(self.model.head(hidden[:-1]), continuation[1:])
 
     def memories(self, documents: Sequence[Sequence[int]], ratio: int, compression: str = "beacon") -> list[MemoryKV]:
@@ -202,28 +202,28 @@ class PrefixContestant(ReadingContestant[Prefix]):
         sink = MemoryKV.of(self.compressor.sink)
         return MemoryKV.concat([sink, *memories], sink.slots + self.room)
 
-    def raw(self, ids: Sequence[int], *, cut: bool = False) -> Prefix:
+    def raw(self, ids: Sequence[int], *, cut: bool = False) -> PrefixMemory:
         """The sink and the K/V of every token."""
         (memory,) = self.memories([ids], 0)
-        return Prefix(self.composed([memory]), memory.nbytes, cut)
+        return PrefixMemory(self.composed([memory]), memory.nbytes, cut)
 
 
-class NoText(PrefixContestant):
+class NoText(PrefixBaseline):
     """`none`."""
 
-    def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # it has no text
+    def read(self, passages: Passages, question: str | None) -> PrefixMemory:  # noqa: ARG002  # it has no text
         """The sink alone."""
-        return Prefix(MemoryKV.of(self.compressor.sink), kv_bytes=0)
+        return PrefixMemory(MemoryKV.of(self.compressor.sink), kv_bytes=0)
 
 
-class Truncated(PrefixContestant):
+class Truncated(PrefixBaseline):
     """`truncated:R`, and `full` for R = 1."""
 
     def __init__(self, name: str, model: BeaconModel, ratio: int) -> None:
         super().__init__(name, model)
         self.ratio = ratio
 
-    def read(self, passages: Passages, question: str | None) -> Prefix:
+    def read(self, passages: Passages, question: str | None) -> PrefixMemory:
         """The first tokens; of a text that is to be continued, the last."""
         ids = [id for passage in passages for id in passage]
         size = -(-len(ids) // self.ratio)
@@ -231,7 +231,7 @@ class Truncated(PrefixContestant):
         return self.raw(cut_middle(kept, self.room), cut=size > self.room)
 
 
-class Retrieved(PrefixContestant):
+class Retrieved(PrefixBaseline):
     """`bm25:R`."""
 
     asks_first = True
@@ -240,7 +240,7 @@ class Retrieved(PrefixContestant):
         super().__init__(name, model)
         self.ratio = ratio
 
-    def read(self, passages: Passages, question: str | None) -> Prefix:
+    def read(self, passages: Passages, question: str | None) -> PrefixMemory:
         """The best passages that fit the budget, in the order of the text; the last of them may be cut."""
         if question is None:
             raise InputError(f"{self.name} needs a question: leave it out where a continuation is scored")
@@ -255,7 +255,7 @@ class Retrieved(PrefixContestant):
         return self.raw([id for number in sorted(chosen) for id in chosen[number]])
 
 
-class Compressed(PrefixContestant):
+class Compressed(PrefixBaseline):
     """`beacon:R`, `beacon:R:N` and the same of the other compressions, with `bits` quantized."""
 
     def __init__(
@@ -276,12 +276,12 @@ class Compressed(PrefixContestant):
 
     @staticmethod
     def share_reading(alike: Sequence[Compressed]) -> None:
-        """Let contestants that differ in bits alone read each text of a batch once."""
+        """Let baselines that differ in bits alone read each text of a batch once."""
         timed = lru_cache(maxsize=BATCH)(alike[0]._compress)
         for one in alike:
             one._timed = timed
 
-    def read(self, passages: Passages, question: str | None) -> Prefix:  # noqa: ARG002  # compression is blind to it
+    def read(self, passages: Passages, question: str | None) -> PrefixMemory:  # noqa: ARG002  # compression is blind to it
         """One or more documents, compressed and composed."""
         parts = split_documents(passages, self.documents)
         cut = sum(self._slots(len(part) + 1) for part in parts) > self.room  # a bos leads where there is no sink
@@ -296,7 +296,7 @@ class Compressed(PrefixContestant):
             stored = [quantized(memory, self.bits) for memory in memories]
             kv_bytes = sum(one.nbytes for one in stored)
             memories = [one.dequantized() for one in stored]
-        return Prefix(self.composed(memories), kv_bytes, cut, saved)
+        return PrefixMemory(self.composed(memories), kv_bytes, cut, saved)
 
     def _compress(self, documents: tuple[tuple[int, ...], ...]) -> tuple[list[MemoryKV], float]:
         """The memories of documents, and the seconds that they took."""
@@ -305,11 +305,11 @@ class Compressed(PrefixContestant):
 
     @property
     def reading(self) -> object:
-        """See Contestant."""
+        """See Baseline."""
         return self._timed
 
     def forget(self) -> None:
-        """See Contestant."""
+        """See Baseline."""
         super().forget()
         self._timed.cache_clear()
 

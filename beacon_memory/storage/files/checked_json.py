@@ -15,19 +15,19 @@ from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from .durable import make_folder, sync_file
 from .local import TEMP_PREFIX
 
-__all__ = ["read_sealed", "seal_json", "stage_sealed"]
+__all__ = ["json_checksum", "read_checked", "stage_checked"]
 
 _FORMAT = 1
 _LONGEST = 64 << 20  # bytes
 
 
-def stage_sealed(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
+def stage_checked(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
     """Write and sync a temporary file into a folder; what: of which errors speak.
 
     Raises InputError for what would be too long to be read, StoreError if it cannot be written.
     """
     fields = {"format": _FORMAT, **fields}
-    text = json.dumps({**fields, "sha256": seal_json(fields)})
+    text = json.dumps({**fields, "sha256": json_checksum(fields)})
     if len(text) > _LONGEST:
         raise InputError(f"{what} would take {len(text):,} bytes; keep less in its metadata")
     make_folder(folder)
@@ -41,14 +41,14 @@ def stage_sealed(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
     return temp
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """The fields of a file; raises FileNotFoundError, or CorruptFileError for what `stage_sealed` did not write."""
+def read_checked(path: Path) -> dict[str, Any]:
+    """The fields of a file; raises FileNotFoundError, or CorruptFileError for what `stage_checked` did not write."""
     try:
         info = path.lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > _LONGEST:
             raise ValueError("it is no plain file, or too long")
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if fields.pop("sha256") != seal_json(fields) or fields.pop("format") != _FORMAT:
+        if fields.pop("sha256") != json_checksum(fields) or fields.pop("format") != _FORMAT:
             raise ValueError("its hash differs")
     except FileNotFoundError:
         raise
@@ -57,6 +57,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return fields
 
 
-def seal_json(fields: object) -> str:
+def json_checksum(fields: object) -> str:
     """The sha256 of something as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

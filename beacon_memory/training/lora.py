@@ -13,15 +13,15 @@ from torch import nn
 from beacon_memory.errors import ConfigError
 from beacon_memory.modeling.model import BeaconModel
 
-from .recipe import ReaderRecipe
+from .recipe import LoraRecipe
 
-__all__ = ["inject_reader", "reader_parameters", "write_reader"]
+__all__ = ["inject_lora", "lora_parameters", "write_lora"]
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what PEFT's files have in front of a model's own names
 
 
-def inject_reader(model: BeaconModel, recipe: ReaderRecipe, start: Path | None) -> None:
+def inject_lora(model: BeaconModel, recipe: LoraRecipe, start: Path | None) -> None:
     """Put LoRA layers into the base, with the weights of `start` or else without effect yet.
 
     Where beacons have a projection of their own, only that of the raw rows gets one. Raises ConfigError for layers that
@@ -32,7 +32,7 @@ def inject_reader(model: BeaconModel, recipe: ReaderRecipe, start: Path | None) 
     layers = {name.rpartition(".")[2] for name, _ in model.base.named_modules()}
     absent = [target for target in recipe.targets if target not in layers]
     if absent:
-        raise ConfigError(f"[reader] targets names {absent[0]!r}, but the base model has no layer of that name")
+        raise ConfigError(f"[lora] targets names {absent[0]!r}, but the base model has no layer of that name")
     own = {f"{letter}_proj" for letter in model.config.beacon_param}
     targets = [f"{target}.base" if target in own else target for target in recipe.targets]
     inject_adapter_in_model(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=targets), model.base)
@@ -41,19 +41,17 @@ def inject_reader(model: BeaconModel, recipe: ReaderRecipe, start: Path | None) 
         renamed = {_with_beacons(name.removeprefix(_PREFIX), own): weights[name] for name in weights}
         loaded: Any = set_peft_model_state_dict(model.base, renamed)
         if loaded.unexpected_keys:
-            raise ConfigError(
-                f"the reader in {start} does not fit the base model: it has {loaded.unexpected_keys[0]!r}"
-            )
+            raise ConfigError(f"the LoRA in {start} does not fit the base model: it has {loaded.unexpected_keys[0]!r}")
 
 
-def reader_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def lora_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of the LoRA that is in `base`, if any."""
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             yield name, parameter
 
 
-def write_reader(model: BeaconModel, recipe: ReaderRecipe, folder: Path) -> None:
+def write_lora(model: BeaconModel, recipe: LoraRecipe, folder: Path) -> None:
     """Write the LoRA in PEFT's own form, for the base as it is without beacons, in its dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -67,16 +65,16 @@ def write_reader(model: BeaconModel, recipe: ReaderRecipe, folder: Path) -> None
     config.save_pretrained(str(folder))
 
 
-def _require_shape(start: Path, recipe: ReaderRecipe) -> None:
+def _require_shape(start: Path, recipe: LoraRecipe) -> None:
     found: Any = PeftConfig.from_pretrained(str(start))
     shape = (found.r, found.lora_alpha, set(found.target_modules or ()))
     if shape != (recipe.rank, recipe.alpha, set(recipe.targets)):
         raise ConfigError(
-            f"the adapter to start from has a reader of rank {found.r}, alpha {found.lora_alpha} on "
-            f"{sorted(found.target_modules or ())}; give [reader] the same values"
+            f"the adapter to start from has a LoRA of rank {found.r}, alpha {found.lora_alpha} on "
+            f"{sorted(found.target_modules or ())}; give [lora] the same values"
         )
     if found.use_rslora or found.use_dora:
-        raise ConfigError(f"the reader in {start} is no plain LoRA (use_rslora or use_dora), which training needs")
+        raise ConfigError(f"the LoRA in {start} is no plain LoRA (use_rslora or use_dora), which training needs")
 
 
 def _with_beacons(name: str, own: set[str]) -> str:

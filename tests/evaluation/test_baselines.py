@@ -14,7 +14,7 @@ from evaluation_samples import (
     TEXT,
     an_item,
     answer,
-    contestant,
+    baseline,
     ids_of,
     nll_behind,
     saved_model,
@@ -29,7 +29,7 @@ from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import CapacityError, InputError
-from beacon_memory.evaluation.contestants import Contestant
+from beacon_memory.evaluation.baselines import Baseline
 from beacon_memory.evaluation.pieces import cut_middle, passage_ids
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
@@ -73,7 +73,9 @@ def generated(prefix: MemoryKV) -> str:
 
 def same(first: MemoryKV, second: MemoryKV) -> bool:
     alike = first.span == second.span and torch.equal(first.counts, second.counts)
-    return alike and torch.equal(first.places, second.places) and torch.allclose(first.keys, second.keys, atol=1e-5)
+    return (
+        alike and torch.equal(first.positions, second.positions) and torch.allclose(first.keys, second.keys, atol=1e-5)
+    )
 
 
 def slots_in(kv_bytes: int) -> float:
@@ -83,21 +85,21 @@ def slots_in(kv_bytes: int) -> float:
 
 class TestFull:
     def test_it_answers_as_the_stock_model_that_reads_sink_text_and_question(self) -> None:
-        assert answer(contestant("full")).text == stock_answer(ids_of(TEXT))
+        assert answer(baseline("full")).text == stock_answer(ids_of(TEXT))
 
     def test_answers_are_greedy_whatever_the_model_itself_is_set_to(self, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = saved_model().base.generation_config
         for name, value in {"repetition_penalty": 1.8, "do_sample": True, "num_beams": 3}.items():
             monkeypatch.setattr(settings, name, value)
-        assert answer(contestant("full")).text == stock_answer(ids_of(TEXT))
+        assert answer(baseline("full")).text == stock_answer(ids_of(TEXT))
 
     def test_it_scores_as_the_stock_model_does(self) -> None:
-        nll = contestant("full").score(ids_of(TEXT), CONTINUATION)
+        nll = baseline("full").score(ids_of(TEXT), CONTINUATION)
         assert nll == pytest.approx(stock_nll(ids_of(TEXT), CONTINUATION), abs=1e-4)
 
     def test_without_a_sink_a_bos_leads_the_text_once(self) -> None:
         model = saved_model(sink=0)
-        full = contestant("full", model)
+        full = baseline("full", model)
         assert answer(full).text == stock_answer(ids_of(TEXT))
         assert full.score(ids_of(TEXT), CONTINUATION) == pytest.approx(stock_nll(ids_of(TEXT), CONTINUATION), abs=1e-4)
         assert prefix_of(full).slots == 1 + TOKENS
@@ -105,13 +107,13 @@ class TestFull:
 
 class TestNoText:
     def test_it_depends_on_the_question_alone(self) -> None:
-        none = contestant("none")
+        none = baseline("none")
         assert answer(none).text == answer(none, an_item(context=("Something else.",))).text == stock_answer([])
         assert answer(none).text != answer(none, an_item("How long is the Fern?")).text
         assert answer(none).kv_bytes == 0
 
     def test_its_score_is_that_of_the_continuation_alone(self) -> None:
-        none = contestant("none")
+        none = baseline("none")
         assert none.score(ids_of(TEXT), CONTINUATION) == none.score(ids_of("Other."), CONTINUATION)
         assert none.score(ids_of(TEXT), CONTINUATION) == pytest.approx(stock_nll([], CONTINUATION), abs=1e-4)
 
@@ -119,14 +121,14 @@ class TestNoText:
 class TestTruncated:
     @pytest.mark.parametrize("ratio", [2, 3, 7])
     def test_it_keeps_the_first_tokens_for_a_question(self, ratio: int) -> None:
-        truncated = contestant(f"truncated:{ratio}")
+        truncated = baseline(f"truncated:{ratio}")
         kept = ids_of(TEXT)[: math.ceil(TOKENS / ratio)]
         assert same(prefix_of(truncated), by_hand([kept], 0))
         assert answer(truncated).text == stock_answer(kept)
 
     def test_it_keeps_the_last_tokens_for_a_continuation(self) -> None:
         kept = ids_of(TEXT)[-math.ceil(TOKENS / 3) :]
-        nll = contestant("truncated:3").score(ids_of(TEXT), CONTINUATION)
+        nll = baseline("truncated:3").score(ids_of(TEXT), CONTINUATION)
         assert nll == pytest.approx(stock_nll(kept, CONTINUATION), abs=1e-4)
 
 
@@ -135,12 +137,12 @@ class TestTextsThatDoNotFit:
 
     POSITIONS, ROOM = 1200, 175
 
-    def contestant(self, name: str) -> Any:
-        return contestant(name, saved_model(self.POSITIONS))
+    def baseline(self, name: str) -> Any:
+        return baseline(name, saved_model(self.POSITIONS))
 
     @pytest.mark.parametrize(("name", "room"), [("full", ROOM), ("truncated:2", ROOM)])
     def test_uncompressed_they_are_cut_in_the_middle(self, name: str, room: int) -> None:
-        one = self.contestant(name)
+        one = self.baseline(name)
         outcome = answer(one)
         size = math.ceil(TOKENS / getattr(one, "ratio", 1))
         assert outcome.cut
@@ -148,68 +150,68 @@ class TestTextsThatDoNotFit:
         assert outcome.text == stock_answer(cut_middle(ids_of(TEXT)[:size], room), base=stock(self.POSITIONS))
 
     def test_what_fits_is_not_cut(self) -> None:
-        assert not answer(self.contestant("truncated:3")).cut
-        assert not any(answer(self.contestant(f"{compression}:4")).cut for compression in COMPRESSIONS)
-        assert not answer(self.contestant("bm25:1")).cut  # it takes what fits
+        assert not answer(self.baseline("truncated:3")).cut
+        assert not any(answer(self.baseline(f"{compression}:4")).cut for compression in COMPRESSIONS)
+        assert not answer(self.baseline("bm25:1")).cut  # it takes what fits
 
     @pytest.mark.parametrize("name", ["beacon:2", "beacon:2:3", "select:2", "select:2:3", "hybrid:2"])
     def test_compressed_they_are_cut_to_what_fits_compressed(self, name: str) -> None:
-        one, item = self.contestant(name), an_item(context=CONTEXT * 2)
+        one, item = self.baseline(name), an_item(context=CONTEXT * 2)
         outcome = answer(one, item)
         assert outcome.cut
         assert self.ROOM - 3 * 16 - 3 < slots_in(outcome.kv_bytes) <= self.ROOM  # but for windows that are not full
 
-    def test_a_memory_whose_span_does_not_fit_is_squeezed_and_nothing_of_it_lost(self) -> None:
-        one = self.contestant("select:4")
+    def test_a_memory_whose_span_does_not_fit_is_interpolated_and_nothing_of_it_lost(self) -> None:
+        one = self.baseline("select:4")
         prefix, alone = prefix_of(one), by_hand([ids_of(TEXT)], 4, "select")
         assert self.ROOM - 1 <= prefix.span <= 1 + self.ROOM < alone.span == 1 + TOKENS
         assert int(prefix.counts.sum()) == int(alone.counts.sum())
-        assert 0 <= float(prefix.places.min()) <= float(prefix.places.max()) < prefix.span
+        assert 0 <= float(prefix.positions.min()) <= float(prefix.positions.max()) < prefix.span
         assert not answer(one).cut
 
     @pytest.mark.parametrize("name", ["full", "beacon:2", "select:2", "hybrid:2"])
     def test_a_score_of_a_part_would_not_be_comparable(self, name: str) -> None:
         with pytest.raises(CapacityError, match=rf"{name}: a text of {2 * TOKENS} tokens .* 1200 positions whole"):
-            self.contestant(name).score(ids_of(TEXT) * 2, CONTINUATION)
+            self.baseline(name).score(ids_of(TEXT) * 2, CONTINUATION)
 
     def test_more_documents_than_the_model_could_ever_hold_are_refused(self) -> None:
         with pytest.raises(CapacityError, match=r"beacon:2:50: .*name fewer"):
-            answer(self.contestant("beacon:2:50"), an_item(context=CONTEXT * 2))
+            answer(self.baseline("beacon:2:50"), an_item(context=CONTEXT * 2))
 
     def test_a_model_without_positions_to_spare_is_refused(self) -> None:
         with pytest.raises(CapacityError, match="the model has 1024 positions, 1024 of which are kept free"):
-            answer(contestant("full", saved_model(1024)))
+            answer(baseline("full", saved_model(1024)))
 
 
 class TestRetrieved:
     def test_it_reads_the_passage_with_the_words_of_the_question(self) -> None:
-        bm25 = contestant("bm25:9")  # less than one line
+        bm25 = baseline("bm25:9")  # less than one line
         for number, name in enumerate(RIVERS):
             found = ("\n" * bool(number) + CONTEXT[number])[: math.ceil(TOKENS / 9)]
             assert same(prefix_of(bm25, f"Where does the {name} rise?"), by_hand([ids_of(found)], 0))
 
     @pytest.mark.parametrize("ratio", [1, 2, 5, 9])
     def test_it_fills_its_budget_in_the_order_of_the_text(self, ratio: int) -> None:
-        bm25 = contestant(f"bm25:{ratio}")
+        bm25 = baseline(f"bm25:{ratio}")
         assert prefix_of(bm25).slots == 1 + math.ceil(TOKENS / ratio)
         if ratio == 1:
-            assert same(prefix_of(bm25), prefix_of(contestant("full")))
+            assert same(prefix_of(bm25), prefix_of(baseline("full")))
 
     def test_long_passages_are_searched_in_pieces(self) -> None:
-        prefix = prefix_of(contestant("bm25:9"), "What is near lezaH?", (TEXT,))
+        prefix = prefix_of(baseline("bm25:9"), "What is near lezaH?", (TEXT,))
         read = ids_of(TEXT)[6 * TOKENS // 7 :][: math.ceil(TOKENS / 9)]  # the last of seven pieces of about 64 tokens
         assert same(prefix, by_hand([read], 0))
 
     def test_it_has_no_score_without_a_question(self) -> None:
         with pytest.raises(InputError, match="bm25:4 needs a question"):
-            contestant("bm25:4").score(ids_of(TEXT), CONTINUATION)
+            baseline("bm25:4").score(ids_of(TEXT), CONTINUATION)
 
 
 @every_compression
 class TestCompressed:
     @pytest.mark.parametrize("ratio", [2, 4, 8])
     def test_its_memory_is_what_the_compressor_makes(self, compression: str, ratio: int) -> None:
-        one, prefix = contestant(f"{compression}:{ratio}"), by_hand([ids_of(TEXT)], ratio, compression)
+        one, prefix = baseline(f"{compression}:{ratio}"), by_hand([ids_of(TEXT)], ratio, compression)
         assert same(prefix_of(one), prefix)
         assert answer(one).text == generated(prefix)
 
@@ -217,27 +219,27 @@ class TestCompressed:
         ends = [0, *(sum(map(len, CONTEXT[:n])) + n - 1 for n in (2, 4, 6)), TOKENS]
         parts = [ids_of(TEXT[start:stop]) for start, stop in pairwise(ends)]
         prefix = by_hand(parts, 4, compression)
-        composed = contestant(f"{compression}:4:4")
+        composed = baseline(f"{compression}:4:4")
         assert same(prefix_of(composed), prefix)
         assert answer(composed).text == generated(prefix)
-        assert not same(prefix_of(composed), prefix_of(contestant(f"{compression}:4")))
+        assert not same(prefix_of(composed), prefix_of(baseline(f"{compression}:4")))
 
     def test_one_document_is_the_text(self, compression: str) -> None:
-        whole = prefix_of(contestant(f"{compression}:4"))
-        assert torch.equal(prefix_of(contestant(f"{compression}:4:1")).keys, whole.keys)
+        whole = prefix_of(baseline(f"{compression}:4"))
+        assert torch.equal(prefix_of(baseline(f"{compression}:4:1")).keys, whole.keys)
 
     def test_the_question_is_never_seen(self, compression: str) -> None:
-        one = contestant(f"{compression}:4")
+        one = baseline(f"{compression}:4")
         assert torch.equal(prefix_of(one).keys, prefix_of(one, "How long is the Fern?").keys)
 
     @pytest.mark.parametrize("numbers", ["4", "2:3"])
     def test_it_scores_as_the_stock_model_does_behind_its_prefix(self, compression: str, numbers: str) -> None:
-        one = contestant(f"{compression}:{numbers}")
+        one = baseline(f"{compression}:{numbers}")
         naive = nll_behind(prefix_of(one, None, (TEXT,)), CONTINUATION)
         assert one.score(ids_of(TEXT), CONTINUATION) == pytest.approx(naive, abs=1e-4)
 
     def test_without_a_sink_a_bos_leads_the_text(self, compression: str) -> None:
-        one = contestant(f"{compression}:4", saved_model(sink=0))
+        one = baseline(f"{compression}:4", saved_model(sink=0))
         slots = sum(math.ceil(min(32, 1 + TOKENS - at) / 4) for at in range(0, 1 + TOKENS, 32))
         assert prefix_of(one).slots == slots
         assert answer(one).text
@@ -250,7 +252,7 @@ class TestQuantized:
     DOCUMENTS = ("\n".join(CONTEXT[:4]), "\n" + "\n".join(CONTEXT[4:]))
 
     def test_the_memory_of_each_document_is_quantized_and_the_sink_is_not(self, compression: str, bits: int) -> None:
-        one = contestant(f"{compression}:4:2@int{bits}")
+        one = baseline(f"{compression}:4:2@int{bits}")
         documents = [ids_of(text) for text in self.DOCUMENTS]
         prefix = by_hand(documents, 4, compression, lambda kv: quantized(kv, bits).dequantized())
         assert same(prefix_of(one), prefix)
@@ -267,17 +269,17 @@ class TestQuantized:
             return kv
 
         by_hand([ids_of(text) for text in self.DOCUMENTS], 4, compression, noted)
-        assert answer(contestant(f"{compression}:4:2@int{bits}")).kv_bytes == sum(sizes)
+        assert answer(baseline(f"{compression}:4:2@int{bits}")).kv_bytes == sum(sizes)
 
 
 def test_the_expected_score_chooses_as_many_tokens_and_others() -> None:
-    repeat, expected = (prefix_of(contestant(f"{name}:4")) for name in ("select", "select-expected"))
-    assert (expected.span, len(expected.places)) == (repeat.span, len(repeat.places))
+    repeat, expected = (prefix_of(baseline(f"{name}:4")) for name in ("select", "select-expected"))
+    assert (expected.span, len(expected.positions)) == (repeat.span, len(repeat.positions))
     assert not same(expected, repeat)
 
 
 def test_beacons_take_a_position_each_and_chosen_tokens_keep_theirs() -> None:
-    beacons, chosen, both = (prefix_of(contestant(f"{compression}:4")) for compression in COMPRESSIONS)
+    beacons, chosen, both = (prefix_of(baseline(f"{compression}:4")) for compression in COMPRESSIONS)
     assert beacons.span == beacons.slots
     assert chosen.span == 1 + TOKENS
     assert both.span == chosen.span + sum(math.ceil(min(32, TOKENS - at) / 16) for at in range(0, TOKENS, 32))
@@ -288,23 +290,23 @@ def test_beacons_take_a_position_each_and_chosen_tokens_keep_theirs() -> None:
 
 def test_chosen_tokens_of_one_window_are_those_of_the_stock_model() -> None:
     """Of a text that needs no memory of earlier windows: its K/V, some of them hidden from some heads."""
-    model, chosen = saved_model(), prefix_of(contestant("select:4"), None, (TEXT[:32],))
+    model, chosen = saved_model(), prefix_of(baseline("select:4"), None, (TEXT[:32],))
     cache = DynamicCache()
     with torch.no_grad():
         stock()(torch.tensor([[*model.sink_ids, *ids_of(TEXT[:32])]]), past_key_values=cache)
     for layer, whole in enumerate(cache.layers):
-        for head, (keys, values, places) in enumerate(chosen.layer(layer)):
-            turned = apply_rotation(keys, *model.rope.table(places))
-            assert torch.allclose(whole.keys[0, head, places], turned, atol=1e-4)  # type: ignore[union-attr, attr-defined]
-            assert torch.allclose(whole.values[0, head, places], values, atol=1e-4)  # type: ignore[union-attr, attr-defined]
+        for head, (keys, values, positions) in enumerate(chosen.layer(layer)):
+            turned = apply_rotation(keys, *model.rope.table(positions))
+            assert torch.allclose(whole.keys[0, head, positions], turned, atol=1e-4)  # type: ignore[union-attr, attr-defined]
+            assert torch.allclose(whole.values[0, head, positions], values, atol=1e-4)  # type: ignore[union-attr, attr-defined]
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 9])
-def test_contestants_of_one_ratio_have_one_budget(ratio: int) -> None:
+def test_baselines_of_one_ratio_have_one_budget(ratio: int) -> None:
     slots = math.ceil(TOKENS / ratio)
     windows = -(-TOKENS // 32)
     for name in ("truncated", "bm25", *COMPRESSIONS):
-        one = contestant(f"{name}:{ratio}")
+        one = baseline(f"{name}:{ratio}")
         kv_bytes, prefix = answer(one).kv_bytes, prefix_of(one)
         assert slots_in(kv_bytes) == prefix.slots - 1
         assert kv_bytes - PLACE * HEADS * (prefix.slots - 1) == (prefix.slots - 1) * one.model.slot_bytes
@@ -313,11 +315,11 @@ def test_contestants_of_one_ratio_have_one_budget(ratio: int) -> None:
 
 @pytest.mark.parametrize("ratio", [2, 4, 9])
 def test_all_compressions_keep_as_much_to_the_last_byte(ratio: int) -> None:
-    assert len({answer(contestant(f"{compression}:{ratio}")).kv_bytes for compression in COMPRESSIONS}) == 1
+    assert len({answer(baseline(f"{compression}:{ratio}")).kv_bytes for compression in COMPRESSIONS}) == 1
 
 
 class TestReading:
-    def count(self, one: Contestant, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    def count(self, one: Baseline, monkeypatch: pytest.MonkeyPatch) -> list[object]:
         asked: list[object] = []
         read = one.read  # type: ignore[attr-defined]
 
@@ -334,7 +336,7 @@ class TestReading:
     def test_a_text_is_read_once_for_questions_that_follow_each_other(
         self, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        one = contestant(name)
+        one = baseline(name)
         asked = self.count(one, monkeypatch)
         one.answer(self.ITEMS, 2)
         assert asked == ["One?", "Three?", "Four?"]
@@ -342,19 +344,19 @@ class TestReading:
         assert len(asked) == 3
 
     def test_who_must_know_the_question_reads_for_each(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        one = contestant("bm25:4")
+        one = baseline("bm25:4")
         asked = self.count(one, monkeypatch)
         one.answer(self.ITEMS, 2)
         assert asked == ["One?", "Two?", "Three?", "Four?"]
 
     def test_reading_counts_in_the_time_of_each_question(self) -> None:
-        beacons = contestant("beacon:4")
+        beacons = baseline("beacon:4")
         _, read = beacons.memory(self.ITEMS[0])
         assert all(outcome.seconds > read for outcome in beacons.answer(self.ITEMS[:2], 2))
 
     @every_compression
     def test_a_batch_answers_as_each_item_alone(self, compression: str) -> None:
-        one = contestant(f"{compression}:4")
+        one = baseline(f"{compression}:4")
         together = [outcome.text for outcome in one.answer(self.ITEMS, 12)]
         assert together == [answer(one, item).text for item in self.ITEMS]
         assert len(set(together)) > 2  # the tiny model does not mind every question
