@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import langchain_beacon_memory
+import llama_index_beacon_memory
 import pytest
 import typer
 from command_page import json_fields, sections
 from evaluation_samples import answer, contestant, saved_model
 
+import beacon_memory
 from beacon_memory.cli import app
 from beacon_memory.evaluation import field
 from beacon_memory.evaluation.metrics import LONGBENCH_METRICS, METRICS
@@ -62,9 +67,57 @@ def test_the_contestant_that_the_page_of_evaluation_adds_can_answer() -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_reference_names_every_public_name_once() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    packages = (beacon_memory, langchain_beacon_memory, llama_index_beacon_memory)
+    public = [f"{package.__name__}.{name}" for package in packages for name in package.__all__]
+    assert sorted(shown) == sorted(name for name in public if not name.endswith("__version__"))
+
+
+def site() -> Any:
+    """What turns pages and docstrings into those of the site."""
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_keeps_the_words_of_links_that_lead_out_of_it() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="results/README.md"))
+    text = "[a](../store.md#quota) [b](../../README.md) ![c](ppl.png) [d](https://example.org) [e](../../x.py#L1)"
+    assert site().on_page_markdown(text, page=page) == (
+        "[a](../store.md#quota) b ![c](ppl.png) [d](https://example.org) e"
+    )
+
+
+def test_the_site_shows_names_with_their_meanings_as_a_list() -> None:
+    docstring = """Do it.
+
+ratio: how strongly; or a list with
+one for each. seconds, bytes: what it took, for
+one: an item. Raises InputError
+if it cannot be done.
+
+Note: all the same."""
+    assert (
+        site().with_lists(docstring, {"ratio", "seconds", "bytes"})
+        == """Do it.
+
+* `ratio`: how strongly; or a list with one for each.
+* `seconds`, `bytes`: what it took, for one: an item.
+
+Raises InputError if it cannot be done.
+
+Note: all the same."""
+    )
 
 
 def commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -106,6 +159,16 @@ def test_the_smallest_recipe_on_the_page_can_be_read(tmp_path: Path) -> None:
     (recipe,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
     assert read_recipe(tmp_path / "recipe.toml")[0].stages[0].name == "questions"
+
+
+@pytest.mark.slow
+def test_python_on_the_first_page_of_the_site_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "index.md", "exec"), {})  # noqa: S102  # our own document
+    assert "3 May 2031" in capsys.readouterr().out
 
 
 @pytest.mark.slow
