@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -78,6 +79,28 @@ def test_the_reference_names_every_public_name_once() -> None:
     packages = (beacon_memory, langchain_beacon_memory, llama_index_beacon_memory)
     public = [f"{package.__name__}.{name}" for package in packages for name in package.__all__]
     assert sorted(shown) == sorted(name for name in public if not name.endswith("__version__"))
+
+
+def messages() -> Iterator[str]:
+    """All texts in the code that are no docstrings, with … for each field of an f-string."""
+    for path in (*(ROOT / "beacon_memory").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+                yield node.value
+
+
+def test_the_messages_on_the_page_of_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [line.strip("`> ") for line in page.splitlines() if line.startswith("> ")]
+    assert len(quoted) > 40
+    known = [*messages()]
+    for fragment in quoted:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in fragment.split("…")))
+        assert any(map(pattern.search, known)), f"no error says {fragment!r}"
 
 
 def site() -> Any:
