@@ -126,6 +126,15 @@ def test_what_the_page_of_security_runs_erases_a_removed_text_from_the_catalog(t
         assert [hit.document for hit in store.search("owls")] == ["kept"]
 
 
+def test_the_changelog_names_the_format_of_files_and_every_step_of_the_catalog() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "beacon_memory").rglob("*.py"))
+    page = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    (now,) = re.findall(r"^FORMAT_VERSION = (\d+)", code, re.MULTILINE)
+    assert f"| K/V file | {now} | 1 to {now} |" in page
+    steps = re.findall(r"^def (m\d{3}_\w+)", code, re.MULTILINE)
+    assert re.findall(r"^\| `(m\d{3}_\w+)`", page, re.MULTILINE) == sorted(steps) != []
+
+
 def site() -> Any:
     """What turns pages and docstrings into those of the site."""
     spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
