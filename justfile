@@ -4,7 +4,7 @@ _default:
     @just --list
 
 # Everything that CI checks, in the order of its cost.
-check: lint contracts types test
+check: lint contracts types docs test
 
 # Style and likely bugs.
 lint:
@@ -23,6 +23,10 @@ types:
 # Imports point one way.
 contracts:
     lint-imports --no-cache
+
+# The site of docs/ and of the docstrings, into site/; a broken link or anchor fails (not with --quiet, which hides it).
+docs *args:
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict {{ args }}
 
 # Tests; `just test -m "not slow"` leaves out those that need the default model.
 test *args:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib.util
 import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import langchain_beacon_memory
+import llama_index_beacon_memory
 import pytest
 import typer
 from command_page import json_fields, sections
 from evaluation_samples import answer, baseline, saved_model
 from repository import ROOT
+from store_samples import put
 
+import beacon_memory
+from beacon_memory import MemoryStore
 from beacon_memory.cli.main import app
 from beacon_memory.evaluation import field
 from beacon_memory.evaluation.metrics import LONGBENCH_METRICS, METRICS
@@ -75,9 +85,107 @@ def test_the_baseline_that_the_page_of_evaluation_adds_can_answer() -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_reference_names_every_public_name_once() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    packages = (beacon_memory, langchain_beacon_memory, llama_index_beacon_memory)
+    public = [f"{package.__name__}.{name}" for package in packages for name in package.__all__]
+    assert sorted(shown) == sorted(name for name in public if not name.endswith("__version__"))
+
+
+def messages() -> Iterator[str]:
+    """All texts in the code that are no docstrings, with … for each field of an f-string."""
+    for path in (*(ROOT / "beacon_memory").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+                yield node.value
+
+
+def test_the_messages_on_the_page_of_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [line.strip("`> ") for line in page.splitlines() if line.startswith("> ")]
+    assert len(quoted) > 40
+    known = [*messages()]
+    for fragment in quoted:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in fragment.split("…")))
+        assert any(map(pattern.search, known)), f"no error says {fragment!r}"
+
+
+def test_what_the_page_of_security_runs_erases_a_removed_text_from_the_catalog(tmp_path: Path) -> None:
+    (sql,) = re.findall(r'^sqlite3 catalog.sqlite3 "(.*)"$', (ROOT / "SECURITY.md").read_text("utf-8"), re.MULTILINE)
+    with MemoryStore(tmp_path) as store:
+        put(store, "kept", "Two owls nest above the hayloft.")
+        put(store, "gone", "Nobody must learn of the quicksilver. " * 200)
+        store.delete("gone")
+    assert "quicksilv" in (tmp_path / "catalog.sqlite3").read_bytes().decode(
+        "latin-1"
+    )  # or the page promises too little
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3", isolation_level=None)) as catalog:
+        for statement in sql.split(";"):
+            catalog.execute(statement)
+    left = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"quicksilv" not in left.lower()
+    with MemoryStore(tmp_path) as store:
+        assert store.verify() == []
+        assert [hit.document for hit in store.search("owls")] == ["kept"]
+
+
+def test_the_changelog_names_the_format_of_files_and_every_step_of_the_catalog() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "beacon_memory").rglob("*.py"))
+    page = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    (now,) = re.findall(r"^FORMAT_VERSION = (\d+)", code, re.MULTILINE)
+    assert f"| K/V file | {now} | 1 to {now} |" in page
+    steps = re.findall(r"^def (m\d{3}_\w+)", code, re.MULTILINE)
+    assert re.findall(r"^\| `(m\d{3}_\w+)`", page, re.MULTILINE) == sorted(steps) != []
+
+
+def site() -> Any:
+    """What turns pages and docstrings into those of the site."""
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_keeps_the_words_of_links_that_lead_out_of_it() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="results/README.md"))
+    text = "[a](../store.md#quota) [b](../../README.md) ![c](ppl.png) [d](https://example.org) [e](../../x.py#L1)"
+    assert site().on_page_markdown(text, page=page) == (
+        "[a](../store.md#quota) b ![c](ppl.png) [d](https://example.org) e"
+    )
+
+
+def test_the_site_shows_names_with_their_meanings_as_a_list() -> None:
+    docstring = """Do it.
+
+ratio: how strongly; or a list with
+one for each. seconds, bytes: what it took, for
+one: an item. Raises InputError
+if it cannot be done.
+
+Note: all the same."""
+    assert (
+        site().with_lists(docstring, {"ratio", "seconds", "bytes"})
+        == """Do it.
+
+* `ratio`: how strongly; or a list with one for each.
+* `seconds`, `bytes`: what it took, for one: an item.
+
+Raises InputError if it cannot be done.
+
+Note: all the same."""
+    )
 
 
 def commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -119,6 +227,16 @@ def test_the_smallest_recipe_on_the_page_can_be_read(tmp_path: Path) -> None:
     (recipe,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
     assert read_recipe(tmp_path / "recipe.toml")[0].stages[0].name == "questions"
+
+
+@pytest.mark.slow
+def test_python_on_the_first_page_of_the_site_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "index.md", "exec"), {})  # noqa: S102  # our own document
+    assert "3 May 2031" in capsys.readouterr().out
 
 
 @pytest.mark.slow
