@@ -43,7 +43,7 @@ constraints torch="2.13.0":
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     python3 -m venv "$work/venv"
-    "$work/venv/bin/pip" install 'torch=={{ torch }}' '.[default-model,dev]'
+    "$work/venv/bin/pip" install 'torch=={{ torch }}' '.[dev]'
     # pip itself stays free, and torch's local label (+cpu) goes, so that any build of that release will do.
     {
         grep '^#' constraints.txt

