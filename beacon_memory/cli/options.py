@@ -93,7 +93,13 @@ Adapter = Annotated[
     typer.Option(envvar="BEACON_MEMORY_ADAPTER", help="Beacon adapter for it: folder or hub name."),
 ]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cuda, cpu, ...", show_default="the fastest")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="What to compute in; auto: as the model was saved.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="What to compute in; auto: as the model was saved, or float32 on a processor that is slower in 16 bits.",
+    ),
+]
 ScoreOption = Annotated[
     Score,
     typer.Option(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
@@ -29,6 +30,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A stock causal language model and its tokenizer (None if the checkpoint has none), from a folder or the hub.
 
+    dtype: `auto` for that of the checkpoint, or float32 on a processor that is slower with 16 bits, if there is room.
+
     Remote code is never executed. Raises ModelError if the model cannot be loaded whole.
     """
     try:
@@ -46,9 +49,30 @@ def load_base(
     tokenizer = _load_tokenizer(base)
     chosen = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
+        if dtype == "auto" and torch.device(chosen).type == "cpu" and _is_faster_in_float32(model):
+            return model.float(), tokenizer
         return model.to(chosen), tokenizer
     except (RuntimeError, AssertionError) as error:  # torch has no other words for a device that is not there
         raise ModelError(f"device {str(chosen)!r} cannot be used: {error}") from error
+
+
+def _is_faster_in_float32(model: PreTrainedModel) -> bool:
+    """Return whether the processor is slow in the model's 16-bit dtype, and there is memory enough for float32.
+
+    Without instructions for it (with AVX2 alone, for example) a matrix product in bfloat16 takes several times as long.
+    """
+    if model.dtype not in (torch.bfloat16, torch.float16) or _multiplies_in(model.dtype):
+        return False
+    return 4 * model.num_parameters() < psutil.virtual_memory().available / 2
+
+
+def _multiplies_in(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN, which torch computes with on processors, has kernels of a 16-bit dtype for this one."""
+    if not torch.backends.mkldnn.is_available():
+        return True  # then nothing is known, and the checkpoint's dtype is as good as another
+    ops = torch.ops.mkldnn
+    supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    return bool(supported())
 
 
 def _load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase | None:

@@ -119,7 +119,9 @@ class BeaconModel(nn.Module):
         Beacons come from `adapter` (a folder or hub name); else from the base checkpoint, if it is of the published
         layout; else they start untrained with the settings of `config`. With no base at all, the embedded default model
         and its adapter. Remote code is never executed. device: by default an accelerator if there is one; dtype: by
-        default the checkpoint's. Raises ModelError, AdapterError or UnsupportedModelError.
+        default the checkpoint's, or float32 on a processor that is slower with 16 bits, if there is room.
+
+        Raises ModelError, AdapterError or UnsupportedModelError.
         """
         if base is None:
             base, adapter = ensure_default_model(), adapter or default_adapter()
@@ -243,6 +245,11 @@ class BeaconModel(nn.Module):
         return self.base.dtype
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """Return the dtype that K/V are kept in unless somebody asks for another: that of the checkpoint."""
+        return getattr(self.base.config, "dtype", None) or self.dtype
+
+    @property
     def kv_shape(self) -> tuple[int, int, int]:
         """layers, kv_heads, head_dim of its K/V."""
         attention: Any = self._attentions[0]
@@ -259,7 +266,7 @@ class BeaconModel(nn.Module):
     @property
     def slot_bytes(self) -> int:
         """Bytes of the K/V of one slot, all layers."""
-        return 2 * math.prod(self.kv_shape) * self.dtype.itemsize
+        return 2 * math.prod(self.kv_shape) * self.kv_dtype.itemsize
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import AdapterError, ModelError, UnsupportedModelError
+from beacon_memory.modeling import loading
 from beacon_memory.modeling.adapter import read_adapter
 from beacon_memory.modeling.loading import tokenizer_digest
 from beacon_memory.modeling.model import BeaconModel
@@ -53,10 +55,30 @@ class TestBase:
         assert torch.equal(model.base(ids).logits, stock(ids).logits)
         assert not model.beacon_embed.any()
 
-    def test_it_is_loaded_in_its_own_dtype_or_the_one_asked_for(self, tmp_path: Path) -> None:
-        tiny_base("llama").bfloat16().save_pretrained(tmp_path)
-        assert load(tmp_path).dtype == torch.bfloat16
-        assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_it_is_loaded_in_its_own_dtype_or_the_one_asked_for(
+        self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loading, "_multiplies_in", lambda _: True)
+        tiny_base("llama").to(dtype).save_pretrained(tmp_path)
+        assert (load(tmp_path).dtype, load(tmp_path).kv_dtype) == (dtype, dtype)
+        asked = load(tmp_path, dtype=torch.float64)
+        assert (asked.dtype, asked.kv_dtype) == (torch.float64, torch.float64)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_processor_that_is_slow_in_16_bits_computes_in_float32_and_keeps_kv_as_the_checkpoint_is(
+        self, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loading, "_multiplies_in", lambda _: False)
+        tiny_base("llama").to(dtype).save_pretrained(tmp_path)
+        model = load(tmp_path)
+        assert (model.dtype, model.kv_dtype) == (torch.float32, dtype)
+        asked = load(tmp_path, dtype=dtype)
+        assert (asked.dtype, asked.kv_dtype) == (dtype, dtype)
+        assert model.fingerprint == asked.fingerprint
+
+        monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+        assert load(tmp_path).dtype == dtype  # twice the memory is not there
 
     def test_it_needs_no_tokenizer(self, tmp_path: Path) -> None:
         tiny_base("llama").save_pretrained(tmp_path)
