@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,14 +75,26 @@ def _without_load_report() -> Iterator[None]:
 
 
 def merge_lora(base: PreTrainedModel, lora: Path) -> PreTrainedModel:
-    """The base with a PEFT LoRA merged into its weights, a stock model again. Raises AdapterError if it misfits."""
+    """Merge a PEFT LoRA into the weights of the base and return it, still a stock model.
+
+    Raises AdapterError for a LoRA that does not fit the base, which is left without any.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is on its way out
             merged: PreTrainedModel = PeftModel.from_pretrained(base, str(lora)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        _remove_lora(base)
         raise AdapterError(f"the LoRA in {lora} does not fit the base model: {error}") from error
     return merged
+
+
+def _remove_lora(base: PreTrainedModel) -> None:
+    """Take out the LoRA layers that PEFT put into the base before it found that their weights do not fit."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    vars(base).pop("peft_config", None)
 
 
 def lora_digest(lora: Path | None) -> str:

@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from beacon_memory.config import BeaconConfig
-from beacon_memory.errors import AdapterError, ConfigError, InputError
+from beacon_memory.errors import AdapterError, ConfigError, InputError, ModelError
 from beacon_memory.kv.fingerprint import Fingerprint, digest_json, digest_tensors
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
@@ -36,7 +37,7 @@ from .cache import bring_prefixes
 from .default_model import default_adapter, ensure_default_model
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
 from .loading import load_base, lora_digest, merge_lora, tokenizer_digest
-from .projections import beacon_parameters, install_projections
+from .projections import beacon_parameters, install_projections, remove_projections
 from .ratio_mix import mixed_ratios
 from .support import attention_modules, check_salience, max_positions, model_rope
 
@@ -91,7 +92,9 @@ class BeaconModel(nn.Module):
         model_rope(base)  # refuses what cannot be supported
         check_salience(base, config, token_salience, token_starts_word)
         self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
-        self.base = base if lora is None else merge_lora(base, lora)
+        self._base_attention: str = base.config._attn_implementation
+        self._base_trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+        self.base = base
         self.config = config
         self.max_positions = max_positions(base.config)
         self.adapter = UNTRAINED
@@ -99,10 +102,14 @@ class BeaconModel(nn.Module):
         self._tokenizer = tokenizer
         self._salience = token_salience
         self._starts_word = token_starts_word
-        self.base.requires_grad_(False)
-        self.base.get_output_embeddings().register_forward_pre_hook(_make_dense)
-        self.base.set_attn_implementation(IMPLEMENTATION)
-        self._install()
+        self._hooks: list[RemovableHandle] = []
+        try:
+            if lora is not None:
+                self.base = merge_lora(base, lora)
+            self._install()
+        except BaseException:
+            self._uninstall()
+            raise
 
     @classmethod
     def from_pretrained(
@@ -203,9 +210,13 @@ class BeaconModel(nn.Module):
             parameter.copy_(given[name])
 
     def _install(self) -> None:
-        install_projections(self._attentions, self.config.beacon_param)
+        self.base.requires_grad_(False)
+        self.base.set_attn_implementation(IMPLEMENTATION)
+        self._hooks.append(self.base.get_output_embeddings().register_forward_pre_hook(_make_dense))
+        for hook in install_projections(self._attentions, self.config.beacon_param):
+            self._hooks.append(hook)  # one at a time, so that after an error those that are there are known
         for attention in self._attentions:
-            attention.register_forward_pre_hook(bring_prefixes, with_kwargs=True)
+            self._hooks.append(attention.register_forward_pre_hook(bring_prefixes, with_kwargs=True))
         embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
         if self.config.beacon_embed == "last-token":
             self.beacon_embed = nn.Parameter(torch.zeros_like(embeddings[0]))
@@ -216,8 +227,34 @@ class BeaconModel(nn.Module):
         for _, parameter in self.named_beacon_parameters():
             parameter.requires_grad_(True)
 
+    def _uninstall(self) -> None:
+        """Undo `_install`, also one that failed half-way."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        remove_projections(self._attentions)
+        self.base.set_attn_implementation(self._base_attention)
+        for name, parameter in self.base.named_parameters():
+            parameter.requires_grad_(name in self._base_trained)
+
+    def detach(self) -> PreTrainedModel:
+        """Give `base` its stock modules, hooks and attention back, and return it. A LoRA stays merged into its weights.
+
+        Afterwards this object raises ModelError where it would read, load a memory or save beacons.
+        """
+        self._uninstall()
+        self.__dict__.pop("fingerprint", None)
+        return self.base
+
+    def _require_attached(self) -> None:
+        if not self._hooks:
+            raise ModelError(
+                "this BeaconModel was detached from its base, which is a stock model again; load it anew with "
+                "BeaconModel.from_pretrained to read with beacons or to answer from a memory"
+            )
+
     def named_beacon_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, under the names of the published checkpoints; the embedding as [hidden_size]."""
+        self._require_attached()
         learned = self.config.beacon_embed == "learned"
         yield "model.beacon_embed_tokens.weight" if learned else "beacon_embed_offset", self.beacon_embed
         yield from beacon_parameters(self._attentions)
@@ -328,6 +365,7 @@ class BeaconModel(nn.Module):
 
     def prefix(self, memory: MemoryKV) -> Prefix:
         """A memory made ready to stand in front of what is read, on the model's device."""
+        self._require_attached()
         return Prefix(memory.to(self.device, self.dtype), self.rope)
 
     def empty_kv(self) -> BeaconKV:
@@ -348,6 +386,7 @@ class BeaconModel(nn.Module):
         past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order; prefixes: for
         each sequence, or for none, a memory in front of position 0; watch: hears of the attention of every window.
         """
+        self._require_attached()
         hidden = self.config.beacon_attn == "hidden"
         beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, prefixes=prefixes, watch=watch)
         embed = self.base.get_input_embeddings()

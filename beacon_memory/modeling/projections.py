@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .attention import BeaconPass
 
-__all__ = ["BeaconLinear", "beacon_parameters", "install_projections"]
+__all__ = ["BeaconLinear", "beacon_parameters", "install_projections", "remove_projections"]
 
 # How many rows of the attention module that is running now are raw. Set by that module's own hooks from the keyword
 # arguments of the call, so it is right in every thread and when gradient checkpointing runs a layer again.
@@ -49,14 +50,22 @@ def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
     _raw_rows.set(None)
 
 
-def install_projections(attentions: Iterable[nn.Module], param: Iterable[str]) -> None:
-    """Give the attention modules beacon projections for each of `param` (q, k, v, o)."""
+def install_projections(attentions: Iterable[nn.Module], param: Iterable[str]) -> Iterator[RemovableHandle]:
+    """Give the attention modules beacon projections for each of `param` (q, k, v, o); yield the hooks they need."""
     names = [f"{letter}_proj" for letter in param]
     for attention in attentions:
         for name in names:
             setattr(attention, name, BeaconLinear(getattr(attention, name)))
-        attention.register_forward_pre_hook(_enter, with_kwargs=True)
-        attention.register_forward_hook(_leave, always_call=True)
+        yield attention.register_forward_pre_hook(_enter, with_kwargs=True)
+        yield attention.register_forward_hook(_leave, always_call=True)
+
+
+def remove_projections(attentions: Iterable[nn.Module]) -> None:
+    """Put the stock linear layers of the attention modules back, where they have beacon projections."""
+    for attention in attentions:
+        for name, module in list(attention.named_children()):
+            if isinstance(module, BeaconLinear):
+                setattr(attention, name, module.base)
 
 
 def beacon_parameters(attentions: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
