@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +39,8 @@ from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
 from .loading import load_base, lora_digest, merge_lora, tokenizer_digest
 from .projections import beacon_parameters, install_projections, remove_projections
 from .ratio_mix import mixed_ratios
-from .support import attention_modules, check_salience, max_positions, model_rope
+from .salience import TokenSalience
+from .support import attention_modules, max_positions, model_rope
 
 __all__ = ["BeaconModel", "PassOutput"]
 
@@ -90,18 +91,20 @@ class BeaconModel(nn.Module):
         super().__init__()
         self._attentions = attention_modules(base)
         model_rope(base)  # refuses what cannot be supported
-        check_salience(base, config, token_salience, token_starts_word)
+        vocab = base.config.vocab_size
+        self.salience = TokenSalience(config.beacon_placement, vocab, token_salience, token_starts_word)
         self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
         self._base_attention: str = base.config._attn_implementation
         self._base_trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
         self.base = base
         self.config = config
         self.max_positions = max_positions(base.config)
+        attention: Any = self._attentions[0]
+        heads = base.config.num_attention_heads // attention.num_key_value_groups
+        self.kv_shape = (len(self._attentions), heads, int(attention.head_dim))
         self.adapter = UNTRAINED
-        self._lora = lora
+        self.lora = lora
         self._tokenizer = tokenizer
-        self._salience = token_salience
-        self._starts_word = token_starts_word
         self._hooks: list[RemovableHandle] = []
         try:
             if lora is not None:
@@ -161,11 +164,11 @@ class BeaconModel(nn.Module):
         adapter = Adapter(
             config=self.config,
             tensors={name: parameter.to(self.dtype) for name, parameter in self.named_beacon_parameters()},
-            token_salience=self._salience,
-            token_starts_word=self._starts_word,
+            token_salience=self.salience.token_salience,
+            token_starts_word=self.salience.token_starts_word,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
             base={"name": base_name(str(self.base.config.name_or_path)), "digest": self._base_digest},
-            lora=lora or self._lora,
+            lora=lora or self.lora,
         )
         write_adapter(folder, adapter)
 
@@ -175,14 +178,16 @@ class BeaconModel(nn.Module):
         Raises AdapterError otherwise: `from_pretrained` makes a model for any adapter.
         """
         adapter = read_adapter(source)
-        if adapter.config != self.config or lora_digest(adapter.lora) != lora_digest(self._lora):
+        if adapter.config != self.config or lora_digest(adapter.lora) != lora_digest(self.lora):
             raise AdapterError(
                 f"the adapter in {source} has other settings or another LoRA than the loaded model; "
                 "load it with BeaconModel.from_pretrained(base, adapter=...)"
             )
-        check_salience(self.base, adapter.config, adapter.token_salience, adapter.token_starts_word)
+        salience = replace(
+            self.salience, token_salience=adapter.token_salience, token_starts_word=adapter.token_starts_word
+        )
         self.set_beacon_parameters(adapter.tensors)
-        self._salience, self._starts_word = adapter.token_salience, adapter.token_starts_word
+        self.salience = salience
         self.adapter = str(source)
         self.__dict__.pop("fingerprint", None)
 
@@ -265,11 +270,6 @@ class BeaconModel(nn.Module):
         return model_rope(self.base)
 
     @property
-    def lora(self) -> Path | None:
-        """The folder of the LoRA that was merged into the base, if any."""
-        return self._lora
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.base.device
@@ -278,13 +278,6 @@ class BeaconModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return self.base.dtype
-
-    @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """layers, kv_heads, head_dim of its K/V."""
-        attention: Any = self._attentions[0]
-        heads = self.base.config.num_attention_heads // attention.num_key_value_groups
-        return len(self._attentions), heads, attention.head_dim
 
     @property
     def compression(self) -> str:
@@ -330,34 +323,17 @@ class BeaconModel(nn.Module):
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """What stored K/V must have been made with to be usable with this model. Taken once: train first."""
-        trained: list[tuple[str, Tensor]] = [*self.named_beacon_parameters()]
-        of_tokens = {"token_salience": self._salience, "token_starts_word": self._starts_word}
-        trained += [(name, tensor) for name, tensor in of_tokens.items() if tensor is not None]
+        trained = [*self.named_beacon_parameters(), *self.salience.tensors.items()]
         settings = self.config.to_dict()
         without = ("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_hybrid_factor")
         settings = {key: settings[key] for key in settings if key not in without}  # any can be read
         return Fingerprint(
             base=self._base_digest,
-            adapter=digest_json([digest_tensors(trained), lora_digest(self._lora)]),
+            adapter=digest_json([digest_tensors(trained), lora_digest(self.lora)]),
             tokenizer=tokenizer_digest(self._tokenizer),
             config=digest_json(settings),
             rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
         )
-
-    def salience(self, ids: Sequence[int]) -> list[float]:
-        """How informative each token is, for `salient` placement.
-
-        For `salient-words`, how informative its word is: the sum over its tokens, over the square root of their number,
-        between the sum, which would favour long words, and the mean, which would favour parts of them.
-        """
-        of_token = list(ids)
-        scores = cast(Tensor, self._salience)[of_token].float()  # salient placements are refused without them
-        if self.config.beacon_placement == "salient-words":
-            starts = cast(Tensor, self._starts_word)[of_token]
-            word = starts.cumsum(0)
-            length = torch.bincount(word).clamp(min=1)
-            scores = (torch.bincount(word, scores) / length.sqrt())[word]
-        return scores.tolist()
 
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
         """`layout.cut_windows` with this model's settings."""

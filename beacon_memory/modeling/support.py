@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from beacon_memory.config import BeaconConfig
-from beacon_memory.errors import AdapterError, ConfigError, UnsupportedModelError
+from beacon_memory.errors import UnsupportedModelError
 from beacon_memory.kv.rope import Rope
 
-__all__ = ["attention_modules", "check_salience", "max_positions", "model_rope"]
+__all__ = ["attention_modules", "max_positions", "model_rope"]
 
 # Families whose numbers are tested. Others may look alike and differ in a detail (interleaved rotation, layers without
 # rotation, softcaps) that would make every stored key silently wrong.
@@ -56,20 +55,6 @@ def model_rope(model: PreTrainedModel) -> Rope:
             "supported"
         )
     return Rope(rotary.inv_freq.float(), float(rotary.attention_scaling))
-
-
-def check_salience(
-    model: PreTrainedModel, config: BeaconConfig, token_salience: Tensor | None, token_starts_word: Tensor | None
-) -> None:
-    """Raise ConfigError if the placement lacks what it needs of each token, AdapterError for another vocabulary."""
-    placement = config.beacon_placement
-    needed = {"salient": ("token_salience",), "salient-words": ("token_salience", "token_starts_word")}
-    for name, given in {"token_salience": token_salience, "token_starts_word": token_starts_word}.items():
-        if given is None:
-            if name in needed.get(placement, ()):
-                raise ConfigError(f"beacon_placement={placement!r} needs {name}, one entry for each of the vocabulary")
-        elif len(given) != model.config.vocab_size:
-            raise AdapterError(f"{name} has {given.numel()} entries, the base's vocabulary {model.config.vocab_size}")
 
 
 def max_positions(config: PretrainedConfig) -> int:

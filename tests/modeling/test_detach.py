@@ -152,7 +152,7 @@ class TestAfterDetach:
         return model
 
     def test_nothing_is_read_or_compressed(self, model: BeaconModel) -> None:
-        with pytest.raises(ModelError, match="detached from its base.*from_pretrained"):
+        with pytest.raises(ModelError, match=r"detached from its base.*from_pretrained"):
             model(torch.tensor([some_ids(20)]))
         with pytest.raises(ModelError, match="detached"):
             list(BeaconCompressor(model).compress([Work(some_ids(11), [2, 4])], compression="beacon"))
