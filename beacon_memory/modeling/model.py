@@ -49,10 +49,10 @@ UNTRAINED = "untrained"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassOutput:
-    """What one pass computed.
+    """The result of one pass.
 
     hidden: [raw rows, hidden_size] last hidden state of each raw row.
-    kept:   K/V of the pool entries that were asked for.
+    kept:   K/V of the pool entries that the caller asked to keep.
     """
 
     hidden: Tensor
@@ -60,22 +60,27 @@ class PassOutput:
 
 
 def _make_dense(_module: nn.Module, args: tuple[Tensor]) -> Tensor:
-    """The head's input, dense: for the slice that `generate` takes of a prompt, torch's CPU kernel is much slower."""
+    """Copy the input of the head if it is a slice, as in `generate`: on a slice, torch's CPU kernel is much slower."""
     return args[0].clone(memory_format=torch.contiguous_format)
 
 
 class BeaconModel(nn.Module):
-    """Beacon projections and a beacon embedding on a stock causal language model.
+    """A stock causal language model with beacon projections and a beacon embedding.
 
-    `base` stays a stock model: it answers, generates and is saved as ever. Only calls that bring a `BeaconPass`, which
-    the methods here make, treat some rows as beacons. Use `from_pretrained` unless you have a model at hand.
+    `base` can still be used as the stock model that it is, to generate text for example. Only the methods here treat
+    some rows as beacons. `detach` removes everything again. Use `from_pretrained` to load a model; call the constructor
+    if you have loaded the base already.
 
-    Untrained, the projections are copies of the base's and the embedding is that of the token before the beacon
-    (`last-token`) or of the eos or bos token (`learned`).
+    Untrained beacon projections are copies of the base's. An untrained beacon embedding is that of the token before the
+    beacon (`last-token`), or that of the eos or bos token (`learned`).
 
-    adapter: where the trained beacons come from, or `untrained`.
+    adapter:  folder or hub name of the trained beacons, or `untrained`.
+    lora:     folder of the LoRA that was merged into the base, if any.
+    kv_shape: (layers, kv_heads, head_dim) of its K/V.
+    salience: how informative tokens are, see TokenSalience.
 
-    Raises UnsupportedModelError for a base model that cannot carry beacons.
+    Raises UnsupportedModelError for a base model that cannot carry beacons. If the constructor fails, the base is left
+    as it was.
     """
 
     def __init__(
@@ -126,10 +131,13 @@ class BeaconModel(nn.Module):
     ) -> BeaconModel:
         """Load a base model, from a folder or the hub, and its beacons.
 
-        Beacons come from `adapter` (a folder or hub name); else from the base checkpoint, if it is of the published
-        layout; else they start untrained with the settings of `config`. With no base at all, the embedded default model
-        and its adapter. Remote code is never executed. device: by default an accelerator if there is one; dtype: by
-        default the checkpoint's. Raises ModelError, AdapterError or UnsupportedModelError.
+        base:    without one, the embedded default model and its adapter are loaded. Remote code is never executed.
+        adapter: folder or hub name of the beacons. Without one, they come from the base checkpoint if it has the
+                 published layout, else they are untrained and have the settings of `config`.
+        device:  by default an accelerator, if there is one.
+        dtype:   by default that of the checkpoint.
+
+        Raises ModelError, AdapterError or UnsupportedModelError.
         """
         if base is None:
             base, adapter = ensure_default_model(), adapter or default_adapter()
@@ -156,9 +164,9 @@ class BeaconModel(nn.Module):
         return beacons.eval()
 
     def save_adapter(self, folder: str | Path, lora: Path | None = None) -> None:
-        """Write the beacons, in the model's dtype, and the LoRA as an adapter folder.
+        """Write the beacons, in the model's dtype, and the LoRA to an adapter folder.
 
-        lora: folder of a LoRA that was trained with them; None for the one they were loaded with.
+        lora: folder of a LoRA that was trained with them; None takes the one that was loaded with them.
         """
         folder = Path(folder)
         adapter = Adapter(
@@ -173,9 +181,9 @@ class BeaconModel(nn.Module):
         write_adapter(folder, adapter)
 
     def load_adapter(self, source: str | Path) -> None:
-        """Take the beacons of an adapter that has this model's settings and LoRA.
+        """Load the beacons of another adapter, which must have the same settings and LoRA as this model.
 
-        Raises AdapterError otherwise: `from_pretrained` makes a model for any adapter.
+        Raises AdapterError if it has not. `from_pretrained` loads any adapter.
         """
         adapter = read_adapter(source)
         if adapter.config != self.config or lora_digest(adapter.lora) != lora_digest(self.lora):
@@ -193,9 +201,9 @@ class BeaconModel(nn.Module):
 
     @torch.no_grad()
     def set_beacon_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values of all `named_beacon_parameters`; raises AdapterError unless names and shapes are theirs."""
+        """Set the values of all `named_beacon_parameters`; raises AdapterError if names or shapes differ."""
         own = dict(self.named_beacon_parameters())
-        # the published checkpoints keep the one learned vector as a table of one row
+        # the published checkpoints store the one learned vector as a table with one row
         given = {
             name: t[0] if name == "model.beacon_embed_tokens.weight" and t.ndim == 2 else t
             for name, t in tensors.items()
@@ -219,7 +227,7 @@ class BeaconModel(nn.Module):
         self.base.set_attn_implementation(IMPLEMENTATION)
         self._hooks.append(self.base.get_output_embeddings().register_forward_pre_hook(_make_dense))
         for hook in install_projections(self._attentions, self.config.beacon_param):
-            self._hooks.append(hook)  # one at a time, so that after an error those that are there are known
+            self._hooks.append(hook)  # one by one, so that after an error it is known which there are
         for attention in self._attentions:
             self._hooks.append(attention.register_forward_pre_hook(bring_prefixes, with_kwargs=True))
         embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
@@ -233,7 +241,7 @@ class BeaconModel(nn.Module):
             parameter.requires_grad_(True)
 
     def _uninstall(self) -> None:
-        """Undo `_install`, also one that failed half-way."""
+        """Undo `_install`, even if it failed half-way."""
         while self._hooks:
             self._hooks.pop().remove()
         remove_projections(self._attentions)
@@ -242,9 +250,10 @@ class BeaconModel(nn.Module):
             parameter.requires_grad_(name in self._base_trained)
 
     def detach(self) -> PreTrainedModel:
-        """Give `base` its stock modules, hooks and attention back, and return it. A LoRA stays merged into its weights.
+        """Take the beacons off the base and return it: a stock model, with its own modules, hooks and attention.
 
-        Afterwards this object raises ModelError where it would read, load a memory or save beacons.
+        A LoRA stays merged into its weights. Afterwards this BeaconModel raises ModelError when it is to read, to load
+        a memory, or to save its beacons.
         """
         self._uninstall()
         self.__dict__.pop("fingerprint", None)
@@ -258,7 +267,7 @@ class BeaconModel(nn.Module):
             )
 
     def named_beacon_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained, under the names of the published checkpoints; the embedding as [hidden_size]."""
+        """Yield the parameters that are trained, under the published names; the embedding is [hidden_size]."""
         self._require_attached()
         learned = self.config.beacon_embed == "learned"
         yield "model.beacon_embed_tokens.weight" if learned else "beacon_embed_offset", self.beacon_embed
@@ -266,47 +275,47 @@ class BeaconModel(nn.Module):
 
     @property
     def rope(self) -> Rope:
-        """The base's rotation, as it is now: a cast of the model casts its frequencies too."""
+        """Return the base's RoPE. It is read anew each time, because a cast of the model casts its frequencies too."""
         return model_rope(self.base)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device that the model is on."""
         return self.base.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """Return the dtype that the model computes in."""
         return self.base.dtype
 
     @property
     def compression(self) -> str:
-        """What becomes of a text where nobody says otherwise, see `BeaconConfig.beacon_compression`."""
+        """Return the compression for texts that are added without one, see `BeaconConfig.beacon_compression`."""
         if self.config.beacon_compression != "auto":
             return self.config.beacon_compression
         return "select" if self.adapter == UNTRAINED else "beacon"
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the K/V of one slot, all layers."""
+        """Return the bytes of the K/V of one slot at all layers."""
         return 2 * math.prod(self.kv_shape) * self.dtype.itemsize
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer; raises InputError if the model was made without one."""
+        """Return the base's tokenizer; raises InputError if the model was made without one."""
         if self._tokenizer is None:
             raise InputError("this BeaconModel was made without a tokenizer, which reading text needs")
         return self._tokenizer
 
     @cached_property
     def leading_bos(self) -> list[int]:
-        """The bos token if the tokenizer sets one in front of every text, else nothing."""
+        """Return the bos token if the tokenizer puts it before every text, else an empty list."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
 
     @property
     def sink_ids(self) -> list[int]:
-        """The token ids whose K/V stand in front of every composed memory; raises ConfigError for a sink of several."""
+        """Return the token ids of the sink, whose K/V come before all documents; ConfigError if there are several."""
         if self.config.beacon_sink_size == 0:
             return []
         if self.config.beacon_sink_size > 1:
@@ -322,11 +331,15 @@ class BeaconModel(nn.Module):
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What stored K/V must have been made with to be usable with this model. Taken once: train first."""
+        """Return the fingerprint that stored K/V must have to be usable with this model.
+
+        It is computed once, at the first use, so train the model before.
+        """
         trained = [*self.named_beacon_parameters(), *self.salience.tensors.items()]
         settings = self.config.to_dict()
         without = ("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_hybrid_factor")
-        settings = {key: settings[key] for key in settings if key not in without}  # any can be read
+        # stored K/V do not depend on these: any of them can be read
+        settings = {key: settings[key] for key in settings if key not in without}
         return Fingerprint(
             base=self._base_digest,
             adapter=digest_json([digest_tensors(trained), lora_digest(self.lora)]),
@@ -336,16 +349,16 @@ class BeaconModel(nn.Module):
         )
 
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
-        """`layout.cut_windows` with this model's settings."""
+        """Cut tokens into windows with this model's settings, see `layout.cut_windows`."""
         return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
 
     def prefix(self, memory: MemoryKV) -> Prefix:
-        """A memory made ready to stand in front of what is read, on the model's device."""
+        """Return a memory as a prefix of what is read, on the model's device."""
         self._require_attached()
         return Prefix(memory.to(self.device, self.dtype), self.rope)
 
     def empty_kv(self) -> BeaconKV:
-        """K/V of no slots, on the model's device."""
+        """Return K/V with no slots, on the model's device."""
         return BeaconKV.empty(*self.kv_shape, dtype=self.dtype, device=self.device)
 
     def run(
@@ -357,10 +370,12 @@ class BeaconModel(nn.Module):
         prefixes: Sequence[Prefix | None] = (),
         watch: Watch | None = None,
     ) -> PassOutput:
-        """One forward pass through the base's decoder, without its language-model head.
+        """Run one forward pass through the base's decoder, without its language-model head.
 
-        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order; prefixes: for
-        each sequence, or for none, a memory in front of position 0; watch: hears of the attention of every window.
+        past:     K/V of the past entries of the layout.
+        keep:     numbers of the pool entries whose K/V are returned, in this order.
+        prefixes: for each sequence a memory that it follows, or None; empty if no sequence has one.
+        watch:    a function that observes the attention of every window, see Watch.
         """
         self._require_attached()
         hidden = self.config.beacon_attn == "hidden"
@@ -382,17 +397,19 @@ class BeaconModel(nn.Module):
         return PassOutput(output.last_hidden_state[0, :raw], beacon_pass.collected)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocab] of last hidden states [..., hidden_size]."""
+        """Return the logits [..., vocab] of last hidden states [..., hidden_size]."""
         logits: Tensor = self.base.get_output_embeddings()(hidden)
         return logits
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, ratios: Sequence[Iterator[int]] | None = None
     ) -> CausalLMOutput:
-        """Compression-based language modelling, as in training: the last window of each row is read raw.
+        """Predict each token from the beacons of earlier windows and the tokens of its own, as in training.
 
-        input_ids: [batch, tokens], no padding. labels: the same shape, aligned with input_ids (they are shifted here),
-        -100 for none. ratios: for each row the ratios of its windows; by default as `beacon_ratio_mix` says.
+        input_ids: [batch, tokens], no padding. The last window of each row is read raw.
+        labels:    [batch, tokens], aligned with input_ids (they are shifted here), -100 for none.
+        ratios:    for each row the ratios of its windows; by default those of `beacon_ratio_mix`.
+
         Returns logits [batch, tokens, vocab] and the mean loss over all labels.
         """
         batch, tokens = input_ids.shape

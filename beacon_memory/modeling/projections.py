@@ -15,15 +15,16 @@ from .attention import BeaconPass
 
 __all__ = ["BeaconLinear", "beacon_parameters", "install_projections", "remove_projections"]
 
-# How many rows of the attention module that is running now are raw. Set by that module's own hooks from the keyword
-# arguments of the call, so it is right in every thread and when gradient checkpointing runs a layer again.
+# How many rows are raw in the attention module that is running now. The module's own hooks set it from the keyword
+# arguments of the call, so it is right in every thread, and when gradient checkpointing runs a layer a second time.
 _raw_rows: ContextVar[int | None] = ContextVar("raw_rows", default=None)
 
 
 class BeaconLinear(nn.Module):
-    """A linear layer of a stock model (`base`) with a second one for beacon rows (`beacon`), at first its copy.
+    """A linear layer of a stock model (`base`), and a second one for beacon rows (`beacon`) that starts as its copy.
 
-    Input and output are [1, rows, features], rows in the order raw, beacons. Outside a compressing pass it is `base`.
+    In a pass with beacons, input and output are [1, rows, features], with all raw rows before all beacon rows. In any
+    other call it computes what `base` computes.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -37,7 +38,7 @@ class BeaconLinear(nn.Module):
         if raw_rows is None or raw_rows == rows.shape[1]:
             projected: Tensor = self.base(rows)
             return projected
-        # two axes, because a slice of three is not dense and would take a slower kernel
+        # with two axes, because a slice of a tensor with three is not dense and would use a slower kernel
         return torch.cat((self.base(rows[0, :raw_rows]), self.beacon(rows[0, raw_rows:])))[None]
 
 
@@ -69,7 +70,7 @@ def remove_projections(attentions: Iterable[nn.Module]) -> None:
 
 
 def beacon_parameters(attentions: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The beacon projections' parameters under the names that published checkpoints use."""
+    """Yield the parameters of the beacon projections, under the names of the published checkpoints."""
     for layer, attention in enumerate(attentions):
         for name, module in attention.named_children():
             if isinstance(module, BeaconLinear):

@@ -1,4 +1,4 @@
-"""Which base models can carry beacons, and why others cannot."""
+"""The base models that can carry beacons, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of each layer; raises UnsupportedModelError, with the reason, for a model unlike those."""
+    """Return the attention module of each layer; raises UnsupportedModelError, with the reason, for other models."""
     config = model.config
     if config.model_type not in TESTED_FAMILIES:
         raise UnsupportedModelError(
@@ -41,7 +41,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def model_rope(model: PreTrainedModel) -> Rope:
-    """The model's rotation; raises UnsupportedModelError if it depends on the sequence length."""
+    """Return the model's RoPE; raises UnsupportedModelError if it depends on the length of the sequence."""
     rotary = model.model.rotary_emb
     if rotary.rope_type not in FIXED_ROPE:
         raise UnsupportedModelError(
@@ -58,7 +58,7 @@ def model_rope(model: PreTrainedModel) -> Rope:
 
 
 def max_positions(config: PretrainedConfig) -> int:
-    """Positions that the model can tell apart, RoPE scaling counted in."""
+    """Return how many positions the model can tell apart, RoPE scaling included."""
     positions: int = config.max_position_embeddings
     rope = getattr(config, "rope_parameters", None) or {}
     factor = float(rope.get("factor") or 1.0)

@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from beacon_memory.errors import CapacityError, InputError, MissingDependencyError
-from beacon_memory.evaluation.field import baselines
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.pieces import cut_middle
 from beacon_memory.evaluation.presses import PRESSES, Selection
 from beacon_memory.generation.prompt import chat_prompt

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from beacon_memory.config import BeaconConfig
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Baseline, Outcome
-from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.items import Item
 from beacon_memory.evaluation.presses import _hiding
 from beacon_memory.generation.prompt import chat_prompt

@@ -4,8 +4,8 @@ import pytest
 from evaluation_samples import saved_model
 
 from beacon_memory.errors import InputError
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Compressed, NoText, Retrieved, Truncated
-from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.presses import Selected
 from beacon_memory.evaluation.untouched import Untouched
 
