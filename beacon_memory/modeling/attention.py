@@ -135,7 +135,7 @@ def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tenso
     return seen
 
 
-def _attend_behind(
+def _attend_with_prefix(
     prefix: Sequence[Block],
     query: Tensor,
     key: Tensor,
@@ -173,7 +173,7 @@ def _for_queries(part: Tensor, groups: int) -> Tensor:
     return part[:, None].expand(-1, groups, -1, -1).flatten(0, 1)[None]
 
 
-def _attend_behind_prefixes(
+def _attend_with_prefixes(
     prefixes: Sequence[Prefix],
     layer: int,
     query: Tensor,
@@ -194,7 +194,7 @@ def _attend_behind_prefixes(
         attention_mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
     mask = attention_mask[:, 0, :, :own].expand(batch, -1, -1)
     output = [
-        _attend_behind(prefix.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
+        _attend_with_prefix(prefix.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
         for row, prefix in enumerate(prefixes)
     ]
     return torch.stack(output).transpose(1, 2)
@@ -245,7 +245,7 @@ def _attend_by_window(
             scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
             beacon_pass.watch(layer, window.sequence, scaled, keys_seen, window.memory, prefix)
         mask = window.mask.to(query.dtype)
-        output.append(_attend_behind(prefix, queries, keys_seen, values_seen, mask, scaling, dropout))
+        output.append(_attend_with_prefix(prefix, queries, keys_seen, values_seen, mask, scaling, dropout))
     return torch.cat(output, dim=1).transpose(0, 1)[None, beacon_pass.by_kind]
 
 
@@ -264,7 +264,7 @@ def beacon_attention(
     """Attend by windows if the call brings a `BeaconPass`, with memories if it brings prefixes, else by stock SDPA."""
     layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
     if prefixes:
-        return _attend_behind_prefixes(prefixes, layer, query, key, value, attention_mask, scaling, dropout), None
+        return _attend_with_prefixes(prefixes, layer, query, key, value, attention_mask, scaling, dropout), None
     if beacon_pass is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -60,7 +60,10 @@ class PassOutput:
 
 
 def _make_dense(_module: nn.Module, args: tuple[Tensor]) -> Tensor:
-    """Copy the input of the head if it is a slice, as in `generate`: on a slice, torch's CPU kernel is much slower."""
+    """Copy the input of the head, so that it is dense: on a slice, as in `generate`, torch's CPU kernel is much slower.
+
+    This is a pre-hook of the output embeddings.
+    """
     return args[0].clone(memory_format=torch.contiguous_format)
 
 

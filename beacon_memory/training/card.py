@@ -91,7 +91,7 @@ def _settings(recipe: Recipe, config: BeaconConfig, base: str) -> Iterator[tuple
         yield f"`{key}`", ", ".join(map(str, value)) if isinstance(value, list) else value
     if recipe.salience is not None:
         sources = ", ".join(" ".join((one.path, *_conditions(one))) for one in recipe.salience.data)
-        yield "salience", f"of {sources}; weight of standing in an answer: {recipe.salience.answer_weight:g}"
+        yield "salience", f"of {sources}; weight of being part of an answer: {recipe.salience.answer_weight:g}"
     lora = recipe.lora
     yield "lora", f"LoRA, rank {lora.rank}, alpha {lora.alpha}, {', '.join(lora.targets)}" if lora else "none"
     yield "seed", recipe.seed
