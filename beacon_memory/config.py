@@ -16,7 +16,7 @@ COMPRESSIONS = ("beacon", "select", "hybrid")
 
 PROJECTIONS = ("q", "k", "v", "o")
 
-# What a key means when a published checkpoint leaves it out, and the keys whose value is fixed by the method.
+# Values of keys that a published checkpoint leaves out, and keys that can have only one value.
 _PUBLISHED_DEFAULTS: dict[str, Any] = {
     "beacon_attn": "full-coverage",
     "beacon_embed": "learned",
@@ -25,35 +25,36 @@ _PUBLISHED_DEFAULTS: dict[str, Any] = {
     "beacon_sink_size": 0,
 }
 _FIXED: dict[str, Any] = {"beacon_pos": "interleave"}
-# Keys of the published code that change nothing here: how it groups windows, and a switch that full coverage ignores.
+# Keys of the published code that have no effect here: how it groups windows, and a switch that full coverage ignores.
 _WITHOUT_EFFECT: dict[str, Any] = {"beacon_parallel_window": 1, "beacon_attend_prev": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeaconConfig:
-    """How a text is cut into windows and compressed into beacons.
+    """The settings by which a text is cut into windows and compressed into beacons.
 
-    beacon_window:    raw tokens that are processed with full attention to each other.
+    beacon_window:    length of a window, in raw tokens; tokens of one window attend to each other.
     beacon_ratio:     the ratios (raw tokens per beacon) the adapter was trained with; 0 keeps the raw tokens' K/V.
-    beacon_ratio_mix: which of them a window takes while a sequence is read: `step-random` (any, anew for each window),
-                      `instance-random` (any, one for the sequence), `sequence` (in turn) or `adapt-N` (the smallest
-                      with which the sequence and N more tokens fit the model's positions).
+    beacon_ratio_mix: how windows choose among these ratios in training: `step-random` (at random for each window),
+                      `instance-random` (at random, the same for all windows of a sequence), `sequence` (one after the
+                      other) or `adapt-N` (the smallest with which the sequence and N more tokens fit the model's
+                      positions).
     beacon_param:     the projections that beacons have of their own, among q, k, v, o.
     beacon_attn:      `hidden`: raw tokens do not see the beacons of their own window and positions count raw tokens;
                       `full-coverage` (the paper): they do, and beacons count too.
     beacon_embed:     `last-token`: a beacon's input is the embedding of the token before it plus a trained offset;
                       `learned` (the paper): one trained vector.
     beacon_embed_init: the token whose embedding a `learned` vector starts from, `eos` or `bos`.
-    beacon_placement: `end`: a beacon stands after its unit; `salient`: after the unit's most informative token;
-                      `salient-words`: as many as there are units stand after the tokens of the window's most
-                      informative words, wherever those are.
-    beacon_sink_size: first tokens whose K/V are kept uncompressed in front of the memory.
+    beacon_placement: `end`: a beacon comes after its unit; `salient`: after the most informative token of its unit;
+                      `salient-words`: there are as many beacons as units, but they come after the tokens of the most
+                      informative words of the whole window.
+    beacon_sink_size: number of first tokens whose K/V are kept uncompressed, before the rest of the memory.
     beacon_compression: what becomes of a text where nobody says otherwise: `beacon`, `select` (K/V of chosen tokens),
                       `hybrid` (both) or `auto`: `beacon` with trained beacons, `select` without.
     beacon_hybrid_factor: a `hybrid` memory at ratio r has beacons at this multiple of r, and chosen tokens in the
                       slots that are left.
 
-    Raises ConfigError, which names key and value, for anything out of range.
+    Raises ConfigError, which names key and value, for a value that is not allowed.
     """
 
     beacon_window: int = 1024
@@ -101,12 +102,12 @@ class BeaconConfig:
             )
 
     def require_ratio(self, ratio: object) -> int:
-        """`ratio` if it is one; raises ConfigError otherwise. One above the window leaves one beacon a window."""
+        """Return `ratio`; raises ConfigError if it is none. A ratio above the window gives one beacon per window."""
         return _require_int("beacon_ratio", ratio, least=0)
 
     @property
     def usable_ratios(self) -> tuple[int, ...]:
-        """The ratios that a mix chooses among: a single one as it is, of several those that divide the window."""
+        """Return the ratios that a mix can choose: those that divide the window; a single ratio always can be."""
         if len(self.beacon_ratio) == 1:
             return self.beacon_ratio
         dividing = tuple(r for r in self.beacon_ratio if r == 0 or self.beacon_window % r == 0)
@@ -117,17 +118,17 @@ class BeaconConfig:
         return dividing
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings under the published key names, JSON-able."""
+        """Return all settings under their published names, as values that can be written as JSON."""
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
         settings |= {"beacon_ratio": list(self.beacon_ratio), "beacon_param": list(self.beacon_param)}
         return settings | {"beacon_stride": self.beacon_window} | _FIXED | _WITHOUT_EFFECT
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> BeaconConfig:
-        """Read the `beacon_*` keys of a config.json or beacon.json; other keys are left alone.
+        """Read the `beacon_*` keys of a config.json or beacon.json; other keys are ignored.
 
-        A key that is absent has the meaning that it has in the published checkpoints (`full-coverage`, `learned`,
-        no own projections, no sink). Raises ConfigError for a value, or a `beacon_*` key, that it does not know.
+        A missing key has the default of the published checkpoints (`full-coverage`, `learned`, no own projections, no
+        sink). Raises ConfigError for an unknown `beacon_*` key and for a value that is not allowed.
         """
         given = {k: v for k, v in settings.items() if k.startswith("beacon_") and k not in _WITHOUT_EFFECT}
         stride = given.pop("beacon_stride", None)

@@ -10,10 +10,10 @@ BeaconMemoryError
 │   └── AdapterError                   an adapter is missing, damaged or made for another base
 └── StoreError
     ├── DocumentNotFoundError (LookupError)   no document is stored under this id
-    ├── CorruptFileError               a stored file is damaged or not one of ours
+    ├── CorruptFileError               a stored file is damaged, or was not written by this package
     │   ├── MissingFileError           a row names a file that is not there
     │   └── MismatchedFileError        a row names a file of another document
-    ├── ConflictError                  a document was changed by somebody else in the meantime
+    ├── ConflictError                  another process has changed the document in the meantime
     ├── QuotaError                     there is no room for a document
     └── FingerprintMismatchError       stored K/V were made by another model, adapter or setting
 """
@@ -91,11 +91,11 @@ class MismatchedFileError(CorruptFileError):
 
 
 class ConflictError(StoreError):
-    """A document was changed or removed by somebody else between reading and writing it."""
+    """Another thread or process has changed or removed a document between reading and writing it."""
 
 
 class QuotaError(StoreError):
-    """There is no room for a document within the quota, whatever else goes."""
+    """There is no room for a document within the quota, even if all others that may go are evicted."""
 
 
 class FingerprintMismatchError(StoreError):

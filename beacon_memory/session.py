@@ -1,4 +1,4 @@
-"""A conversation of bounded size: recent turns as they are, older ones folded into the memory of documents."""
+"""A conversation of bounded size: recent turns are kept as text, older ones as compressed documents."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Turn = dict[str, str]
 
 @dataclass(slots=True)
 class _State:
-    """What is kept of a session beside its documents.
+    """The part of a session that is kept in its own file, beside its documents.
 
-    turns:   recent turns, not folded.
+    turns:   recent turns, which are not folded yet.
     parts:   numbers of the first and the last of its documents.
-    folding: how many of the turns are being folded, the number of the document, and the sha256 that its text will have
-             then. A crash in the middle of it is told by that: if the text is there, they are folded.
+    folding: set while turns are folded: how many turns, the number of the document that they go into, and the sha256 of
+             its text after that. After a crash, this hash tells whether the document has the turns already.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -40,16 +40,16 @@ class _State:
 
 
 class Session:
-    """A conversation under an id, kept in the store of `memory` from the first turn on.
+    """A conversation under an id, kept in the store of `memory` from its first turn on.
 
-    recent: tokens of turns that are kept as they are. When there are more, the oldest are folded until half of that is
-            left: they become the end of a document, `<id>/1`, tagged `session`. When that has as many tokens as a
-            window of the model, or as there are slots, the next one begins, so that a fold takes no longer in a long
-            conversation than in a short one.
-    slots:  memory slots that these documents may take. When they need more, one is compressed twice as strongly, the
-            older, the sooner; if it is compressed as strongly as can be, the oldest is forgotten.
+    recent: how many tokens of turns are kept as text. When there are more, the oldest turns are folded until half of
+            that is left: their text is appended to a document, `<id>/1`, tagged `session`. When this document has as
+            many tokens as a window of the model, or as `slots`, the next one, `<id>/2`, begins. So folding takes no
+            longer in a long conversation than in a short one.
+    slots:  how many memory slots these documents may take. When they need more, one document is compressed twice as
+            strongly, older ones sooner. If that one cannot be compressed further, the oldest is removed.
 
-    Several threads and processes may take part in one session. Raises InputError for bounds below 1.
+    Several threads and processes may use the same session. Raises InputError for bounds below 1.
     """
 
     def __init__(self, memory: BeaconMemory, id: str, *, recent: int = 512, slots: int = 1024) -> None:
@@ -61,16 +61,16 @@ class Session:
 
     @property
     def turns(self) -> list[Turn]:
-        """The recent turns, as dicts with `role` and `content`, oldest first."""
+        """Return the recent turns, as dicts with `role` and `content`, oldest first."""
         return self._read().turns
 
     @property
     def ids(self) -> list[str]:
-        """The documents that older turns were folded into, oldest first: what to load in front of the recent ones."""
+        """Return the ids of the documents with the older turns, oldest first; load them before the recent turns."""
         return [row.id for row in self._rows(self._read())]
 
     def add(self, turns: Sequence[Mapping[str, str]]) -> None:
-        """Let the conversation go on; folds older turns if there are too many. What was added survives a crash."""
+        """Add turns to the conversation, and fold older ones if there are too many. Added turns survive a crash."""
         new = [_turn(turn) for turn in turns]
         with self._alone():
             state = self._read()
@@ -79,7 +79,7 @@ class Session:
             self._fold(state)
 
     def ask(self, question: str, **options: Any) -> Answer:
-        """Answer behind the whole conversation, and add question and answer to it; options: see `BeaconMemory.ask`."""
+        """Answer a question from the whole conversation, and add both to it. For `options` see `BeaconMemory.ask`."""
         asked = {"role": "user", "content": question}
         state = self._read()
         answer = self.memory.ask([*state.turns, asked], [row.id for row in self._rows(state)], **options)
@@ -87,7 +87,7 @@ class Session:
         return answer
 
     def clear(self) -> None:
-        """Forget the conversation."""
+        """Remove the conversation and its documents."""
         with self._alone():
             for row in self.memory.list(prefix=f"{self.id}/", tags=[SESSION_TAG]):
                 if row.id.rpartition("/")[0] == self.id:
@@ -106,7 +106,7 @@ class Session:
         return alone(self._path.with_suffix(".lock"), f"the session {self.id!r} is being written by another")
 
     def _id(self, part: int) -> str:
-        return f"{self.id}/{part}"  # no other session has documents of these ids
+        return f"{self.id}/{part}"  # no other session has documents with these ids
 
     def _rows(self, state: _State) -> list[DocumentRow]:
         first, last = state.parts
@@ -122,7 +122,7 @@ class Session:
             return
         count = next(n for n in range(1, len(sizes) + 1) if sum(sizes[n:]) <= self.recent // 2)
         while count < len(sizes) and state.turns[count]["role"] != "user":
-            count += 1  # what is left begins with a question
+            count += 1  # so that the turns that are left begin with a question
         folded = "".join(map(_line, state.turns[:count]))
         rows = self._rows(state)
         first, part = state.parts
@@ -130,7 +130,7 @@ class Session:
             before = self._text(part)
         else:
             before, part = "", part + 1
-            while self._id(part) in self.memory.store:  # a document of somebody else
+            while self._id(part) in self.memory.store:  # a document that is not part of the session
                 part += 1
         state.folding = (count, part, content_hash(before + folded))
         self._write(state)
@@ -143,10 +143,10 @@ class Session:
         self._bound(state)
 
     def _bound(self, state: _State) -> None:
-        """Keep the memory of the documents within the slots."""
+        """Compress or remove documents until they take no more than `slots` memory slots."""
         rows = self._rows(state)
         while sum(row.slots for row in rows) > self.slots:
-            # the last one still grows
+            # the last document is still growing, so others come first
             row = max(rows[:-1] or rows, key=lambda row: row.slots * (len(rows) - rows.index(row)))
             stronger = [ratio for ratio in AUTO_RATIOS if max(row.ratios) < ratio <= self._window]
             text = self.memory.store.text(row.id)
@@ -167,7 +167,7 @@ class Session:
             self.memory.remove(id)
 
     def _text(self, part: int) -> str:
-        """The text of a document, "" if there is none."""
+        """Return the text of a document, or "" if there is none."""
         try:
             return self.memory.store.text(self._id(part))
         except DocumentNotFoundError:

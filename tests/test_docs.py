@@ -24,7 +24,7 @@ from store_samples import put
 import beacon_memory
 from beacon_memory import MemoryStore
 from beacon_memory.cli.main import app
-from beacon_memory.evaluation import field
+from beacon_memory.evaluation import baseline_names
 from beacon_memory.evaluation.metrics import LONGBENCH_METRICS, METRICS
 from beacon_memory.training import read_recipe
 
@@ -65,7 +65,7 @@ def test_the_readme_names_every_room() -> None:
 
 def test_the_page_of_evaluation_names_what_there_is() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    names = (field.__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
+    names = (baseline_names.__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
     for name in re.findall(r"(?:^    |, )([a-z0-9-]+(?::R)?(?::N)?)(?=,|  )", names, re.MULTILINE):
         assert f"`{name}`" in page, name
     for metric in METRICS:

@@ -1,1 +1,1 @@
-"""Measures of speed and memory, each printed as one table by `beacon-memory bench`."""
+"""Measurements of speed and memory, which `beacon-memory bench` prints as a table."""

@@ -1,6 +1,6 @@
-"""Speed and memory against the stock model: the figures behind `beacon-memory bench`.
+"""Speed and memory compared with the stock model: the figures of `beacon-memory bench`.
 
-All are ratios of two measurements of one run on one machine, the median of three each.
+Each figure is a ratio of two measurements, both the median of three, in the same run on the same machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PEAK_RATIO = 32
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured ratio, the bound it is meant to keep, and what it was made of."""
+    """A measured figure, the bound that it should keep, and the measurements that it is computed from."""
 
     name: str
     value: float
@@ -56,7 +56,7 @@ class Figure:
 def run(
     model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
 ) -> list[Figure]:
-    """Measure everything for one model; takes some minutes on two cores."""
+    """Measure all figures of one model; takes some minutes on two cores."""
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     return [
         *_answering(loaded, tokens, ratio),
@@ -66,16 +66,16 @@ def run(
 
 
 def table(figures: list[Figure]) -> str:
-    """A markdown table of figures, with the machine and the versions below."""
+    """Return a markdown table of figures, followed by the machine and the versions."""
     lines = ["| figure | measured | meant to be | made of |", "|---|---|---|---|"]
     lines += [f"| {f.name} | {f.value:.3g} | {f.bound} | {f.detail} |" for f in figures]
     cores = os.cpu_count()
-    where = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
-    return "\n".join([*lines, "", where])
+    machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return "\n".join([*lines, "", machine])
 
 
 def _text(tokens: int) -> str:
-    """Words at random that make about so many tokens."""
+    """Return random words, together about `tokens` tokens."""
     draw, words = random.Random(0), _WORDS.split()
     return " ".join(draw.choice(words) for _ in range(tokens))
 
@@ -165,7 +165,7 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 
 
 def _peak(model: str | None, adapter: str | None, device: str | None, dtype: str) -> Figure:
-    """Peak memory of two processes of their own, so that nothing else counts."""
+    """Measure peak memory in two processes of their own, so that nothing else counts."""
     small, large = (_peak_of(tokens, model, adapter, device, dtype) for tokens in _PEAK_TOKENS)
     return Figure(
         f"peak memory: compressing {_PEAK_TOKENS[1]:,} / {_PEAK_TOKENS[0]:,} tokens, ratio {_PEAK_RATIO}",
@@ -182,7 +182,7 @@ def _peak_of(tokens: int, *source: str | None) -> int:
 
 
 def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: str | None, dtype: str) -> int:
-    """Bytes that this process takes at most while it compresses so many tokens."""
+    """Return the most bytes that this process takes while it compresses `tokens` tokens."""
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     compressor = BeaconCompressor(loaded)
     work = [Work(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
@@ -190,14 +190,14 @@ def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: s
         torch.accelerator.reset_peak_memory_stats()
         list(compressor.compress(work, compression="beacon"))
         return int(torch.accelerator.max_memory_allocated())
-    with contextlib.suppress(OSError):  # Linux begins anew to measure the peak: so far it was loading the model
+    with contextlib.suppress(OSError):  # Linux resets its peak, which was that of loading the model
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     list(compressor.compress(work, compression="beacon"))
     return _peak_resident()
 
 
 def _peak_resident() -> int:
-    """The most bytes of memory that this process has held at a time."""
+    """Return the most bytes of memory that this process has held at any time."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -211,7 +211,7 @@ def _ids(model: BeaconModel, tokens: int) -> list[int]:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a piece of work, after one run to warm up."""
+    """Return the median seconds of a piece of work, after one run to warm up."""
 
     def once() -> float:
         started = time.perf_counter()
@@ -225,7 +225,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _evict(path: Path) -> None:
-    """Drop a file from the page cache, where the system has a call for it."""
+    """Drop a file from the page cache, if the system has a call for it."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

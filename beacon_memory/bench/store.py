@@ -1,7 +1,7 @@
-"""Speed of a store that holds many documents: the figures behind `beacon-memory bench store`.
+"""Speed of a store that holds many documents: the figures of `beacon-memory bench store`.
 
-The documents are made up: words of a language that nobody speaks, as frequent as words are in texts. Their rows are
-those that `MemoryStore.put` would have written; only some have files.
+The documents are made up: their words are invented, but as frequent as words are in real texts. Their rows are the ones
+that `MemoryStore.put` would have written; only some documents have files.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .model import Figure
 
 __all__ = ["Sample", "fill", "run", "samples"]
 
-_WORDS = 50_000  # of the language
-_LENGTH, _SPREAD = 112, 30  # words of a text, their mean and standard deviation: about 600 characters, one passage
+_WORDS = 50_000  # of the invented language
+_LENGTH, _SPREAD = 112, 30  # mean and standard deviation of a text's words: about 600 characters, one passage
 _SENTENCE = 14  # words
 _BATCH = 10_000  # rows to a transaction
 _SHAPE = (30, 3, 64)  # layers, kv heads and head_dim of the K/V
@@ -46,12 +46,12 @@ _PUTS = 40
 _OPENINGS = 11
 _LOADS = 15
 _ROW_MB, _PUT_MB, _LOAD_MB = 0.2, 3, (20, 200)  # K/V of a document
-_STRATA = ((1, 100), (100, 3000), (3000, _WORDS))  # very common, medium and rare words, by how many are more frequent
+_STRATA = ((1, 100), (100, 3000), (3000, _WORDS))  # very common, medium and rare words, by rank
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A document to store, without K/V."""
+    """A document without K/V."""
 
     id: str
     text: str
@@ -59,7 +59,7 @@ class Sample:
 
 
 def run(rows: int) -> list[Figure]:
-    """Measure everything in a store of so many documents, which takes some 2.5 GB of disk and 10 minutes a million."""
+    """Measure all figures in a store of `rows` documents; a million take some 2.5 GB of disk and 10 minutes."""
     with tempfile.TemporaryDirectory(prefix="beacon-memory-") as folder:
         with MemoryStore(folder) as store:
             fill(store, rows)
@@ -69,14 +69,14 @@ def run(rows: int) -> list[Figure]:
 
 
 def _read_through(path: Path) -> None:
-    """Let the system have a file in its page cache, as that of a store in use is."""
+    """Read a file, so that it is in the system's page cache, like the catalog of a store in use."""
     with path.open("rb", buffering=0) as file:
         while file.read(1 << 24):
             pass
 
 
 def vocabulary() -> list[str]:
-    """The words of the language, the most frequent first; frequent ones are short, as in any."""
+    """Return the words of the invented language, the most frequent first; frequent words are short."""
     draw = random.Random(0)
     syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
     words: dict[str, None] = {}
@@ -87,7 +87,7 @@ def vocabulary() -> list[str]:
 
 
 def samples(rows: int) -> Iterator[Sample]:
-    """Made-up documents: texts of one passage, labels with tags and values of different frequency."""
+    """Yield made-up documents: texts of one passage, labels with tags and values of different frequency."""
     draw = random.Random(1)
     for number, text in enumerate(_texts(rows)):
         tags = [f"one-in-{share}" for share in (2, 10, 100, 1000, 10_000) if draw.randrange(share) == 0]
@@ -110,7 +110,7 @@ def _texts(count: int) -> Iterator[str]:
 
 
 def fill(store: MemoryStore, rows: int) -> None:
-    """Give a store the rows, not the files, of so many documents, with a progress bar on standard error."""
+    """Add the rows, but not the files, of made-up documents to a store, with a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import track
 
@@ -119,7 +119,7 @@ def fill(store: MemoryStore, rows: int) -> None:
     like = row_of("", StoredFile(header, kv, None), Label(), utc_now())
     progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
     while batch := list(itertools.islice(progress, _BATCH)):
-        number = catalog.take_number()  # one for all: the ids keep the names of their files apart
+        number = catalog.take_number()  # one for all, since file names differ by their ids
         with catalog.transaction():
             for one in batch:
                 file = f"{file_stem(one.id)}-{number:012x}.safetensors"
@@ -128,18 +128,18 @@ def fill(store: MemoryStore, rows: int) -> None:
 
 
 def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:
-    """A header and K/V at random, in bfloat16, of about that size."""
+    """Return a header and random K/V, in bfloat16, of about `megabytes`."""
     layers, heads, dim = _SHAPE
     slots = math.ceil(megabytes * 1e6 / (layers * heads * dim * 2 * 2))
     keys, values = (torch.randn(layers, heads, slots, dim).to(torch.bfloat16) for _ in range(2))
     windows = (WindowSpan(8 * slots, 8, 0, len(text), slots),)
-    made = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
-    header = DocumentHeader(id, content_hash(text), 8 * slots, windows, (), "beacon", slots, made)
+    fingerprint = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
+    header = DocumentHeader(id, content_hash(text), 8 * slots, windows, (), "beacon", slots, fingerprint)
     return header, MemoryKV.of(BeaconKV(keys, values))
 
 
 def questions() -> Iterator[str]:
-    """Made-up questions of 3 to 10 words, rare, medium and very common ones alike, each as frequent as in texts."""
+    """Yield made-up questions of 3 to 10 words; rare, medium and very common words are equally likely."""
     draw, words = random.Random(3), vocabulary()
     while True:
         strata = draw.choices(_STRATA, k=draw.randint(3, 10))
@@ -175,9 +175,9 @@ def _picking(store: MemoryStore) -> Figure:
 
 
 def _putting(store: MemoryStore) -> Figure:
-    """How much longer a put takes than to write and sync the bytes of its file."""
+    """Measure how much longer a put takes than writing and syncing the bytes of its file."""
     text = next(_texts(1))
-    for number in range(256):  # in a store with so many documents they are there
+    for number in range(256):  # a store with so many documents has all of these folders
         (store.folder / "kv" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
     beyond, alone = [], []
     for number in range(_PUTS):
@@ -205,7 +205,7 @@ def _opening(folder: Path) -> Figure:
 
 
 def _loading(folder: Path, megabytes: int) -> Figure:
-    """How fast a document is loaded, every byte of it compared with its hash, against copying its file out of a map."""
+    """Measure how fast a document is loaded and checked, compared with copying its file out of a memory map."""
     with MemoryStore(folder / "loading") as store:
         header, kv = document("document", "", megabytes)
         path = store.folder / store.put(header, kv, "").file

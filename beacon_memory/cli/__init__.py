@@ -1,4 +1,4 @@
 """The command line `beacon-memory`. Nothing heavy is imported before a command runs.
 
-Everything that a command does is done by the library; here are only words, options and exit codes.
+The library does all the work; here are only options, messages and exit codes.
 """

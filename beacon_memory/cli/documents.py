@@ -1,4 +1,4 @@
-"""The commands that look at stored documents and change what is known of them."""
+"""The commands that show stored documents, and change their labels and ids."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ Where = Annotated[
 def list_documents(
     tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; repeated, with all of them.")] = None,
     where: Where = None,
-    prefix: Annotated[str, typer.Option(help="Only ids that begin so.", show_default=False)] = "",
-    after: Annotated[str, typer.Option(help="Only ids behind this one: page by page.", show_default=False)] = "",
-    limit: Annotated[int | None, typer.Option(help="At most so many.", min=1, show_default="all")] = None,
+    prefix: Annotated[str, typer.Option(help="Only ids that begin with this.", show_default=False)] = "",
+    after: Annotated[str, typer.Option(help="Only ids after this one: page by page.", show_default=False)] = "",
+    limit: Annotated[int | None, typer.Option(help="Most documents to list.", min=1, show_default="all")] = None,
     store: Store = None,
     namespace: Namespace = "",
     as_json: AsJson = False,
@@ -79,7 +79,7 @@ def list_documents(
 
 
 def _pairs(given: Iterable[str]) -> dict[str, object]:
-    """Keys and values, which may be JSON."""
+    """Parse KEY=VALUE texts; values may be JSON."""
     pairs: dict[str, object] = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -117,14 +117,14 @@ def show(
 
 @app.command(rich_help_panel=_STORED)
 def remove(ids: Ids, store: Store = None, namespace: Namespace = "", as_json: AsJson = False) -> None:
-    """Forget documents: all of those named, or none if one is not stored.
+    """Remove documents: all that are named, or none if one of them is not stored.
 
     With --json one object a line: id, status.
     """
-    with reported("what was not named as removed is there"):
+    with reported("documents not named as removed are still there"):
         documents = open_store(store, namespace)
         for id in ids:  # all must exist before the first goes
-            with contextlib.suppress(CorruptFileError):  # one that is damaged beyond repair may go
+            with contextlib.suppress(CorruptFileError):  # a document that is damaged beyond repair can be removed
                 documents.row(id)
         for id in dict.fromkeys(ids):
             documents.delete(id)
@@ -152,9 +152,11 @@ def rename(
 def label(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
     metadata: Annotated[
-        str | None, typer.Option(help="New metadata as a whole, a JSON object.", metavar="JSON")
+        str | None, typer.Option(help="New metadata, a JSON object that replaces the old.", metavar="JSON")
     ] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="New tags as a whole; repeat it for several.")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="New tags, which replace the old; repeat it for several.")
+    ] = None,
     no_tags: Annotated[bool, typer.Option("--no-tags", help="Take all tags off.")] = False,
     pin: Annotated[
         bool | None, typer.Option("--pin/--no-pin", help="Whether a quota must never evict it.", show_default=False)
@@ -164,7 +166,7 @@ def label(
     namespace: Namespace = "",
     as_json: AsJson = False,
 ) -> None:
-    """Change a document's metadata, tags, pin or time to live; what is not given stays.
+    """Change a document's metadata, tags, pin or time to live; all others stay.
 
     With --json one object: id, compression, precision, tokens, slots, bytes, ratios, metadata, tags, pinned,
     expires_at, created_at, updated_at, used_at, file, fingerprint.

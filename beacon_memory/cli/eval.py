@@ -1,4 +1,4 @@
-"""`beacon-memory eval`: what a compressed memory keeps, beside everything it competes with."""
+"""The commands `beacon-memory eval ...`, which compare compressed memory with other ways to answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="""Measure what compressed memory keeps, beside what it competes with, on the same items and LoRA.
+    help="""Compare compressed memory with other ways to answer, on the same items and the same model.
 
     Baselines, separated by commas; all with one R have the same K/V budget:
     [bold]full[/bold], [bold]none[/bold]: the whole text, uncompressed; no text
@@ -40,13 +40,13 @@ app = typer.Typer(
 )
 
 Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", exists=True, dir_okay=False)]
-Limit = Annotated[int | None, typer.Option(help="Most items, drawn by the seed.", min=1, show_default="all")]
+Limit = Annotated[int | None, typer.Option(help="Most items, chosen at random.", min=1, show_default="all")]
 Texts = Annotated[int | None, typer.Option(help="Most texts, the first ones.", min=1, show_default="all")]
 Baselines = Annotated[str, typer.Option(help="Names separated by commas.")]
 Output = Annotated[
     Path | None, typer.Option("--json", help="Write everything, single answers too, to this file.", dir_okay=False)
 ]
-Seed = Annotated[int, typer.Option(help="Decides every draw.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Where = Annotated[
     list[str] | None, typer.Option(help="Only rows with this value, as KEY=VALUE; repeat it for several keys.")
 ]
@@ -69,7 +69,7 @@ def qa(
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Questions on passages of one title: F1, exact match, contains.
+    """Answer questions about passages of one title: F1, exact match, contains.
 
     Rows: context, question, answers, title. Each question is asked of its own context among others of the same title,
     in random order, up to --context-tokens.
@@ -94,10 +94,10 @@ def long(
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Long documents and conversations, many questions each: articles, LoCoMo, L-Eval.
+    """Answer many questions about long documents and conversations: articles, LoCoMo, L-Eval.
 
-    Rows: doc_id, context (or sessions), qa (a list of question, answers, category). Of a text whose K/V do not fit the
-    model's positions, uncompressed or even compressed, a baseline reads beginning and end; the table says how often.
+    Rows: doc_id, context (or sessions), qa (a list of question, answers, category). If the K/V of a text do not fit the
+    model's positions, a baseline reads only its beginning and its end; the table says how often.
     """
     with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.long(data, limit=limit, questions=questions))
@@ -115,7 +115,7 @@ def longbench(
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Rows in the format of LongBench, each data set with its own metric."""
+    """Answer the questions of LongBench, each data set with its own metric."""
     with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.longbench(data, limit=limit))
 
@@ -132,7 +132,7 @@ def kv(
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Key-value retrieval: the value of one key among many pairs of random strings."""
+    """Retrieve the value of one key among many pairs of random strings."""
     with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.kv_retrieval(data, limit=limit))
 
@@ -153,10 +153,10 @@ def needle(
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Needle in a haystack: one sentence at some depth of long texts. Rows: text."""
-    chosen, places = _numbers("--lengths", lengths, int), _numbers("--depths", depths, float)
+    """Find a needle in a haystack: one sentence at some depth of long texts. Rows: text."""
+    tokens, shares = _numbers("--lengths", lengths, int), _numbers("--depths", depths, float)
     with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
-        done(evaluation.needle(data, lengths=chosen, depths=places, repeats=repeats))
+        done(evaluation.needle(data, lengths=tokens, depths=shares, repeats=repeats))
 
 
 @app.command()
@@ -172,10 +172,10 @@ def ppl(
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Prediction of what follows a text, in nats per token. Rows: text.
+    """Predict the continuation of a text, in nats per token. Rows: text.
 
-    With full and none among the baselines: how much of the difference between them each one makes up. Those that need
-    a question (bm25) cannot take part.
+    If full and none are among the baselines, the table also says how much of the difference between these two each one
+    makes up. Baselines that need a question (bm25) cannot be used.
     """
     with _evaluation(baselines, 0, model, adapter, device, dtype, json) as (evaluation, done):
         done(evaluation.ppl(data, context_tokens=context_tokens, continuation_tokens=continuation_tokens, limit=limit))
@@ -193,9 +193,9 @@ def retention(
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Whether the model still predicts short texts, uncompressed, as its base does. Rows: text.
+    """Check that the model still predicts short texts, uncompressed, as well as its base. Rows: text.
 
-    Without a LoRA both are the same to the last bit; with one, the difference is what the LoRA costs.
+    Without a LoRA both are equal to the last bit; with one, the difference is the cost of the LoRA.
     """
     with _evaluation("base,full", 0, model, adapter, device, dtype, json) as (evaluation, done):
         done(
@@ -224,8 +224,8 @@ def report(
     """Run all tasks on a folder of data, write tables and plots, and print the page's name.
 
     Files, each optional: qa_dev, squad_articles, locomo, leval, kv_retrieval, paul_graham_essays and longbench, all
-    .jsonl.gz. A task whose JSON is already there, with the same settings and model, is not run again, so an interrupted
-    run can just be repeated.
+    .jsonl.gz. A task is not run again if its JSON is there already, with the same settings and model. So after an
+    interruption, repeat the command.
     """
     from beacon_memory.evaluation.suite import run_suite
 
@@ -250,7 +250,7 @@ def _evaluation(
     output: Path | None,
     interrupted: str = "nothing was written",
 ) -> Iterator[tuple[Evaluation, Done]]:
-    """Load the model, show progress, and print (and write to `output`) what a task hands to `done`."""
+    """Load the model and show progress; a result that is given to `done` is printed, and written to `output`."""
     with reported(interrupted):
         from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
         from transformers.utils import logging

@@ -75,7 +75,7 @@ def _common(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of the command itself."""
+    """Take the options of the command itself."""
 
 
 @app.command()
@@ -121,8 +121,8 @@ def add(
 ) -> None:
     """Read documents once and store them compressed.
 
-    A document that is stored already and has not changed is skipped, so an interrupted run can just be repeated.
-    It keeps its tags, pin and time to live where none are given.
+    A document that is stored already and has not changed is skipped. So after an interruption, repeat the command.
+    A stored document keeps its tags, pin and time to live if none are given.
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
@@ -145,7 +145,7 @@ def add(
 def _add_all(
     memory: BeaconMemory, sources: list[Source], label: dict[str, Any], how: tuple[int | str, str, str], as_json: bool
 ) -> int:
-    """Add all sources behind a progress bar; returns how many could not be. how: ratio, compression, precision."""
+    """Add all sources, with a progress bar; returns how many have failed. how: ratio, compression, precision."""
     from beacon_memory.documents import Document
 
     from .sources import read_source
@@ -178,7 +178,7 @@ def _add_all(
 
 
 def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
-    """What a document has already, and where its text is from now."""
+    """Return the metadata that a document has already, with the path that its text is read from now."""
     if source.path is None:
         return None
     with contextlib.suppress(DocumentNotFoundError):
@@ -189,9 +189,7 @@ def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
 @app.command()
 def append(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
-    path: Annotated[
-        str, typer.Argument(help="Text file whose text comes behind the document's; - for standard input.")
-    ],
+    path: Annotated[str, typer.Argument(help="Text file to append to the document; - for standard input.")],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
     ] = None,
@@ -204,9 +202,9 @@ def append(
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Put more text behind a stored document: only its last window is read again.
+    """Append text to a stored document: only its last window is read again.
 
-    Compression and precision stay. With another --score than it was added with, all of it is read again.
+    Compression and precision stay. With another --score than before, the whole document is read again.
 
     With --json one object: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
@@ -250,7 +248,7 @@ def ask(
             raise InputError("--stream prints text and --json one object: choose one")
         options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
-        with open_memory(store, namespace, model, adapter, device, dtype) as memory:  # closing notes what was used
+        with open_memory(store, namespace, model, adapter, device, dtype) as memory:  # it notes uses when closed
             if stream:
                 for piece in memory.stream(question, doc or None, **options):
                     if isinstance(piece, Answer):
@@ -323,7 +321,7 @@ def bench(
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Measure speed, and memory, on this machine, as one table."""
+    """Measure speed and memory on this machine, and print a table."""
     with reported("nothing is left behind"):
         from beacon_memory.bench import model as measure
 
@@ -358,7 +356,7 @@ def train(
 ) -> None:
     r"""Train an adapter as a recipe says, and print its folder.
 
-    An interrupted run can just be repeated: the same command goes on from the last checkpoint.
+    After an interruption, repeat the command: it continues from the last checkpoint.
     Needs the extra: pip install 'beacon-memory\[train]'. With --json one object: adapter.
     """
     with reported("repeat the command to go on from the last checkpoint"):
@@ -374,5 +372,5 @@ def train(
 
 
 def main() -> None:
-    """Entry point of the command `beacon-memory`."""
+    """Run the command `beacon-memory`."""
     app()

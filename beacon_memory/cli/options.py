@@ -1,4 +1,4 @@
-"""Options that several commands share, what is opened by them, and how sizes and times are written."""
+"""Options that several commands share, the stores and models that they name, and sizes and times as texts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Dtype(StrEnum):
-    """What the model computes in."""
+    """The dtype that the model computes in."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"
@@ -48,7 +48,7 @@ class Dtype(StrEnum):
 
 
 class Compression(StrEnum):
-    """What becomes of a text."""
+    """The way in which a text is compressed."""
 
     AUTO = "auto"
     BEACON = "beacon"
@@ -57,14 +57,14 @@ class Compression(StrEnum):
 
 
 class Score(StrEnum):
-    """How tokens are chosen."""
+    """The score by which tokens are chosen."""
 
     REPEAT = "repeat"
     EXPECTED = "expected"
 
 
 class Precision(StrEnum):
-    """What K/V are kept in."""
+    """The precision in which K/V are stored."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -104,19 +104,22 @@ ScoreOption = Annotated[
     Score,
     typer.Option(
         "--score",
-        help="How select and hybrid choose tokens: repeat, by what heads read of them while the model repeats the "
-        "text; expected, by the attention to be expected, which is worse and saves a pass.",
+        help="How select and hybrid choose tokens. repeat: by the attention that they get while the model repeats the "
+        "text; expected: by an estimate of attention, which is worse but saves a pass.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_MOST_BYTES = 2**63 - 1  # that a catalog can hold as a number
+_MOST_BYTES = 2**63 - 1  # the largest number that a catalog can hold
 
 
 def expiry(ttl: str) -> str:
-    """When a time to live such as 90m, 12h or 30d from now is over, as ISO 8601 in UTC; else raises InputError."""
+    """Return the end of a time to live, such as 90m, 12h or 30d from now, as ISO 8601 in UTC.
+
+    Raises InputError for any other text.
+    """
     written = re.fullmatch(r"([1-9][0-9]{0,8})([smhdw])", ttl)
     try:
         if written is not None:
@@ -127,7 +130,10 @@ def expiry(ttl: str) -> str:
 
 
 def size(option: str, text: str) -> int | None:
-    """Bytes of a size such as 500MB or 10GB (powers of 1,000), None for `none`; else raises InputError."""
+    """Return the bytes of a size such as 500MB or 10GB (powers of 1,000), or None for `none`.
+
+    Raises InputError for any other text.
+    """
     if text == "none":
         return None
     written = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?)b?", text.lower())
@@ -138,14 +144,14 @@ def size(option: str, text: str) -> int | None:
 
 
 def default_store() -> Path:
-    """The store of a user who names none."""
+    """Return the folder of the store that is used if none is named."""
     import platformdirs
 
     return platformdirs.user_data_path("beacon-memory") / "store"
 
 
 def open_store(store: Path | None, namespace: str) -> MemoryStore:
-    """The store that a command names, without a model."""
+    """Open the store that a command names, without a model."""
     from beacon_memory.storage.store import MemoryStore
 
     return MemoryStore(store or default_store(), namespace)
@@ -160,7 +166,7 @@ def open_memory(
     dtype: Dtype,
     score: Score = Score.REPEAT,
 ) -> BeaconMemory:
-    """The store that a command names, with its model."""
+    """Open the store that a command names, with a model."""
     from beacon_memory.memory import BeaconMemory
 
     quiet()
@@ -176,7 +182,7 @@ def open_memory(
 
 
 def quiet() -> None:
-    """No progress bars for loading weights, which take no time worth showing."""
+    """Switch off the progress bars of loading weights, which takes little time."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Which texts `beacon-memory add` means: files, folders, globs and standard input."""
+"""The texts that `beacon-memory add` reads: files, folders, globs and standard input."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ TEXT_SUFFIXES = frozenset({"", ".text", ".txt", ".markdown", ".md", ".rst"})
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A text that is to be read: its document id, and its file (None for standard input)."""
+    """A text to read: its document id, and its file (None for standard input)."""
 
     id: str
     path: Path | None
 
     @property
     def size(self) -> int:
-        """Bytes to be read, as far as known beforehand."""
+        """Return the bytes to read; 0 for standard input, whose size is not known before."""
         return self.path.stat().st_size if self.path is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A file that was passed over, and why."""
+    """A file that is skipped, and the reason."""
 
     path: Path
     reason: str
 
 
 def find_sources(paths: Iterable[str], id: str | None = None) -> tuple[list[Source], list[Skipped]]:
-    """The texts behind files, folders (with all below them, hidden files left out), globs and `-`.
+    """Find the texts of files, folders (with all subfolders, but without hidden files), globs and `-`.
 
-    A document's id is its path as given, or `id`, which then must belong to a single text. Raises InputError for a path
-    that does not exist, standard input without an id, or an id for several texts.
+    The id of a document is its path as given, or `id` if there is only one text. Raises InputError for a path that does
+    not exist, for standard input without an id, and for an id with several texts.
     """
     sources: list[Source] = []
     skipped: list[Skipped] = []
@@ -64,7 +64,7 @@ def find_sources(paths: Iterable[str], id: str | None = None) -> tuple[list[Sour
 
 
 def _files(path: str) -> list[Path]:
-    """The files that one argument stands for."""
+    """Return the files of one argument."""
     if Path(path).is_dir():
         below = sorted(file for file in Path(path).rglob("*") if file.is_file())
         return [f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts)]
@@ -77,7 +77,7 @@ def _files(path: str) -> list[Path]:
 
 
 def read_source(source: Source) -> str:
-    """The text of a source; raises InputError if it cannot be read or is not UTF-8 text."""
+    """Read the text of a source; raises InputError if that is not possible, or if it is not UTF-8 text."""
     try:
         data = sys.stdin.buffer.read() if source.path is None else source.path.read_bytes()
         text = data.decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""The commands that look after a store."""
+"""The commands that manage a store."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ IdsOrAll = Annotated[list[str] | None, typer.Argument(help="Ids of the documents
 
 @app.command(rich_help_panel=_STORE)
 def expire(store: Store = None, namespace: Namespace = "", as_json: AsJson = False) -> None:
-    """Free the room of documents whose time to live is over.
+    """Remove documents whose time to live is over.
 
-    They are not seen any more, but take room until this, or until the next document is stored.
+    No other command shows them any more, but they take room until this command, or until a document is added.
 
     With --json one object a line: id, status.
     """
@@ -106,7 +106,7 @@ def settings(
     namespace: Namespace = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show how a store, or a namespace of it, keeps its documents, or change that.
+    """Show or change the settings of a store, or of a namespace of it.
 
     A new namespace begins with the settings of the store.
 
@@ -131,10 +131,10 @@ def quantize(
     namespace: Namespace = "",
     as_json: AsJson = False,
 ) -> None:
-    """Keep stored K/V in another precision; int8 takes about half of the 16-bit ones, int4 a quarter.
+    """Convert stored K/V to another precision; int8 takes about half of 16 bits, int4 a quarter.
 
-    What is kept so already is left alone: after Ctrl-C, repeat the command. There is no way back but to compress the
-    documents anew, with add.
+    Documents that have this precision already are left alone: after Ctrl-C, repeat the command. To get the lost
+    precision back, documents have to be compressed again, with add.
 
     With --json one object a line: id, status, precision, bytes.
     """
@@ -161,9 +161,9 @@ def quantize(
 
 @app.command(rich_help_panel=_STORE)
 def verify(store: Store = None, namespace: Namespace = "", as_json: AsJson = False) -> None:
-    """Read every stored byte and report what is wrong; exits with 1 if something is.
+    """Read every stored byte and report all problems; exits with 1 if there are any.
 
-    Changes nothing. With --namespace that namespace, without it what lies outside all of them.
+    Nothing is changed. With --namespace, that namespace is checked, else all that is outside of namespaces.
 
     With --json one object a line: kind, document, path, message, mended.
     """
@@ -190,10 +190,10 @@ def repair(
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Mend what `verify` finds; exits with 1 if something is left.
+    """Repair the problems that `verify` finds; exits with 1 if some are left.
 
-    Rows and texts are made anew from the files, lost or damaged files are compressed anew from the texts (only for this
-    the model is loaded), and what a crash left is removed.
+    Rows and texts are made again from the files. Lost or damaged files are compressed again from the texts; only for
+    this the model is loaded. Leftovers of a crash are removed.
 
     With --json one object a line: kind, document, path, message, mended.
     """
@@ -227,10 +227,10 @@ def recompress(
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Make the K/V of another model or adapter anew with this one, from the stored texts.
+    """Compress stored texts again whose K/V are of another model or adapter than this one.
 
     Documents that are up to date are left alone: after Ctrl-C, repeat the command. Programs that have the old model
-    loaded go on with the old K/V until all documents are renewed.
+    loaded can use the old K/V until all documents are compressed again.
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """

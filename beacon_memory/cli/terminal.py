@@ -1,4 +1,4 @@
-"""How the command line speaks: lines for people on the terminal, JSON for machines, exit codes for scripts."""
+"""The output of the command line: lines for people on the terminal, JSON for machines, exit codes for scripts."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ __all__ = [
     "say_evicted",
 ]
 
-_PIPE_COLUMNS = 10_000  # where nobody looks, no line is broken
+_PIPE_COLUMNS = 10_000  # so that no line is broken in a pipe
 
 
 def remarks() -> Console:
-    """The console for what stands beside a command's output: standard error."""
+    """Return the console for remarks that are not part of a command's output: standard error."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def print_line(text: str, *, err: bool = False) -> None:
-    """One line at once; unlike `typer.echo` above a progress bar, if there is one."""
+    """Print one line at once. Unlike `typer.echo`, this works while a progress bar is shown."""
     stream = sys.stderr if err else sys.stdout
     stream.write(f"{text}\n")
     stream.flush()
 
 
 def print_json(fields: object) -> None:
-    """One JSON value on one line."""
+    """Print one JSON value on one line."""
     print_line(json.dumps(fields, ensure_ascii=False))
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
-    """An answer as flat JSON fields."""
+    """Return an answer as flat JSON fields."""
     return {
         "answer": answer.text,
         "ids": list(answer.ids),
@@ -74,7 +74,7 @@ def answer_fields(answer: Answer) -> dict[str, Any]:
 
 
 def note_usage(answer: Answer) -> None:
-    """What an answer rests on, beside it."""
+    """Print the documents that an answer comes from, and its costs."""
     usage = answer.usage
     remarks().print(
         f"from {', '.join(answer.ids)}: {usage.slots:,} slots, {usage.prompt_tokens} prompt and "
@@ -85,25 +85,25 @@ def note_usage(answer: Answer) -> None:
 
 
 def row_fields(row: DocumentRow) -> dict[str, Any]:
-    """What `list` prints of a document as JSON."""
+    """Return the fields of a document that `list` prints as JSON."""
     hidden = ("file", "content_hash", "fingerprint")
     used_at = datetime.fromtimestamp(row.used_at, UTC).isoformat() if row.used_at else None
     return {name: value for name, value in asdict(row).items() if name not in hidden} | {"used_at": used_at}
 
 
 def document_fields(row: DocumentRow) -> dict[str, Any]:
-    """What `show` prints of a document as JSON."""
+    """Return the fields of a document that `show` prints as JSON."""
     return row_fields(row) | {"file": row.file, "fingerprint": row.fingerprint}
 
 
 def print_rows(rows: Sequence[DocumentRow]) -> None:
-    """A table of documents."""
+    """Print a table of documents."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("id", overflow="fold")  # whole: ids are to be copied
+    table.add_column("id", overflow="fold")  # never shortened, so that ids can be copied
     table.add_column("compression")
     table.add_column("kept in")
     for name in ("tokens", "slots", "ratio", "size"):
@@ -119,7 +119,7 @@ def print_rows(rows: Sequence[DocumentRow]) -> None:
 
 
 def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
-    """Fields as one JSON object, or one on a line."""
+    """Print fields as one JSON object, or one per line."""
     if as_json:
         print_json(fields)
         return
@@ -129,7 +129,7 @@ def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
 
 
 def say(as_json: bool, fields: Mapping[str, Any]) -> None:
-    """What became of one document: a JSON line, or a line for people (on standard error if something is wrong)."""
+    """Print the result for one document: a JSON line, or a line for people (on standard error if it has failed)."""
     if as_json:
         print_json(fields)
         return
@@ -151,12 +151,12 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
 
 
 def say_evicted(id: str) -> None:
-    """What had to go to keep a quota."""
+    """Print that a document was evicted to keep a quota."""
     print_line(f"evicted {id}: unused for longest, and the quota is used up", err=True)
 
 
 class CompressingBar:
-    """Progress of compressing documents."""
+    """A progress bar for compressing documents."""
 
     def __init__(self, bar: Progress, documents: int, estimate: int) -> None:
         self._bar, self._estimate = bar, estimate
@@ -164,11 +164,11 @@ class CompressingBar:
         self._whole = bar.add_task("documents", total=documents)
 
     def document(self) -> None:
-        """One document is done."""
+        """Count one document as done."""
         self._bar.advance(self._whole)
 
     def tokens(self, progress: Advance) -> None:
-        """Some tokens are read. How many there are to read is known when the last document was begun."""
+        """Show how many tokens are read. Their total is an estimate until the last document has begun."""
         last = self._bar.tasks[self._whole].remaining == 1
         total = progress.begun if last else max(self._estimate, progress.begun)
         self._bar.update(self._tokens, completed=progress.tokens, total=total)
@@ -176,7 +176,7 @@ class CompressingBar:
 
 @contextmanager
 def compressing(documents: int, estimate: int) -> Iterator[CompressingBar]:
-    """A progress bar on standard error, for so many documents of about so many tokens together."""
+    """Show a progress bar on standard error, for documents that have about `estimate` tokens together."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     with _bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
@@ -185,18 +185,18 @@ def compressing(documents: int, estimate: int) -> Iterator[CompressingBar]:
 
 @contextmanager
 def counting(documents: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error, for so many documents; yields what is to be called for each that is done."""
+    """Show a progress bar on standard error; yields a function to call for each document that is done."""
     with _bar() as bar:
         task = bar.add_task("documents", total=documents)
         yield lambda: bar.advance(task)
 
 
 def _bar(*columns: ProgressColumn) -> Progress:
-    """A progress bar on standard error if that is a terminal, else none."""
+    """Return a progress bar on standard error that is shown only if that is a terminal."""
     from rich.progress import Progress
 
     console = remarks()
-    # with standard output in a pipe rich would send what is printed there to the bar's console
+    # if standard output is a pipe, rich would print to the bar's console what belongs into the pipe
     redirect = sys.stdout.isatty()
     return Progress(
         *columns, console=console, transient=True, redirect_stdout=redirect, disable=not console.is_terminal
@@ -207,7 +207,7 @@ def _bar(*columns: ProgressColumn) -> Progress:
 def reported(interrupted: str = "whatever was finished is stored") -> Iterator[None]:
     """End a command with a message and an exit code instead of a traceback.
 
-    interrupted: what to say after Ctrl-C.
+    interrupted: message after Ctrl-C.
     """
     try:
         yield
@@ -218,7 +218,7 @@ def reported(interrupted: str = "whatever was finished is stored") -> Iterator[N
         typer.echo(f"\ninterrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # else only the reader of our output has gone
+        if not isinstance(error, BrokenPipeError):  # else the program that reads the output has ended
             typer.echo(f"error: {error}", err=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest of it can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the rest of the output can be written
         raise typer.Exit(1) from None

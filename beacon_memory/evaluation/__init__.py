@@ -1,1 +1,1 @@
-"""Evaluation: how well questions are answered from compressed memory, beside other ways to answer them."""
+"""Evaluation: how well questions are answered from compressed memory, compared with other ways to answer them."""

@@ -1,4 +1,4 @@
-"""Ways to answer from a text: what compressed memory is compared with, on the same lora."""
+"""Ways to answer from a text, compressed memory among them, which are compared on the same model."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ BATCH = 8  # items that are answered together
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a baseline answered.
+    """An answer of a baseline, and its costs.
 
-    kv_bytes: K/V that stand for the text, without the sink.
-    seconds:  to read the text, even if that was done for an earlier item or baseline, and to answer.
-    cut:      the text did not fit the model's positions, and its middle was left out.
+    kv_bytes: bytes of the K/V of the text, without the sink.
+    seconds:  time to read the text, even if that was done for an earlier item or baseline, and to answer.
+    cut:      whether the text did not fit the model's positions, so that its middle was left out.
     """
 
     text: str
@@ -63,7 +63,7 @@ class Outcome:
 
 
 class Baseline(ABC):
-    """One way to answer from a text. `asks_first`: the question must be known before the text is read."""
+    """One way to answer from a text. With `asks_first`, it must know the question before it reads the text."""
 
     asks_first = False
 
@@ -73,26 +73,26 @@ class Baseline(ABC):
 
     @abstractmethod
     def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
-        """Answer some items, greedily."""
+        """Answer items by greedy decoding."""
 
     @abstractmethod
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """Mean negative log likelihood, in nats, of the tokens that follow `context`, the first one not counted.
+        """Return the mean negative log likelihood, in nats, of the tokens that follow `context`, except the first.
 
         Raises CapacityError if the context would have to be cut.
         """
 
     @property
     def reading(self) -> object:
-        """What reads the texts: baselines that have one in common read a text once if they answer in turn."""
+        """Return the object that reads texts; baselines with the same one read a text once if they take turns."""
         return self
 
-    def forget(self) -> None:  # noqa: B027  # not all have something to forget
-        """Let go of all texts that were read."""
+    def forget(self) -> None:  # noqa: B027  # not all keep something
+        """Free the memory of all texts that were read."""
 
 
 class _Memory(Protocol):
-    """What any baseline's memory tells."""
+    """The memory of any baseline."""
 
     @property
     def cut(self) -> bool: ...
@@ -102,7 +102,7 @@ M = TypeVar("M", bound=_Memory)
 
 
 class ReadingBaseline(Baseline, Generic[M]):
-    """A baseline that makes a memory of a text, once for all its questions that follow each other."""
+    """A baseline that makes a memory of a text, once for all successive questions about it."""
 
     def __init__(self, name: str, model: BeaconModel) -> None:
         super().__init__(name, model)
@@ -111,24 +111,24 @@ class ReadingBaseline(Baseline, Generic[M]):
 
     @abstractmethod
     def read(self, passages: Passages, question: str | None) -> M:
-        """Make the memory of a text, given as token ids of its passages; no question if a continuation is scored."""
+        """Make the memory of a text. There is no question if a continuation is scored."""
 
     def memory(self, item: Item) -> tuple[M, float]:
-        """The memory of an item's text, and the seconds that it took to make."""
+        """Return the memory of an item's text, and the seconds that it took to make."""
         key = (item.context, item.question if self.asks_first else None)
         if self._last is None or self._last[0] != key:
-            self._last = None  # a memory is large: let go of it before the next is made
+            self._last = None  # a memory is large: free it before the next is made
             started = time.perf_counter()
             memory = self.read(passage_ids(self.model.tokenizer, item.context), item.question)
             self._last = (key, memory, time.perf_counter() - started)
         return self._last[1], self._last[2]
 
     def forget(self) -> None:
-        """See Baseline."""
+        """Free the memory of the last text."""
         self._last = None
 
     def memory_to_continue(self, context: Sequence[int]) -> M:
-        """The memory of a text that is to be continued. Raises CapacityError if it had to be cut."""
+        """Return the memory of a text that is to be continued. Raises CapacityError if it had to be cut."""
         memory = self.read([context], None)
         if memory.cut:
             raise CapacityError(
@@ -139,7 +139,7 @@ class ReadingBaseline(Baseline, Generic[M]):
 
     @property
     def room(self) -> int:
-        """Positions for a text, beside the sink (or bos) and what follows the text."""
+        """Return how many positions a text may take, so that sink (or bos), question and answer fit too."""
         free = max(self.compressor.reserve, self.model.config.beacon_window)  # a window is read raw
         room = self.model.max_positions - free - len(self.model.sink_ids or self.model.leading_bos)
         if room < 1:
@@ -152,9 +152,9 @@ class ReadingBaseline(Baseline, Generic[M]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixMemory:
-    """A memory that stands in front of any question, the sink included. kv_bytes, cut: see Outcome.
+    """A memory, the sink included, that is used as the prefix of any question. For kv_bytes and cut see Outcome.
 
-    saved: seconds of reading that were spent for another baseline.
+    saved: seconds of reading that another baseline has spent already.
     """
 
     kv: MemoryKV
@@ -164,7 +164,7 @@ class PrefixMemory:
 
 
 class PrefixBaseline(ReadingBaseline[PrefixMemory]):
-    """A baseline whose memory is a prefix: all that read with beacons, or with none."""
+    """A baseline whose memory is a prefix of the question: all of them except those with presses."""
 
     def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
         """Answer items in one batch."""
@@ -184,47 +184,47 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
 
     @torch.inference_mode()
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """See Baseline."""
+        """Return the mean negative log likelihood of a continuation that follows the memory of `context`."""
         prefix = self.memory_to_continue(context).kv
         layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, continuation)])], self.model.config)
         hidden = self.model.run(layout, self.model.empty_kv(), [], prefixes=[self.model.prefix(prefix)]).hidden
         return mean_nll(self.model.head(hidden[:-1]), continuation[1:])
 
     def memories(self, documents: Sequence[Sequence[int]], ratio: int, compression: str = "beacon") -> list[MemoryKV]:
-        """The memory of each document, without the sink. Ratio 0 keeps the K/V of every token."""
+        """Return the memory of each document, without the sink. Ratio 0 keeps the K/V of every token."""
         lead = [] if self.model.sink_ids else self.model.leading_bos
         whole = [[*lead, *ids] for ids in documents]
         work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
         return [one.kv for one in self.compressor.compress(work, compression=compression)]
 
     def composed(self, memories: Sequence[MemoryKV]) -> MemoryKV:
-        """The sink and memories of documents, one behind another."""
+        """Join the sink and the memories of documents."""
         sink = MemoryKV.of(self.compressor.sink)
         return MemoryKV.concat([sink, *memories], sink.slots + self.room)
 
     def raw(self, ids: Sequence[int], *, cut: bool = False) -> PrefixMemory:
-        """The sink and the K/V of every token."""
+        """Return the sink and the K/V of every token as a memory."""
         (memory,) = self.memories([ids], 0)
         return PrefixMemory(self.composed([memory]), memory.nbytes, cut)
 
 
 class NoText(PrefixBaseline):
-    """`none`."""
+    """The baseline `none`."""
 
     def read(self, passages: Passages, question: str | None) -> PrefixMemory:  # noqa: ARG002  # it has no text
-        """The sink alone."""
+        """Return the sink alone."""
         return PrefixMemory(MemoryKV.of(self.compressor.sink), kv_bytes=0)
 
 
 class Truncated(PrefixBaseline):
-    """`truncated:R`, and `full` for R = 1."""
+    """The baseline `truncated:R`, and `full` with R = 1."""
 
     def __init__(self, name: str, model: BeaconModel, ratio: int) -> None:
         super().__init__(name, model)
         self.ratio = ratio
 
     def read(self, passages: Passages, question: str | None) -> PrefixMemory:
-        """The first tokens; of a text that is to be continued, the last."""
+        """Keep the first tokens of a text, or the last ones if it is to be continued."""
         ids = [id for passage in passages for id in passage]
         size = -(-len(ids) // self.ratio)
         kept = ids[:size] if question is not None else ids[len(ids) - size :]
@@ -232,7 +232,7 @@ class Truncated(PrefixBaseline):
 
 
 class Retrieved(PrefixBaseline):
-    """`bm25:R`."""
+    """The baseline `bm25:R`."""
 
     asks_first = True
 
@@ -241,7 +241,7 @@ class Retrieved(PrefixBaseline):
         self.ratio = ratio
 
     def read(self, passages: Passages, question: str | None) -> PrefixMemory:
-        """The best passages that fit the budget, in the order of the text; the last of them may be cut."""
+        """Keep the passages that match best and fit the budget, in the order of the text; one of them may be cut."""
         if question is None:
             raise InputError(f"{self.name} needs a question: leave it out where a continuation is scored")
         pieces = [chunk for passage in passages for chunk in chunks(passage)]
@@ -256,7 +256,7 @@ class Retrieved(PrefixBaseline):
 
 
 class Compressed(PrefixBaseline):
-    """`beacon:R`, `beacon:R:N` and the same of the other compressions, with `bits` quantized."""
+    """The baselines `beacon:R` and `beacon:R:N`, and those of the other compressions; quantized if `bits` is given."""
 
     def __init__(
         self,
@@ -276,13 +276,13 @@ class Compressed(PrefixBaseline):
 
     @staticmethod
     def share_reading(alike: Sequence[Compressed]) -> None:
-        """Let baselines that differ in bits alone read each text of a batch once."""
+        """Let baselines that differ only in their bits read each text of a batch once."""
         timed = lru_cache(maxsize=BATCH)(alike[0]._compress)
         for one in alike:
             one._timed = timed
 
-    def read(self, passages: Passages, question: str | None) -> PrefixMemory:  # noqa: ARG002  # compression is blind to it
-        """One or more documents, compressed and composed."""
+    def read(self, passages: Passages, question: str | None) -> PrefixMemory:  # noqa: ARG002  # not used to compress
+        """Compress the text, as one or more documents, and join their memories."""
         parts = split_documents(passages, self.documents)
         cut = sum(self._slots(len(part) + 1) for part in parts) > self.room  # a bos leads where there is no sink
         if cut:
@@ -299,17 +299,17 @@ class Compressed(PrefixBaseline):
         return PrefixMemory(self.composed(memories), kv_bytes, cut, saved)
 
     def _compress(self, documents: tuple[tuple[int, ...], ...]) -> tuple[list[MemoryKV], float]:
-        """The memories of documents, and the seconds that they took."""
+        """Return the memories of documents, and the seconds that they took."""
         started = time.perf_counter()
         return self.memories(documents, self.ratio, self.compression), time.perf_counter() - started
 
     @property
     def reading(self) -> object:
-        """See Baseline."""
+        """Return the function that compresses documents, which baselines of other bits may share."""
         return self._timed
 
     def forget(self) -> None:
-        """See Baseline."""
+        """Free the memories of all documents."""
         super().forget()
         self._timed.cache_clear()
 
@@ -319,7 +319,7 @@ class Compressed(PrefixBaseline):
 
     @property
     def capacity(self) -> int:
-        """Tokens of a text whose slots are sure to fit, however it is cut into documents."""
+        """Return how many tokens of a text have slots that surely fit, however it is cut into documents."""
         window = self.model.config.beacon_window
         windows = self.room // slots_of(window, self.ratio) - (self.documents - 1)
         if windows < 1:
@@ -328,11 +328,11 @@ class Compressed(PrefixBaseline):
 
 
 def greedy(model: BeaconModel, max_new_tokens: int) -> GenerationConfig:
-    """The most likely token each time, whatever else the base model's own settings ask for."""
+    """Return the settings of greedy decoding, whatever the base model's own settings are."""
     plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     return generation_config(model, None, {"max_new_tokens": max_new_tokens, **plain})
 
 
 def mean_nll(logits: Tensor, ids: Sequence[int]) -> float:
-    """Mean negative log likelihood in nats: logits [tokens, vocab], one row for each id."""
+    """Return the mean negative log likelihood of ids in nats; logits: [tokens, vocab], a row for each id."""
     return cross_entropy(logits.float(), torch.tensor(list(ids), device=logits.device)).item()

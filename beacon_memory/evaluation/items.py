@@ -1,4 +1,4 @@
-"""Items to evaluate on, read from gzipped or plain JSON lines: every complaint names file and line."""
+"""Items to evaluate on, read from gzipped or plain JSON lines. Every error names file and line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Row = Mapping[str, Any]
 
 QA_METRICS = ("f1", "exact_match", "contains")
 
-# What to ask where LongBench's `input` alone does not say it.
+# Questions of those data sets whose `input` is not a complete question.
 _LONGBENCH_QUESTIONS = {
     "qasper": "{input} If the article does not say, answer: unanswerable.",
     "gov_report": "Write a one-page summary of this report.",
@@ -49,13 +49,13 @@ _LONGBENCH_QUESTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question on a text.
+    """A question about a text.
 
-    id:      names document and question.
-    context: passages in their order; joined by line ends they are the text.
-    answers: right ones; for `classification` the right class, then the others.
+    id:      name of the document and number of the question.
+    context: passages of the text, in their order; it is these, joined by line ends.
+    answers: right answers; for `classification` the right class, then the other ones.
     metrics: names in METRICS, the main one first.
-    group:   what to tabulate by: a category, a task, a needle's length and depth.
+    group:   group in tables of results: a category, a task, or a needle's length and depth.
     """
 
     id: str
@@ -68,10 +68,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class LongItems:
-    """Items on long documents, and how many questions of the whole file were left out, by reason.
+    """Items on long documents, and the number of questions that were left out.
 
-    left_out: `no answer` (LoCoMo's adversarial questions), `judged by LLM` and `judged by human` (L-Eval's documents
-              for such judges, which repeat documents that have a metric).
+    left_out: number of questions of the whole file by reason: `no answer` (LoCoMo's adversarial questions), `judged by
+              LLM` and `judged by human` (L-Eval has the same documents again with questions that have a metric).
     """
 
     items: tuple[Item, ...]
@@ -87,12 +87,16 @@ def read_qa(
     seed: int = 0,
     where: Mapping[str, str] | None = None,
 ) -> list[Item]:
-    """Rows `{context, question, answers, title}`, each context among other ones of its title.
+    """Read rows `{context, question, answers, title}`; an item has the right context among others of the same title.
 
-    Distractors are tried in random order; those that fit go in, up to `context_tokens` tokens (as `count` has them)
-    with the right context, which stands alone if it is longer, or has no title. What an item gets follows from seed
-    and id. `limit` draws rows at random, as many of each `source`; `where` keeps rows with these values. The group is
-    the source. Raises InputError if no row is kept.
+    The others are tried in random order and taken if they fit, so that all together have up to `context_tokens` tokens,
+    counted by `count`. The right context is alone if it is longer, or has no title. The random choice depends only on
+    `seed` and on the item's id.
+
+    limit: draw so many rows at random, equally many of each `source`, which is also the group.
+    where: keep only rows with these values.
+
+    Raises InputError if no row is kept.
     """
     contexts: dict[str, dict[str, None]] = {}
     rows: list[tuple[str, Item]] = []  # with the title
@@ -129,11 +133,14 @@ def read_qa(
 
 
 def read_long(path: str | Path, *, limit: int | None = None, questions: int | None = None, seed: int = 0) -> LongItems:
-    """Rows `{doc_id, context, qa: [{question, answers, category?}], sessions?, task?, metric?}`, an item a question.
+    """Read rows `{doc_id, context, qa: [{question, answers, category?}], sessions?, task?, metric?}`.
 
-    Passages are the sessions, if there are any, else the lines that are not blank. `limit` draws documents at random,
-    as many of each task, and `questions` at most so many of each document. The group is the category, else the task.
-    Metrics are those of QA, or the one that `metric` names, as in L-Eval or METRICS.
+    Each question becomes an item. Its passages are the sessions, if there are any, else the lines that are not blank;
+    its group is the category, else the task; its metrics are those of QA, or the one that `metric` names, as in L-Eval
+    or METRICS.
+
+    limit:     draw so many documents at random, equally many of each task.
+    questions: draw at most so many questions of each document.
     """
     documents: list[tuple[str, list[Item]]] = []  # with the task
     left_out: Counter[str] = Counter()
@@ -168,10 +175,11 @@ def read_long(path: str | Path, *, limit: int | None = None, questions: int | No
 
 
 def read_longbench(path: str | Path, *, limit: int | None = None, seed: int = 0) -> list[Item]:
-    """LongBench's rows (arXiv 2308.14508), `{input, context, answers, all_classes, dataset, _id}`, also LongBench-E's.
+    """Read LongBench's rows (arXiv 2308.14508), `{input, context, answers, all_classes, dataset, _id}`.
 
-    The question is `input` with what the task asks for; passages are the lines that are not blank; the group is the
-    data set. `limit` draws rows at random, as many of each data set. Raises InputError for the Chinese data sets.
+    Rows of LongBench-E have the same form. The question is `input`, completed by the instruction of the task; passages
+    are the lines that are not blank; the group is the data set. `limit` draws so many rows at random, equally many of
+    each data set. Raises InputError for the Chinese data sets.
     """
     items: list[Item] = []
     for line, row in _rows(path):
@@ -203,9 +211,9 @@ def read_longbench(path: str | Path, *, limit: int | None = None, seed: int = 0)
 
 
 def read_kv_retrieval(path: str | Path, *, limit: int | None = None, seed: int = 0) -> list[Item]:
-    """Rows `{doc_id, context, question, answers}` that ask for the value of a key, one pair a line.
+    """Read rows `{doc_id, context, question, answers}` that ask for the value of a key; each line is such a pair.
 
-    Passages are the lines; the group is where the value stands, in fifths of the text: `0-20 %` to `80-100 %`.
+    Passages are the lines. The group is the fifth of the text that has the value: `0-20 %` to `80-100 %`.
     """
     items = []
     for line, row in _rows(path):
@@ -220,13 +228,13 @@ def read_kv_retrieval(path: str | Path, *, limit: int | None = None, seed: int =
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """The first `limit` rows `{id, text}`, to measure perplexity on: (id, text); a row without id has its number."""
+    """Read the first `limit` rows `{id, text}` as (id, text); the id of a row without one is its number."""
     rows = islice(enumerate(_rows(path), start=1), limit)
     return [(str(row.get("id") or number), _text(row, "text", line)) for number, (line, row) in rows]
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """Each row behind its place, `FILE, line N`. Raises InputError for what cannot be read or is no JSON object."""
+    """Yield each row with its place, `FILE, line N`. Raises InputError for a line that is not a JSON object."""
     path, number = Path(path), 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
@@ -247,7 +255,7 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 def _sample(
     things: Sequence[T], limit: int | None, seed: int | str, kind: Callable[[T], str] = lambda _: ""
 ) -> list[T]:
-    """`limit` of them at random, as many of each kind, in their order; a larger limit keeps those of a smaller."""
+    """Draw `limit` things at random, equally many of each kind; keeps their order. A larger limit only adds things."""
     if limit is None:
         return list(things)
     if limit < 1:

@@ -1,4 +1,4 @@
-"""Metrics of answers, each from 0 to 1, and how sure their means are."""
+"""Metrics of answers, each from 0 to 1, and confidence intervals of their means."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 Metric = Callable[[str, Sequence[str]], float]  # (prediction, right answers): the best over the answers
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Option letters that stand alone or together ("AC"), but not the article of "A friend".
+# Option letters, alone or together ("AC"), but not the article in "A friend".
 _OPTIONS = re.compile(r"(?<![\w'’])(?!A\s+(?!and\b|or\b)[a-z])[A-D]+(?![\w'’])")
 
 
@@ -54,13 +54,13 @@ def _best_over_answers(score: Callable[[str, str], float]) -> Metric:
 
 
 def normalized(text: str) -> list[str]:
-    """Words to compare, as SQuAD does (arXiv 1606.05250): lower case, no punctuation, no a, an, the."""
+    """Return the words of a text in lower case, without punctuation, a, an, the, as in SQuAD (arXiv 1606.05250)."""
     return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
 @_best_over_answers
 def f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of the answer's words (arXiv 1606.05250); 1 if both have none."""
+    """Return the harmonic mean of precision and recall of words (arXiv 1606.05250); 1 if neither text has any."""
     said, right = normalized(prediction), normalized(answer)
     common = sum((Counter(said) & Counter(right)).values())
     return 2 * common / (len(said) + len(right)) if said or right else 1.0
@@ -68,21 +68,21 @@ def f1(prediction: str, answer: str) -> float:
 
 @_best_over_answers
 def exact_match(prediction: str, answer: str) -> float:
-    """1 if both have the same words in the same order (arXiv 1606.05250)."""
+    """Return 1 if both have the same words in the same order (arXiv 1606.05250), else 0."""
     return float(normalized(prediction) == normalized(answer))
 
 
 @_best_over_answers
 def contains(prediction: str, answer: str) -> float:
-    """1 if the answer's words stand in the prediction, one behind the other."""
+    """Return 1 if the prediction contains the answer's words, one directly after the other, else 0."""
     return float(f" {' '.join(normalized(answer))} " in f" {' '.join(normalized(prediction))} ")
 
 
 @_best_over_answers
 def rouge_l(prediction: str, answer: str) -> float:
-    """F measure of the longest common subsequence of words, as the package rouge-score has it, without stemming.
+    """Return the F measure of the longest common subsequence of words, by the package rouge-score, without stemming.
 
-    LongBench's own figures are made with the package `rouge`, which differs in tokens and weights. Raises
+    LongBench's published figures come from the package `rouge`, which differs in tokens and weights. Raises
     MissingDependencyError without rouge-score.
     """
     return float(_rouge().score(answer, prediction)["rougeL"].fmeasure)
@@ -100,7 +100,7 @@ def _rouge() -> Any:
 
 
 def first_line(metric: Metric) -> Metric:
-    """The metric of the prediction's first line alone: behind few-shot examples, models go on with further ones."""
+    """Return a metric that looks at the first line only. After few-shot examples, models add more examples."""
     return lambda prediction, answers: metric(_first_line(prediction), answers)
 
 
@@ -109,10 +109,11 @@ def _first_line(text: str) -> str:
 
 
 def classification(prediction: str, answers: Sequence[str]) -> float:
-    """LongBench's accuracy (arXiv 2308.14508): 1/n if the first line names n classes and the right one is among them.
+    """Return LongBench's accuracy (arXiv 2308.14508): 1/n if the first line names n classes, the right one included.
 
-    answers: the right class, then the others. A class whose name is a part of the right one's does not count. The
-    published code means to take the most similar class where none is named, but never comes to it; nor does this.
+    answers: the right class, then the others. A class whose name is part of the name of the right one does not count.
+    The published code also has a branch that takes the most similar class if none is named. It is never reached, so it
+    is left out here.
     """
     if len(answers) < 2 or isinstance(answers, str):
         raise InputError(f"answers={answers!r}, but must be the right class and then the other classes")
@@ -123,9 +124,9 @@ def classification(prediction: str, answers: Sequence[str]) -> float:
 
 @_best_over_answers
 def number(prediction: str, answer: str) -> float:
-    """The share of the prediction's numbers that are the answer's: a paragraph's number, or how many there are.
+    """Return the share of the prediction's numbers that equal the number in the answer.
 
-    LongBench's metric of passage retrieval and passage count (arXiv 2308.14508).
+    This is LongBench's metric for passage retrieval and passage count (arXiv 2308.14508).
     """
     right = re.search(r"\d+", answer)
     if right is None:
@@ -136,11 +137,11 @@ def number(prediction: str, answer: str) -> float:
 
 @_best_over_answers
 def code_similarity(prediction: str, answer: str) -> float:
-    """Similarity of the prediction's first line of code with the right line, 2 x matching / all characters.
+    """Return how similar the prediction's first line of code is to the right line: 2 x matching / all characters.
 
-    LongBench's edit similarity (arXiv 2308.14508), where a line with `, # or // is no code. It takes the ratio of the
-    package fuzzywuzzy, which is difflib's rounded to whole percent; this is difflib's own, without its heuristic that
-    takes frequent characters out of lines of 200 or more.
+    This is LongBench's edit similarity (arXiv 2308.14508); a line with `, # or // is no code. LongBench takes the ratio
+    of the package fuzzywuzzy, which is difflib's, rounded to whole percent. Here it is difflib's own, without the
+    heuristic that ignores frequent characters in lines of 200 characters or more.
     """
     lines = prediction.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
@@ -149,9 +150,10 @@ def code_similarity(prediction: str, answer: str) -> float:
 
 @_best_over_answers
 def exam(prediction: str, answer: str) -> float:
-    """1 if the first line of the prediction that names options (A to D) names exactly the right ones, in any order.
+    """Return 1 if the first line that names options (A to D) names exactly the right ones, in any order, else 0.
 
-    L-Eval's accuracy (arXiv 2307.11088), except that no option named is wrong there too, not a guess of A.
+    This is L-Eval's accuracy (arXiv 2307.11088) with one difference: an answer that names no option is wrong here,
+    while L-Eval counts it as A.
     """
     right = set("".join(_OPTIONS.findall(answer)))
     if not right:
@@ -173,7 +175,7 @@ METRICS: dict[str, Metric] = {
     "exam": exam,
 }
 
-# By data set. The Chinese ones need words cut apart (jieba), and a LoRA of Chinese; they are left out.
+# The metric of each data set. The Chinese ones are left out: they need word segmentation (jieba) and a Chinese model.
 LONGBENCH_METRICS = {
     "narrativeqa": "f1",
     "qasper": "f1",
@@ -193,13 +195,13 @@ LONGBENCH_METRICS = {
     "repobench-p": "code_similarity",
 }
 
-LEVAL_METRICS = {"exam": "exam", "f1": "f1", "rouge": "rouge_l"}  # by what L-Eval calls a document's evaluation
-LEVAL_JUDGED = ("LLM", "human")  # documents whose answers a model or a person is to judge
+LEVAL_METRICS = {"exam": "exam", "f1": "f1", "rouge": "rouge_l"}  # by the name that L-Eval gives to a document's metric
+LEVAL_JUDGED = ("LLM", "human")  # for documents whose answers have to be judged by a model or a person
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and its 95 % interval."""
+    """A mean and its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -207,9 +209,9 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean with its 95 % percentile interval over `resamples` draws with replacement; the same for a seed.
+    """Return the mean with its 95 % percentile interval over `resamples` draws with replacement.
 
-    Raises InputError for no values.
+    The same seed gives the same interval. Raises InputError for no values.
     """
     if not len(values):
         raise InputError("there are no values: their mean has no interval")
@@ -224,9 +226,9 @@ def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) 
 def paired_difference(
     first: Sequence[float], second: Sequence[float], *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """The mean of `first - second` over the same items, with its interval: apart, if 0 is not in it.
+    """Return the mean of `first - second` over the same items, with its interval.
 
-    Raises InputError if they are not of one length.
+    The two differ if 0 is not in the interval. Raises InputError if they have different lengths.
     """
     if len(first) != len(second):
         raise InputError(f"{len(first)} and {len(second)} values are not of the same items")

@@ -1,4 +1,4 @@
-"""Needles in haystacks: a made-up fact somewhere in long texts."""
+"""Needles in a haystack: questions about a made-up fact that is hidden in long texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEEDLES = (
     ("To open the vault of {place}, one must dial {value}.", "What must one dial to open the vault of {place}?"),
 )
 _PLACES = ("Lisbon", "Nairobi", "Tromso", "Quito", "Hobart", "Almaty", "Dakar", "Porto", "Cusco", "Tallinn", "Hanoi")
-# Also where the space is missing: extracted essays have lost it between paragraphs.
+# The last form has no space: some essays have lost it between paragraphs when they were extracted.
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'’”)\]])\s+|(?<=[a-z][.!?])(?=[A-Z][a-z'’])")
 
 
@@ -35,12 +35,15 @@ def needle_items(
     seed: int = 0,
     repeats: int = 1,
 ) -> list[Item]:
-    """A made-up fact (the needle) in essays, together `length` tokens at most, behind the share `depth` of the essays.
+    """Hide a made-up fact (the needle) in essays, for each pair of a length and a depth.
 
-    Tokens are those of `count`, sentence by sentence. Essays follow each other in an order that `seed` and the number
-    of the repeat decide, and are cut before the first sentence too many; the needle, another one for each item, goes to
-    the nearest end of a sentence. Passages are as `split_passages` cuts the essays; the group is `{length} {depth}`.
-    Raises InputError for a depth outside 0 to 1, a length without room for a sentence, and too few essays.
+    lengths: most tokens of a text, the needle included; `count` counts them, sentence by sentence.
+    depths:  share of the essays that comes before the needle, 0 to 1. It goes to the nearest end of a sentence.
+    repeats: number of items for each pair, each with another needle and another order of the essays.
+
+    The essays are cut after the last whole sentence that fits. Passages are those that `split_passages` cuts; the group
+    is `{length} {depth}`. Raises InputError for a depth outside 0 to 1, for a length with no room for a sentence, and
+    for too few essays.
     """
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
         raise InputError(f"depths={outside!r}, but must be from 0 (the beginning) to 1 (the end)")
@@ -62,11 +65,11 @@ def needle_items(
 class _Sentence(NamedTuple):
     text: str
     tokens: int
-    passage: int  # its number
+    passage: int  # number of the passage that it is in
 
 
 def _sentences(essay: str, count: Callable[[str], int]) -> list[list[tuple[str, int]]]:
-    """The sentences of each passage of an essay, with their tokens; its lines are joined, they may be hard-wrapped."""
+    """Return the sentences of each passage of an essay, with their tokens. Lines are joined: they may be wrapped."""
     text = " ".join(essay.split())
     passages = [_SENTENCE_END.split(text[start:stop].strip()) for start, stop in split_passages(text)]
     return [
@@ -76,7 +79,7 @@ def _sentences(essay: str, count: Callable[[str], int]) -> list[list[tuple[str, 
 
 
 def _cut(hay: Sequence[_Sentence], length: int, needle: int) -> Sequence[_Sentence]:
-    """As many of the first sentences as leave room for the needle's tokens."""
+    """Return as many of the first sentences as fit beside the needle's tokens."""
     ends = list(accumulate(sentence.tokens for sentence in hay))
     kept = bisect_right(ends, length - needle)
     if not kept or (kept == len(hay) and ends[-1] < length - needle):
@@ -86,7 +89,7 @@ def _cut(hay: Sequence[_Sentence], length: int, needle: int) -> Sequence[_Senten
 
 
 def _hide(fact: str, hay: Sequence[_Sentence], depth: float) -> tuple[str, ...]:
-    """Passages of the sentences with the fact at the sentence end that is nearest to `depth`."""
+    """Return the passages, with the fact after the sentence whose end is nearest to `depth`."""
     ends = list(accumulate((sentence.tokens for sentence in hay), initial=0))
     place = min(range(len(ends)), key=lambda end: abs(ends[end] - depth * ends[-1]))
     needle = _Sentence(fact, 0, hay[max(place - 1, 0)].passage)

@@ -1,4 +1,4 @@
-"""Texts as token ids, and how baselines cut them."""
+"""Texts as token ids, and the ways in which baselines cut them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from transformers import PreTrainedTokenizerBase
 __all__ = ["Passages", "chunks", "cut_middle", "passage_ids", "split_documents", "token_ids"]
 
 Passages = Sequence[Sequence[int]]
-CHUNK = 64  # tokens of a piece of a passage, about
+CHUNK = 64  # tokens, about, of a piece of a passage
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text without special tokens, however long it is."""
+    """Return the token ids of a text without special tokens, with no warning if it is long."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def passage_ids(tokenizer: PreTrainedTokenizerBase, context: Sequence[str]) -> list[list[int]]:
-    """Token ids of passages, each but the first behind a line end, so that together they are one text."""
+    """Return the token ids of passages. Each except the first begins with a line end, so that they join to a text."""
     return [token_ids(tokenizer, "\n" * bool(number) + passage) for number, passage in enumerate(context)]
 
 
 def cut_middle(ids: Sequence[int], most: int) -> list[int]:
-    """The first and the last `most` / 2 tokens of a longer text, as LongBench cuts it (arXiv 2308.14508)."""
+    """Keep the first and the last `most` / 2 tokens of a longer text, as LongBench does (arXiv 2308.14508)."""
     if len(ids) <= most:
         return list(ids)
     return [*ids[: most - most // 2], *ids[len(ids) - most // 2 :]]
 
 
 def chunks(passage: Sequence[int]) -> list[list[int]]:
-    """A passage in pieces of equal length, of about 64 tokens."""
+    """Cut a passage into pieces of equal length, about 64 tokens each."""
     count = max(1, round(len(passage) / CHUNK))
     return [list(passage[len(passage) * i // count : len(passage) * (i + 1) // count]) for i in range(count)]
 
 
 def split_documents(passages: Passages, count: int) -> list[list[int]]:
-    """Passages in `count` documents of about equal length, cut between passages where there are enough of them.
+    """Split passages into `count` documents of about equal length, at the ends of passages if there are enough.
 
-    A text of fewer pieces than `count` makes fewer documents.
+    A text with fewer pieces than `count` gives fewer documents.
     """
     pieces = passages if len(passages) >= count else [chunk for passage in passages for chunk in chunks(passage)]
     total = sum(map(len, pieces))

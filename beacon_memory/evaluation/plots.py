@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_heat_map", "draw_ratios"]
 
-_LEVEL = {"full": "-", "none": ":", "base": "--"}  # baselines without a ratio, and how their line is drawn
+_LEVEL = {"full": "-", "none": ":", "base": "--"}  # line styles of the baselines without a ratio
 
 
 def draw_ratios(result: Result, file: Path) -> bool:
-    """Lines over ratios for who has one, level lines for the others; returns whether there was a ratio to draw."""
+    """Draw scores over ratios, and level lines for baselines without one; returns False if none has a ratio."""
     rows = [row for row in result.rows if not row.group]
     metric = "gap closed" if any("gap closed" in row.scores for row in rows) else next(iter(rows[0].scores))
     lines: dict[str, dict[int, Interval]] = {}
@@ -52,9 +52,9 @@ def draw_ratios(result: Result, file: Path) -> bool:
 
 
 def draw_heat_map(result: Result, file: Path) -> bool:
-    """One map for each baseline, depth against length of the text; returns whether there are such groups.
+    """Draw a map of each baseline, depth of the needle against length of the text; returns False without groups.
 
-    Groups are named `LENGTH DEPTH`, see `needle_items`.
+    Groups have names `LENGTH DEPTH`, see `needle_items`.
     """
     names = list(dict.fromkeys(row.baseline for row in result.rows))
     of: dict[tuple[str, float, float], float] = {}
@@ -81,7 +81,7 @@ def draw_heat_map(result: Result, file: Path) -> bool:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that needs no screen."""
+    """Return an empty figure, width and height in inches, that needs no screen."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

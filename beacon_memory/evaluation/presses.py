@@ -1,7 +1,7 @@
-"""Training-free selection of K/V by the package kvpress, as baselines.
+"""Baselines that select K/V without training, by the presses of the package kvpress.
 
-A press keeps some of the text's own K/V, at the positions where they were. It is given the text alone and never sees
-the question. The model is the stock one with the LoRA merged in, apart from the one that beacons are on.
+A press keeps some of the text's own K/V, at their own positions. It sees only the text, never the question. It runs on
+a stock model with the LoRA merged in, which is another copy than the model with the beacons.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRESSES = {"expected": "ExpectedAttentionPress", "snapkv": "SnapKVPress", "kvzip
 
 
 def stock_model(model: BeaconModel) -> PreTrainedModel:
-    """The base of `model`, loaded anew without beacons, with its LoRA merged in."""
+    """Load the base of `model` again, without beacons, and merge its LoRA."""
     base, _ = load_base(str(model.base.config.name_or_path), model.device, model.dtype)
     stock = base if model.lora is None else merge_lora(base, model.lora)
     stock.eval()
@@ -47,10 +47,11 @@ def stock_model(model: BeaconModel) -> PreTrainedModel:
 class Selection:
     """The K/V that a press has kept of a text.
 
-    cache:    keys behind RoPE, as the stock model has them; fewer slots than tokens, or all of them with some hidden.
-    hidden:   [layers, kv_heads, slots] which slots a head does not see; None if every head sees all of its slots.
-    read:     tokens that were read, the sink among them: the position of what follows.
-    kv_bytes: of what is kept, without the sink.
+    cache:    cache of the stock model, with keys after RoPE. It has fewer slots than the text has tokens, or all of
+              them, some of which are hidden.
+    hidden:   [layers, kv_heads, slots] bool, which slots a head does not see; None if every head sees all of its slots.
+    read:     number of tokens that were read, the sink included; the next token has this position.
+    kv_bytes: bytes of the K/V that are kept, without the sink.
     cut:      see Outcome.
     """
 
@@ -61,7 +62,7 @@ class Selection:
     cut: bool
 
     def fresh_cache(self) -> DynamicCache:
-        """A cache that can grow; the tensors are shared, a cache grows out of place."""
+        """Return a cache that can grow. It shares the tensors, which do not change, because a cache copies to grow."""
         cache = DynamicCache()
         for number, layer in enumerate(_layers(self.cache)):
             cache.update(cast(Tensor, layer.keys), cast(Tensor, layer.values), number)
@@ -69,7 +70,7 @@ class Selection:
 
 
 class Selected(ReadingBaseline[Selection]):
-    """`expected:R`, `snapkv:R` and `kvzip:R`."""
+    """The baselines `expected:R`, `snapkv:R` and `kvzip:R`."""
 
     def __init__(self, name: str, model: BeaconModel, stock: PreTrainedModel, press: str, ratio: int) -> None:
         super().__init__(name, model)
@@ -98,15 +99,15 @@ class Selected(ReadingBaseline[Selection]):
 
     @torch.inference_mode()
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """See Baseline."""
+        """Return the mean negative log likelihood of a continuation after the selected K/V of `context`."""
         selection = self.memory_to_continue(context)
         with _hiding(self.stock, selection.hidden):
             logits = self._logits(selection.fresh_cache(), continuation, selection.read)
         return mean_nll(logits[:-1], continuation[1:])
 
     @torch.inference_mode()
-    def read(self, passages: Passages, question: str | None) -> Selection:  # noqa: ARG002  # selection is blind to it
-        """Read the text whole, then keep a share of 1/R of its K/V beside the sink's."""
+    def read(self, passages: Passages, question: str | None) -> Selection:  # noqa: ARG002  # presses do not see it
+        """Read the whole text, then keep 1/R of its K/V, and those of the sink."""
         ids = [id for passage in passages for id in passage]
         kept_ids = cut_middle(ids, self.room)
         sink = len(self.model.sink_ids)
@@ -127,12 +128,13 @@ class Selected(ReadingBaseline[Selection]):
         return Selection(cache, hidden, len(tokens), kv_bytes, cut=len(kept_ids) < len(ids))
 
     def _set_press(self, tokens: int, kept: int) -> None:
-        """Make the press keep so many of a text's tokens."""
+        """Set the press to keep `kept` of a text's tokens."""
         if tokens <= 4:
             raise InputError(f"{self.name}: a text of {tokens} tokens is too short to select from")
-        # Presses round what they keep down, KVzip what it drops: half a millionth of a token decides for both.
+        # Presses round the number that they keep down, and KVzip the number that it drops. With half a millionth of a
+        # token more, both keep the number that is wanted.
         self.press.compression_ratio = 1 - (kept + 5e-7) / tokens if kept < tokens else 0.0
-        if hasattr(self.press, "window_size"):  # SnapKV keeps the last tokens, which must leave room for others
+        if hasattr(self.press, "window_size"):  # SnapKV keeps the last tokens, but others must have room too
             window = type(self.press).window_size
             self.press.window_size = window if window < kept else max(1, kept // 2)
 
@@ -149,24 +151,24 @@ class Selected(ReadingBaseline[Selection]):
             yield
 
     def _save_repeating_tokenizer(self) -> TemporaryDirectory[str]:
-        """The tokenizer for KVzip, in a folder, since KVzip loads one from where the model's config says.
+        """Save the tokenizer for KVzip to a folder, because KVzip loads it from the folder in the model's config.
 
-        KVzip lets the model repeat the text, and takes what stands around it from the chat template; here the text
-        stands between the sink and the conversation.
+        KVzip lets the model repeat the text, and takes the tokens before and after it from the chat template. Here the
+        text comes after the sink and before the conversation, so the template is changed to say so.
         """
         text = "\0"
         message = [{"role": "user", "content": text}]
         tokenizer = copy.deepcopy(self.model.tokenizer)
         rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         before = "".join(tokenizer.convert_ids_to_tokens(self.model.sink_ids or self.model.leading_bos))
-        behind = str(rendered).rpartition(text)[2]
-        tokenizer.chat_template = f"{{{{ {json.dumps(before)} + messages[0]['content'] + {json.dumps(behind)} }}}}"
+        after = str(rendered).rpartition(text)[2]
+        tokenizer.chat_template = f"{{{{ {json.dumps(before)} + messages[0]['content'] + {json.dumps(after)} }}}}"
         folder = TemporaryDirectory()
         tokenizer.save_pretrained(folder.name)
         return folder
 
     def _logits(self, cache: DynamicCache, ids: Sequence[int], position: int) -> Tensor:
-        """Logits [tokens, vocab] of tokens behind a cache that may be shorter than their position says."""
+        """Return the logits [tokens, vocab] of tokens after a cache, which may have fewer slots than positions."""
         input_ids = torch.tensor([list(ids)], device=self.stock.device)
         positions = torch.arange(position, position + len(ids), device=self.stock.device)[None]
         logits: Tensor = self.stock(input_ids=input_ids, past_key_values=cache, position_ids=positions).logits[0]
@@ -174,7 +176,7 @@ class Selected(ReadingBaseline[Selection]):
 
     @torch.inference_mode()
     def _generate(self, selection: Selection, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy decoding: `generate` would count positions from the length of the cache."""
+        """Decode greedily. `generate` cannot be used, because it takes the length of the cache for the position."""
         cache, position = selection.fresh_cache(), selection.read
         ends: Any = self.stock.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -196,9 +198,11 @@ def _attentions(stock: PreTrainedModel) -> list[Any]:
 
 
 def _take_hidden(stock: PreTrainedModel, cache: DynamicCache) -> Tensor | None:
-    """Which slots the press wants hidden, see Selection; takes the note that it left for kvpress's own attention.
+    """Return the slots that the press wants to hide, see Selection.
 
-    That attention looks for fake keys that no query attends to, which need not exist where many queries come at once.
+    A press lists them in an attribute of each attention module, for kvpress's own attention function; the attribute is
+    cleared here. That function hides a slot by a fake key that no query attends to, but for many queries at once there
+    need not be such a key.
     """
     keys = cast(Tensor, _layers(cache)[0].keys)
     hidden = torch.zeros(len(cache.layers), *keys.shape[1:3], dtype=torch.bool, device=keys.device)
@@ -212,7 +216,7 @@ def _take_hidden(stock: PreTrainedModel, cache: DynamicCache) -> Tensor | None:
 
 @contextmanager
 def _hiding(stock: PreTrainedModel, hidden: Tensor | None) -> Iterator[None]:
-    """Let each head of the stock model see only what was kept for it, by an attention mask for each layer."""
+    """Let each head of the stock model see only the slots that were kept for it, by a mask for each layer."""
     layers = [] if hidden is None else list(zip(_attentions(stock), hidden, strict=True))
     hooks = [
         attention.register_forward_pre_hook(partial(_mask, hidden=of_layer), with_kwargs=True)
@@ -226,7 +230,7 @@ def _hiding(stock: PreTrainedModel, hidden: Tensor | None) -> Iterator[None]:
 
 
 def _mask(attention: Any, args: Any, kwargs: dict[str, Any], *, hidden: Tensor) -> tuple[Any, dict[str, Any]]:
-    """Put a mask [1, heads, new, old + new] in place of the causal one; hidden: [kv_heads, slots]."""
+    """Replace the causal mask by one that hides slots, [1, heads, new, old + new]; hidden: [kv_heads, slots]."""
     new, old = kwargs["hidden_states"].shape[1], kwargs["past_key_values"].get_seq_length(attention.layer_idx)
     seen = torch.ones(len(hidden), old + new, dtype=torch.bool, device=hidden.device)
     seen[:, : hidden.shape[1]] = ~hidden

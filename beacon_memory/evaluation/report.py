@@ -17,8 +17,8 @@ __all__ = ["markdown", "read_result", "write_report", "write_result"]
 
 
 def write_result(result: Result, file: Path) -> None:
-    """Everything of a result as JSON, single records included. Raises InputError if the file cannot be written."""
-    half = file.with_name(f"{file.name}.part")  # no LoRA ever finds half a result
+    """Write a result, with all records, as JSON. Raises InputError if the file cannot be written."""
+    half = file.with_name(f"{file.name}.part")  # so that nobody reads half a result
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         half.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -28,7 +28,7 @@ def write_result(result: Result, file: Path) -> None:
 
 
 def read_result(file: Path) -> Result:
-    """What `write_result` wrote. Raises InputError for a file that cannot be read, or that it did not write."""
+    """Read a result that `write_result` has written. Raises InputError for any other file."""
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
         rows = [
@@ -42,9 +42,10 @@ def read_result(file: Path) -> Result:
 
 
 def markdown(result: Result) -> str:
-    """A result as a markdown table: scores with intervals, K/V and time for an item.
+    """Return a result as markdown tables.
 
-    Below it the score by group, and what quantizing costs.
+    The first has the scores with their intervals, and the K/V and the time for an item. Others show the cost of
+    quantization and the scores by group, where there are any.
     """
     lines = _by_baseline([row for row in result.rows if not row.group])
     if costs := _by_precision(result):
@@ -69,13 +70,13 @@ def _by_baseline(rows: Sequence[Row]) -> list[str]:
 
 
 def _says_more(row: Row) -> bool:
-    """Whether `score` is not just the first metric under another name: items have different ones."""
+    """Return whether `score` differs from every single metric, because items have different main metrics."""
     score = row.scores.get("score")
     return score is not None and score not in [row.scores[name] for name in row.scores if name != "score"]
 
 
 def _by_group(rows: Sequence[Row]) -> list[str]:
-    """A line for each group, a column of main scores for each baseline."""
+    """Return a table of main scores, with a line for each group and a column for each baseline."""
     names = list(dict.fromkeys(row.baseline for row in rows))
     groups = dict.fromkeys(row.group for row in rows)
     of = {(row.baseline, row.group): row for row in rows}
@@ -87,9 +88,10 @@ def _by_group(rows: Sequence[Row]) -> list[str]:
 
 
 def _by_precision(result: Result) -> list[str]:
-    """For each quantized baseline that competes with itself unquantized, the difference item by item.
+    """Return a table of the differences between quantized baselines and the same ones without quantization.
 
-    The last lines are means over all of one precision: of an item first, so the interval is one over items.
+    The last lines are means over all baselines of one precision. They are means of each item first, so that the
+    interval is one over items.
     """
     of = {name: [one for one in result.records if one.baseline == name] for name in _names(result.records)}
     base = {name: name.partition("@")[0] for name in of if "@" in name}
@@ -136,18 +138,18 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def write_report(results: Sequence[Result], folder: Path, command: str) -> list[Path]:
-    """Write results as one page of tables, with plots, `README.md`; returns the files.
+    """Write results as one page of tables and plots, `README.md`; returns the files.
 
-    command: with which they can be made again. Raises MissingDependencyError without matplotlib.
+    command: the command that makes the page again. Raises MissingDependencyError without matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "README.md"]
     lines = ["# Results", "", f"Written by `{command}`; not to be edited.", ""]
-    origins = [_properties(result.provenance) for result in results]
+    origins = [_listed(result.provenance) for result in results]
     if shared := len(set(origins)) == 1:
         lines += [f"Made with {origins[0]}.", ""]
     for result, origin in zip(results, origins, strict=True):
-        settings = _properties({name: value for name, value in result.settings.items() if name != "baselines"})
+        settings = _listed({name: value for name, value in result.settings.items() if name != "baselines"})
         lines += [f"## {result.task}", "", f"{settings}." + ("" if shared else f" Made with {origin}."), ""]
         lines += [markdown(result), ""]
         plot = folder / f"{result.task}.png"
@@ -158,5 +160,5 @@ def write_report(results: Sequence[Result], folder: Path, command: str) -> list[
     return written
 
 
-def _properties(facts: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+def _listed(properties: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in properties.items())

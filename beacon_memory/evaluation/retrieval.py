@@ -1,4 +1,4 @@
-"""BM25 over the passages of one text: what plain retrieval would paste into the prompt."""
+"""BM25 over the passages of one text, as plain retrieval would choose them for a prompt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["rank_passages"]
 
 
 def rank_passages(passages: Sequence[str], question: str) -> list[int]:
-    """Numbers of the passages, the best match of the question first; equal ones in their order.
+    """Return the numbers of the passages, the best match of the question first; equal ones in their order.
 
-    BM25 as the package bm25s has it, without English stop words. Raises MissingDependencyError without bm25s.
+    Scores are those of BM25 in the package bm25s, without English stop words. Raises MissingDependencyError without it.
     """
     try:
         import bm25s
@@ -22,7 +22,7 @@ def rank_passages(passages: Sequence[str], question: str) -> list[int]:
         bm25s.tokenize(texts, stopwords="en", show_progress=False) for texts in (list(passages), [question])
     )
     if not any(words.ids):
-        return list(range(len(passages)))  # nothing but stop words, of which there is no index
+        return list(range(len(passages)))  # there are only stop words, which cannot be indexed
     index = bm25s.BM25()
     index.index(words, show_progress=False)
     (numbers,), (scores,) = index.retrieve(asked, k=len(passages), show_progress=False)

@@ -1,4 +1,4 @@
-"""Running baselines over items, and what comes out of it."""
+"""Runs of baselines over items, and their results."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from .metrics import METRICS, Interval, bootstrap, paired_difference
 
 __all__ = ["Progress", "Record", "Result", "Row", "run_continuations", "run_items"]
 
-PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")  # that decide figures
+# Figures depend on the versions of these.
+PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one baseline made of one item.
+    """The result of one baseline on one item.
 
-    scores: by metric, from 0 to 1; `score` is the item's main one. Of a continuation: `nll`, nats per token.
-    kv_bytes, seconds, cut: see Outcome; of a continuation there are only the seconds.
+    scores: by metric, from 0 to 1; `score` is the item's main one. For a continuation: `nll`, in nats per token.
+    kv_bytes, seconds, cut: see Outcome; for a continuation only the seconds are measured.
     """
 
     baseline: str
@@ -48,11 +49,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One baseline's mean over all items, or over those of one group.
+    """The means of one baseline over all items, or over those of one group.
 
-    group:  '' for all items.
-    scores: by metric, with a 95 % bootstrap interval over the items that have it. kv_bytes, seconds: means for an item.
-    cut:    items whose text did not fit.
+    group:    '' for all items.
+    scores:   mean by metric, with a 95 % bootstrap interval over the items that have it.
+    kv_bytes, seconds: means for an item.
+    cut:      number of items whose text did not fit.
     """
 
     baseline: str
@@ -66,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One task: how it was set, where and on what it was run, means and single records."""
+    """The result of one task: its settings, its provenance (versions, model, machine), means and single records."""
 
     task: str
     settings: Mapping[str, Any]
@@ -75,13 +77,13 @@ class Result:
     records: Sequence[Record]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
+        """Return everything as values that can be written as JSON."""
         return asdict(self)
 
 
 def run_items(
     task: str,
-    field: Sequence[Baseline],
+    baselines: Sequence[Baseline],
     items: Sequence[Item],
     settings: Mapping[str, Any],
     model: BeaconModel,
@@ -89,15 +91,15 @@ def run_items(
     max_new_tokens: int,
     progress: Progress = lambda _: None,
 ) -> Result:
-    """Let each baseline answer all items and score the answers. `progress` hears of each item who answered it.
+    """Let each baseline answer all items, and score the answers.
 
-    Raises InputError if there are no items.
+    progress: called after each answer with the name of the baseline. Raises InputError if there are no items.
     """
     if not items:
         raise InputError(f"task {task!r} has no items: none fits {dict(settings)}")
     records = []
     batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-    for _, reading_alike in groupby(field, key=lambda baseline: baseline.reading):
+    for _, reading_alike in groupby(baselines, key=lambda baseline: baseline.reading):
         group = list(reading_alike)
         for batch, baseline in product(batches, group):
             for item, outcome in zip(batch, baseline.answer(batch, max_new_tokens), strict=True):
@@ -122,25 +124,27 @@ def run_items(
 
 def run_continuations(
     task: str,
-    field: Sequence[Baseline],
+    baselines: Sequence[Baseline],
     texts: Sequence[tuple[str, Sequence[int], Sequence[int]]],
     settings: Mapping[str, Any],
     model: BeaconModel,
     *,
     progress: Progress = lambda _: None,
 ) -> Result:
-    """Score how well each baseline predicts what follows a text: (name, token ids of the text, of what follows).
+    """Score how well each baseline predicts the continuation of a text.
 
-    Where `full` and `none` take part, each row also has `gap closed`: the share of the difference between the two that
-    a baseline makes up, (nll of none - nll) / (nll of none - nll of full), on means over texts, unless the text does
-    not help at all. Raises InputError if there are no texts, or for a baseline that needs a question.
+    texts: (name, token ids of the text, token ids of its continuation).
+
+    If `full` and `none` are among the baselines, and the text helps at all, each row also has `gap closed`: the share
+    of the difference between these two that a baseline makes up, (nll of none - nll) / (nll of none - nll of full), on
+    means over texts. Raises InputError if there are no texts, or for a baseline that needs a question.
     """
     if not texts:
         raise InputError(f"task {task!r} has no texts: none is as long as {dict(settings)} asks for")
-    if asking := [baseline.name for baseline in field if baseline.asks_first]:
+    if asking := [baseline.name for baseline in baselines if baseline.asks_first]:
         raise InputError(f"task {task!r} asks no questions, which {', '.join(asking)} must know: leave them out")
     records = []
-    for baseline in field:
+    for baseline in baselines:
         for name, context, continuation in texts:
             started = time.perf_counter()
             nll = baseline.score(context, continuation)
@@ -153,7 +157,7 @@ def run_continuations(
 
 
 def _summary(records: Sequence[Record]) -> list[Row]:
-    """Means by baseline, over everything and, unless one group is everything, over each group."""
+    """Return the means of each baseline over all records and, if there are several groups, over each group."""
     groups = {record.group for record in records}
     named = sorted(groups - {""}, key=_with_numbers) if len(groups) > 1 else []
     rows = []
@@ -165,9 +169,9 @@ def _summary(records: Sequence[Record]) -> list[Row]:
 
 
 def _with_numbers(group: str) -> list[tuple[float, str]]:
-    """What sorts groups by the numbers in their names: `500 0.5` before `1000 0`."""
+    """Return a key that sorts groups by the numbers in their names: `500 0.5` before `1000 0`."""
     parts = re.split(r"(\d+(?:\.\d+)?)", group)
-    return [(float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts)]
+    return [(float(part), "") if index % 2 else (0.0, part) for index, part in enumerate(parts)]
 
 
 def _row(name: str, group: str, records: Sequence[Record]) -> Row:
@@ -199,7 +203,7 @@ def _with_gap_closed(rows: list[Row], records: Sequence[Record]) -> list[Row]:
 
 
 def _provenance(model: BeaconModel) -> dict[str, Any]:
-    """What the figures rest on: versions, commit, model, machine."""
+    """Return what the figures depend on: versions, commit, model and machine."""
     return {
         **{name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(Path(__file__).parents[1]),
@@ -220,7 +224,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """The commit that a folder is of, with a + if the tree was changed since; None if git does not keep the folder."""
+    """Return the commit of a folder, with a + if the tree has changes; None if the folder is not in git."""
     output = ""
     for arguments in (["ls-files", "--error-unmatch", "."], ["describe", "--always", "--abbrev=12", "--dirty=+"]):
         try:

@@ -1,4 +1,4 @@
-"""All tasks on a folder of data: what `docs/results` is made by."""
+"""All tasks on a folder of data. `docs/results` is made by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RATIOS = (2, 4, 8)
 _BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
 _SELECTED = ("select:2", "select:4", "select:8", "select:16")
 _OTHERS = ("select-expected:4", "select-expected:8", "hybrid:4", "hybrid:8")
-_BESIDE = ("full", "none", "base", "truncated:4", "bm25:4")
+_REFERENCES = ("full", "none", "base", "truncated:4", "bm25:4")
 _PRESSES = ("expected:4", "snapkv:4", *(f"kvzip:{ratio}" for ratio in RATIOS))
 _COMPOSED = tuple(f"beacon:{ratio}:{count}" for ratio in (2, 4) for count in (1, 2, 4, 8))
 _SHORT = ("full", "none", "beacon:2", "select:2", "select:4", "select:8", "select:16")
@@ -26,7 +26,7 @@ _SHORT = ("full", "none", "beacon:2", "select:2", "select:4", "select:8", "selec
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A task of the suite: its name, its file, who takes part, and how it is run with a limit of items."""
+    """A task of the suite: its name, data file and baselines, and the function that runs it with a limit of items."""
 
     name: str
     file: str
@@ -44,7 +44,7 @@ def _qa(name: str, source: str, names: Sequence[str]) -> _Task:
 
 
 _TASKS = (
-    _qa("qa-squad", "squad_v1.1", (*_BESIDE, *_BEACONS[:3], *_SELECTED, *_OTHERS, *_PRESSES)),
+    _qa("qa-squad", "squad_v1.1", (*_REFERENCES, *_BEACONS[:3], *_SELECTED, *_OTHERS, *_PRESSES)),
     _qa("qa-composed", "squad_v1.1", _COMPOSED),
     _qa("qa-fairytale", "fairytaleqa", _SHORT),
     _Task(
@@ -91,11 +91,13 @@ _TASKS = (
 def run_suite(
     evaluation: Evaluation, data: Path, output: Path, limit: int, say: Callable[[str], None], only: Sequence[str] = ()
 ) -> list[Path]:
-    """Run every task whose data is there, or those named in `only`; returns the files of the page that were written.
+    """Run every task whose data is there, or those named in `only`, and write a page; returns the files of the page.
 
-    limit: items of a task; some take a share of it. say: hears what becomes of each task.
-    A task that `output` holds already, of the same model and settings, is not run again. Raises InputError for a task
-    that is not known, or if there is nothing to run.
+    limit: number of items of a task; some tasks take a share of it.
+    say:   called with one line for each task.
+
+    A task is not run again if `output` has its result for the same model and settings. Raises InputError for an unknown
+    task, and if there is nothing to run.
     """
     names = [task.name for task in _TASKS]
     if unknown := sorted(set(only) - set(names)):

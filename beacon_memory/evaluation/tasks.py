@@ -1,4 +1,4 @@
-"""The tasks: which items, which baselines, how long an answer."""
+"""The tasks: each has its items, and a longest answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from beacon_memory.modeling.model import BeaconModel
 
-from .field import baselines
+from .baseline_names import baselines
 from .items import Item, read_kv_retrieval, read_long, read_longbench, read_qa, read_texts
 from .needles import needle_items
 from .pieces import token_ids
@@ -21,11 +21,12 @@ __all__ = ["Evaluation"]
 class Evaluation:
     """Tasks on one model.
 
-    names:    of the baselines, see `field`.
-    seed:     of every draw. progress: hears of each item who has dealt with it.
+    names:    names of the baselines, see `baseline_names`.
+    seed:     seed of all random choices.
+    progress: called after each item with the name of the baseline.
 
-    Every task raises InputError for data that cannot be used or of which nothing is left, and for a baseline that is
-    not known.
+    Every task raises InputError for data that cannot be used, for data of which no item is left, and for an unknown
+    baseline.
     """
 
     model: BeaconModel
@@ -36,7 +37,7 @@ class Evaluation:
     def qa(
         self, data: Path, *, context_tokens: int, limit: int | None, where: Mapping[str, str], task: str = "qa"
     ) -> Result:
-        """Questions on passages of one title, the right one among them."""
+        """Ask questions about passages of one title, the right one among them."""
         items = read_qa(
             data, context_tokens=context_tokens, count=self._count, limit=limit, seed=self.seed, where=where
         )
@@ -44,18 +45,18 @@ class Evaluation:
         return self._answers(task, items, data, settings, max_new_tokens=48)
 
     def long(self, data: Path, *, limit: int | None, questions: int | None, task: str = "long") -> Result:
-        """Long documents or conversations, `limit` of them, with many questions each."""
+        """Ask many questions about each of `limit` long documents or conversations."""
         read = read_long(data, limit=limit, questions=questions, seed=self.seed)
         settings = {"documents": limit, "questions": questions, "left_out": dict(read.left_out)}
         return self._answers(task, read.items, data, settings, max_new_tokens=64)
 
     def longbench(self, data: Path, *, limit: int | None, task: str = "longbench") -> Result:
-        """Rows in the format of LongBench, each data set with its own metric."""
+        """Ask the questions of LongBench, each data set with its own metric."""
         items = read_longbench(data, limit=limit, seed=self.seed)
         return self._answers(task, items, data, {"limit": limit}, max_new_tokens=128)
 
     def kv_retrieval(self, data: Path, *, limit: int | None, task: str = "kv") -> Result:
-        """The value of one key among many pairs of random strings."""
+        """Ask for the value of one key among many pairs of random strings."""
         items = read_kv_retrieval(data, limit=limit, seed=self.seed)
         return self._answers(task, items, data, {"limit": limit}, max_new_tokens=64)
 
@@ -68,7 +69,7 @@ class Evaluation:
         repeats: int = 1,
         task: str = "needle",
     ) -> Result:
-        """One sentence at some depth of texts of some length, `repeats` times each."""
+        """Ask for a fact at each depth of texts of each length, `repeats` times."""
         texts = [text for _, text in read_texts(data)]
         items = needle_items(texts, lengths=lengths, depths=depths, count=self._count, seed=self.seed, repeats=repeats)
         settings = {"lengths": list(lengths), "depths": list(depths), "repeats": repeats}
@@ -77,7 +78,10 @@ class Evaluation:
     def ppl(
         self, data: Path, *, context_tokens: int, continuation_tokens: int, limit: int | None, task: str = "ppl"
     ) -> Result:
-        """Prediction of what follows the beginning of a text, behind its memory; of the first texts long enough."""
+        """Score the prediction of a text's continuation from the memory of its beginning.
+
+        The first `limit` texts that are long enough are taken.
+        """
         texts = []
         for name, text in read_texts(data):
             ids = token_ids(self.model.tokenizer, text)[: context_tokens + continuation_tokens]
@@ -109,7 +113,7 @@ class Evaluation:
         )
 
     def _settings(self, data: Path, settings: Mapping[str, object]) -> dict[str, object]:
-        """What decides a result beside the model, as it is written down; what was not set is left out."""
+        """Return the settings that a result depends on, as they are written down; without those that are not set."""
         chosen = {name: value for name, value in settings.items() if value not in (None, {})}
         return {"data": data.name, **chosen, "seed": self.seed, "baselines": list(self.names)}
 

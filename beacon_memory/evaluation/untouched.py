@@ -1,4 +1,4 @@
-"""The base model as it comes, as a baseline: what the LoRA and the memory are measured against."""
+"""The unchanged base model as a baseline, with which LoRA and memory are compared."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ INSTRUCTION = "Answer the question with a few words from the text."
 
 
 class Untouched(Baseline):
-    """`base`: the base model loaded anew, without LoRA or memory, the whole text in its own chat template."""
+    """The baseline `base`: the base model loaded again, without LoRA or memory, with the whole text in its prompt."""
 
     def __init__(self, name: str, model: BeaconModel) -> None:
         base, tokenizer = load_base(str(model.base.config.name_or_path), model.device, model.dtype)
-        config = replace(model.config, beacon_placement="end")  # no text is compressed; other placements need more
+        # nothing is compressed, so the placement does not matter; others than `end` would need tensors
+        config = replace(model.config, beacon_placement="end")
         super().__init__(name, BeaconModel(base, config, tokenizer=tokenizer).eval())
         self._raw = Truncated(name, self.model, 1)
 
     def answer(self, items: Sequence[Item], max_new_tokens: int) -> list[Outcome]:
         """Answer items in one batch."""
         config = greedy(self.model, max_new_tokens)
-        nothing = MemoryKV.of(self.model.empty_kv())
+        no_memory = MemoryKV.of(self.model.empty_kv())
         requests, sizes = [], []
         for item in items:
             text = "\n".join(item.context)
@@ -42,7 +43,7 @@ class Untouched(Baseline):
             if len(kept) < len(ids):
                 text = str(self.model.tokenizer.decode(kept))
             message = f"{text}\n\n{INSTRUCTION}\nQuestion: {item.question}"
-            requests.append(Request(nothing, chat_prompt(self.model, message, behind_memory=False)))
+            requests.append(Request(no_memory, chat_prompt(self.model, message, behind_memory=False)))
             sizes.append((len(kept), len(kept) < len(ids)))
         started = time.perf_counter()
         answers = generate(self.model, requests, config)
@@ -53,5 +54,5 @@ class Untouched(Baseline):
         ]
 
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """See Baseline: as `full` does it, so that without a LoRA both are the same to the last bit."""
+        """Return the score of `full` for the base; so without a LoRA both are equal to the last bit."""
         return self._raw.score(context, continuation)

@@ -1,8 +1,11 @@
-"""Answering behind a memory with the stock model: all that is known of `generate` is here.
+"""Generation with a memory as the prefix of the prompt, by the stock model's own `generate`.
 
-Facts that the tests pin down: to `generate`, a `MemoryCache` is empty, so prompts begin at position 0, behind the
-memory; positions follow from the mask, so prompts of different lengths batch when padded on the left; beams and several
-sequences for one prompt need the cache repeated; requests may share a memory.
+This module alone relies on details of `generate`, which tests check:
+
+* a `MemoryCache` looks empty to it, so prompts begin at position 0, right after the memory;
+* it computes positions from the mask, so prompts of different lengths are batched by padding on the left;
+* for beams, and for several sequences from one prompt, the cache has to be repeated;
+* several requests may share a memory.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ __all__ = ["Generation", "Request", "generate", "require_room"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """A prompt behind a memory.
+    """A prompt that follows a memory.
 
-    memory: sink and documents, one behind another; may have no slots.
-    prompt: token ids that follow it.
+    memory: sink and documents, one after another; it may have no slots.
+    prompt: token ids.
     """
 
     memory: MemoryKV
@@ -43,8 +46,8 @@ class Generation:
     """One generated text.
 
     tokens:         generated token ids, the end-of-sequence token included.
-    text:           decoded, without special tokens and without the stop string that ended it.
-    first_token_at: when the first token was there, on the clock of time.perf_counter.
+    text:           their text, without special tokens and without the stop string that ended it.
+    first_token_at: time of the first token, in seconds on the clock of time.perf_counter.
     """
 
     tokens: tuple[int, ...]
@@ -71,9 +74,10 @@ def generate(
     streamer: TextStreamer | None = None,
     cancelled: Event | None = None,
 ) -> list[list[Generation]]:
-    """Generate for all requests in one batch; for each one list, of `config.num_return_sequences` texts.
+    """Generate for all requests in one batch; returns for each a list of `config.num_return_sequences` texts.
 
-    Raises CapacityError, before any work, if a request does not fit the model's positions.
+    streamer: receives the tokens as they come. cancelled: generation stops when this event is set.
+    Raises CapacityError, before any work is done, if a request does not fit the model's positions.
     """
     for request in requests:
         require_room(model, request.memory.span, len(request.prompt), config.max_new_tokens or 0)
@@ -84,26 +88,26 @@ def generate(
     prompt_mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
     memories = {id(request.memory): request.memory for request in requests}  # questions on one memory share it
     prefixes = {key: model.prefix(memory) for key, memory in memories.items()}
-    behind = any(request.memory.slots for request in requests)  # what stands behind nothing is stock altogether
+    with_memory = any(request.memory.slots for request in requests)  # without any, attention is the stock one
     cache = MemoryCache(
-        [prefixes[id(request.memory)] for request in requests] if behind else (), config=model.base.config
+        [prefixes[id(request.memory)] for request in requests] if with_memory else (), config=model.base.config
     )
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
-    watch = _Watch(cancelled)
+    timer = _FirstTokenTimer(cancelled)
     with _seeded(seed, model.device), torch.inference_mode():
         output = model.base.generate(  # type: ignore[operator]
             input_ids=prompts,
             attention_mask=prompt_mask.to(model.device),
             past_key_values=cache,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([watch]),
+            stopping_criteria=StoppingCriteriaList([timer]),
             tokenizer=tokenizer,
             streamer=streamer,
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    texts = [_finish(model, row, ends, config.stop_strings or [], watch.first) for row in output[:, longest:].tolist()]
+    texts = [_finish(model, row, ends, config.stop_strings or [], timer.first) for row in output[:, longest:].tolist()]
     each = config.num_return_sequences or 1
     return [texts[i : i + each] for i in range(0, len(texts), each)]
 
@@ -111,15 +115,15 @@ def generate(
 def _finish(
     model: BeaconModel, row: list[int], ends: Sequence[int | None], stops: Sequence[str], first: float
 ) -> Generation:
-    stopped = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))  # behind it is padding
+    stopped = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))  # after it comes padding
     tokens = row[:stopped]
     text = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
     cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
     return Generation(tuple(tokens), text[:cut].strip(), first)
 
 
-class _Watch(StoppingCriteria):
-    """Notes when the first token was there, and stops when told to."""
+class _FirstTokenTimer(StoppingCriteria):
+    """The time of the first token; it also stops generation when `cancelled` is set."""
 
     def __init__(self, cancelled: Event | None) -> None:
         self.cancelled = cancelled
@@ -133,7 +137,7 @@ class _Watch(StoppingCriteria):
 
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Sample with this seed, and leave the random state of the process as it was."""
+    """Sample with a seed, and restore the random state of the process afterwards."""
     if seed is None:
         yield
         return

@@ -13,7 +13,7 @@ from beacon_memory.modeling.model import BeaconModel
 
 __all__ = ["generation_config"]
 DEFAULT_MAX_NEW_TOKENS = 256
-# What transformers would only notice in the middle of generating, or not at all.
+# Values that transformers would refuse only in the middle of generating, or not at all: type, least and most.
 _RANGES: dict[str, tuple[Any, float, float]] = {
     "max_new_tokens": (int, 1, math.inf),
     "num_beams": (int, 1, math.inf),
@@ -27,10 +27,11 @@ _RANGES: dict[str, tuple[Any, float, float]] = {
 def generation_config(
     model: BeaconModel, stop: str | Sequence[str] | None, options: Mapping[str, Any]
 ) -> GenerationConfig:
-    """The model's own generation settings with `options`, named as in transformers, put over them.
+    """Return the model's own generation settings, changed by `options`, which are named as in transformers.
 
-    Naming a sampling option (temperature, top_p, top_k, min_p, typical_p) switches sampling on unless do_sample says
-    otherwise; temperature 0 is greedy. Raises InputError for an unknown option or a value that transformers refuses.
+    stop: text, or texts, that end the answer. A sampling option (temperature, top_p, top_k, min_p, typical_p) switches
+    sampling on unless `do_sample` is given; temperature 0 means greedy decoding. Raises InputError for an unknown
+    option, and for a value that cannot be used.
     """
     chosen = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **options}
     if stop:

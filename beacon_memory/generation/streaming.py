@@ -1,4 +1,4 @@
-"""Answers in pieces, as they come."""
+"""Answers in pieces, as soon as they are generated."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["stream"]
 
 
 class _QueueStreamer(TextStreamer):
-    """Hands finished pieces of text to a queue."""
+    """A streamer that puts finished pieces of text into a queue."""
 
     def __init__(self, tokenizer: Any, queue: SimpleQueue[Any]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.queue = queue
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002  # the base class names it
-        """Called by `generate` as soon as some words are certain."""
+        """Put a piece of text into the queue; `generate` calls this as soon as some words are certain."""
         self.queue.put(text)
 
 
 def stream(
     model: BeaconModel, request: Request, config: GenerationConfig, *, seed: int | None = None
 ) -> Iterator[str | Generation]:
-    """Generate one text: yields its pieces as they come, and the whole `Generation` last.
+    """Generate one text; yields its pieces as they come, and the whole `Generation` at the end.
 
-    Generation runs in a thread, which ends when the iterator is closed. Stop strings are not part of the pieces.
+    Generation runs in a thread of its own, which ends when the iterator is closed. Stop strings are left out.
     """
     queue: SimpleQueue[str | BaseException | list[list[Generation]]] = SimpleQueue()
     cancelled = Event()
@@ -66,7 +66,7 @@ def stream(
 
 
 class _HeldBack:
-    """Text that may still turn out to be the beginning of a stop string is held back."""
+    """The end of a streamed text that could still become a stop string, and so is not given out yet."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
@@ -74,7 +74,7 @@ class _HeldBack:
         self.done = False
 
     def add(self, piece: str) -> str:
-        """The part that is certain of all text so far and not yet given out."""
+        """Add a piece, and return all text that cannot become part of a stop string any more."""
         if self.done:
             return ""
         self.pending += piece
@@ -90,6 +90,6 @@ class _HeldBack:
         return certain
 
     def rest(self) -> str:
-        """What was held back and did not become a stop string."""
+        """Return the text that was held back to the end and did not become a stop string."""
         rest, self.pending = self.pending, ""
         return rest

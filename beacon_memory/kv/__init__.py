@@ -1,4 +1,4 @@
-"""Keys and values of memories: what they are, in how many bits, for which model, at which positions.
+"""Keys and values of memories: their form, their precision, the model they belong to, and their positions.
 
 Tensors only: nothing here knows transformers, files or a catalog.
 """

@@ -1,7 +1,7 @@
-"""What must match for stored K/V to be usable with a loaded model.
+"""Fingerprints: whether stored K/V can be used with the model that is loaded.
 
-K/V are only meaningful to the very weights that made them. A fingerprint names each ingredient by a short hash, so
-that a mismatch can say *which* one differs.
+K/V have a meaning only for the weights that computed them. A fingerprint holds a short hash of each thing that
+decides them (base model, adapter, tokenizer, settings, RoPE), so that an error can say *which* one differs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HEX = 16  # characters kept of a sha256
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """One short hash for each ingredient of stored K/V."""
+    """A short hash of each thing that decides what K/V a text has."""
 
     base: str
     adapter: str
@@ -34,7 +34,7 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """One hash over all ingredients."""
+        """Return one hash over all parts of the fingerprint."""
         return digest_json(asdict(self))
 
     def require(self, stored: Fingerprint, document: str) -> None:
@@ -47,28 +47,29 @@ class Fingerprint:
             )
 
     def to_dict(self) -> dict[str, str]:
-        """The ingredients by name."""
+        """Return the hashes by name."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, ingredients: Mapping[str, object]) -> Fingerprint:
-        """Read what `to_dict` wrote; raises CorruptFileError if an ingredient is missing, unknown or not text."""
+    def from_dict(cls, hashes: Mapping[str, object]) -> Fingerprint:
+        """Read the result of `to_dict`; raises CorruptFileError if a hash is missing, unknown or not text."""
         names = {f.name for f in fields(cls)}
-        if set(ingredients) != names or not all(isinstance(v, str) for v in ingredients.values()):
-            raise CorruptFileError(f"a fingerprint must have the texts {sorted(names)}, got {dict(ingredients)!r}")
-        return cls(**{name: str(ingredients[name]) for name in names})
+        if set(hashes) != names or not all(isinstance(value, str) for value in hashes.values()):
+            raise CorruptFileError(f"a fingerprint must have the texts {sorted(names)}, got {dict(hashes)!r}")
+        return cls(**{name: str(hashes[name]) for name in names})
 
 
 def digest_json(value: object) -> str:
-    """A short hash of any JSON-able value, independent of the order of keys."""
+    """Return a short hash of any value that can be written as JSON; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_HEX]
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]], *, sampled: bool = False) -> str:
-    """A short hash of named tensors: names, shapes and elements rounded to bfloat16.
+    """Return a short hash of named tensors: of their names, shapes, and elements rounded to bfloat16.
 
-    The rounding makes the hash the same whichever dtype a checkpoint was loaded in. With `sampled`, 4,096 evenly
-    spaced elements stand for each tensor: enough to tell any two trainings of a model apart, at no cost.
+    Because of the rounding, the hash does not depend on the dtype in which a checkpoint was loaded. With `sampled`,
+    only 4,096 evenly spaced elements of each tensor are read. That takes almost no time, and still tells any two
+    trainings of a model apart.
     """
     hasher = hashlib.sha256()
     for name, tensor in sorted(tensors):

@@ -1,8 +1,8 @@
-"""Position-free keys and values: what is kept of a text.
+"""Keys and values without positions: the part of a text that is kept.
 
-`BeaconKV` is a stack: every head has the same slots, as the rows of a pass have. `MemoryKV` is what a document leaves:
-each head of each layer has slots of its own, as many as it needs. Heads differ by far: some look every word up, most
-attend to next to nothing of a text.
+`BeaconKV` is a dense stack: every head has the same slots. A forward pass gives and takes K/V in this form.
+`MemoryKV` is ragged: each head of each layer has as many entries as it needs. Documents are kept in this form, because
+heads differ very much: some look up every word of a text, most attend to almost none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["BeaconKV", "MemoryKV"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BeaconKV:
-    """Keys and values of some memory slots at every layer.
+    """Keys and values of memory slots, the same slots for every head of every layer.
 
     keys:   [layers, kv_heads, slots, head_dim], **before** RoPE, so a slot has no position until it is loaded.
     values: [layers, kv_heads, slots, head_dim]
@@ -47,31 +47,31 @@ class BeaconKV:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> BeaconKV:
-        """K/V of no slots at all."""
+        """Return K/V with no slots."""
         shape = (layers, kv_heads, 0, head_dim)
         return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
     @property
     def slots(self) -> int:
-        """How many memory slots, that is positions of the model, this takes."""
+        """Return the number of memory slots. Each takes one position of the model."""
         return self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values together."""
+        """Return the bytes of keys and values together."""
         return self.keys.nbytes + self.values.nbytes
 
     def __getitem__(self, slots: slice | Tensor) -> BeaconKV:
-        """The K/V of some slots: a slice, or a tensor of slot numbers."""
+        """Return the K/V of some slots, given as a slice or as a tensor of slot numbers."""
         return BeaconKV(self.keys[:, :, slots], self.values[:, :, slots])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BeaconKV:
-        """The same K/V on another device or in another dtype."""
+        """Return the same K/V on another device or in another dtype."""
         return BeaconKV(self.keys.to(device=device, dtype=dtype), self.values.to(device=device, dtype=dtype))
 
     @staticmethod
     def concat(parts: Sequence[BeaconKV]) -> BeaconKV:
-        """The slots of all parts, one after another; a part that is alone is not copied. Raises InputError for none."""
+        """Join the slots of all parts, one after another; a single part is not copied. Raises InputError for none."""
         if not parts:
             raise InputError("BeaconKV.concat needs at least one part")
         parts = [part for part in parts if part.slots] or parts[:1]
@@ -84,13 +84,14 @@ class BeaconKV:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MemoryKV:
-    """Keys and values of the memory of a text.
+    """The memory of a text: keys and values, where each head has entries of its own.
 
-    keys:   [entries, head_dim], **before** RoPE; an entry is one slot of one head, in the order layer, kv head, place.
+    keys:   [entries, head_dim], **before** RoPE. An entry is one slot of one head; entries are in the order layer, kv
+            head, position.
     values: [entries, head_dim]
-    positions: [entries] where in the memory's span an entry stands, 0 to span - 1; int32, or float32 once interpolated.
+    positions: [entries] position of each entry within the memory, 0 to span - 1; int32, or float32 once interpolated.
     counts: [layers, kv_heads] int64, on the CPU: how many entries each head has.
-    span:   positions of the model that it takes. An interpolated memory has less than one position for each token.
+    span:   how many positions of the model the memory takes. An interpolated memory takes fewer than it has tokens.
     """
 
     keys: Tensor
@@ -114,7 +115,7 @@ class MemoryKV:
 
     @classmethod
     def of(cls, stack: BeaconKV) -> MemoryKV:
-        """A stack as a memory: slot j of every head at place j."""
+        """Return a stack as a memory: slot j of every head becomes an entry at position j."""
         layers, heads, slots, _ = stack.keys.shape
         return cls(
             keys=stack.keys.flatten(0, 2),
@@ -126,7 +127,10 @@ class MemoryKV:
 
     @classmethod
     def chosen(cls, stack: BeaconKV, kept: Tensor) -> MemoryKV:
-        """Of a stack what each head keeps: kept [layers, kv_heads, slots] bool. The span stays that of the stack."""
+        """Return the slots that each head keeps as a memory with the span of the whole stack.
+
+        kept: [layers, kv_heads, slots] bool.
+        """
         return cls(
             keys=stack.keys[kept],
             values=stack.values[kept],
@@ -137,32 +141,38 @@ class MemoryKV:
 
     @property
     def slots(self) -> int:
-        """Slots of a head, the mean over all heads, rounded up."""
+        """Return how many entries a head has: the mean over all heads, rounded up."""
         return -(-len(self.keys) // self.counts.numel())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and positions together."""
+        """Return the bytes of keys, values and positions together."""
         return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
 
     @property
     def least_span(self) -> int:
-        """The span down to which `interpolated` goes."""
+        """Return the smallest span that `concat` may interpolate this memory to."""
         return min(self.slots, self.span)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryKV:
-        """The same memory on another device, keys and values in another dtype."""
+        """Return the same memory on another device, with keys and values in another dtype."""
         keys, values = (part.to(device=device, dtype=dtype) for part in (self.keys, self.values))
         return replace(self, keys=keys, values=values, positions=self.positions.to(device))
 
     def interpolated(self, span: int) -> MemoryKV:
-        """The same entries on fewer positions, evenly (position interpolation, Chen et al., arXiv 2306.15595)."""
+        """Return the same entries with all positions scaled down to a smaller span; a larger one changes nothing.
+
+        This is position interpolation (Chen et al., arXiv 2306.15595).
+        """
         if span >= self.span:
             return self
         return replace(self, positions=self.positions.float() * (span / self.span), span=span)
 
     def between(self, start: int, stop: int) -> MemoryKV:
-        """Return the entries at positions `start` up to `stop` as a memory of that span, what `concat` put together."""
+        """Return the entries at positions from `start` to below `stop` as a memory that begins at position 0.
+
+        So it takes apart what `concat` has joined.
+        """
         kept = (self.positions >= start) & (self.positions < stop)
         heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
         return MemoryKV(
@@ -174,22 +184,22 @@ class MemoryKV:
         )
 
     def grown(self, start: int, new: MemoryKV) -> MemoryKV:
-        """Of this memory what stands before the place `start`, and behind it another one, in the dtype of this."""
+        """Return this memory with `new` in place of everything from position `start` on, in the dtype of this one."""
         return MemoryKV.concat([self.between(0, start), new.to(dtype=self.keys.dtype)])
 
     def stack(self) -> BeaconKV:
-        """The stack that this is the memory `of`. Raises InputError unless every head has an entry at every place."""
+        """Return this memory as a stack. Raises InputError unless every head has an entry at every position."""
         shape = (*self.counts.shape, self.span)
         positions = torch.arange(self.span, device=self.positions.device)
         if (self.counts != self.span).any() or (self.positions.unflatten(0, shape) != positions).any():
             raise InputError(
                 f"a memory of {self.span} positions with {int(self.counts.min())} to {int(self.counts.max())} entries "
-                "in a head is no stack: not every head has one at every place"
+                "in a head is no stack: not every head has one at every position"
             )
         return BeaconKV(self.keys.unflatten(0, shape), self.values.unflatten(0, shape))
 
     def layer(self, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and positions of each head of a layer: views, [entries of the head, ...]."""
+        """Return keys, values and positions of each head of a layer, as views [entries of the head, ...]."""
         start = int(self.counts[:number].sum())
         sizes = self.counts[number].tolist()
         stop = start + sum(sizes)
@@ -198,9 +208,10 @@ class MemoryKV:
 
     @staticmethod
     def concat(parts: Sequence[MemoryKV], room: int | None = None) -> MemoryKV:
-        """Memories one behind another; a part that is alone is not copied. Raises InputError for none.
+        """Join memories, each at the positions after the one before. A single part is not copied.
 
-        room: positions at hand. If the spans need more, each part gives the same share of what it can (`interpolated`).
+        room: how many positions there are. If the spans need more, every part is interpolated: each gives up the same
+              share of the positions between its `span` and its `least_span`. Raises InputError for no parts.
         """
         if not parts:
             raise InputError("MemoryKV.concat needs at least one part")

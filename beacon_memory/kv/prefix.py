@@ -1,4 +1,4 @@
-"""A memory in front of what is read: its keys rotated, head by head, ready to be attended to."""
+"""A memory as the prefix of what is read: its keys rotated to their positions, ready for attention."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Block = tuple[slice, Tensor, Tensor]
 
 
 class Prefix:
-    """A memory in front of what is read, at the positions -span to -1, for all layers of a model.
+    """A memory in front of what is read, at positions -span to -1, for all layers of a model.
 
-    blocks: for each layer (kv heads, keys [heads, entries, head_dim], values), keys rotated: all heads in one block if
-            they have equally many entries, else a block for each.
+    blocks: for each layer a list of (kv heads, keys, values), keys rotated, both [heads, entries, head_dim]. If all
+            heads have the same number of entries they are one block, else each head is a block of its own.
     """
 
     def __init__(self, memory: MemoryKV, rope: Rope) -> None:

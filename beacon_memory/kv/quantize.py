@@ -1,11 +1,12 @@
 """Keys and values of a memory in 8 or 4 bits.
 
-Keys have channels that are large in every token, values have not (KIVI, arXiv 2402.02750): keys are quantized per
-channel, over `GROUP` successive entries of one head, and values per token. Both run evenly from the smallest number of
-a channel or token to its largest; only what these two are, as `zero` and `scale`, is kept in float16.
+Some channels of keys are large in every token; values have no such channels (KIVI, arXiv 2402.02750). So keys are
+quantized per channel, over groups of `GROUP` successive entries of one head, and values per token. The codes divide the
+range from the smallest number of a group or token to its largest evenly; `zero`, the smallest number, and `scale`, the
+step, are kept in float16.
 
-In 4 bits keys are rotated before, by a Hadamard matrix over the channels as in QuaRot (arXiv 2404.00456), so that
-errors spread evenly over all of them instead of being largest where keys are.
+Before keys are quantized to 4 bits, their channels are rotated by a Hadamard matrix as in QuaRot (arXiv 2404.00456).
+Errors then spread evenly over all channels instead of being largest in the large ones.
 """
 
 from __future__ import annotations
@@ -24,23 +25,26 @@ from .memory_kv import MemoryKV
 __all__ = ["BITS", "GROUP", "QuantizedKV", "quantized"]
 
 BITS = (8, 4)
-GROUP = 64  # another number is another stored form
-_LARGEST_ROTATION = 256  # so is this
-# On the device; counts stay on the CPU.
+# Both numbers are part of the stored form: with others, stored files could not be read.
+GROUP = 64
+_LARGEST_ROTATION = 256
+# The tensors that move to a device; counts stay on the CPU.
 _TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "positions")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedKV:
-    """A memory whose keys and values are codes: a number is zero + code * scale.
+    """A memory with quantized keys and values: each number is zero + code * scale.
 
-    bits:         of a code, 8 or 4.
-    keys, values: [entries, head_dim * bits / 8] uint8. Of 4 bits, byte i holds channel i low and head_dim / 2 + i high.
-    key_scales, key_zeros:     [groups, head_dim] float16. Groups are of `GROUP` entries, each head's last of the rest.
+    bits:         bits of a code, 8 or 4.
+    keys, values: [entries, head_dim * bits / 8] uint8, the codes. With 4 bits, byte i holds the code of channel i in
+                  its low half and that of channel head_dim / 2 + i in its high half.
+    key_scales, key_zeros:     [groups, head_dim] float16. A group has `GROUP` entries; the last group of each head has
+                  those that are left over.
     value_scales, value_zeros: [entries] float16
-    positions, counts, span:      as those of a MemoryKV.
-    dtype:        of the keys and values that were quantized.
-    rotated:      what the codes of keys stand for was rotated, see `_rotated`.
+    positions, counts, span:   as in a MemoryKV.
+    dtype:        dtype of the keys and values before they were quantized.
+    rotated:      whether keys were rotated before they were quantized, see `_rotated`.
 
     Raises InputError for tensors that do not fit each other.
     """
@@ -88,21 +92,21 @@ class QuantizedKV:
 
     @property
     def slots(self) -> int:
-        """Slots of a head, the mean over all heads, rounded up."""
+        """Return how many entries a head has: the mean over all heads, rounded up."""
         return -(-len(self.keys) // self.counts.numel())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all but the counts."""
+        """Return the bytes of all tensors except the counts."""
         return sum(int(getattr(self, name).nbytes) for name in _TENSORS)
 
     def to(self, device: torch.device | str | None) -> QuantizedKV:
-        """The same memory on another device."""
+        """Return the same memory on another device."""
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
         return replace(self, **moved)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> MemoryKV:
-        """The memory in a dtype, by default its own."""
+        """Return the memory with numbers instead of codes, by default in the dtype that it had before."""
         dtype = dtype or self.dtype
         group = _numbered(_group_sizes(self.counts).to(self.keys.device), len(self.keys))
         keys = _decoded(_unpacked(self.keys, self.bits), self.key_scales[group], self.key_zeros[group])
@@ -112,15 +116,18 @@ class QuantizedKV:
         return MemoryKV(keys.to(dtype), values.to(dtype), self.positions, self.counts, self.span)
 
     def grown(self, start: int, new: MemoryKV) -> QuantizedKV:
-        """Of this memory what stands before the place `start`, and behind it another one, quantized as this is.
+        """Return this memory with `new` in place of everything from position `start` on, quantized like this one.
 
-        Codes are taken over, those of keys for groups that are full: however often a memory grows, these do not drift.
+        Codes that stay are copied and not computed again, so that they do not drift when a memory grows many times.
+        Only keys in a group that is not full are quantized again, together with those that fill it.
         """
         grown = _quantized(self.dequantized(torch.float32).grown(start, new), self.bits, rotated=self.rotated)
         old, now = self.counts.flatten(), grown.counts.flatten()
-        gone = torch.nn.functional.pad((self.positions >= start).cpu().long().cumsum(0), (1, 0))  # before each entry
+        # how many entries before each entry are replaced
+        gone = torch.nn.functional.pad((self.positions >= start).cpu().long().cumsum(0), (1, 0))
         head = _numbered(old, len(self.positions))
-        same = head[gone[1:] == gone[old.cumsum(0) - old][head]].bincount(minlength=len(old))  # that each head keeps
+        # how many first entries each head keeps
+        same = head[gone[1:] == gone[old.cumsum(0) - old][head]].bincount(minlength=len(old))
         full = same // GROUP
         for names, sizes, new_sizes, taken in (
             (("values", "value_scales", "value_zeros"), old, now, same),
@@ -134,9 +141,10 @@ class QuantizedKV:
 
 
 def quantized(kv: MemoryKV, bits: int) -> QuantizedKV:
-    """A memory's keys and values in `bits` bits, 8 or 4, each off by half a scale at most, keys in 4 bits as rotated.
+    """Quantize a memory to 8 or 4 bits. Each number is off by half a scale at most; in 4 bits, keys are rotated before.
 
-    Raises InputError for other bits, an odd head_dim in 4 bits, and numbers that are not finite or beyond float16.
+    Raises InputError for other bits, for an odd head_dim in 4 bits, and for numbers that are not finite or too large
+    for float16.
     """
     return _quantized(kv, bits, rotated=bits == 4)
 
@@ -151,7 +159,7 @@ def _quantized(kv: MemoryKV, bits: int, *, rotated: bool) -> QuantizedKV:
         keys = _rotated(keys)
     sizes = _group_sizes(kv.counts).to(keys.device)
     starts = sizes.cumsum(0) - sizes
-    # a group that is not full repeats its last entry, which is no smaller and no larger than itself
+    # a group that is not full is filled up with copies of its last entry, which leave its range as it is
     members = starts[:, None] + torch.arange(GROUP, device=keys.device).minimum(sizes[:, None] - 1)
     key_scales, key_zeros = _fitted("keys", keys[members], bits)
     value_scales, value_zeros = _fitted("values", values, bits)
@@ -178,10 +186,10 @@ def _check_bits(bits: object) -> None:
 
 
 def _rotated(keys: Tensor) -> Tensor:
-    """Keys [n, head_dim] float32 times a Hadamard matrix, Sylvester's over sqrt(size), which is its own inverse.
+    """Multiply keys [n, head_dim] float32 by Sylvester's Hadamard matrix over sqrt(size), which is its own inverse.
 
-    The size is the largest power of two that divides head_dim, up to `_LARGEST_ROTATION`; blocks of so many channels
-    are rotated each by itself.
+    The size of the matrix is the largest power of two that divides head_dim, up to `_LARGEST_ROTATION`. If head_dim is
+    larger, each block of that many channels is rotated by itself.
     """
     size = min(max(1, keys.shape[1] & -keys.shape[1]), _LARGEST_ROTATION)
     matrix = keys.new_ones(1, 1)
@@ -192,13 +200,13 @@ def _rotated(keys: Tensor) -> Tensor:
 
 
 def _groups(counts: Tensor) -> Tensor:
-    """How many groups each head has: [heads], from counts [layers, kv_heads]."""
+    """Return how many groups each head has: [heads], from counts [layers, kv_heads]."""
     return -(-counts.flatten() // GROUP)
 
 
 def _group_sizes(counts: Tensor) -> Tensor:
-    """How many entries each group has: [groups], from counts [layers, kv_heads]."""
-    counts = counts[counts > 0]  # so that each of them has a last group
+    """Return how many entries each group has: [groups], from counts [layers, kv_heads]."""
+    counts = counts[counts > 0]  # so that every head that is left has a last group
     groups = _groups(counts)
     sizes = torch.full((int(groups.sum()),), GROUP)
     sizes[groups.cumsum(0) - 1] -= -counts % GROUP
@@ -206,23 +214,26 @@ def _group_sizes(counts: Tensor) -> Tensor:
 
 
 def _numbered(sizes: Tensor, entries: int) -> Tensor:
-    """The group of each entry: [entries], from sizes [groups]."""
+    """Return the number of the group that each entry is in: [entries], from sizes [groups]."""
     return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=entries)
 
 
 def _first(sizes: Tensor, taken: Tensor) -> Tensor:
-    """Where the first `taken` of each run lie, if runs of these sizes follow each other: [sum of taken]."""
+    """Return the indices of the first `taken` elements of each run, where runs of these sizes follow each other.
+
+    For sizes 3, 2 and taken 2, 1: the indices 0, 1 and 3.
+    """
     shifts = (sizes.cumsum(0) - sizes) - (taken.cumsum(0) - taken)
     return torch.arange(int(taken.sum())) + shifts.repeat_interleave(taken)
 
 
 def _fitted(name: str, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [n, ...] float16 for numbers [n, which share them, ...] float32.
+    """Return scales and zeros [n, ...] float16 for numbers [n, members that share them, ...] float32.
 
-    Rounding to float16 must not undo what they are for: the smallest number is to have code 0, and the largest the last
-    code. A zero is off by 2^-11 of itself at most, less than half a scale where that is at least a thousandth of it:
-    still four times as fine as bfloat16. A scale is off by 2^-11 of itself if it is not subnormal, an eighth of a scale
-    at code 255.
+    The smallest number must get code 0 and the largest the last code, although scale and zero are rounded to float16.
+    Rounding changes a zero by at most 2^-11 of itself. That is less than half a scale, because the scale is made at
+    least a thousandth of the zero, still four times as fine as bfloat16. Rounding changes a scale that is not
+    subnormal by at most 2^-11 of itself, which at code 255 amounts to an eighth of a scale.
     """
     low, high = numbers.aminmax(dim=1)
     zeros = low.half()
@@ -234,17 +245,17 @@ def _fitted(name: str, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _encoded(numbers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """The codes of numbers: the same shape, uint8."""
+    """Return the codes of numbers: the same shape, uint8."""
     return ((numbers - zeros) / scales.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def _decoded(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The numbers of codes: the same shape, float32."""
+    """Return the numbers that codes stand for: the same shape, float32."""
     return codes * scales.float() + zeros
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """Codes [entries, head_dim] in bytes [entries, head_dim * bits / 8]."""
+    """Pack codes [entries, head_dim] into bytes [entries, head_dim * bits / 8]."""
     if bits == 8:
         return codes
     low, high = codes.chunk(2, dim=1)
@@ -252,5 +263,5 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpacked(codes: Tensor, bits: int) -> Tensor:
-    """The reverse of `_packed`."""
+    """Undo `_packed`."""
     return codes if bits == 8 else torch.cat([codes & 15, codes >> 4], dim=1)

@@ -1,8 +1,8 @@
-"""Rotary position embedding, applied and taken back in float32.
+"""Rotary position embedding (RoPE), applied and undone in float32.
 
     rotate([a, b], p) = [a cos(p f) - b sin(p f), b cos(p f) + a sin(p f)],   f: inverse frequencies
 
-(Su et al., arXiv 2104.09864, in the half-split form of Llama.) Rotations of one position add up, so keys that are kept
+(Su et al., arXiv 2104.09864, in the half-split form of Llama.) Keys that are kept
 before RoPE can be given any position later.
 """
 
@@ -18,29 +18,29 @@ __all__ = ["Rope", "apply_rotation"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rope:
-    """The rotation of one model.
+    """The rotary embedding of one model.
 
     inv_freq: [head_dim / 2] float32, radians per position.
-    scaling:  what the model multiplies cos and sin with (yarn; 1.0 for all else).
+    scaling:  factor by which the model multiplies cos and sin; 1.0 except for yarn.
     """
 
     inv_freq: Tensor
     scaling: float = 1.0
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for `positions` [...]: two float32 tensors [..., head_dim / 2]."""
+        """Return cos and sin for `positions` [...]: two float32 tensors [..., head_dim / 2]."""
         angles = positions[..., None].float() * self.inv_freq.to(positions.device)
         return angles.cos() * self.scaling, angles.sin() * self.scaling
 
     def remove_scaling(self, x: Tensor) -> Tensor:
-        """`x` as it was before a stock model multiplied it by the scaling, cast to x's dtype, at position 0."""
+        """Divide `x`, at position 0, by the scaling that a stock model has applied, which was rounded to x's dtype."""
         if self.scaling == 1.0:
             return x
         return (x.float() / torch.tensor(self.scaling, dtype=x.dtype).item()).to(x.dtype)
 
 
 def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` [..., rows, head_dim] rotated by a `Rope.table` [rows, head_dim / 2], in float32, returned in x's dtype."""
+    """Rotate `x` [..., rows, head_dim] by a `Rope.table` [rows, head_dim / 2], in float32; returns x's dtype."""
     first, second = (half.float() for half in x.chunk(2, dim=-1))
     rotated = torch.cat(((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)), dim=-1)
     return rotated.to(x.dtype)

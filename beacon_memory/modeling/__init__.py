@@ -1,4 +1,4 @@
-"""A stock transformers model that can also read with beacons, and answer behind a memory.
+"""A stock transformers model that can also read with beacons and answer with a memory as its prefix.
 
 Nothing here knows how a document is compressed, or where it is stored.
 """

@@ -1,9 +1,11 @@
-"""Reading and writing what is trained: adapters, and published checkpoints that carry base and beacons in one folder.
+"""Reading and writing adapters, and reading published checkpoints that hold base and beacons in one folder.
 
-An adapter is a folder: `beacon.json` (the `beacon_*` settings, the base it was made for, a chat template if it was
-trained with one of its own), `beacon.safetensors` (the beacon parameters, and `token_salience` and
-`token_starts_word` where the placement needs them) and, if the base needs
-one, `reader/` (a LoRA of the base in PEFT's own form).
+An adapter is a folder with these files:
+
+    beacon.json         the `beacon_*` settings, the base that it was made for, and a chat template if it was trained
+                        with one of its own
+    beacon.safetensors  the beacon parameters, and the tensors that a salient placement needs
+    reader/             if it has one, a LoRA of the base in PEFT's own form
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ SETTINGS, WEIGHTS, LORA = "beacon.json", "beacon.safetensors", "reader"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter as it lies on disk.
+    """The content of an adapter folder.
 
-    tensors: the beacon parameters under their published names; empty for a base without any.
-    base:    what is known of the base it was made for: `name`, `digest` (see Fingerprint.base).
-    lora:  folder of a PEFT LoRA to be merged into the base.
+    tensors: the beacon parameters under their published names; none if the beacons are untrained.
+    base:    `name` and `digest` (see Fingerprint.base) of the base that it was made for, as far as known.
+    lora:    folder of a PEFT LoRA that has to be merged into the base.
     """
 
     config: BeaconConfig
@@ -51,7 +53,7 @@ class Adapter:
 
 
 def read_adapter(source: str | Path) -> Adapter:
-    """Read an adapter from a folder, or from the hub by name. Raises AdapterError if it cannot be."""
+    """Read an adapter from a folder, or from the hub by its name. Raises AdapterError if that is not possible."""
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(str(source))
@@ -77,18 +79,18 @@ def read_adapter(source: str | Path) -> Adapter:
 
 
 def base_name(base: str | Path) -> str:
-    """What to call a base model in what others read: a folder by its last part, not by where it lay on this disk."""
+    """Return the name of a base model that can be shown to others: of a folder only its last part, not its path."""
     return Path(base).name if Path(base).is_dir() else str(base)
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
-    """Write `beacon.json` and `beacon.safetensors`, and a copy of the LoRA."""
+    """Write an adapter folder, with a copy of the LoRA if there is one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
     for name in ("token_salience", "token_starts_word"):
-        if (of_tokens := getattr(adapter, name)) is not None:
-            tensors[name] = of_tokens.cpu()
+        if (per_token := getattr(adapter, name)) is not None:
+            tensors[name] = per_token.cpu()
     settings: dict[str, Any] = {"base": dict(adapter.base), **adapter.config.to_dict()}
     if adapter.chat_template is not None:
         settings["chat_template"] = adapter.chat_template
@@ -96,15 +98,16 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     lora = folder / LORA
     if adapter.lora is None:
-        shutil.rmtree(lora, ignore_errors=True)  # of an earlier adapter
+        shutil.rmtree(lora, ignore_errors=True)  # left by an earlier adapter
     elif adapter.lora.resolve() != lora.resolve():
         shutil.copytree(adapter.lora, lora, dirs_exist_ok=True)
 
 
 def read_published(base: str | Path, config: PretrainedConfig) -> Adapter | None:
-    """The beacon parameters inside a base checkpoint of the published layout; None if its config has no beacon keys.
+    """Read the beacon parameters of a base checkpoint in the published layout; None if its config has no beacon keys.
 
-    A checkpoint with the settings but without parameters of some kind is one to be trained: they start from the base.
+    A checkpoint may have the settings but lack some kind of parameters, for example `beacon_q_proj` in every layer.
+    Then these are still to be trained, and start as copies of the base's, see `with_absent_kinds`.
     """
     settings = {key: value for key, value in config.to_dict().items() if key.startswith("beacon_")}
     if not settings:
@@ -117,9 +120,9 @@ def read_published(base: str | Path, config: PretrainedConfig) -> Adapter | None
 
 
 def with_absent_kinds(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, and from `own` the parameters of each kind (q, k, v, o, embedding) that they have none of.
+    """Fill up `tensors`: each kind of parameters (q, k, v, o, embedding) that it lacks is taken from `own`.
 
-    A kind of which only some layers are there is left as it is: the checkpoint is damaged, and will be refused.
+    If a kind is there for some layers only, nothing is filled in: the checkpoint is damaged and will be refused.
     """
 
     def kind(name: str) -> str:
@@ -130,7 +133,7 @@ def with_absent_kinds(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) 
 
 
 def _weight_files(base: str | Path) -> list[str]:
-    """The safetensors files of a checkpoint that hold beacon parameters."""
+    """Return the safetensors files of a checkpoint that hold beacon parameters."""
     index = cached_file(base, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is None:
         names = {"model.safetensors"}

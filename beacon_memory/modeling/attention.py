@@ -1,11 +1,11 @@
-"""The attention function of a compressing pass, registered with transformers under the name `beacon_memory`.
+"""The attention function that can read with beacons, registered with transformers under the name `beacon_memory`.
 
-A model that uses it behaves as with `sdpa` until a call brings a `BeaconPass`, or a cache with memories in front. Both
-travel as keyword arguments of the model call, never through a global, so that threads and gradient checkpointing cannot
-mix passes up.
+A model that uses it behaves as with `sdpa`, unless a call brings a `BeaconPass` or a `MemoryCache`. Both are handed on
+as keyword arguments of the model call, never through a global variable, so that threads and gradient checkpointing
+cannot mix up two passes.
 
-A memory in front (`Prefix`) has its positions before 0, where the tokens behind it begin: rotary attention knows
-distances only.
+The tokens after a memory (`Prefix`) begin at position 0, and the memory has the positions before it. That is possible
+because rotary attention depends only on the distance between two positions.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ from .layout import BeaconLayout, WindowRows
 __all__ = ["IMPLEMENTATION", "BeaconPass", "Watch"]
 
 IMPLEMENTATION = "beacon_memory"
-# Hears what each window attends with: layer, number of its sequence; queries [heads, rows, head_dim], scaled, and
-# keys [kv_heads, memory + own, head_dim], both rotated; how many keys are memory slots; the blocks in front.
+# A function that is called for each window in each layer, to observe its attention. Its arguments: number of the layer;
+# number of the sequence; queries [heads, rows, head_dim], scaled and rotated; keys [kv_heads, memory + own, head_dim],
+# rotated; how many of the keys are memory slots; the blocks of the prefix.
 Watch = Callable[[int, int, Tensor, Tensor, int, Sequence[Block]], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Window:
-    """One window, or parallel branches behind one memory, on the device.
+    """One window, or several parallel branches on one memory, on the device.
 
-    rows:   its rows, in the order that the pass attends in.
-    cached: [cached] past entries of the same window that an earlier pass read.
+    memory: how many memory slots it sees.
+    rows:   its rows among those of the pass, sorted by window.
+    cached: [cached] past entries of this window, which an earlier pass has read.
     mask:   [rows, memory + cached + rows], added to the scores.
     """
 
@@ -55,10 +57,10 @@ class _Window:
 class BeaconPass:
     """A `BeaconLayout` on a device, shared by all layers of one forward pass.
 
-    past:   K/V of the pool entries in front of the rows, before RoPE.
-    keep:   pool entries whose K/V the pass shall hand back, see `collected`.
-    prefixes: for each sequence the memory in front of all its windows, if any.
-    watch:  see Watch.
+    past:   K/V of the pool entries that earlier passes have read, before RoPE.
+    keep:   pool entries whose K/V the pass gives back, see `collected`.
+    prefixes: for each sequence the memory that all its windows follow, if any.
+    watch:  a function that observes the attention, see Watch.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class BeaconPass:
         self.past = past
         self.prefixes = prefixes
         self.watch = watch
-        # Attention takes the rows window by window, while the linear layers want all raw ones first.
+        # Attention takes the rows window by window, but the linear layers need all raw rows first.
         self.by_window = indices([row for window in layout.windows for row in window.queries])
         self.by_kind = self.by_window.argsort()
         self.table = rope.table(indices(layout.positions))
@@ -104,13 +106,13 @@ class BeaconPass:
         self._collected: dict[int, tuple[Tensor, Tensor]] = {}
 
     def collect(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Note what is to be kept of one layer's pool, [1, kv_heads, pool, head_dim], keys before RoPE."""
+        """Collect the K/V to keep from the pool of a layer, [1, kv_heads, pool, head_dim], keys before RoPE."""
         if len(self._keep):
             self._collected[layer] = (keys[0, :, self._keep], values[0, :, self._keep])
 
     @property
     def collected(self) -> BeaconKV:
-        """K/V of the kept entries, all layers: [layers, kv_heads, kept, head_dim]."""
+        """Return the K/V of the entries to keep, [layers, kv_heads, kept, head_dim]."""
         if not self._collected:
             return self.past[:0]
         keys, values = zip(*(self._collected[layer] for layer in sorted(self._collected)), strict=True)
@@ -118,14 +120,14 @@ class BeaconPass:
 
 
 def _attended_together(window: WindowRows) -> tuple[int, int, int]:
-    """Neighbours that share this are parallel branches: of one sequence, behind one memory. Only one can be cached."""
+    """Return a key that is the same for neighbouring windows that are parallel branches of one sequence and memory."""
     return window.sequence, window.memory, window.cached
 
 
 def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tensor:
-    """Which entries of a window each of its rows sees, [queries, keys] bool.
+    """Return which entries of a window each of its rows sees, [queries, keys] bool.
 
-    Those that do not stand after it; with `hidden`, raw rows see no beacons among them.
+    A row sees itself and the entries before it; with `hidden`, raw rows see no beacons.
     """
     seen = key_orders[None, :] <= query_orders[:, None]
     if hidden:
@@ -133,7 +135,7 @@ def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tenso
     return seen
 
 
-def _attend_behind(
+def _attend_with_prefix(
     prefix: Sequence[Block],
     query: Tensor,
     key: Tensor,
@@ -142,7 +144,7 @@ def _attend_behind(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """Attention of one sequence to a memory in front of it, which every row sees, and to itself.
+    """Let one sequence attend to a memory, which every row sees, and to itself.
 
     query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim], all rotated; mask: [rows, own], bool or added
     to the scores. Returns [heads, rows, head_dim].
@@ -156,8 +158,9 @@ def _attend_behind(
 
     if not prefix:
         return attend(slice(0, len(key)), key, value, mask)
-    # The memory comes last: so the mask of every head begins where the tensor does, which CUDA's kernels need.
-    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in prefix)), value=mask.dtype == torch.bool)  # seen by all
+    # The memory comes last, so that the mask of every head begins where its tensor begins, which CUDA's kernels need.
+    # A padded mask lets every row see it: True, or 0 added to the scores.
+    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in prefix)), value=mask.dtype == torch.bool)
     output = []
     for heads, keys, values in prefix:
         all_keys, all_values = torch.cat((key[heads], keys), dim=1), torch.cat((value[heads], values), dim=1)
@@ -166,11 +169,11 @@ def _attend_behind(
 
 
 def _for_queries(part: Tensor, groups: int) -> Tensor:
-    """Keys or values [kv_heads, entries, head_dim] for each query head [1, heads, ...]; those of one head, uncopied."""
+    """Repeat keys or values [kv_heads, entries, head_dim] for each query head: [1, heads, entries, head_dim]."""
     return part[:, None].expand(-1, groups, -1, -1).flatten(0, 1)[None]
 
 
-def _attend_behind_prefixes(
+def _attend_with_prefixes(
     prefixes: Sequence[Prefix],
     layer: int,
     query: Tensor,
@@ -180,7 +183,7 @@ def _attend_behind_prefixes(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """Stock attention, each row of the batch behind its own memory.
+    """Let each row of a batch attend to its own memory and, as in stock attention, to itself.
 
     query: [batch, heads, rows, head_dim]; key, value: [batch, kv_heads, own, head_dim]; attention_mask: [batch or 1, 1,
     rows, own], bool or added to the scores; None is causal. Returns [batch, rows, heads, head_dim].
@@ -191,7 +194,7 @@ def _attend_behind_prefixes(
         attention_mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
     mask = attention_mask[:, 0, :, :own].expand(batch, -1, -1)
     output = [
-        _attend_behind(prefix.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
+        _attend_with_prefix(prefix.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
         for row, prefix in enumerate(prefixes)
     ]
     return torch.stack(output).transpose(1, 2)
@@ -242,7 +245,7 @@ def _attend_by_window(
             scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
             beacon_pass.watch(layer, window.sequence, scaled, keys_seen, window.memory, prefix)
         mask = window.mask.to(query.dtype)
-        output.append(_attend_behind(prefix, queries, keys_seen, values_seen, mask, scaling, dropout))
+        output.append(_attend_with_prefix(prefix, queries, keys_seen, values_seen, mask, scaling, dropout))
     return torch.cat(output, dim=1).transpose(0, 1)[None, beacon_pass.by_kind]
 
 
@@ -252,16 +255,16 @@ def beacon_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,  # sixth, as stock functions have it: packages that wrap them all, such as kvpress, rely on it
+    dropout: float = 0.0,  # sixth, as in stock functions: packages that wrap them, such as kvpress, rely on it
     scaling: float | None = None,
     beacon_pass: BeaconPass | None = None,
     prefixes: Sequence[Prefix] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by windows where the call brings a `BeaconPass`, behind memories where its cache does; else SDPA."""
+    """Attend by windows if the call brings a `BeaconPass`, with memories if it brings prefixes, else by stock SDPA."""
     layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
     if prefixes:
-        return _attend_behind_prefixes(prefixes, layer, query, key, value, attention_mask, scaling, dropout), None
+        return _attend_with_prefixes(prefixes, layer, query, key, value, attention_mask, scaling, dropout), None
     if beacon_pass is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -1,4 +1,4 @@
-"""The cache that holds the tokens behind a memory, and hands the memory to attention."""
+"""The K/V cache of a conversation that has a memory as its prefix."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["MemoryCache", "bring_prefixes"]
 
 
 class MemoryCache(DynamicCache):
-    """A cache that holds the tokens behind a memory, and brings the memory along.
+    """A cache of the tokens that follow a memory. It carries the memory to the attention function.
 
-    prefixes: one for each row of the batch. Rows of one request share theirs, whatever beams do.
+    prefixes: one for each row of the batch. Rows that come from the same request share theirs.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], **options: Any) -> None:
@@ -24,17 +24,17 @@ class MemoryCache(DynamicCache):
         self.prefixes = list(prefixes)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """See DynamicCache."""
+        """Repeat each row of the batch, together with its prefix."""
         super().batch_repeat_interleave(repeats)
         self.prefixes = [prefix for prefix in self.prefixes for _ in range(repeats)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """See DynamicCache."""
+        """Put the rows of the batch, and their prefixes, in the order of the chosen beams."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # it takes any tensor of indices
         self.prefixes = [self.prefixes[row] for row in beam_idx.tolist()]
 
 
 def bring_prefixes(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A pre-hook of attention modules: hands the memories of a `MemoryCache` to the attention function."""
+    """Hand the prefixes of a `MemoryCache` to the attention function; a pre-hook of attention modules."""
     cache = kwargs.get("past_key_values")
     return args, {**kwargs, "prefixes": cache.prefixes} if isinstance(cache, MemoryCache) else kwargs

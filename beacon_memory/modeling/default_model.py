@@ -71,7 +71,7 @@ def ensure_default_model() -> Path:
         try:
             (temporary / "model").rename(folder)
         except OSError:
-            if not folder.is_dir():  # not just another process that was faster
+            if not folder.is_dir():  # else another process was faster
                 raise
     except Exception as error:
         # whatever wrote last noticed that the disk is full, each in its own words

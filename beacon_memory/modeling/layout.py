@@ -1,11 +1,11 @@
-"""Which rows, windows, slots and positions one forward pass has: integers only, no model.
+"""The layout of one forward pass: its rows, windows, slots and positions. Integers only, no model.
 
-A pass reads pieces of one or more *sequences*. Everything in it is an entry of one *pool*:
+A pass reads pieces of one or more *sequences*. All keys and values in it are entries of one *pool*:
 
     [ past entries, sequence by sequence: memory slots, then rows of the unfinished window | raw rows | beacon rows ]
 
-The rows are what the model computes; past entries come with K/V from earlier passes. Within its window an entry has an
-*order*: 2 i for raw token i, 2 i + 1 for the beacon that stands after raw token i.
+The model computes the rows; past entries come with their K/V from earlier passes. Each entry has an *order* within its
+window: 2 i for raw token i, and 2 i + 1 for the beacon after raw token i.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Salience = Callable[[Sequence[int]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where a sequence stands: the integers behind its K/V.
+    """How far a sequence has been read, in integers; its K/V are kept elsewhere.
 
-    memory:       slots at positions 0, 1, 2, ...: sink and beacons of finished windows.
-    sink_pending: sink slots that the first window still has to leave behind when it is finished.
+    memory:       how many memory slots it has so far: sink and beacons of finished windows, at positions 0, 1, 2, ...
+    sink_pending: how many sink slots the first window will still add when it is finished.
     ids:          raw token ids of the unfinished window.
-    orders:       orders of the rows kept of the unfinished window, ascending.
+    orders:       orders of the rows of the unfinished window whose K/V are kept, ascending.
     ratio:        raw tokens per beacon in the unfinished window.
     """
 
@@ -43,16 +43,16 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One window of a sequence, or the new part of one.
+    """One window of a sequence, or the next part of a window that was begun in an earlier pass.
 
-    memory:   slots in front of it.
-    sink:     of its first tokens, how many become sink slots when it is finished.
-    ids:      raw token ids of the whole window, earlier part included.
+    memory:   how many memory slots it sees.
+    sink:     how many of its first tokens become sink slots when it is finished.
+    ids:      raw token ids of the whole window, those of earlier passes included.
     cached:   orders of its rows that were read in an earlier pass.
-    first:    index within the window of its first new raw token; the new ones reach to its end.
-    anchors:  for each new beacon the index within the window of the raw token that it stands after.
-    ratio:    raw tokens per beacon; 0 keeps the K/V of all raw tokens when the window is finished.
-    finished: only its beacons survive the pass.
+    first:    index within the window of the first raw token that this pass reads; it reads all from there on.
+    anchors:  for each new beacon, the index within the window of the raw token that it follows.
+    ratio:    raw tokens per beacon; with 0, the K/V of all raw tokens are kept when the window is finished.
+    finished: whether the window ends with this pass, so that only its beacons are kept.
     """
 
     memory: int
@@ -66,23 +66,23 @@ class Window:
 
     @classmethod
     def behind(cls, memory: int, ids: Sequence[int]) -> Window:
-        """Tokens that are read raw behind so many memory slots: a prompt, or a branch beside others."""
+        """Return a window of raw tokens that follow `memory` slots: a prompt, or one of several parallel branches."""
         return cls(memory=memory, sink=0, ids=tuple(ids), cached=(), first=0, anchors=(), ratio=0, finished=False)
 
     @property
     def new_ids(self) -> tuple[int, ...]:
-        """Token ids that this pass reads."""
+        """Return the token ids that this pass reads."""
         return self.ids[self.first :]
 
     @property
     def orders(self) -> tuple[int, ...]:
-        """Orders of all its entries: cached ones, new raw rows, new beacon rows."""
+        """Return the orders of all its entries: cached ones, new raw rows, new beacon rows."""
         raw = range(2 * self.first, 2 * len(self.ids), 2)
         return (*self.cached, *raw, *(2 * anchor + 1 for anchor in self.anchors))
 
     @property
     def kept(self) -> list[int]:
-        """Indices into `orders` of the entries that become memory slots when it is finished, in slot order."""
+        """Return the indices into `orders` of the entries that become memory slots at the end, in slot order."""
         by_order = sorted(range(len(self.orders)), key=self.orders.__getitem__)
         sink = [i for i in by_order if self.orders[i] % 2 == 0][: self.sink]
         survivors = [i for i in by_order if self.orders[i] % 2 == (1 if self.ratio else 0)]
@@ -90,7 +90,7 @@ class Window:
 
 
 def slots_of(tokens: int, ratio: int) -> int:
-    """Memory slots that a finished window of `tokens` raw tokens leaves, the sink not counted."""
+    """Return how many memory slots a finished window of `tokens` raw tokens gives, the sink not counted."""
     return -(-tokens // ratio) if ratio else tokens
 
 
@@ -105,9 +105,12 @@ def cut_windows(
 ) -> list[Window]:
     """Cut the next `ids` of a sequence into windows of `config.beacon_window` raw tokens, with beacons interleaved.
 
-    The first window goes on where `cursor` stands. `ratios` is asked once for each window that begins. `tail` says what
-    becomes of the last window: `open` (more text may follow: its complete units have beacons), `close` (the text ends:
-    the last, incomplete unit has a beacon too, the window is finished) or `raw` (training: no beacons in it).
+    The first window continues the unfinished window of `cursor`, if there is one. Each window that begins takes the
+    next of `ratios`. `tail` decides about the last window:
+
+    * `open`: more text may follow, so only complete units get a beacon;
+    * `close`: the text ends, so an incomplete last unit gets a beacon too, and the window is finished;
+    * `raw`: it gets no beacons, as in training.
     """
     windows: list[Window] = []
     at = 0
@@ -145,7 +148,7 @@ def cut_windows(
 
 
 def after(cursor: Cursor, window: Window) -> Cursor:
-    """Where a sequence stands once `window` was read."""
+    """Return the cursor of a sequence after `window` was read."""
     if window.finished:
         return Cursor(memory=cursor.memory + len(window.kept))
     return replace(cursor, ids=window.ids, orders=tuple(sorted(window.orders)), ratio=window.ratio)
@@ -154,7 +157,7 @@ def after(cursor: Cursor, window: Window) -> Cursor:
 def _anchors(
     ids: Sequence[int], ratio: int, beacons: int, finished: bool, placement: str, salience: Salience | None
 ) -> tuple[int, ...]:
-    """The raw tokens after which the beacons of the units from number `beacons` on stand."""
+    """Return the indices of the raw tokens that the next beacons follow; the window has `beacons` beacons already."""
     if placement == "salient-words" and salience is not None:
         return _most_informative(ids, slots_of(len(ids), ratio), salience) if finished else ()
     ends = list(range((beacons + 1) * ratio, len(ids) + 1, ratio))
@@ -164,24 +167,25 @@ def _anchors(
         return tuple(end - 1 for end in ends)
     scores = salience(ids)
     starts = [beacons * ratio, *ends[:-1]]
-    # of equally informative tokens the last one, which has read more
+    # of equally informative tokens the last one, because it has seen more of the text
     return tuple(max(range(start, end), key=lambda i: (scores[i], i)) for start, end in zip(starts, ends, strict=True))
 
 
 def _most_informative(ids: Sequence[int], count: int, salience: Salience) -> tuple[int, ...]:
-    """The places of a window's most informative tokens; of equally informative ones the last."""
+    """Return the indices of a window's most informative tokens; of equally informative ones, the last are taken."""
     scores = salience(ids)
     return tuple(sorted(sorted(range(len(ids)), key=lambda i: (scores[i], i))[-count:]))
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a pass reads of one sequence: where it stands, and the next of its windows.
+    """The part of one sequence that a pass reads: its next windows, and the cursor before them.
 
-    Several unfinished windows are parallel branches: each sees the memory and itself, none sees another.
+    If several windows are unfinished, they are parallel branches: each sees the memory and itself, but no other branch.
 
-    behind: numbers of earlier pieces of the pass whose memories stand, in this order, in front of this one's own; their
-            slots count in `cursor.memory`. So a pass can compose documents that it compresses itself.
+    behind: numbers of earlier pieces of the same pass that this one follows: it sees their memories, in this order,
+            before its own, and `cursor.memory` counts their slots too. So one pass can compress several documents, and
+            read a question that follows all of them.
     """
 
     cursor: Cursor
@@ -191,13 +195,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class WindowRows:
-    """One window in a pass.
+    """The rows and the pool entries of one window in a pass.
 
     sequence: number of its sequence in the pass.
     memory:   how many of the sequence's memory slots it sees.
-    queries:  its rows among the rows of the pass.
-    own:      its entries in the pool: cached ones, raw rows, beacon rows.
-    cached:   how many of `own` are cached, so that own[cached:] are the queries.
+    queries:  numbers of its rows among the rows of the pass.
+    own:      numbers of its entries in the pool: cached ones, raw rows, beacon rows.
+    cached:   how many of `own` are cached, so that own[cached:] belong to the queries.
     """
 
     sequence: int
@@ -211,13 +215,15 @@ class WindowRows:
 class BeaconLayout:
     """One pass over windows of many sequences.
 
-    past:       pool entries in front of the rows, sum over sequences of memory slots and cached rows.
+    past:       number of past entries in the pool: memory slots and cached rows of all sequences.
     raw_ids:    token id of each raw row.
-    anchor_ids: token id before each beacon row.
-    positions:  of each pool entry within its own window (0 for a memory slot, whose position is its slot number).
-    orders:     of each pool entry within its own window.
-    memories:   for each sequence the pool entries of its memory slots: of pieces it stands behind, old ones, new ones.
-    unfinished: for each sequence the pool entries to keep of its unfinished window, ascending order.
+    anchor_ids: for each beacon row, the id of the token that it follows.
+    positions:  position of each pool entry when it is used inside its own window; 0 for memory slots, whose position
+                is their slot number.
+    orders:     order of each pool entry within its own window.
+    memories:   for each sequence, the pool entries of its memory slots: first those of the pieces that it follows, then
+                its past ones, then those that this pass adds.
+    unfinished: for each sequence, the pool entries of its unfinished window, which have to be kept, in ascending order.
     windows:    the windows of the pass.
     """
 
@@ -232,12 +238,12 @@ class BeaconLayout:
 
     @property
     def rows(self) -> int:
-        """Rows that the model computes."""
+        """Return how many rows the model computes."""
         return len(self.raw_ids) + len(self.anchor_ids)
 
     @classmethod
     def build(cls, pieces: Sequence[Piece], config: BeaconConfig) -> BeaconLayout:
-        """Lay the windows of all pieces out in one pass. Raises InputError if there is none."""
+        """Lay out the windows of all pieces in one pass. Raises InputError if there is no window."""
         windows = [(number, window) for number, piece in enumerate(pieces) for window in piece.windows]
         if not windows:
             raise InputError("a pass needs at least one window")
@@ -285,7 +291,7 @@ class BeaconLayout:
 
 
 def _past_slots(pieces: Sequence[Piece]) -> list[int]:
-    """For each piece, the memory slots of its own that earlier passes left it. Raises InputError for a bad `behind`."""
+    """Return how many memory slots each piece has of its own from earlier passes. Raises InputError for bad pieces."""
     past: list[int] = []
     own: list[int] = []
     for number, piece in enumerate(pieces):
@@ -303,7 +309,7 @@ def _past_slots(pieces: Sequence[Piece]) -> list[int]:
 
 
 def _indices(orders: Sequence[int], config: BeaconConfig) -> list[int]:
-    """The index of each entry within its window that its position is counted by."""
+    """Return the index of each entry within its window. Its position is this index, counted from the memory on."""
     if config.beacon_attn == "hidden":
         return [order // 2 for order in orders]
     ranks = {order: rank for rank, order in enumerate(sorted(orders))}

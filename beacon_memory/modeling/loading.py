@@ -1,4 +1,4 @@
-"""Loading the stock parts: base model, tokenizer and LoRA."""
+"""Loading of the stock parts: base model, tokenizer and LoRA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import psutil
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ __all__ = ["load_base", "lora_digest", "merge_lora", "tokenizer_digest"]
 def load_base(
     base: str | Path, device: str | torch.device | None, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A stock causal language model and its tokenizer (None if the checkpoint has none), from a folder or the hub.
+    """Load a stock causal language model and its tokenizer (None if there is none) from a folder or the hub.
 
     dtype: `auto` for that of the checkpoint, or float32 on a processor that is slower with 16 bits, if there is room.
 
@@ -52,7 +53,7 @@ def load_base(
         if dtype == "auto" and torch.device(chosen).type == "cpu" and _is_faster_in_float32(model):
             return model.float(), tokenizer
         return model.to(chosen), tokenizer
-    except (RuntimeError, AssertionError) as error:  # torch has no other words for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises these for a device that is not there
         raise ModelError(f"device {str(chosen)!r} cannot be used: {error}") from error
 
 
@@ -81,14 +82,14 @@ def _load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
+    except Exception as error:  # a damaged file raises one error or another, depending on the damaged place
         raise ModelError(f"the tokenizer of {str(base)!r} cannot be loaded: {error!r}") from error
     return tokenizer
 
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silence the report of unused keys: in a published checkpoint all beacon parameters are such."""
+    """Silence the report of unused keys: all beacon parameters of a published checkpoint would be in it."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -98,23 +99,35 @@ def _without_load_report() -> Iterator[None]:
 
 
 def merge_lora(base: PreTrainedModel, lora: Path) -> PreTrainedModel:
-    """The base with a PEFT LoRA merged into its weights, a stock model again. Raises AdapterError if it misfits."""
+    """Merge a PEFT LoRA into the weights of the base and return it, still a stock model.
+
+    Raises AdapterError for a LoRA that does not fit the base, which is left without any.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is on its way out
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
             merged: PreTrainedModel = PeftModel.from_pretrained(base, str(lora)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        _remove_lora(base)
         raise AdapterError(f"the LoRA in {lora} does not fit the base model: {error}") from error
     return merged
 
 
+def _remove_lora(base: PreTrainedModel) -> None:
+    """Take out the LoRA layers that PEFT put into the base before it found that their weights do not fit."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    vars(base).pop("peft_config", None)
+
+
 def lora_digest(lora: Path | None) -> str:
-    """A short hash of a LoRA's weights."""
+    """Return a short hash of a LoRA's weights."""
     return digest_tensors(load_file(lora / "adapter_model.safetensors").items() if lora is not None else [])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A short hash of how a tokenizer cuts text, whatever padding or truncation it was last used with."""
+    """Return a short hash of how a tokenizer cuts text. Its current padding and truncation do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return digest_json(None if tokenizer is None else sorted(tokenizer.get_vocab().items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from beacon_memory.config import BeaconConfig
-from beacon_memory.errors import AdapterError, ConfigError, InputError
+from beacon_memory.errors import AdapterError, ConfigError, InputError, ModelError
 from beacon_memory.kv.fingerprint import Fingerprint, digest_json, digest_tensors
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
@@ -36,9 +37,10 @@ from .cache import bring_prefixes
 from .default_model import default_adapter, ensure_default_model
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
 from .loading import load_base, lora_digest, merge_lora, tokenizer_digest
-from .projections import beacon_parameters, install_projections
+from .projections import beacon_parameters, install_projections, remove_projections
 from .ratio_mix import mixed_ratios
-from .support import attention_modules, check_salience, max_positions, model_rope
+from .salience import TokenSalience
+from .support import attention_modules, max_positions, model_rope
 
 __all__ = ["BeaconModel", "PassOutput"]
 
@@ -47,10 +49,10 @@ UNTRAINED = "untrained"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassOutput:
-    """What one pass computed.
+    """The result of one pass.
 
     hidden: [raw rows, hidden_size] last hidden state of each raw row.
-    kept:   K/V of the pool entries that were asked for.
+    kept:   K/V of the pool entries that the caller asked to keep.
     """
 
     hidden: Tensor
@@ -58,22 +60,30 @@ class PassOutput:
 
 
 def _make_dense(_module: nn.Module, args: tuple[Tensor]) -> Tensor:
-    """The head's input, dense: for the slice that `generate` takes of a prompt, torch's CPU kernel is much slower."""
+    """Copy the input of the head, so that it is dense: on a slice, as in `generate`, torch's CPU kernel is much slower.
+
+    This is a pre-hook of the output embeddings.
+    """
     return args[0].clone(memory_format=torch.contiguous_format)
 
 
 class BeaconModel(nn.Module):
-    """Beacon projections and a beacon embedding on a stock causal language model.
+    """A stock causal language model with beacon projections and a beacon embedding.
 
-    `base` stays a stock model: it answers, generates and is saved as ever. Only calls that bring a `BeaconPass`, which
-    the methods here make, treat some rows as beacons. Use `from_pretrained` unless you have a model at hand.
+    `base` can still be used as the stock model that it is, to generate text for example. Only the methods here treat
+    some rows as beacons. `detach` removes everything again. Use `from_pretrained` to load a model; call the constructor
+    if you have loaded the base already.
 
-    Untrained, the projections are copies of the base's and the embedding is that of the token before the beacon
-    (`last-token`) or of the eos or bos token (`learned`).
+    Untrained beacon projections are copies of the base's. An untrained beacon embedding is that of the token before the
+    beacon (`last-token`), or that of the eos or bos token (`learned`).
 
-    adapter: where the trained beacons come from, or `untrained`.
+    adapter:  folder or hub name of the trained beacons, or `untrained`.
+    lora:     folder of the LoRA that was merged into the base, if any.
+    kv_shape: (layers, kv_heads, head_dim) of its K/V.
+    salience: how informative tokens are, see TokenSalience.
 
-    Raises UnsupportedModelError for a base model that cannot carry beacons.
+    Raises UnsupportedModelError for a base model that cannot carry beacons. If the constructor fails, the base is left
+    as it was.
     """
 
     def __init__(
@@ -89,20 +99,28 @@ class BeaconModel(nn.Module):
         super().__init__()
         self._attentions = attention_modules(base)
         model_rope(base)  # refuses what cannot be supported
-        check_salience(base, config, token_salience, token_starts_word)
+        vocab = base.config.vocab_size
+        self.salience = TokenSalience(config.beacon_placement, vocab, token_salience, token_starts_word)
         self._base_digest = digest_tensors(base.named_parameters(), sampled=True)
-        self.base = base if lora is None else merge_lora(base, lora)
+        self._base_attention: str = base.config._attn_implementation
+        self._base_trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+        self.base = base
         self.config = config
         self.max_positions = max_positions(base.config)
+        attention: Any = self._attentions[0]
+        heads = base.config.num_attention_heads // attention.num_key_value_groups
+        self.kv_shape = (len(self._attentions), heads, int(attention.head_dim))
         self.adapter = UNTRAINED
-        self._lora = lora
+        self.lora = lora
         self._tokenizer = tokenizer
-        self._salience = token_salience
-        self._starts_word = token_starts_word
-        self.base.requires_grad_(False)
-        self.base.get_output_embeddings().register_forward_pre_hook(_make_dense)
-        self.base.set_attn_implementation(IMPLEMENTATION)
-        self._install()
+        self._hooks: list[RemovableHandle] = []
+        try:
+            if lora is not None:
+                self.base = merge_lora(base, lora)
+            self._install()
+        except BaseException:
+            self._uninstall()
+            raise
 
     @classmethod
     def from_pretrained(
@@ -116,10 +134,12 @@ class BeaconModel(nn.Module):
     ) -> BeaconModel:
         """Load a base model, from a folder or the hub, and its beacons.
 
-        Beacons come from `adapter` (a folder or hub name); else from the base checkpoint, if it is of the published
-        layout; else they start untrained with the settings of `config`. With no base at all, the embedded default model
-        and its adapter. Remote code is never executed. device: by default an accelerator if there is one; dtype: by
-        default the checkpoint's, or float32 on a processor that is slower with 16 bits, if there is room.
+        base:    without one, the embedded default model and its adapter are loaded. Remote code is never executed.
+        adapter: folder or hub name of the beacons. Without one, they come from the base checkpoint if it has the
+                 published layout, else they are untrained and have the settings of `config`.
+        device:  by default an accelerator, if there is one.
+        dtype:   by default that of the checkpoint, or float32 on a processor that is slower with 16 bits, if there is
+                 room.
 
         Raises ModelError, AdapterError or UnsupportedModelError.
         """
@@ -148,44 +168,46 @@ class BeaconModel(nn.Module):
         return beacons.eval()
 
     def save_adapter(self, folder: str | Path, lora: Path | None = None) -> None:
-        """Write the beacons, in the model's dtype, and the LoRA as an adapter folder.
+        """Write the beacons, in the model's dtype, and the LoRA to an adapter folder.
 
-        lora: folder of a LoRA that was trained with them; None for the one they were loaded with.
+        lora: folder of a LoRA that was trained with them; None takes the one that was loaded with them.
         """
         folder = Path(folder)
         adapter = Adapter(
             config=self.config,
             tensors={name: parameter.to(self.dtype) for name, parameter in self.named_beacon_parameters()},
-            token_salience=self._salience,
-            token_starts_word=self._starts_word,
+            token_salience=self.salience.token_salience,
+            token_starts_word=self.salience.token_starts_word,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
             base={"name": base_name(str(self.base.config.name_or_path)), "digest": self._base_digest},
-            lora=lora or self._lora,
+            lora=lora or self.lora,
         )
         write_adapter(folder, adapter)
 
     def load_adapter(self, source: str | Path) -> None:
-        """Take the beacons of an adapter that has this model's settings and LoRA.
+        """Load the beacons of another adapter, which must have the same settings and LoRA as this model.
 
-        Raises AdapterError otherwise: `from_pretrained` makes a model for any adapter.
+        Raises AdapterError if it has not. `from_pretrained` loads any adapter.
         """
         adapter = read_adapter(source)
-        if adapter.config != self.config or lora_digest(adapter.lora) != lora_digest(self._lora):
+        if adapter.config != self.config or lora_digest(adapter.lora) != lora_digest(self.lora):
             raise AdapterError(
                 f"the adapter in {source} has other settings or another LoRA than the loaded model; "
                 "load it with BeaconModel.from_pretrained(base, adapter=...)"
             )
-        check_salience(self.base, adapter.config, adapter.token_salience, adapter.token_starts_word)
+        salience = replace(
+            self.salience, token_salience=adapter.token_salience, token_starts_word=adapter.token_starts_word
+        )
         self.set_beacon_parameters(adapter.tensors)
-        self._salience, self._starts_word = adapter.token_salience, adapter.token_starts_word
+        self.salience = salience
         self.adapter = str(source)
         self.__dict__.pop("fingerprint", None)
 
     @torch.no_grad()
     def set_beacon_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values of all `named_beacon_parameters`; raises AdapterError unless names and shapes are theirs."""
+        """Set the values of all `named_beacon_parameters`; raises AdapterError if names or shapes differ."""
         own = dict(self.named_beacon_parameters())
-        # the published checkpoints keep the one learned vector as a table of one row
+        # the published checkpoints store the one learned vector as a table with one row
         given = {
             name: t[0] if name == "model.beacon_embed_tokens.weight" and t.ndim == 2 else t
             for name, t in tensors.items()
@@ -205,9 +227,13 @@ class BeaconModel(nn.Module):
             parameter.copy_(given[name])
 
     def _install(self) -> None:
-        install_projections(self._attentions, self.config.beacon_param)
+        self.base.requires_grad_(False)
+        self.base.set_attn_implementation(IMPLEMENTATION)
+        self._hooks.append(self.base.get_output_embeddings().register_forward_pre_hook(_make_dense))
+        for hook in install_projections(self._attentions, self.config.beacon_param):
+            self._hooks.append(hook)  # one by one, so that after an error it is known which there are
         for attention in self._attentions:
-            attention.register_forward_pre_hook(bring_prefixes, with_kwargs=True)
+            self._hooks.append(attention.register_forward_pre_hook(bring_prefixes, with_kwargs=True))
         embeddings = cast(Tensor, self.base.get_input_embeddings().weight)
         if self.config.beacon_embed == "last-token":
             self.beacon_embed = nn.Parameter(torch.zeros_like(embeddings[0]))
@@ -218,30 +244,52 @@ class BeaconModel(nn.Module):
         for _, parameter in self.named_beacon_parameters():
             parameter.requires_grad_(True)
 
+    def _uninstall(self) -> None:
+        """Undo `_install`, even if it failed half-way."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        remove_projections(self._attentions)
+        self.base.set_attn_implementation(self._base_attention)
+        for name, parameter in self.base.named_parameters():
+            parameter.requires_grad_(name in self._base_trained)
+
+    def detach(self) -> PreTrainedModel:
+        """Take the beacons off the base and return it: a stock model, with its own modules, hooks and attention.
+
+        A LoRA stays merged into its weights. Afterwards this BeaconModel raises ModelError when it is to read, to load
+        a memory, or to save its beacons.
+        """
+        self._uninstall()
+        self.__dict__.pop("fingerprint", None)
+        return self.base
+
+    def _require_attached(self) -> None:
+        if not self._hooks:
+            raise ModelError(
+                "this BeaconModel was detached from its base, which is a stock model again; load it anew with "
+                "BeaconModel.from_pretrained to read with beacons or to answer from a memory"
+            )
+
     def named_beacon_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained, under the names of the published checkpoints; the embedding as [hidden_size]."""
+        """Yield the parameters that are trained, under the published names; the embedding is [hidden_size]."""
+        self._require_attached()
         learned = self.config.beacon_embed == "learned"
         yield "model.beacon_embed_tokens.weight" if learned else "beacon_embed_offset", self.beacon_embed
         yield from beacon_parameters(self._attentions)
 
     @property
     def rope(self) -> Rope:
-        """The base's rotation, as it is now: a cast of the model casts its frequencies too."""
+        """Return the base's RoPE. It is read anew each time, because a cast of the model casts its frequencies too."""
         return model_rope(self.base)
 
     @property
-    def lora(self) -> Path | None:
-        """The folder of the LoRA that was merged into the base, if any."""
-        return self._lora
-
-    @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the device that the model is on."""
         return self.base.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """Return the dtype that the model computes in."""
         return self.base.dtype
 
     @property
@@ -258,32 +306,32 @@ class BeaconModel(nn.Module):
 
     @property
     def compression(self) -> str:
-        """What becomes of a text where nobody says otherwise, see `BeaconConfig.beacon_compression`."""
+        """Return the compression for texts that are added without one, see `BeaconConfig.beacon_compression`."""
         if self.config.beacon_compression != "auto":
             return self.config.beacon_compression
         return "select" if self.adapter == UNTRAINED else "beacon"
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the K/V of one slot, all layers."""
+        """Return the bytes of the K/V of one slot at all layers."""
         return 2 * math.prod(self.kv_shape) * self.kv_dtype.itemsize
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer; raises InputError if the model was made without one."""
+        """Return the base's tokenizer; raises InputError if the model was made without one."""
         if self._tokenizer is None:
             raise InputError("this BeaconModel was made without a tokenizer, which reading text needs")
         return self._tokenizer
 
     @cached_property
     def leading_bos(self) -> list[int]:
-        """The bos token if the tokenizer sets one in front of every text, else nothing."""
+        """Return the bos token if the tokenizer puts it before every text, else an empty list."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
 
     @property
     def sink_ids(self) -> list[int]:
-        """The token ids whose K/V stand in front of every composed memory; raises ConfigError for a sink of several."""
+        """Return the token ids of the sink, whose K/V come before all documents; ConfigError if there are several."""
         if self.config.beacon_sink_size == 0:
             return []
         if self.config.beacon_sink_size > 1:
@@ -299,46 +347,34 @@ class BeaconModel(nn.Module):
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What stored K/V must have been made with to be usable with this model. Taken once: train first."""
-        trained: list[tuple[str, Tensor]] = [*self.named_beacon_parameters()]
-        of_tokens = {"token_salience": self._salience, "token_starts_word": self._starts_word}
-        trained += [(name, tensor) for name, tensor in of_tokens.items() if tensor is not None]
+        """Return the fingerprint that stored K/V must have to be usable with this model.
+
+        It is computed once, at the first use, so train the model before.
+        """
+        trained = [*self.named_beacon_parameters(), *self.salience.tensors.items()]
         settings = self.config.to_dict()
         without = ("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_hybrid_factor")
-        settings = {key: settings[key] for key in settings if key not in without}  # any can be read
+        # stored K/V do not depend on these: any of them can be read
+        settings = {key: settings[key] for key in settings if key not in without}
         return Fingerprint(
             base=self._base_digest,
-            adapter=digest_json([digest_tensors(trained), lora_digest(self._lora)]),
+            adapter=digest_json([digest_tensors(trained), lora_digest(self.lora)]),
             tokenizer=tokenizer_digest(self._tokenizer),
             config=digest_json(settings),
             rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
         )
 
-    def salience(self, ids: Sequence[int]) -> list[float]:
-        """How informative each token is, for `salient` placement.
-
-        For `salient-words`, how informative its word is: the sum over its tokens, over the square root of their number,
-        between the sum, which would favour long words, and the mean, which would favour parts of them.
-        """
-        of_token = list(ids)
-        scores = cast(Tensor, self._salience)[of_token].float()  # salient placements are refused without them
-        if self.config.beacon_placement == "salient-words":
-            starts = cast(Tensor, self._starts_word)[of_token]
-            word = starts.cumsum(0)
-            length = torch.bincount(word).clamp(min=1)
-            scores = (torch.bincount(word, scores) / length.sqrt())[word]
-        return scores.tolist()
-
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
-        """`layout.cut_windows` with this model's settings."""
+        """Cut tokens into windows with this model's settings, see `layout.cut_windows`."""
         return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
 
     def prefix(self, memory: MemoryKV) -> Prefix:
-        """A memory made ready to stand in front of what is read, on the model's device."""
+        """Return a memory as a prefix of what is read, on the model's device."""
+        self._require_attached()
         return Prefix(memory.to(self.device, self.dtype), self.rope)
 
     def empty_kv(self) -> BeaconKV:
-        """K/V of no slots, on the model's device."""
+        """Return K/V with no slots, on the model's device."""
         return BeaconKV.empty(*self.kv_shape, dtype=self.dtype, device=self.device)
 
     def run(
@@ -350,11 +386,14 @@ class BeaconModel(nn.Module):
         prefixes: Sequence[Prefix | None] = (),
         watch: Watch | None = None,
     ) -> PassOutput:
-        """One forward pass through the base's decoder, without its language-model head.
+        """Run one forward pass through the base's decoder, without its language-model head.
 
-        past: K/V of the layout's past entries; keep: pool entries whose K/V to hand back, in this order; prefixes: for
-        each sequence, or for none, a memory in front of position 0; watch: hears of the attention of every window.
+        past:     K/V of the past entries of the layout.
+        keep:     numbers of the pool entries whose K/V are returned, in this order.
+        prefixes: for each sequence a memory that it follows, or None; empty if no sequence has one.
+        watch:    a function that observes the attention of every window, see Watch.
         """
+        self._require_attached()
         hidden = self.config.beacon_attn == "hidden"
         beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, prefixes=prefixes, watch=watch)
         embed = self.base.get_input_embeddings()
@@ -374,17 +413,19 @@ class BeaconModel(nn.Module):
         return PassOutput(output.last_hidden_state[0, :raw], beacon_pass.collected)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocab] of last hidden states [..., hidden_size]."""
+        """Return the logits [..., vocab] of last hidden states [..., hidden_size]."""
         logits: Tensor = self.base.get_output_embeddings()(hidden)
         return logits
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, ratios: Sequence[Iterator[int]] | None = None
     ) -> CausalLMOutput:
-        """Compression-based language modelling, as in training: the last window of each row is read raw.
+        """Predict each token from the beacons of earlier windows and the tokens of its own, as in training.
 
-        input_ids: [batch, tokens], no padding. labels: the same shape, aligned with input_ids (they are shifted here),
-        -100 for none. ratios: for each row the ratios of its windows; by default as `beacon_ratio_mix` says.
+        input_ids: [batch, tokens], no padding. The last window of each row is read raw.
+        labels:    [batch, tokens], aligned with input_ids (they are shifted here), -100 for none.
+        ratios:    for each row the ratios of its windows; by default those of `beacon_ratio_mix`.
+
         Returns logits [batch, tokens, vocab] and the mean loss over all labels.
         """
         batch, tokens = input_ids.shape

@@ -1,4 +1,4 @@
-"""Which ratio each window takes while a sequence is read in the published way."""
+"""The choice of a ratio for each window, for a sequence that is read as in training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["adaptive_ratio", "mixed_ratios"]
 
 
 def adaptive_ratio(config: BeaconConfig, tokens: int, max_positions: int) -> int:
-    """The ratio that `adapt-N` takes for a sequence of `tokens` (N included).
+    """Return the ratio that `adapt-N` takes for a sequence of `tokens` tokens, N included.
 
-    The smallest capacity that is enough, where ratio r has capacity (max_positions - window) r + window, and no
-    compression (r = 0) has max_positions; if none is enough, the largest ratio.
+    It is the ratio with the smallest capacity that is enough, or the largest ratio if none is enough. The capacity of
+    ratio r is (max_positions - window) r + window tokens, and that of no compression (r = 0) is max_positions.
     """
 
     def capacity(ratio: int) -> int:
@@ -26,9 +26,10 @@ def adaptive_ratio(config: BeaconConfig, tokens: int, max_positions: int) -> int
 
 
 def mixed_ratios(config: BeaconConfig, tokens: int, max_positions: int, seed: int | None = None) -> Iterator[int]:
-    """Endless ratios, one for each new window, as `config.beacon_ratio_mix` says; `tokens` are at hand already.
+    """Return an endless iterator of ratios, one for each new window, as `config.beacon_ratio_mix` says.
 
-    Without a `seed`, random ones are drawn from Python's global generator, which `random.seed` makes repeatable.
+    tokens: length of the sequence. Without a `seed`, random ratios come from Python's global generator, so that
+    `random.seed` makes them repeatable.
     """
     choices, mix = config.usable_ratios, config.beacon_ratio_mix
     if len(config.beacon_ratio) == 1:

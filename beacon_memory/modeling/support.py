@@ -1,15 +1,14 @@
-"""Which base models can carry beacons, and why others cannot."""
+"""The base models that can carry beacons, and the reasons why others cannot."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from beacon_memory.config import BeaconConfig
-from beacon_memory.errors import AdapterError, ConfigError, UnsupportedModelError
+from beacon_memory.errors import UnsupportedModelError
 from beacon_memory.kv.rope import Rope
 
-__all__ = ["attention_modules", "check_salience", "max_positions", "model_rope"]
+__all__ = ["attention_modules", "max_positions", "model_rope"]
 
 # Families whose numbers are tested. Others may look alike and differ in a detail (interleaved rotation, layers without
 # rotation, softcaps) that would make every stored key silently wrong.
@@ -19,7 +18,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of each layer; raises UnsupportedModelError, with the reason, for a model unlike those."""
+    """Return the attention module of each layer; raises UnsupportedModelError, with the reason, for other models."""
     config = model.config
     if config.model_type not in TESTED_FAMILIES:
         raise UnsupportedModelError(
@@ -42,7 +41,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def model_rope(model: PreTrainedModel) -> Rope:
-    """The model's rotation; raises UnsupportedModelError if it depends on the sequence length."""
+    """Return the model's RoPE; raises UnsupportedModelError if it depends on the length of the sequence."""
     rotary = model.model.rotary_emb
     if rotary.rope_type not in FIXED_ROPE:
         raise UnsupportedModelError(
@@ -58,22 +57,8 @@ def model_rope(model: PreTrainedModel) -> Rope:
     return Rope(rotary.inv_freq.float(), float(rotary.attention_scaling))
 
 
-def check_salience(
-    model: PreTrainedModel, config: BeaconConfig, token_salience: Tensor | None, token_starts_word: Tensor | None
-) -> None:
-    """Raise ConfigError if the placement lacks what it needs of each token, AdapterError for another vocabulary."""
-    placement = config.beacon_placement
-    needed = {"salient": ("token_salience",), "salient-words": ("token_salience", "token_starts_word")}
-    for name, given in {"token_salience": token_salience, "token_starts_word": token_starts_word}.items():
-        if given is None:
-            if name in needed.get(placement, ()):
-                raise ConfigError(f"beacon_placement={placement!r} needs {name}, one entry for each of the vocabulary")
-        elif len(given) != model.config.vocab_size:
-            raise AdapterError(f"{name} has {given.numel()} entries, the base's vocabulary {model.config.vocab_size}")
-
-
 def max_positions(config: PretrainedConfig) -> int:
-    """Positions that the model can tell apart, RoPE scaling counted in."""
+    """Return how many positions the model can tell apart, RoPE scaling included."""
     positions: int = config.max_position_embeddings
     rope = getattr(config, "rope_parameters", None) or {}
     factor = float(rope.get("factor") or 1.0)

@@ -1,7 +1,8 @@
-"""Training beacon adapters: recipes, data, loss, and a transformers Trainer. Needs the extra `train`.
+"""Training of beacon adapters: recipes, data, loss, and a transformers Trainer. Needs the extra `train`.
 
-A recipe, one TOML file, decides a run: `train` carries it out and leaves an adapter that `BeaconModel.from_pretrained`
-loads. Everything named in `__all__` is public and imported when it is first used; reading recipes imports no torch.
+A recipe, one TOML file, decides everything about a run. `train` carries it out and writes an adapter, which
+`BeaconModel.from_pretrained` loads. The names in `__all__` are public. They are imported when they are first used, so
+that reading a recipe imports no torch.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _LAZY = {
 }
 _EXTRA = ("accelerate", "datasets", "tensorboard")
 
-__all__ = sorted(_LAZY)  # noqa: PLE0605  # a list, sorted from what there is
+__all__ = sorted(_LAZY)  # noqa: PLE0605  # a list of the names above
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used. Raises MissingDependencyError if it needs what is not installed."""
+    """Import a public name when it is first used. Raises MissingDependencyError if a package for it is missing."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _LAZY[name] == "trainer":

@@ -14,15 +14,15 @@ from .recipe import DataSource, Recipe, Stage
 
 __all__ = ["write_card"]
 
-DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded default model is a copy of
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded default model is a copy of it
 
 History = Mapping[str, Sequence[Mapping[str, float]]]
 
 
 def write_card(adapter: Path, recipe: Recipe, config: BeaconConfig, history: History) -> None:
-    """Write an adapter's README.md.
+    """Write the model card of an adapter, its README.md.
 
-    config: the settings it was trained with. history: for each stage what the Trainer logged.
+    config: the settings it was trained with. history: for each stage the entries that the Trainer has logged.
     """
     base = recipe.base or DEFAULT_BASE
     name = base_name(base)
@@ -61,7 +61,7 @@ def write_card(adapter: Path, recipe: Recipe, config: BeaconConfig, history: His
 
 
 def _how_to_load(recipe: Recipe, base: str) -> list[str]:
-    """What it is, and the calls that load it."""
+    """Return the lines that say what an adapter is, and how it is loaded."""
     argument, option = (f'"{base}", ', f"--model {base} ") if recipe.base else ("", "")
     return [
         "With this adapter the base model compresses a document to the keys and values of *beacon* tokens at every",
@@ -91,7 +91,7 @@ def _settings(recipe: Recipe, config: BeaconConfig, base: str) -> Iterator[tuple
         yield f"`{key}`", ", ".join(map(str, value)) if isinstance(value, list) else value
     if recipe.salience is not None:
         sources = ", ".join(" ".join((one.path, *_conditions(one))) for one in recipe.salience.data)
-        yield "salience", f"of {sources}; weight of standing in an answer: {recipe.salience.answer_weight:g}"
+        yield "salience", f"of {sources}; weight of being part of an answer: {recipe.salience.answer_weight:g}"
     lora = recipe.lora
     yield "lora", f"LoRA, rank {lora.rank}, alpha {lora.alpha}, {', '.join(lora.targets)}" if lora else "none"
     yield "seed", recipe.seed
@@ -114,7 +114,7 @@ def _stage(stage: Stage, config: BeaconConfig, log: Sequence[Mapping[str, float]
 
 
 def _counted(values: Sequence[int]) -> str:
-    """Values with how often each is there, as they are drawn: 1 (2x), 2."""
+    """Write values with the number of times that each occurs: 1, 1, 2 becomes `1 (2x), 2`."""
     counts = {value: values.count(value) for value in values}
     return ", ".join(f"{value} ({count}x)" if count > 1 else str(value) for value, count in counts.items())
 
@@ -147,12 +147,12 @@ def _losses(history: History) -> Iterator[tuple[object, ...]]:
 
 
 def _by_ratio(name: str) -> tuple[bool, str, int]:
-    """All together first, then kind by kind, each from the smallest ratio to the largest, 16 after 2."""
+    """Return a sort key: the loss of all samples first, then kind by kind, ratios as numbers (16 after 2)."""
     kind, _, ratio = name.partition("_x")
     return name != "loss", kind, int(ratio or -1)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """A markdown table with an empty line behind it."""
+    """Return the lines of a markdown table, and an empty line after it."""
     body = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body, ""]

@@ -1,4 +1,4 @@
-"""A LoRA of the base that is trained together with the beacons: PEFT layers in place, the model stays a stock one."""
+"""A LoRA of the base that is trained together with the beacons. PEFT puts its layers into the stock model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .recipe import LoraRecipe
 __all__ = ["inject_lora", "lora_parameters", "write_lora"]
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # what PEFT's files have in front of a model's own names
+_PREFIX = "base_model.model."  # PEFT's files put this before a model's own names
 
 
 def inject_lora(model: BeaconModel, recipe: LoraRecipe, start: Path | None) -> None:
-    """Put LoRA layers into the base, with the weights of `start` or else without effect yet.
+    """Put LoRA layers into the base, with the weights of the LoRA in the folder `start`, or without effect at first.
 
-    Where beacons have a projection of their own, only that of the raw rows gets one. Raises ConfigError for layers that
-    the base does not have, or if `start` is a LoRA of another shape than the recipe's.
+    Where beacons have a projection of their own, only the projection of the raw rows gets a LoRA. Raises ConfigError
+    for layers that the base does not have, and if the LoRA in `start` has another shape than the recipe's.
     """
     if start is not None:
         _require_shape(start, recipe)
@@ -45,14 +45,14 @@ def inject_lora(model: BeaconModel, recipe: LoraRecipe, start: Path | None) -> N
 
 
 def lora_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the LoRA that is in `base`, if any."""
+    """Yield the parameters of the LoRA layers in `base`, if there are any."""
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             yield name, parameter
 
 
 def write_lora(model: BeaconModel, recipe: LoraRecipe, folder: Path) -> None:
-    """Write the LoRA in PEFT's own form, for the base as it is without beacons, in its dtype."""
+    """Write the LoRA to a folder in PEFT's own form, in the dtype of the base, for the base without beacons."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         _PREFIX + name.replace("_proj.base.", "_proj."): tensor.detach().to(model.dtype).cpu().contiguous()
@@ -78,6 +78,6 @@ def _require_shape(start: Path, recipe: LoraRecipe) -> None:
 
 
 def _with_beacons(name: str, own: set[str]) -> str:
-    """A parameter's name in a base that carries beacons."""
+    """Return the name that a parameter has in a base that carries beacons."""
     module, dot, rest = name.partition("_proj.")
     return f"{module}_proj.base.{rest}" if f"{module.rpartition('.')[2]}_proj" in own else module + dot + rest

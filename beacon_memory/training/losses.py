@@ -1,4 +1,4 @@
-"""One forward pass over training samples, and the loss on what they predict."""
+"""The training loss: one forward pass over samples, and the loss on the tokens that they predict."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["Losses", "TrainingModel"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Losses:
-    """What one pass over samples gives.
+    """The losses of one pass over samples.
 
-    loss:   what is minimised, the mean over all labels.
-    labels: [samples] mean cross-entropy of each sample's labels, without gradient.
+    loss:   the loss to minimise, a mean over all labels.
+    labels: [samples] mean cross-entropy over the labels of each sample, without gradient.
     """
 
     loss: Tensor
@@ -34,13 +34,15 @@ class Losses:
 
 
 class TrainingModel(nn.Module):
-    """A BeaconModel whose forward is the loss of samples: what a Trainer, or DDP, wraps.
+    """A module whose `forward` computes the loss of samples. A Trainer, or DDP, wraps it.
 
-    label_weight:   of the cross-entropy of the labels.
-    distill_weight: of KL(full || compressed) over the labels: the distribution of the same model, LoRA included,
-                    when it reads the full text, without gradient, against the one behind the compressed memory.
-    hybrid:         branches see chosen tokens beside the beacons, as in a `hybrid` memory: the beacons learn the rest.
-                    A sample has one part then, of one window. The K/V of chosen tokens are without gradient.
+    label_weight:   weight of the cross-entropy of the labels.
+    distill_weight: weight of KL(full || compressed) over the labels. `full` is the distribution of the same model, LoRA
+                    included, when it reads the full text, without gradient; `compressed` is the one when it reads the
+                    compressed memory instead.
+    hybrid:         branches see chosen tokens and beacons, as in a `hybrid` memory, so that beacons learn what the
+                    chosen tokens lack. Each sample must have one part, of one window. The K/V of chosen tokens have no
+                    gradient.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class TrainingModel(nn.Module):
         self.label_weight, self.distill_weight = label_weight, distill_weight
 
     def forward(self, samples: Sequence[Sample]) -> Losses:
-        """Loss of the samples, all in one pass; further ones, for distillation and chosen tokens, have no gradient."""
+        """Compute the losses of samples in one pass. Distillation and chosen tokens take more, without gradient."""
         prefixes = [self._chosen(sample) for sample in samples] if self.hybrid else []
         plan = _plan(self.model, samples, prefixes)
         ids = torch.tensor(plan.ids, device=self.model.device)
@@ -64,33 +66,33 @@ class TrainingModel(nn.Module):
                 full = self._logits(_plan(self.model, [_uncompressed(one, self.model) for one in samples]))
             divergence = kl_div(log_softmax(logits, -1), log_softmax(full, -1), log_target=True, reduction="batchmean")
             loss = loss + self.distill_weight * divergence
-        if torch.is_grad_enabled() and not loss.requires_grad:  # read uncompressed and without a LoRA
+        if torch.is_grad_enabled() and not loss.requires_grad:  # if all is uncompressed and there is no LoRA
             loss = loss + 0 * self.model.beacon_embed.sum()
         of = torch.tensor(plan.samples, device=each.device)
         sums = torch.zeros(len(samples), device=each.device).index_add_(0, of, each.detach())
         return Losses(loss, sums / torch.bincount(of, minlength=len(samples)).clamp(min=1))
 
     def _logits(self, plan: _Plan) -> Tensor:
-        """[labels, vocab] float32: the head runs on rows that have a label, and on no other."""
+        """Compute the logits of the rows that have a label, [labels, vocab] float32; the head runs on no others."""
         layout = BeaconLayout.build(plan.pieces, self.model.config)
         hidden = self.model.run(layout, self.model.empty_kv(), keep=[], prefixes=plan.prefixes).hidden
         return self.model.head(hidden[torch.tensor(plan.rows, device=hidden.device)]).float()
 
     @torch.no_grad()
     def _chosen(self, sample: Sample) -> Prefix:
-        """The sink and the chosen tokens of a sample's only part, in front of its beacons."""
+        """Return the sink and the chosen tokens of a sample's only part, as the prefix of its beacons."""
         model = self.model
         sink = MemoryKV.of(read_sink(model))
-        behind = model.prefix(sink)
+        sink_prefix = model.prefix(sink)
         (ids,), ((ratio,),) = sample.parts, sample.ratios
-        raw = read_raw(model, behind, ids)
+        raw = read_raw(model, sink_prefix, ids)
         budget = slots_of(len(ids), ratio) - slots_of(len(ids), ratio * model.config.beacon_hybrid_factor)
-        chosen = MemoryKV.chosen(raw, best(repeated(model, behind, raw, ids), budget))
+        chosen = MemoryKV.chosen(raw, best(repeated(model, sink_prefix, raw, ids), budget))
         return model.prefix(MemoryKV.concat([sink, chosen]))
 
 
 def _uncompressed(sample: Sample, model: BeaconModel) -> Sample:
-    """The same sample with its parts read as one text whose K/V are all kept."""
+    """Return the same sample with its parts joined to one text whose K/V are all kept."""
     lead = 0 if model.sink_ids else len(model.leading_bos)
     text = tuple(id for number, part in enumerate(sample.parts) for id in part[lead if number else 0 :])
     windows = -(-len(text) // model.config.beacon_window)
@@ -99,7 +101,12 @@ def _uncompressed(sample: Sample, model: BeaconModel) -> Sample:
 
 @dataclass(slots=True)
 class _Plan:
-    """A pass over some samples, and for each label the raw row that predicts it, its token id and its sample."""
+    """A pass over samples, and their labels.
+
+    rows, ids, samples: for each label the number of the raw row that predicts it, its token id, and the number of its
+                        sample.
+    read:               how many raw rows there are so far.
+    """
 
     pieces: list[Piece] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -111,21 +118,21 @@ class _Plan:
     def add(
         self, cursor: Cursor, windows: Sequence[Window], behind: Sequence[int], prefix: Prefix | None = None
     ) -> int:
-        """Read a piece after those before, perhaps behind chosen tokens; returns its number."""
+        """Add a piece, perhaps with chosen tokens as its prefix; returns its number."""
         self.pieces.append(Piece(cursor, windows, behind))
         self.prefixes.append(prefix)
         self.read += sum(len(window.new_ids) for window in windows)
         return len(self.pieces) - 1
 
     def label(self, first_row: int, tokens: Sequence[int], labelled: int, sample: int) -> None:
-        """Let tokens[labelled:], read from `first_row` on, be predicted, each by the row before it."""
+        """Make tokens[labelled:] labels, each predicted by the row before it; tokens[0] is read at `first_row`."""
         self.rows.extend(range(first_row + labelled - 1, first_row + len(tokens) - 1))
         self.ids.extend(tokens[labelled:])
         self.samples.extend([sample] * (len(tokens) - labelled))
 
 
 def _plan(model: BeaconModel, samples: Sequence[Sample], prefixes: Sequence[Prefix] = ()) -> _Plan:
-    """Lay all samples out in one pass: the sink once, the parts behind it, the branches behind their parts.
+    """Plan one pass over all samples. The sink is read once; parts follow it, and branches follow their parts.
 
     prefixes: for hybrid memories, the sink and the chosen tokens of each sample.
     """
@@ -139,7 +146,7 @@ def _plan(model: BeaconModel, samples: Sequence[Sample], prefixes: Sequence[Pref
         for part, ratios in zip(sample.parts, sample.ratios, strict=True):
             if sample.label_text:
                 plan.label(plan.read, part, 1, number)
-            # what nothing stands behind needs no beacons in its last window, as in BeaconModel.forward
+            # where no branch follows, the last window needs no beacons, as in BeaconModel.forward
             tail = "close" if sample.branches else "raw"
             windows = model.cut(start, part, (factor * ratio for ratio in ratios), tail=tail)
             composed.append(plan.add(start, windows, first))

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a training run, in one TOML file."""
+"""Recipes: TOML files that hold all settings of a training run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from beacon_memory.errors import ConfigError
 
 __all__ = ["DataSource", "LoraRecipe", "Recipe", "SalienceRecipe", "Stage", "read_recipe", "shipped_recipes"]
 
-ADAPTER = "adapter"  # the folder, beside those of the stages, that the finished adapter gets
+ADAPTER = "adapter"  # name of the finished adapter's folder, beside those of the stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
-    """Where samples come from.
+    """A source of training samples.
 
-    path:   a file of JSON lines, plain or gzipped, relative to the data folder; or a data set of the hub.
-    kind:   `text` (rows with `text`) or `qa` (rows with `context`, and `question` with `answers` or a list `qa` of
-            them; rows of one `title` are composed into one document).
-    weight: how often it is drawn, relative to the stage's other sources.
-    where:  only rows whose fields have these values.
-    split:  of a data set of the hub.
+    path:   a file of JSON lines, plain or gzipped, relative to the data folder; or the name of a data set of the hub.
+    kind:   `text` (rows with `text`) or `qa` (rows with `context`, and either `question` and `answers` or a list `qa`
+            of such pairs; rows with the same `title` can form one document).
+    weight: how often samples are drawn from it, relative to the other sources of the stage.
+    where:  take only rows whose fields have these values.
+    split:  split of a data set of the hub.
     """
 
     path: str
@@ -46,9 +46,10 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraRecipe:
-    """A LoRA of the base, trained on all rows (q, k and v: on raw rows only, since beacons have their own).
+    """A LoRA of the base that is trained too. It has no effect on beacon rows where beacons have their own projections.
 
-    rank, alpha: of the LoRA. targets: the linear layers that get one.
+    rank, alpha: rank and alpha of the LoRA.
+    targets:     names of the linear layers that get one.
     """
 
     rank: int = 32
@@ -65,10 +66,10 @@ class LoraRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SalienceRecipe:
-    """What salient placement shall hold to be informative: taken from data instead of from the adapter.
+    """The salience of tokens for salient placement, counted in data instead of taken from the adapter.
 
-    data:          sources whose tokens are counted; those of kind `qa` with the answers in their contexts.
-    answer_weight: of the log odds that a token stands in an answer, beside its information content.
+    data:          sources whose tokens are counted; those of kind `qa` also tell which tokens are part of answers.
+    answer_weight: weight of the log odds that a token is part of an answer; it is added to its information content.
     """
 
     data: tuple[DataSource, ...]
@@ -83,26 +84,29 @@ class SalienceRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One stretch of training.
+    """One stage of training.
 
-    name:            names its folder and its lines in TensorBoard.
-    steps:           optimizer steps.
+    name:            name of its folder, also shown in TensorBoard.
+    steps:           number of optimizer steps.
     data:            sources of samples.
-    tokens:          least and most raw tokens of a document, drawn evenly between.
-    parts:           into how many independently compressed parts a document is split: one of these at random.
-    ratios:          what windows draw their ratio from; 0 reads them uncompressed. Default: the adapter's.
-    ratio_per:       `window`: a ratio for each window, as in the paper; `document`: one for all its windows.
-    compression:     `beacon`; or `hybrid`: what is predicted sees chosen tokens beside the beacons, see
-                     `beacon_hybrid_factor`. Then `tokens` must fit a window, `parts` be [1] and no ratio 0.
-    branches:        most questions on one document; they share its compression.
-    continuation:    tokens behind a text that are read raw and predicted from its memory; with `label_text` also 0.
-    label_text:      also predict the raw tokens of the text's own windows, each from the memory in front of it.
+    tokens:          least and most raw tokens of a document; its length is drawn evenly between them.
+    parts:           into how many parts a document is split: one of these numbers at random. Parts are compressed
+                     independently of each other.
+    ratios:          ratios that windows choose from at random; 0 reads a window uncompressed. Default: the adapter's.
+    ratio_per:       `window`: a ratio for each window, as in the paper; `document`: the same for all its windows.
+    compression:     `beacon`; or `hybrid`: predictions see chosen tokens and beacons, see `beacon_hybrid_factor`. For
+                     `hybrid`, `tokens` must fit a window, `parts` must be [1], and no ratio may be 0.
+    branches:        most questions about one document, which is compressed once for all of them.
+    continuation:    how many tokens after a text are predicted from its memory; may be 0 with `label_text`.
+    label_text:      also predict the raw tokens of the text itself, each window from the memory of those before it.
     label_weight:    weight of the cross-entropy of the labels.
-    distill_weight:  weight of KL(full || compressed): the distribution of the same model when it reads the full text.
-    learning_rate:   peak, reached after `warmup` of all steps and falling to a tenth along a cosine.
-    weight_decay:    of AdamW.
-    batch_size:      documents in one pass, on each device. accumulate: passes for one step.
-    max_grad_norm:   gradients are clipped to it; 0: they are not.
+    distill_weight:  weight of KL(full || compressed), where `full` is the same model when it reads the full text.
+    learning_rate:   peak of the learning rate. It is reached after the share `warmup` of all steps, and then falls
+                     along a cosine to a tenth.
+    weight_decay:    weight decay of AdamW.
+    batch_size:      documents in one pass, on each device.
+    accumulate:      passes for one step.
+    max_grad_norm:   norm that gradients are clipped to; 0 for no clipping.
     gradient_checkpointing: compute each layer twice instead of keeping its activations.
     """
 
@@ -161,19 +165,19 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A training run.
+    """The settings of a training run.
 
-    stages:  in turn, each from where the one before ended.
-    adapter: an adapter to start from, relative to the recipe's folder; `default` for the shipped one. None: beacons
-             start untrained.
+    stages:  stages of training, one after another.
+    adapter: adapter to start from, relative to the recipe's folder; `default` for the shipped one. None starts with
+             untrained beacons.
     beacon:  settings of BeaconConfig that differ from the adapter's, or from the defaults.
-    salience: for salient placement. None: the adapter's, else from the data of the stages.
-    lora:  a LoRA of the base to train too. One that `adapter` brings is trained on, and must have the same shape.
-    base:    base model: folder or hub name. None: the embedded default model.
-    chat_template: of questions and answers. None: the adapter's, else the tokenizer's.
-    dtype:   what the frozen base computes in; what is trained is kept in float32.
-    seed:    decides every draw.
-    save_steps, log_steps: how often to save a checkpoint, to log.
+    salience: salience of tokens for salient placement. None takes the adapter's, or counts in the data of the stages.
+    lora:    a LoRA of the base to train too. If `adapter` has one, its training goes on, and it must have this shape.
+    base:    base model, a folder or a hub name. None is the embedded default model.
+    chat_template: chat template of questions and answers. None takes the adapter's, or the tokenizer's.
+    dtype:   dtype that the frozen base computes in; trained parameters are kept in float32.
+    seed:    seed of all random choices.
+    save_steps, log_steps: after how many steps a checkpoint is saved, and losses are logged.
     """
 
     stages: tuple[Stage, ...]
@@ -200,11 +204,11 @@ class Recipe:
         self.beacon_config(BeaconConfig())
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, JSON-able."""
+        """Return all settings as values that can be written as JSON."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]  # tuples become lists
 
     def beacon_config(self, start: BeaconConfig) -> BeaconConfig:
-        """The settings to train with, from those of the adapter to start from or the defaults."""
+        """Return the settings to train with: those of the adapter to start from, or the defaults, with changes."""
         unknown = sorted(set(self.beacon) - {f.name for f in fields(BeaconConfig)})
         if unknown:
             raise ConfigError(f"beacon: unknown key {unknown[0]!r}")
@@ -212,14 +216,14 @@ class Recipe:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.name.removesuffix(".toml") for path in _shipped().iterdir() if path.name.endswith(".toml"))
 
 
 def read_recipe(source: str | Path) -> tuple[Recipe, Path]:
-    """A recipe from a TOML file or by the name of a shipped one, and the file it came from.
+    """Read a recipe from a TOML file, or a shipped one by its name; returns it with the path of its file.
 
-    Raises ConfigError, which names the file and the key, for anything it does not know.
+    Raises ConfigError, which names the file and the key, for unknown keys and values that are not allowed.
     """
     path = Path(source)
     if str(source) in shipped_recipes():
@@ -246,24 +250,24 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
     if "stages" in given:
         raise ConfigError("recipe: unknown key 'stages'; write each stage as [[stage]]")
     if "lora" in given:
-        given["lora"] = _made(LoraRecipe, given["lora"], "lora")
+        given["lora"] = _build(LoraRecipe, given["lora"], "lora")
     if "salience" in given:
         given["salience"] = _with_sources(SalienceRecipe, given["salience"], "salience")
     given["stages"] = [
         _with_sources(Stage, stage, f"stage {number}")
         for number, stage in enumerate(_tables(given.pop("stage", []), "stage"), 1)
     ]
-    recipe: Recipe = _made(Recipe, given, "recipe")
+    recipe: Recipe = _build(Recipe, given, "recipe")
     return recipe
 
 
 def _with_sources(kind: Any, given: Any, where: str) -> Any:
-    """A table that has tables of data sources."""
+    """Build a part of a recipe that holds data sources."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where}={given!r} must be a table")
     sources = _tables(given.get("data", []), f"{where}: data")
-    data = [_made(DataSource, source, f"{where}, data {number}") for number, source in enumerate(sources, 1)]
-    return _made(kind, {**given, "data": data}, where)
+    data = [_build(DataSource, source, f"{where}, data {number}") for number, source in enumerate(sources, 1)]
+    return _build(kind, {**given, "data": data}, where)
 
 
 def _tables(given: Any, where: str) -> list[Mapping[str, Any]]:
@@ -272,7 +276,7 @@ def _tables(given: Any, where: str) -> list[Mapping[str, Any]]:
     return given
 
 
-def _made(kind: Any, given: Any, where: str) -> Any:
+def _build(kind: Any, given: Any, where: str) -> Any:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where}={given!r} must be a table")
     known = {f.name: f for f in fields(kind)}
@@ -295,7 +299,7 @@ def _require(holds: bool, name: str, value: object, must: str) -> None:
 
 
 def _check_types(settings: Any) -> None:
-    """Raise ConfigError for the first field whose value is not of the type that it is declared with."""
+    """Raise ConfigError for the first field whose value does not have the declared type."""
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         _require(_fits(value, hint), name, value, _in_words(hint))

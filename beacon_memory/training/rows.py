@@ -1,4 +1,4 @@
-"""Rows of training data, checked: every complaint names file and line."""
+"""Rows of training data. They are checked, and every error names file and line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A data set and what to call it in errors. Gives each row with the place that errors name."""
+    """A data set with its name. Iterating gives each row, together with its file and line for use in errors."""
 
     data: Dataset
     name: str
@@ -46,12 +46,12 @@ class Rows:
         try:
             for number, row in enumerate(self.data, start=1):
                 yield f"{self.name}, line {number}", row
-        except UnicodeDecodeError as error:  # texts are only decoded when they are asked for
+        except UnicodeDecodeError as error:  # texts are decoded here, one by one
             raise InputError(f"{self.name} is not in UTF-8: {error}") from error
 
 
 def load_rows(source: DataSource, folder: Path) -> Rows:
-    """The rows of a file in `folder`, or of a data set of the hub. Raises InputError if they cannot be read."""
+    """Load the rows of a file in `folder`, or of a data set of the hub. Raises InputError if that is not possible."""
     path = folder / source.path
     is_file = path.is_file()
     if not is_file and path.suffix in (".gz", ".jsonl", ".json"):
@@ -76,7 +76,7 @@ def load_rows(source: DataSource, folder: Path) -> Rows:
 
 
 def _broken_line(path: Path) -> str | None:
-    """Which line of a file is no JSON object, if one is not."""
+    """Return an error message for the first line of a file that is not a JSON object, or None if all lines are."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -95,14 +95,15 @@ def _parsed(line: bytes) -> Any:
 
 
 def texts(rows: Rows, where: Mapping[str, Any]) -> list[str]:
-    """The `text` of all rows. Raises InputError, with file and line, for a row without."""
+    """Return the `text` of all rows. Raises InputError, with file and line, for a row without one."""
     return [_text(row, "text", line) for line, row in rows if _chosen(row, where, line)]
 
 
 def contexts_by_title(rows: Rows, where: Mapping[str, Any]) -> dict[str, list[Context]]:
-    """Contexts with their questions, grouped by title (a context without one stands alone), in the order of the rows.
+    """Return contexts with their questions, grouped by title, in the order of the rows.
 
-    Raises InputError, with file and line, for a missing key, an empty text or a context without questions.
+    A context without a title is a group of its own. Raises InputError, with file and line, for a missing key, an empty
+    text or a context without questions.
     """
     questions: dict[tuple[str, str], list[Question]] = {}
     for line, row in rows:

@@ -1,4 +1,4 @@
-"""Training samples: documents with what is predicted from their memory, drawn so that a number decides each one."""
+"""Training samples: documents, and the tokens that are predicted from their memories."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .rows import Context, Rows, contexts_by_title, load_rows, texts
 
 __all__ = ["Branch", "Sample", "SampleSet"]
 
-CHARS_PER_TOKEN = 6  # enough text is cut for the tokens wanted
+CHARS_PER_TOKEN = 6  # a text of n tokens is shorter than this times n
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens that follow the memory. ids[labelled:] are predicted, the ones before are given."""
+    """Tokens that follow a memory: ids[:labelled] are given, ids[labelled:] are predicted."""
 
     ids: tuple[int, ...]
     labelled: int
@@ -33,13 +33,13 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One document and what is predicted from it.
+    """One document, and the tokens that are predicted from its memory.
 
-    kind:       `text` or `qa`, as its source's.
-    parts:      token ids of its parts, each compressed on its own; their memories are composed in this order.
+    kind:       kind of its source, `text` or `qa`.
+    parts:      token ids of its parts. Each is compressed on its own; their memories follow each other in this order.
     ratios:     for each part the ratio of each of its windows.
-    branches:   what follows the memory, in parallel.
-    label_text: the raw tokens of the parts are predicted too, each from the memory in front of it.
+    branches:   token sequences that follow the memory, in parallel.
+    label_text: whether the raw tokens of the parts are predicted too, each window from the memory of those before it.
     """
 
     kind: str
@@ -50,22 +50,23 @@ class Sample:
 
     @property
     def ratio(self) -> int | None:
-        """The ratio of all its windows, if they share one."""
+        """Return the ratio of its windows, or None if they have different ones."""
         found = {ratio for part in self.ratios for ratio in part}
         return found.pop() if len(found) == 1 else None
 
 
 class SampleSet(Dataset[Sample]):
-    """The samples of one stage. Sample i is a function of recipe, data and i alone, so a resumed run goes on exactly.
+    """The samples of one stage.
 
-    Every sample predicts something. Raises InputError, with file and line, for data that cannot be used.
+    Sample i depends only on recipe, data and i, so a run that is resumed sees the same samples as one that was not
+    interrupted. Every sample has tokens to predict. Raises InputError, with file and line, for unusable data.
     """
 
     def __init__(self, model: BeaconModel, recipe: Recipe, stage: Stage, folder: Path, size: int) -> None:
         self.model, self.stage, self.size = model, stage, size
         self.seed = f"{recipe.seed} {stage.name}"
         self.ratios = stage.ratios or model.config.beacon_ratio
-        # a sink stands in front of every document; without one, a document begins with the tokenizer's bos, if any
+        # every document follows the sink; without a sink, it begins with the tokenizer's bos, if there is one
         self.lead = [] if model.sink_ids else model.leading_bos
         window = model.config.beacon_window
         if stage.compression == "hybrid" and model.config.beacon_attn != "hidden":
@@ -121,12 +122,12 @@ class SampleSet(Dataset[Sample]):
         return ids
 
     def _text(self, rng: random.Random, text: str) -> Sample:
-        """A stretch of a text; what follows it is predicted from its memory."""
+        """Draw a part of a text; the tokens after it are predicted from its memory."""
         wanted = rng.randint(*self.stage.tokens) + self.stage.continuation
         at = rng.randrange(max(1, len(text) - CHARS_PER_TOKEN * wanted))
         at = text.find(" ", at) + 1 if at else 0
         ids = self._tokens(text[at : at + CHARS_PER_TOKEN * wanted])[:wanted]
-        if len(ids) < min(wanted, 3):  # the next space was at the text's end
+        if len(ids) < min(wanted, 3):  # if the next space was at the end of the text
             ids = self._tokens(text)[:wanted]
         split = max(1, len(ids) - self.stage.continuation)
         parts = self._split(rng, [[id] for id in ids[:split]])
@@ -134,7 +135,7 @@ class SampleSet(Dataset[Sample]):
         return Sample("text", parts, self._ratios(rng, parts), branches, self.stage.label_text)
 
     def _questions(self, rng: random.Random, title: Sequence[Context]) -> Sample:
-        """Contexts of one title in random order, and questions on them."""
+        """Draw contexts of one title, in random order, and questions about them."""
         room = rng.randint(*self.stage.tokens)
         chosen: list[Context] = []
         pieces: list[list[int]] = []
@@ -155,7 +156,7 @@ class SampleSet(Dataset[Sample]):
         return Sample("qa", parts, self._ratios(rng, parts), tuple(branches))
 
     def _split(self, rng: random.Random, pieces: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        """Join pieces to one or more parts, cut where a piece begins."""
+        """Join pieces to one or more parts; each part begins with the beginning of a piece."""
         count = min(rng.choice(self.stage.parts), len(pieces))
         cuts = [0, *sorted(rng.sample(range(1, len(pieces)), count - 1)), len(pieces)]
         return tuple(
@@ -172,7 +173,7 @@ class SampleSet(Dataset[Sample]):
 
 
 def _some(found: list[Any], source: DataSource, rows: Rows) -> list[Any]:
-    """What was found; raises InputError if that is nothing."""
+    """Return the rows that were found; raises InputError if there are none."""
     if not found:
         raise InputError(f"{rows.name}: there are no rows{f' with {dict(source.where)}' if source.where else ''}")
     return found

@@ -1,4 +1,4 @@
-"""The model that a training run starts with."""
+"""The model that a training run starts from."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .rows import Context, contexts_by_title, load_rows, texts
 __all__ = ["start_model", "token_salience", "token_starts_word", "trained_parameters"]
 
 _SPACE_MARKS = "ĠĊ▁"  # how byte-level BPE and SentencePiece write a space or a line end
-_PRIOR = 20  # occurrences
+_PRIOR = 20  # occurrences of each token that are assumed beside those in the data
 
 
 def start_model(recipe: Recipe, recipe_folder: Path, data: Path, device: str | None = None) -> BeaconModel:
-    """Base, beacons and LoRA as the recipe's first step finds them; what is trained is in float32.
+    """Load base, beacons and LoRA for the first step of a recipe; parameters that are trained are in float32.
 
-    Salient placement takes the recipe's salience, else the adapter's, else that of the tokens in the stages' data.
-    Raises ConfigError if adapter, LoRA and settings do not fit each other.
+    For salient placement, the salience of tokens comes from the recipe, else from the adapter, else from counting the
+    tokens in the data of all stages. Raises ConfigError if adapter, LoRA and settings do not fit each other.
     """
     base, tokenizer = load_base(recipe.base or ensure_default_model(), device, getattr(torch, recipe.dtype))
     if tokenizer is None:
@@ -60,7 +60,7 @@ def start_model(recipe: Recipe, recipe_folder: Path, data: Path, device: str | N
 
 
 def _source(recipe: Recipe, recipe_folder: Path) -> Adapter:
-    """The adapter to start from; one without parameters if the recipe names none."""
+    """Return the adapter to start from; it has settings but no parameters if the recipe names none."""
     if recipe.adapter is None:
         return Adapter(recipe.beacon_config(BeaconConfig()))
     source = read_adapter(default_adapter() if recipe.adapter == "default" else recipe_folder / recipe.adapter)
@@ -70,17 +70,17 @@ def _source(recipe: Recipe, recipe_folder: Path) -> Adapter:
 
 
 def trained_parameters(model: BeaconModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Beacons and LoRA: all that a training changes."""
+    """Yield all parameters that training changes: those of the beacons and of the LoRA."""
     yield from model.named_beacon_parameters()
     yield from lora_parameters(model.base)
 
 
 def token_salience(tokenizer: PreTrainedTokenizerBase, recipe: SalienceRecipe, folder: Path, vocab: int) -> Tensor:
-    """How informative each token is, [vocab]: -log p(token) + answer_weight log(p(answer | token) / p(answer)).
+    """Return how informative each token is, [vocab]: -log p(token) + answer_weight log(p(answer | token) / p(answer)).
 
-    p(token) is its share of the data, every token counted once more than seen. p(answer | token) is how often it stands
-    in an answer to a question on its context, drawn towards p(answer), the mean over all tokens, as by `_PRIOR` more
-    occurrences of the token.
+    p(token) is the token's share of the data, where every token counts once more than it was seen. p(answer | token) is
+    how often the token, where it is seen in a context, is part of an answer to one of the questions about it. To have a
+    value for rare tokens too, `_PRIOR` more occurrences with the mean rate p(answer) are added for every token.
     """
     counts, seen, answering = (torch.zeros(vocab) for _ in range(3))
 
@@ -106,7 +106,7 @@ def token_salience(tokenizer: PreTrainedTokenizerBase, recipe: SalienceRecipe, f
 
 
 def _in_answers(context: Context, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-    """The tokens of a context that stand in an answer to one of its questions, where it is written there."""
+    """Return the tokens of a context that are part of an answer to one of its questions, where it is quoted there."""
     text = context.text.lower()
     answers = {answer.lower() for question in context.questions for answer in question.answers}
     spans = [(start, start + len(answer)) for answer in answers if (start := text.find(answer)) >= 0]
@@ -118,7 +118,10 @@ def _in_answers(context: Context, ids: list[int], offsets: list[tuple[int, int]]
 
 
 def token_starts_word(tokenizer: PreTrainedTokenizerBase, vocab: int) -> Tensor:
-    """Which tokens begin a word, [vocab] bool: those with a space in front, and those without a letter or digit."""
+    """Return which tokens begin a word, [vocab] bool.
+
+    These are tokens that begin with a space or with a character that is neither a letter nor a digit.
+    """
     pieces: Any = tokenizer.convert_ids_to_tokens(list(range(min(vocab, len(tokenizer)))))  # None: no such id
     starts = [piece is None or not piece[:1].isalnum() or piece[0] in _SPACE_MARKS for piece in pieces]
     return torch.tensor(starts + [True] * (vocab - len(starts)))

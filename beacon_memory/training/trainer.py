@@ -1,4 +1,4 @@
-"""Training by transformers' Trainer: checkpoints, schedules, many devices and logs are its own."""
+"""Training runs. Checkpoints, schedules, several devices and logs are those of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ from .start import start_model, trained_parameters
 
 __all__ = ["train"]
 
-TRAINED = "trained.safetensors"  # in a checkpoint, and in the folder of a finished stage: what is trained, in float32
-STATE = "trainer_state.json"  # in a checkpoint: the Trainer's own, which it writes last
-RECIPE = "recipe.json"  # in the output folder: what the run was started with
+TRAINED = "trained.safetensors"  # trained parameters in float32, in a checkpoint and in the folder of a finished stage
+STATE = "trainer_state.json"  # the Trainer's own file, which it writes last in a checkpoint
+RECIPE = "recipe.json"  # the settings that the run was started with, in the output folder
 
 
 def train(recipe: Recipe, recipe_folder: Path, data: Path, output: Path, device: str | None = None) -> Path:
-    """Run a recipe; returns the folder of the finished adapter, `output/adapter`.
+    """Train as a recipe says; returns the folder of the finished adapter, `output/adapter`.
 
-    data:   folder of the data files that the recipe names. output: folder for checkpoints, logs and the adapter. A run
-            that was interrupted goes on from its last checkpoint as if it had not been; raises ConfigError if the
-            folder holds a run of another recipe.
+    data:   folder of the data files that the recipe names.
+    output: folder for checkpoints, logs and the adapter. If it holds an interrupted run of this recipe, that run
+            continues from its last checkpoint, with the same result as without the interruption.
+
+    Raises ConfigError if the folder holds a run of another recipe.
     """
     if _is_main_process():
         _claim(output, recipe)
@@ -57,12 +59,12 @@ def train(recipe: Recipe, recipe_folder: Path, data: Path, output: Path, device:
 
 
 def _is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that torchrun or accelerate started."""
+    """Return whether this is the only process, or the first of those that torchrun or accelerate has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
-    """Note the recipe in the output folder, or check that it is the same."""
+    """Write the recipe to the output folder, or check that the recipe that is there is the same."""
     settings = recipe.to_dict()
     file = output / RECIPE
     if file.exists():
@@ -77,7 +79,7 @@ def _claim(output: Path, recipe: Recipe) -> None:
 
 
 def _run_stage(model: BeaconModel, recipe: Recipe, stage: Stage, data: Path, folder: Path) -> list[dict[str, float]]:
-    """Train one stage, from its last checkpoint if there is one; returns its log."""
+    """Train one stage, from its last checkpoint if there is one; returns the entries of its log."""
     if (folder / TRAINED).exists():
         restore(model, folder / TRAINED)
         history: list[dict[str, float]] = json.loads((folder / STATE).read_text(encoding="utf-8"))["log_history"]
@@ -126,7 +128,7 @@ def _arguments(model: BeaconModel, recipe: Recipe, stage: Stage, folder: Path) -
             save_total_limit=2,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
-            ddp_find_unused_parameters=True,  # a sample that is read uncompressed uses no beacon
+            ddp_find_unused_parameters=True,  # samples that are read uncompressed use no beacons
             report_to=["tensorboard"],
             disable_tqdm=False,
         )
@@ -138,7 +140,7 @@ def _arguments(model: BeaconModel, recipe: Recipe, stage: Stage, folder: Path) -
 
 @contextmanager
 def _checkpointing(model: BeaconModel, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing of the base, if wanted: the Trainer would look for it in the model that it wraps."""
+    """Switch gradient checkpointing of the base on, if wanted; the Trainer would look for it in the wrapping module."""
     if wanted:
         model.base.activation_checkpointing_enable({"use_reentrant": False})
     try:
@@ -149,7 +151,7 @@ def _checkpointing(model: BeaconModel, wanted: bool) -> Iterator[None]:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
+    """Return the newest checkpoint that is complete, if there is one."""
     for checkpoint in sorted(
         folder.glob("checkpoint-*"), key=lambda one: int(one.name.partition("-")[2]), reverse=True
     ):
@@ -163,14 +165,14 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 @torch.no_grad()
 def restore(model: BeaconModel, file: Path) -> None:
-    """Give the trained parameters the values of a checkpoint."""
+    """Set the trained parameters to the values in a checkpoint."""
     saved = load_file(file)
     for name, parameter in trained_parameters(model):
         parameter.copy_(saved[name])
 
 
 class _BeaconTrainer(Trainer):
-    """A Trainer that saves what is trained and nothing else, and logs the loss at each ratio."""
+    """A Trainer that saves only the trained parameters, and logs the loss for each ratio."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -181,7 +183,7 @@ class _BeaconTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,  # noqa: ARG002  # as the base's
+        num_items_in_batch: Any = None,  # noqa: ARG002  # as in the base
     ) -> Tensor | tuple[Tensor, Losses]:
         samples: Sequence[Sample] = inputs["samples"]
         losses: Losses = model(samples)
@@ -194,14 +196,14 @@ class _BeaconTrainer(Trainer):
         self.by_ratio.clear()
         super().log(logs | means, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002  # as the base's
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002  # as in the base
         if not self.args.should_save:  # called in every process
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         parameters = trained_parameters(_beacons(self.model))
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters}
-        # whole or not at all: a stage whose folder has this file is finished
+        # written under another name first, because a stage counts as finished once its folder has this file
         save_file(tensors, folder / f"{TRAINED}.tmp", metadata={"format": "pt"})
         (folder / f"{TRAINED}.tmp").replace(folder / TRAINED)
 
@@ -215,20 +217,20 @@ def _beacons(model: Any) -> BeaconModel:
 
 
 def _name(sample: Sample) -> str:
-    """What a sample's loss is logged as: text_x8, qa_x2; without a number if its windows have several ratios."""
+    """Return the name under which a sample's loss is logged: `text_x8`; `text` if its windows have several ratios."""
     return sample.kind if sample.ratio is None else f"{sample.kind}_x{sample.ratio}"
 
 
 class _Progress(ProgressCallback):
-    """A bar, and a line with the loss at each ratio, on standard error."""
+    """A progress bar, and lines with the loss for each ratio, on standard error."""
 
     training_bar: Any
 
     def on_log(
         self,
-        args: TrainingArguments,  # noqa: ARG002  # as the base's
+        args: TrainingArguments,  # noqa: ARG002  # as in the base
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002  # as the base's
+        control: TrainerControl,  # noqa: ARG002  # as in the base
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:

@@ -42,7 +42,7 @@ def label(store: MemoryStore, id: str, **fields: object) -> None:
 
 
 def refused(result: Result) -> str:
-    """What a command that failed says, in one line."""
+    """Return the message of a command that failed, in one line."""
     assert result.exit_code == 1
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()

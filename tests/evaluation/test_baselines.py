@@ -79,7 +79,7 @@ def same(first: MemoryKV, second: MemoryKV) -> bool:
 
 
 def slots_in(kv_bytes: int) -> float:
-    """How many slots, the mean over heads, take so many bytes."""
+    """Return how many slots, a mean over heads, take these bytes."""
     return kv_bytes / (saved_model().slot_bytes + HEADS * PLACE)
 
 

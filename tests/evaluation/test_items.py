@@ -77,10 +77,10 @@ class TestQuestionsAmongDistractors:
         assert [len(item.context) for item in read_rivers(path)] == [1] * 5
 
     def test_the_right_context_may_stand_anywhere(self, rivers: Path) -> None:
-        places = {
+        positions = {
             item.context.index(qa_row(int(item.answers[0].split()[1]))["context"]) for item in read_rivers(rivers)[:-1]
         }
-        assert places >= {0, 1, 2}
+        assert positions >= {0, 1, 2}
 
     def test_an_item_does_not_depend_on_the_limit(self, rivers: Path) -> None:
         every = read_rivers(rivers)

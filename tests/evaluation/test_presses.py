@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from beacon_memory.errors import CapacityError, InputError, MissingDependencyError
-from beacon_memory.evaluation.field import baselines
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.pieces import cut_middle
 from beacon_memory.evaluation.presses import PRESSES, Selection
 from beacon_memory.generation.prompt import chat_prompt
@@ -83,7 +83,8 @@ class TestEveryPress:
         slots = answer(one).kv_bytes / one.model.slot_bytes
         assert slots == pytest.approx(math.ceil(TOKENS / ratio), abs=1.01 / (LAYERS * HEADS))
         truncated = answer(baseline(f"truncated:{ratio}")).kv_bytes
-        assert truncated == math.ceil(TOKENS / ratio) * (one.model.slot_bytes + LAYERS * HEADS * 4)  # and their places
+        position = LAYERS * HEADS * 4
+        assert truncated == math.ceil(TOKENS / ratio) * (one.model.slot_bytes + position)
 
     def test_the_question_is_never_shown_to_it(self, press: str) -> None:
         one, read = baseline(f"{press}:4"), []
@@ -183,7 +184,7 @@ class TestShorterCaches:
         for kept, all_keys in zip(keys(chosen.cache), keys(full.cache), strict=True):
             assert kept.shape[:2] == (HEADS, 1 + math.ceil(TOKENS / ratio))
             for head in range(HEADS):
-                assert len(set(self.places(kept[head], all_keys[head]))) == kept.shape[1]
+                assert len(set(self.positions(kept[head], all_keys[head]))) == kept.shape[1]
 
     def test_dropped_slots_are_as_good_as_hidden_ones(self, press: str, monkeypatch: pytest.MonkeyPatch) -> None:
         one = baseline(f"{press}:4")
@@ -191,13 +192,13 @@ class TestShorterCaches:
         hidden = torch.ones(LAYERS, HEADS, 1 + TOKENS, dtype=torch.bool)
         for layer, (kept, all_keys) in enumerate(zip(keys(chosen.cache), keys(full.cache), strict=True)):
             for head in range(HEADS):
-                hidden[layer, head, self.places(kept[head], all_keys[head])] = False
+                hidden[layer, head, self.positions(kept[head], all_keys[head])] = False
         dropped = score(one, chosen, monkeypatch)
         assert dropped == pytest.approx(score(one, replace(full, hidden=hidden), monkeypatch), abs=1e-4)
         hidden[:, 0] = hidden[:, 1]  # what the other head keeps
         assert dropped != pytest.approx(score(one, replace(full, hidden=hidden), monkeypatch), abs=1e-3)
 
-    def places(self, kept: Tensor, full: Tensor) -> list[int]:
+    def positions(self, kept: Tensor, full: Tensor) -> list[int]:
         """Where in the whole text the kept keys [slots, head_dim] of a head are from."""
         equal = (kept[:, None] == full[None]).all(dim=-1)
         assert equal.any(dim=1).all()

@@ -12,8 +12,8 @@ from evaluation_samples import Fake, an_item, baseline, saved_model
 
 from beacon_memory import __version__
 from beacon_memory.errors import InputError
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Compressed
-from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.items import Item
 from beacon_memory.evaluation.metrics import METRICS, Interval, bootstrap
 from beacon_memory.evaluation.run import Result, Row, _commit, run_continuations, run_items

@@ -10,7 +10,7 @@ import pytest
 from evaluation_samples import Fake, saved_model, write_data
 
 from beacon_memory.errors import InputError
-from beacon_memory.evaluation.field import _parse
+from beacon_memory.evaluation.baseline_names import _parse
 from beacon_memory.evaluation.report import read_result
 from beacon_memory.evaluation.suite import run_suite
 from beacon_memory.evaluation.tasks import Evaluation

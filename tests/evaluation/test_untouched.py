@@ -22,7 +22,7 @@ CONTINUATION = some_ids(40, seed=7)
 
 
 def prompt(text: str) -> list[int]:
-    """The base's own chat template with text, instruction and question, bos in front."""
+    """Return the base's own chat template with text, instruction and question, after a bos."""
     message = f"{text}\n\nAnswer the question with a few words from the text.\nQuestion: {QUESTION}"
     return ids_of(f"<s><|user|>{message}</s><|assistant|>")
 

@@ -60,7 +60,7 @@ class TestBeaconKV:
 
 
 class TestWhatAMemoryIsMadeOf:
-    def test_a_stack_has_the_same_places_in_every_head(self) -> None:
+    def test_a_stack_has_the_same_positions_in_every_head(self) -> None:
         kv = stack(4)
         made = MemoryKV.of(kv)
         assert (made.slots, made.span, made.positions.dtype) == (4, 4, torch.int32)
@@ -140,7 +140,7 @@ def twice_at_one_place() -> MemoryKV:
 
 class TestTakingApart:
     @pytest.mark.parametrize(("start", "stop"), [(0, 9), (0, 4), (4, 9), (3, 5), (5, 5), (0, 0)])
-    def test_between_two_places_every_head_has_its_entries_there(self, start: int, stop: int) -> None:
+    def test_between_two_positions_every_head_has_its_entries_there(self, start: int, stop: int) -> None:
         kv = memory(9, 30)
         part = kv.between(start, stop)
         assert (part.span, part.positions.dtype, part.counts.dtype) == (stop - start, torch.int32, torch.int64)
@@ -181,7 +181,7 @@ class TestTakingApart:
 
 
 class TestInterpolation:
-    def test_places_move_together_evenly_and_nothing_else_changes(self) -> None:
+    def test_positions_are_scaled_evenly_and_nothing_else_changes(self) -> None:
         kv = memory(12, 30)
         less = kv.interpolated(8)
         assert (less.span, less.positions.dtype) == (8, torch.float32)
@@ -202,7 +202,7 @@ class TestInterpolation:
 
 
 def slow_concat(parts: list[MemoryKV]) -> dict[tuple[int, int], list[Entry]]:
-    """What each head has if the parts stand one behind another."""
+    """The entries of each head if the parts follow one another."""
     heads: dict[tuple[int, int], list[Entry]] = {}
     offset = 0
     for part in parts:

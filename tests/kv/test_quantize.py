@@ -274,7 +274,7 @@ def test_heads_without_entries_and_no_entries_at_all_are_fine(bits: int, kv: Mem
 
 
 @every_width
-def test_a_interpolated_memory_keeps_its_places(bits: int) -> None:
+def test_an_interpolated_memory_keeps_its_positions(bits: int) -> None:
     kv = memory(100, 300).interpolated(60)
     assert torch.equal(quantized(kv, bits).dequantized().positions, kv.positions)
 

@@ -1,4 +1,4 @@
-"""What stands in front of position 0 is attended to as the text itself would be, head by head."""
+"""A prefix is attended to as the text itself would be, head by head."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_sequences_of_one_pass_have_memories_of_their_own_or_none(name: str) -> 
 
 
 @every_model
-def test_slots_of_the_pass_stand_between_the_memory_in_front_and_the_rows(name: str) -> None:
+def test_slots_of_the_pass_come_after_the_prefix_and_before_the_rows(name: str) -> None:
     stock, model = both(name)
     memory, between = uneven(stock), some_ids(9, seed=3)
     expected = stock_reading(stock, between + QUESTION, memory).logits

@@ -248,7 +248,7 @@ class TestPasses:
         assert layout.memories == [[20, 21, 22, 23, 24]]  # behind 20 raw rows the beacons
         assert layout.unfinished == [[]]
 
-    def test_the_first_window_leaves_the_sink_in_front_of_its_beacons(self) -> None:
+    def test_the_first_window_leaves_the_sink_before_its_beacons(self) -> None:
         layout = self.build(12, config(sink=2))
         assert [window.memory for window in layout.windows] == [0, 4]
         assert layout.memories == [[0, 1, 12, 13, 14]]

@@ -79,7 +79,7 @@ def padded() -> dict[str, Tensor]:
 
 
 class TestStockModel:
-    """What the base does, with beacons installed on it, when no beacons are asked for."""
+    """The base behaves as the stock model if a call uses no beacons, although they are installed."""
 
     @every_model
     @pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
@@ -349,7 +349,7 @@ class TestUntrained:
 
 
 class TestCompression:
-    """What becomes of a text where nobody says otherwise."""
+    """The compression of a text that is added without one."""
 
     def test_untrained_beacons_leave_it_to_chosen_tokens(self) -> None:
         assert tiny_model("llama", config(), trained=False).compression == "select"

@@ -1,4 +1,4 @@
-"""What docs/command-line.md says of each command."""
+"""The section of docs/command-line.md on each command."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from beacon_memory.config import BeaconConfig
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Baseline, Outcome
-from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.items import Item
 from beacon_memory.evaluation.presses import _hiding
 from beacon_memory.generation.prompt import chat_prompt
@@ -62,7 +62,7 @@ def saved_model(positions: int = 4096, sink: int = 1, family: str = "llama") -> 
 
 @cache
 def model_with_lora() -> BeaconModel:
-    """The same with a LoRA as lora, and a chat template of its own."""
+    """Return the same model with a LoRA, and a chat template of its own."""
     folder, model = a_folder(), saved_model()
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(tiny_base("llama"), lora).save_pretrained(str(folder / "lora"))
@@ -94,7 +94,7 @@ def stock(positions: int = 4096) -> PreTrainedModel:
 
 @torch.no_grad()
 def stock_answer(text: Sequence[int], question: str = QUESTION, base: PreTrainedModel | None = None) -> str:
-    """What the stock model says to [sink | text | conversation], greedily."""
+    """Return the stock model's greedy answer to [sink | text | conversation]."""
     model = saved_model()
     tokens = [*model.sink_ids, *text, *chat_prompt(model, question, behind_memory=True)]
     return continued(base or stock(), tokens)

@@ -25,7 +25,7 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a stock model computed of the tokens that it read.
+    """The output of a stock model for the tokens that it has read.
 
     logits:  [tokens, vocab]
     kv:      of the tokens, keys before RoPE.

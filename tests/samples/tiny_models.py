@@ -117,7 +117,7 @@ def some_salience(vocab: int = VOCAB) -> Tensor:
 
 
 def some_word_starts(vocab: int = VOCAB) -> Tensor:
-    """Which tokens begin a word: every second one, so that words of one token and of several occur."""
+    """Return which tokens begin a word: every second one, so that words have one token or several."""
     return torch.arange(vocab) % 2 == 0
 
 
@@ -159,7 +159,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceRead:
-    """What `reference_read` keeps of a document.
+    """The K/V and hidden states that `reference_read` computes of a document.
 
     keys, values: [layers, kv_heads, slots, head_dim] of its beacons, keys before RoPE; hidden: [tokens, hidden_size].
     """

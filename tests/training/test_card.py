@@ -67,7 +67,7 @@ def test_it_tells_settings_and_lora(tmp_path: Path) -> None:
 def test_it_tells_where_salience_comes_from(tmp_path: Path) -> None:
     salience = SalienceRecipe(data=(TEXT, replace(QA, where={"source": "squad"})), answer_weight=2)
     written = card(tmp_path, a_recipe(salience=salience))
-    assert "| salience | of text.jsonl, qa.jsonl source=squad; weight of standing in an answer: 2 |" in written
+    assert "| salience | of text.jsonl, qa.jsonl source=squad; weight of being part of an answer: 2 |" in written
 
 
 def test_it_tells_stages_and_the_share_of_each_source(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ PASSAGE = {"context": "The mill is old.", "question": "How old?", "answers": ["v
 
 
 def read(data: Path, source: DataSource, rows: list[Any]) -> Any:
-    """What the rows of `source` give, once they are the file's."""
+    """Write rows to the file of `source`, and read them from there."""
     write_rows(data / source.path, rows)
     found = load_rows(source, data)
     return texts(found, source.where) if source.kind == "text" else contexts_by_title(found, source.where)

@@ -60,7 +60,7 @@ class TestDraws:
         found = {ratio for one in samples(model, data, a_stage()) for part in one.ratios for ratio in part}
         assert found == {2, 4}
 
-    def test_a_document_begins_with_bos_unless_a_sink_stands_in_front(self, model: BeaconModel, data: Path) -> None:
+    def test_a_document_begins_with_bos_unless_there_is_a_sink(self, model: BeaconModel, data: Path) -> None:
         stage = a_stage(parts=(2,))
         assert not any(part[0] == BOS for one in samples(model, data, stage) for part in one.parts)
         without = samples(a_model(beacon_sink_size=0), data, stage)

@@ -1,4 +1,4 @@
-"""The field of baselines: who is called what.
+"""The baselines by their names.
 
     full           the whole text, uncompressed
     none           no text
@@ -9,13 +9,14 @@
     select:R       K/V of the tokens that each head needs, 1/R of all
     select-expected:R   the same, chosen by the cheaper score
     hybrid:R       both, beacons and K/V of chosen tokens
-    beacon:R:N     the same, the text cut into N documents that are compressed alone and composed; so for the others
-    beacon:R@int8, beacon:R@int4   the same, the K/V of each document quantized; so for the others, also with N
-    expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip as the package
-                   kvpress has them
+    beacon:R:N     beacon:R of a text cut into N documents, which are compressed one by one and then joined; likewise
+                   select:R:N, select-expected:R:N and hybrid:R:N
+    beacon:R@int8, beacon:R@int4   beacon:R with quantized K/V; likewise for the other three, also with N
+    expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip of the package
+                   kvpress
 
-R counts tokens of text for each slot of K/V, so all baselines with one R have the same K/V budget, but for those that
-are quantized.
+R is the number of tokens of the text for each slot of K/V, so all baselines with the same R have the same K/V budget,
+except those that are quantized.
 """
 
 from __future__ import annotations
@@ -46,27 +47,27 @@ _BITS = {"int8": 8, "int4": 4}
 
 
 def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:
-    """The baselines of these names, on one model.
+    """Make the baselines with these names, on one model.
 
-    Raises InputError, before anything is loaded, if there are none, or for a name that is not known or there twice.
+    Raises InputError, before anything is loaded, if there are no names, or if a name is unknown or occurs twice.
     """
     parsed = {name: _parse(name) for name in names}
     if not 0 < len(names) == len(parsed):
         raise InputError(f"baselines {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
-    stock = cache(lambda: stock_model(model))  # one for all presses, and only if there is one
-    field = [_baseline(name, *parts, model, stock) for name, parts in parsed.items()]
-    alike = defaultdict(list)
-    for one in field:
+    stock = cache(lambda: stock_model(model))  # loaded once for all presses, and only if there is one
+    found = [_baseline(name, *parts, model, stock) for name, parts in parsed.items()]
+    by_reading = defaultdict(list)
+    for one in found:
         if isinstance(one, Compressed):
-            alike[one.name.partition("@")[0]].append(one)
-    for group in alike.values():
+            by_reading[one.name.partition("@")[0]].append(one)
+    for group in by_reading.values():
         if len(group) > 1:
             Compressed.share_reading(group)
-    return field
+    return found
 
 
 def _parse(name: str) -> tuple[str, list[int], int | None]:
-    """Kind, numbers and bits."""
+    """Split a name into kind, numbers and bits."""
     plain, at, precision = name.partition("@")
     kind, *texts = plain.split(":")
     forms = [form.split(":") for form in _NAMES]
@@ -93,7 +94,7 @@ def _baseline(
 ) -> Baseline:
     if kind in PRESSES:
         return Selected(name, model, stock(), kind, *numbers)
-    made: dict[str, Callable[..., Baseline]] = {
+    by_kind: dict[str, Callable[..., Baseline]] = {
         "full": lambda: Truncated(name, model, 1),
         "none": lambda: NoText(name, model),
         "base": lambda: Untouched(name, model),
@@ -102,4 +103,4 @@ def _baseline(
         **{one: partial(Compressed, name, model, one, bits=bits) for one in COMPRESSIONS},
         "select-expected": partial(Compressed, name, model, "select", bits=bits, score="expected"),
     }
-    return made[kind](*numbers)
+    return by_kind[kind](*numbers)

@@ -4,8 +4,8 @@ import pytest
 from evaluation_samples import saved_model
 
 from beacon_memory.errors import InputError
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Compressed, NoText, Retrieved, Truncated
-from beacon_memory.evaluation.field import baselines
 from beacon_memory.evaluation.presses import Selected
 from beacon_memory.evaluation.untouched import Untouched
 
@@ -35,20 +35,20 @@ KINDS = {
 
 
 def test_every_name_has_its_baseline_in_order() -> None:
-    field = baselines(list(KINDS), saved_model())
-    assert {one.name: type(one) for one in field} == KINDS
-    assert [one.name for one in field] == list(KINDS)
-    assert vars(field[4])["ratio"] == 4
-    made = [tuple(vars(one)[name] for name in ("compression", "ratio", "documents")) for one in field[6:14]]
-    assert made == [(name, 4, documents) for name in ("beacon", "select", "hybrid", "select") for documents in (1, 3)]
-    assert [vars(one)["compressor"].score for one in field[6:14]] == ["repeat"] * 6 + ["expected"] * 2
-    assert [vars(one)["bits"] for one in (*field[6:14], *field[17:])] == [None] * 8 + [8, 4, 4, 8]
-    assert (vars(field[18])["documents"], vars(field[20])["compressor"].score) == (3, "expected")
+    found = baselines(list(KINDS), saved_model())
+    assert {one.name: type(one) for one in found} == KINDS
+    assert [one.name for one in found] == list(KINDS)
+    assert vars(found[4])["ratio"] == 4
+    parts = [tuple(vars(one)[name] for name in ("compression", "ratio", "documents")) for one in found[6:14]]
+    assert parts == [(name, 4, documents) for name in ("beacon", "select", "hybrid", "select") for documents in (1, 3)]
+    assert [vars(one)["compressor"].score for one in found[6:14]] == ["repeat"] * 6 + ["expected"] * 2
+    assert [vars(one)["bits"] for one in (*found[6:14], *found[17:])] == [None] * 8 + [8, 4, 4, 8]
+    assert (vars(found[18])["documents"], vars(found[20])["compressor"].score) == (3, "expected")
 
 
 def test_presses_share_one_stock_model() -> None:
-    field = baselines(["expected:4", "full", "kvzip:4"], saved_model())
-    assert vars(field[0])["stock"] is vars(field[2])["stock"]
+    found = baselines(["expected:4", "full", "kvzip:4"], saved_model())
+    assert vars(found[0])["stock"] is vars(found[2])["stock"]
 
 
 UNKNOWN = ("", "fulll", "Beacon:4", "auto:4", "full:2", "none:1", "base:1", "bm25:4:2", "beacon:4:2:1", "select:4:2:1")
