@@ -298,13 +298,6 @@ class BeaconModel(nn.Module):
         return getattr(self.base.config, "dtype", None) or self.dtype
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """layers, kv_heads, head_dim of its K/V."""
-        attention: Any = self._attentions[0]
-        heads = self.base.config.num_attention_heads // attention.num_key_value_groups
-        return len(self._attentions), heads, attention.head_dim
-
-    @property
     def compression(self) -> str:
         """Return the compression for texts that are added without one, see `BeaconConfig.beacon_compression`."""
         if self.config.beacon_compression != "auto":
