@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from beacon_memory.compression.compressor import BeaconCompressor, check_score
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.generate import Generation, Request, generate, require_room
 from beacon_memory.generation.options import generation_config

@@ -21,7 +21,8 @@ from beacon_memory import (
     QuotaError,
     StoreError,
 )
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.compression.methods.registry import BUILT_IN
+from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import GROUP
 from beacon_memory.modeling.model import BeaconModel
@@ -29,7 +30,7 @@ from beacon_memory.modeling.model import BeaconModel
 TEXT = "".join(f"In the year {year} the miller of Wend sold {year % 97} sacks of flour. " for year in range(1700, 1708))
 WINDOW = 32
 
-every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+every_compression = pytest.mark.parametrize("compression", list(BUILT_IN))
 
 
 def make_model(**overrides: Any) -> BeaconModel:
@@ -318,7 +319,7 @@ def test_namespaces_share_the_model_and_nothing_else(memory: BeaconMemory) -> No
 def test_recompress_renews_what_another_model_made(
     memory: BeaconMemory, other_model: BeaconModel, tmp_path: Path
 ) -> None:
-    for compression in COMPRESSIONS:
+    for compression in BUILT_IN:
         memory.add(compression, TEXT, {"of": compression}, ratio=4, compression=compression)
     memory.add("mixed", TEXT[:70], ratio=[2, 4, 8], compression="select", precision="float16")
     renewing = BeaconMemory(tmp_path / "store", other_model, reserve=100)
@@ -326,7 +327,7 @@ def test_recompress_renews_what_another_model_made(
         renewing.ask("Who?", "select", max_new_tokens=1)
     before = {row.id: row for row in memory.list()}
     done = renewing.recompress()
-    assert {one.id for one in done} == {*COMPRESSIONS, "mixed"}
+    assert {one.id for one in done} == {*BUILT_IN, "mixed"}
     assert {one.status for one in done} == {"recompressed"}
     for row in renewing.list():
         old = before[row.id]

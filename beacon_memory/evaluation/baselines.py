@@ -195,7 +195,7 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
         lead = [] if self.model.sink_ids else self.model.leading_bos
         whole = [[*lead, *ids] for ids in documents]
         work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
-        return [one.kv for one in self.compressor.compress(work, compression=compression)]
+        return [one.kv for _, one in self.compressor.compress(enumerate(work), compression=compression)]
 
     def composed(self, memories: Sequence[MemoryKV]) -> MemoryKV:
         """The sink and memories of documents, one behind another."""
@@ -256,7 +256,7 @@ class Retrieved(PrefixBaseline):
 
 
 class Compressed(PrefixBaseline):
-    """`beacon:R`, `beacon:R:N` and the same of the other compressions, with `bits` quantized."""
+    """`beacon:R`, `beacon:R:N` and the same of any other compression method, with `bits` quantized."""
 
     def __init__(
         self,

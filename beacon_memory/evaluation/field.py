@@ -9,6 +9,7 @@
     select:R       K/V of the tokens that each head needs, 1/R of all
     select-expected:R   the same, chosen by the cheaper score
     hybrid:R       both, beacons and K/V of chosen tokens
+    NAME:R         what another compression method makes of it, by its registered name
     beacon:R:N     the same, the text cut into N documents that are compressed alone and composed; so for the others
     beacon:R@int8, beacon:R@int4   the same, the K/V of each document quantized; so for the others, also with N
     expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip as the package
@@ -26,7 +27,7 @@ from functools import cache, partial
 
 from transformers import PreTrainedModel
 
-from beacon_memory.config import COMPRESSIONS
+from beacon_memory.compression.methods.registry import names as method_names
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
@@ -36,12 +37,7 @@ from .untouched import Untouched
 
 __all__ = ["baselines"]
 
-_COMPRESSED = (*COMPRESSIONS, "select-expected")
-_NAMES = (
-    *("full", "none", "base", "truncated:R", "bm25", "bm25:R"),
-    *(f"{name}{numbers}" for name in _COMPRESSED for numbers in (":R", ":R:N")),
-    *(f"{name}:R" for name in PRESSES),
-)
+_PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R", *(f"{name}:R" for name in PRESSES))
 _BITS = {"int8": 8, "int4": 4}
 
 
@@ -52,7 +48,7 @@ def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:
     """
     parsed = {name: _parse(name) for name in names}
     if not 0 < len(names) == len(parsed):
-        raise InputError(f"baselines {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
+        raise InputError(f"baselines {list(names)!r}: name one or more, each once, of {', '.join(_names())}")
     stock = cache(lambda: stock_model(model))  # one for all presses, and only if there is one
     field = [_baseline(name, *parts, model, stock) for name, parts in parsed.items()]
     alike = defaultdict(list)
@@ -65,20 +61,29 @@ def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:
     return field
 
 
+def _compressed() -> tuple[str, ...]:
+    """Return the baselines that compress a text: one for each method."""
+    return (*method_names(), "select-expected")
+
+
+def _names() -> tuple[str, ...]:
+    return (*_PLAIN, *(f"{name}{numbers}" for name in _compressed() for numbers in (":R", ":R:N")))
+
+
 def _parse(name: str) -> tuple[str, list[int], int | None]:
     """Kind, numbers and bits."""
     plain, at, precision = name.partition("@")
     kind, *texts = plain.split(":")
-    forms = [form.split(":") for form in _NAMES]
+    forms = [form.split(":") for form in _names()]
     numbers = [int(text) for text in texts if text.isascii() and text.isdigit() and int(text)]
     if (
         len(numbers) < len(texts)
         or not any(form[0] == kind and len(form) == 1 + len(texts) for form in forms)
-        or (at and (precision not in _BITS or kind not in _COMPRESSED))
+        or (at and (precision not in _BITS or kind not in _compressed()))
     ):
         raise InputError(
-            f"baseline {name!r} must be one of {', '.join(_NAMES)}, with whole numbers for R and N; "
-            f"{', '.join(_COMPRESSED)} may be followed by @{' or @'.join(_BITS)}"
+            f"baseline {name!r} must be one of {', '.join(_names())}, with whole numbers for R and N; "
+            f"{', '.join(_compressed())} may be followed by @{' or @'.join(_BITS)}"
         )
     return kind, numbers, _BITS.get(precision)
 
@@ -94,12 +99,12 @@ def _baseline(
     if kind in PRESSES:
         return Selected(name, model, stock(), kind, *numbers)
     made: dict[str, Callable[..., Baseline]] = {
+        **{one: partial(Compressed, name, model, one, bits=bits) for one in method_names()},
+        "select-expected": partial(Compressed, name, model, "select", bits=bits, score="expected"),
         "full": lambda: Truncated(name, model, 1),
         "none": lambda: NoText(name, model),
         "base": lambda: Untouched(name, model),
         "truncated": lambda ratio: Truncated(name, model, ratio),
         "bm25": lambda ratio=4: Retrieved(name, model, ratio),
-        **{one: partial(Compressed, name, model, one, bits=bits) for one in COMPRESSIONS},
-        "select-expected": partial(Compressed, name, model, "select", bits=bits, score="expected"),
     }
     return made[kind](*numbers)
