@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,52 @@ def test_adding_with_another_score_compresses_anew(model: BeaconModel, tmp_path:
         assert cheap.add("doc", TEXT, ratio=4, compression="select").status == "unchanged"
     with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
         assert memory.add("doc", TEXT, ratio=4, compression="select").status == "replaced"
+
+
+def test_text_is_hashed_once_on_its_way_to_the_file(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[bytes] = []
+    sha256 = hashlib.sha256
+
+    def counted(data: bytes = b"", **options: Any) -> Any:
+        hashed.append(bytes(data))
+        return sha256(data, **options)
+
+    monkeypatch.setattr(hashlib, "sha256", counted)
+    memory.add("doc", TEXT, ratio=2)
+    assert hashed.count(TEXT.encode()) == 1
+
+
+def test_unchanged_text_is_known_without_its_k_v(memory: BeaconMemory) -> None:
+    memory.add("doc", TEXT[:70], ratio=2, compression="select")
+    memory.add("mixed", TEXT[:70], ratio=[2, 4, 8], compression="select")
+    for id in ("doc", "mixed"):
+        path = memory.store.folder / memory.show(id).file
+        data = path.read_bytes()
+        path.write_bytes(data[:-5] + b"flips")  # which reading all of it would find
+    assert memory.add("doc", TEXT[:70], ratio=2, compression="select").status == "unchanged"
+    assert memory.add("mixed", TEXT[:70], ratio=[2, 4, 8], compression="select").status == "unchanged"
+    assert [problem.kind for problem in memory.verify()] == ["damaged-file", "damaged-file"]
+    assert memory.add("mixed", TEXT[:70], ratio=[4, 2, 8], compression="select").status == "replaced"
+    assert memory.add("doc", TEXT[:70], ratio=4, compression="select").status == "replaced"
+    assert memory.verify() == []
+
+
+def test_text_whose_file_is_missing_is_compressed_anew(memory: BeaconMemory) -> None:
+    row = memory.show(memory.add("doc", TEXT[:70], ratio=2).id)
+    (memory.store.folder / row.file).unlink()
+    assert memory.add("doc", TEXT[:70], ratio=2).status == "replaced"
+    assert memory.verify() == []
+
+
+def test_row_without_the_method_s_parameters_is_told_by_its_file(model: BeaconModel, tmp_path: Path) -> None:
+    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+        memory.add("doc", TEXT[:70], ratio=2, compression="select")
+        row = memory.show("doc")
+        assert row.method == {"score": "repeat"}
+        memory.store.catalog().update(replace(row, method=None))
+        assert memory.add("doc", TEXT[:70], ratio=2, compression="select").status == "unchanged"
+        with BeaconMemory(tmp_path / "store", model, score="expected", reserve=100) as other:
+            assert other.add("doc", TEXT[:70], ratio=2, compression="select").status == "replaced"
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

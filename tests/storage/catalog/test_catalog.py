@@ -226,6 +226,8 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m003_compression",
         "m004_lifetimes",
         "m005_sealed_facts",
+        "m006_names",
+        "m007_method",
     ]
     assert db.journal_mode == "wal"
     db.close()
