@@ -147,7 +147,8 @@ class BeaconMemory:
         ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
         one for each window. compression: `beacon`, `select` (K/V of chosen tokens; needs no adapter), `hybrid` (both),
         the name of another method, or `auto`, the model's own. precision: what to keep the K/V in, one of PRECISIONS,
-        or `auto`, what the store's settings say. A text that is stored already, compressed in the same way by the same model, is left as it is.
+        or `auto`, what the store's settings say. A text that is stored already, compressed in the same way by the same
+        model, is left as it is.
         Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
         """
         document = Document(id, text, metadata)
