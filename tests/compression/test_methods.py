@@ -116,7 +116,8 @@ def test_only_what_compresses_is_refused_without_the_method_and_told_what_to_ins
     missing = "compression='knorm' comes with a package that is missing: `pip install knorm-demo`"
     with pytest.raises(ConfigError, match=missing):
         memory.append("doc", "more")
-    renewing, failed = BeaconMemory(memory.store.root, train(make_model(), seed=7), reserve=100), {}
+    renewing = BeaconMemory(memory.store.root, train(make_model(), seed=7), reserve=100)
+    failed: dict[str, str] = {}
     with pytest.raises(ConfigError, match=missing):
         renewing.recompress()
 
