@@ -9,10 +9,11 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["COMPRESSIONS", "BeaconConfig"]
+__all__ = ["METHOD_NAME", "BeaconConfig"]
 
-# How a text can become memory slots; `auto` chooses one of them for a model.
-COMPRESSIONS = ("beacon", "select", "hybrid")
+# How a compression method may be called; `auto` is left to the choice among them. Whether there is a method of this
+# name is known where a text is compressed: what it compressed can be read without it.
+METHOD_NAME = re.compile(r"(?!auto$)[a-z][a-z0-9_.-]{0,63}", re.ASCII)
 
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -49,8 +50,9 @@ class BeaconConfig:
                       `salient-words`: there are as many beacons as units, but they come after the tokens of the most
                       informative words of the whole window.
     beacon_sink_size: number of first tokens whose K/V are kept uncompressed, before the rest of the memory.
-    beacon_compression: what becomes of a text where nobody says otherwise: `beacon`, `select` (K/V of chosen tokens),
-                      `hybrid` (both) or `auto`: `beacon` with trained beacons, `select` without.
+    beacon_compression: the method by which a text is compressed where nobody says otherwise: `beacon`, `select` (K/V
+                      of chosen tokens), `hybrid` (both), the name of an installed one, or `auto`: `beacon` with trained
+                      beacons, `select` without.
     beacon_hybrid_factor: a `hybrid` memory at ratio r has beacons at this multiple of r, and chosen tokens in the
                       slots that are left.
 
@@ -90,10 +92,15 @@ class BeaconConfig:
             "beacon_embed": ("last-token", "learned"),
             "beacon_embed_init": ("eos", "bos"),
             "beacon_placement": ("end", "salient", "salient-words"),
-            "beacon_compression": ("auto", *COMPRESSIONS),
         }.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, choices))}")
+        compression = self.beacon_compression
+        if compression != "auto" and not METHOD_NAME.fullmatch(str(compression)):
+            raise ConfigError(
+                f"beacon_compression={compression!r} must be 'auto' or the name of a method, such as 'select': "
+                "lower-case letters, digits, '_', '.' and '-' after a letter"
+            )
         mix = self.beacon_ratio_mix
         if mix not in ("step-random", "instance-random", "sequence") and not re.fullmatch(r"adapt-\d+", str(mix)):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What describes a document without its tensors: id, hash of the text, label, time.
+"""A document without its tensors: id, text and its hash, label, time.
 
 Nothing here imports torch or SQL, so that the file format, the catalog and the command line can share it.
 """
@@ -14,7 +14,17 @@ from datetime import UTC, datetime
 
 from .errors import InputError
 
-__all__ = ["PRECISIONS", "SESSION_TAG", "Document", "Label", "check_id", "check_precision", "content_hash", "utc_now"]
+__all__ = [
+    "PRECISIONS",
+    "SESSION_TAG",
+    "Document",
+    "Label",
+    "Text",
+    "check_id",
+    "check_precision",
+    "content_hash",
+    "utc_now",
+]
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # of stored K/V, each takes no more bytes than the last
 SESSION_TAG = "session"  # of documents that conversations were folded into
@@ -22,7 +32,7 @@ SESSION_TAG = "session"  # of documents that conversations were folded into
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What may be changed of a document without compressing it anew.
+    """The part of a document that can be changed without compressing it anew.
 
     metadata:   whatever JSON can hold, under text keys.
     tags:       words to find the document by; kept sorted, each once.
@@ -46,10 +56,33 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """The text of a document, checked and hashed once, where it comes in.
+
+    sha256: of the text in UTF-8, in hexadecimal.
+
+    Raises InputError for a value that is no str, or that UTF-8 cannot encode.
+    """
+
+    value: str
+    sha256: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, str):
+            raise InputError(f"a document's text must be a str, got {type(self.value).__name__}; decode bytes first")
+        object.__setattr__(self, "sha256", hashlib.sha256(_encode(self.value, "the document's text")).hexdigest())
+
+    @classmethod
+    def of(cls, text: Text | str) -> Text:
+        """Return `text` as it is, or a str as a Text."""
+        return text if isinstance(text, Text) else cls(text)
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A text to remember under an id; any text will do as id.
 
-    metadata, tags, pinned, expires_at: see `Label`. None for what a document of this id has already.
+    metadata, tags, pinned, expires_at: the parts of its `Label`; None keeps what a document of this id has already.
     """
 
     id: str
@@ -74,14 +107,12 @@ def check_id(id: str) -> str:
 
 
 def content_hash(text: str) -> str:
-    """The sha256 of a text in UTF-8, in hexadecimal; raises InputError for a text that UTF-8 cannot encode."""
-    if not isinstance(text, str):
-        raise InputError(f"a document's text must be a str, got {type(text).__name__}; decode bytes first")
-    return hashlib.sha256(_encode(text, "the document's text")).hexdigest()
+    """Return the sha256 of a text in UTF-8, in hexadecimal; raises InputError for a text that UTF-8 cannot encode."""
+    return Text(text).sha256
 
 
 def _check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
-    """A copy of `metadata` as it will be read back; raises InputError naming the part that JSON cannot hold."""
+    """Return a copy of `metadata` as it will be read back; raises InputError naming the part that JSON cannot hold."""
     if not isinstance(metadata, Mapping):
         raise InputError(f"metadata must be a dict with text keys, got {metadata!r} of type {type(metadata).__name__}")
     try:
@@ -104,7 +135,7 @@ def check_precision(precision: str) -> str:
 
 
 def utc_now() -> str:
-    """The time in UTC as ISO 8601, to the millisecond; later times sort behind earlier ones."""
+    """Return the time in UTC as ISO 8601, to the millisecond; later times sort behind earlier ones."""
     return _utc(datetime.now(UTC))
 
 

@@ -1,23 +1,22 @@
-"""Documents on their way into a store: what has to be read of them, and what is kept."""
+"""Documents on their way into a store: prepared, compressed, put away."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
-from beacon_memory.compression.compressor import BeaconCompressor
-from beacon_memory.compression.work import CompressedDocument, Ratio, TokenizedText, Work
+from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
+from beacon_memory.compression.work import CompressedDocument, Ratio, Work
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile, StoredKV, read_header
 from beacon_memory.storage.store import MemoryStore
 
-from .documents import Document, Label, check_id, content_hash
-from .errors import BeaconMemoryError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
+from .documents import Document, Label, Text, check_id
+from .errors import BeaconMemoryError, ConfigError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
 from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
@@ -27,19 +26,20 @@ _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 
 OnAdded = Callable[[Added], None]
 OnError = Callable[[Document, BeaconMemoryError], None]
-_Done = TypeVar("_Done")
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A document that is being compressed.
 
-    stored:    what the document had, if it grows.
+    offsets:   where each token of `work` starts and stops in the text, in characters.
+    stored:    the K/V that the document had, if it grows.
     replacing: the K/V file that the document must still have when it is stored, if that matters.
     """
 
     document: Document
-    text: TokenizedText
+    text: Text
+    offsets: Sequence[tuple[int, int]]
     work: Work
     compression: str
     precision: str
@@ -50,59 +50,8 @@ class _Job:
     keep_version: bool = False
 
 
-class _Run:
-    """Documents through one compression, in their order.
-
-    waiting: handed to the compressor. failed: what ends the run, if nobody is told of errors one by one.
-    """
-
-    def __init__(
-        self,
-        prepare: Callable[[Document], _Job | Added],
-        progress: Callable[[Progress], None],
-        on_added: OnAdded,
-        on_error: OnError | None,
-    ) -> None:
-        self.prepare, self.progress, self.on_added, self.on_error = prepare, progress, on_added, on_error
-        self.added: list[Added] = []
-        self.waiting: list[_Job] = []
-        self.failed: list[BeaconMemoryError] = []
-        self.read = self.begun = 0
-
-    def work(self, documents: Iterable[Document]) -> Iterator[Work]:
-        for document in documents:
-            job = self.attempt(document, partial(self.prepare, document))
-            if self.failed:
-                return
-            if isinstance(job, _Job):
-                self.begun += len(job.text.ids)
-                self.waiting.append(job)
-                yield job.work
-            else:
-                self.take(job)
-
-    def advanced(self, tokens: int) -> None:
-        self.read += tokens
-        self.progress(Progress(self.read, self.begun))
-
-    def attempt(self, document: Document, work: Callable[[], _Done]) -> _Done | None:
-        try:
-            return work()
-        except BeaconMemoryError as error:
-            if self.on_error is None:
-                self.failed.append(error)
-            else:
-                self.on_error(document, error)
-            return None
-
-    def take(self, one: Added | None) -> None:
-        if one is not None:
-            self.added.append(one)
-            self.on_added(one)
-
-
 class Ingestion:
-    """What compresses documents and puts them into a store."""
+    """Compress documents and put them into a store."""
 
     def __init__(self, store: MemoryStore, compressor: BeaconCompressor) -> None:
         self.store = store
@@ -118,7 +67,7 @@ class Ingestion:
         on_added: OnAdded,
         on_error: OnError | None,
     ) -> list[Added]:
-        """See `BeaconMemory.add_many`."""
+        """Add documents, as `BeaconMemory.add_many` does."""
         compression = self.compressor.compression(compression)
 
         def prepare(document: Document) -> _Job | Added:
@@ -128,8 +77,8 @@ class Ingestion:
         return self._run(given, prepare, compression, progress, on_added, on_error)
 
     def append(self, id: str, text: str, ratio: int | None) -> Added:
-        """See `BeaconMemory.append`."""
-        content_hash(text)  # refuses what has no UTF-8 form
+        """Append a text to a document, as `BeaconMemory.append` does."""
+        Text(text)  # refuses what has no UTF-8 form
         if ratio is not None:
             self.compressor.model.config.require_ratio(ratio)
         for _ in range(_TRIES):
@@ -138,7 +87,7 @@ class Ingestion:
                 return _added(row, "unchanged", 0.0)
             started = time.perf_counter()
             job = self._continue(row, file, text, ratio)
-            (compressed,) = self.compressor.compress([job.work], compression=job.compression)
+            compressed = self.compressor.compress_one(job.work, compression=job.compression)
             try:
                 return self._put(job, compressed, time.perf_counter() - started)
             except ConflictError:
@@ -159,13 +108,18 @@ class Ingestion:
         ordered = sorted(rows, key=lambda row: row.compression)  # one compression at a time
         for compression, same in groupby(ordered, key=lambda row: row.compression):
             by_id = {row.id: row for row in same}
+            try:
+                self.compressor.parameters(compression, _package(next(iter(by_id.values())).method))
+            except ConfigError as error:  # the method is not installed, or not for this model
+                for id in by_id:
+                    _tell(on_error, Document(id, ""), error)
+                continue
 
             def renew(document: Document, by_id: dict[str, DocumentRow] = by_id) -> _Job:
                 return self._renew(by_id[document.id], keep_versions)
 
             documents = (Document(id, "") for id in by_id)
-            chosen = self.compressor.compression(compression)
-            done += self._run(documents, renew, chosen, progress, on_added, on_error)
+            done += self._run(documents, renew, compression, progress, on_added, on_error)
         return done
 
     def _run(
@@ -177,29 +131,56 @@ class Ingestion:
         on_added: OnAdded,
         on_error: OnError | None,
     ) -> list[Added]:
-        run = _Run(prepare, progress, on_added, on_error)
+        """Prepare, compress and store documents; returns what became of each, in the order in which they were done."""
+        added: list[Added] = []
+        begun = read = 0
+
+        def take(one: Added) -> None:
+            added.append(one)
+            on_added(one)
+
+        def jobs() -> Iterator[tuple[_Job, Work]]:
+            nonlocal begun
+            for document in documents:
+                try:
+                    prepared = prepare(document)
+                except BeaconMemoryError as error:
+                    _tell(on_error, document, error)
+                    continue
+                if isinstance(prepared, Added):
+                    take(prepared)
+                else:
+                    begun += len(prepared.work.ids)
+                    yield prepared, prepared.work
+
+        def advance(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            progress(Progress(read, begun))
+
         since = time.perf_counter()
-        for compressed in self.compressor.compress(run.work(documents), run.advanced, compression=compression):
-            now, job = time.perf_counter(), run.waiting.pop(0)
-            run.take(run.attempt(job.document, partial(self._put, job, compressed, now - since)))
-            if run.failed:
-                break
+        for job, compressed in self.compressor.compress(jobs(), advance, compression=compression):
+            now = time.perf_counter()
+            try:
+                stored = self._put(job, compressed, now - since)
+            except BeaconMemoryError as error:
+                _tell(on_error, job.document, error)
+            else:
+                take(stored)
             since = now
-        if run.failed:
-            raise run.failed[0]
-        return run.added
+        return added
 
     def _prepare(self, document: Document, ratio: Ratio, compression: str, precision: str) -> _Job | Added:
-        """Check a document before any work on it; says `unchanged` if there is none."""
+        """Check a document before any work on it; returns `unchanged` if there is none."""
         check_id(document.id)
-        digest = content_hash(document.text)
+        text = Text(document.text)
         row = self._row(document.id)
         label = _label(document, row)
-        text = self.compressor.tokenize(document.text)
-        ratios = self._ratios(document.id, text, ratio)
+        tokens = self.compressor.tokenize(text.value)
+        ratios = self._ratios(document.id, len(tokens.ids), ratio)
         if precision == "auto":
             precision = self.store.settings.precision
-        if row is not None and self._is_stored(row, digest, ratios, compression, precision):
+        if row is not None and self._is_stored(row, text, ratios, compression, precision):
             if row.precision != precision != "auto":
                 row = self.store.convert(row.id, precision)
             if label != row.label:
@@ -208,28 +189,30 @@ class Ingestion:
                 )
             return _added(row, "unchanged", 0.0)
         status: Status = "replaced" if row else "added"
-        return _Job(document, text, Work(text.ids, ratios), compression, precision, status, label)
+        return _Job(document, text, tokens.offsets, Work(tokens.ids, ratios), compression, precision, status, label)
 
     def _continue(self, row: DocumentRow, file: StoredFile, text: str, ratio: int | None) -> _Job:
-        """What has to be read when a text is appended: from the first window on that is not what it was, or not full.
+        """Prepare a document that a text is appended to: it is read again from the first window that changes.
 
-        The text is tokenized as a whole, since its end may merge with what follows into other tokens.
+        That is one that was not full, or whose tokens differ: the text is tokenized as a whole, since its end may merge
+        with what follows into other tokens. All windows change if the method has other parameters now.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
         self.compressor.model.fingerprint.require(header.fingerprint, row.id)
+        parameters = self.compressor.parameters(header.compression, _package(header.method))
         before = self.store.text(row.id)
-        old, new = self.compressor.tokenize(before), self.compressor.tokenize(before + text)
+        whole = Text(before + text)
+        old, new = self.compressor.tokenize(before), self.compressor.tokenize(whole.value)
         same = next((n for n, (a, b) in enumerate(zip(old.ids, new.ids, strict=False)) if a != b), len(old.ids))
-        windows = min(same, len(new.ids)) // window
-        if header.compression != "beacon" and header.method != self.compressor.method(header.compression):
-            windows = 0
+        windows = min(same, len(new.ids)) // window if (header.method or {}) == parameters else 0
         ratios = [one.ratio for one in header.windows][: -(-len(new.ids) // window)]
         ratios += [ratios[-1] if ratio is None else ratio] * (-(-len(new.ids) // window) - len(ratios))
         kept = file.memory().between(0, sum(one.span for one in header.windows[:windows]))
         return _Job(
-            Document(row.id, before + text),
-            new,
-            Work(new.ids, self._ratios(row.id, new, ratios), kept, windows),
+            Document(row.id, whole.value),
+            whole,
+            new.offsets,
+            Work(new.ids, self._ratios(row.id, len(new.ids), ratios), kept, windows),
             row.compression,
             row.precision or "auto",
             "appended",
@@ -238,22 +221,22 @@ class Ingestion:
         )
 
     def _renew(self, row: DocumentRow, keep_version: bool) -> _Job:
-        """A document as it was compressed before: at the same ratios, if its windows can still be told."""
-        document = Document(row.id, self.store.text(row.id))
-        text = self.compressor.tokenize(document.text)
+        """Prepare a document to be compressed as before: at the same ratios, if its windows can still be told."""
+        text = Text(self.store.text(row.id))
+        tokens = self.compressor.tokenize(text.value)
         ratios: Ratio = row.ratios[0]
         if len(row.ratios) > 1:
             try:
                 windows = read_header(self.store.files.fetch(row.file)).windows
             except (CorruptFileError, FileNotFoundError):
                 windows = ()
-            count = -(-len(text.ids) // self.compressor.model.config.beacon_window)
+            count = -(-len(tokens.ids) // self.compressor.model.config.beacon_window)
             ratios = [window.ratio for window in windows] if len(windows) == count else "auto"
-        work = Work(text.ids, self._ratios(row.id, text, ratios))
         return _Job(
-            document,
+            Document(row.id, text.value),
             text,
-            work,
+            tokens.offsets,
+            Work(tokens.ids, self._ratios(row.id, len(tokens.ids), ratios)),
             row.compression,
             row.precision or "auto",
             "recompressed",
@@ -267,43 +250,50 @@ class Ingestion:
         except DocumentNotFoundError:
             return None
 
-    def _ratios(self, id: str, text: TokenizedText, ratio: Ratio) -> list[int]:
+    def _ratios(self, id: str, tokens: int, ratio: Ratio) -> list[int]:
         try:
-            return self.compressor.ratios(len(text.ids), ratio)
+            return self.compressor.ratios(tokens, ratio)
         except BeaconMemoryError as error:
             raise type(error)(f"document {id!r}: {error}") from error
 
-    def _is_stored(self, row: DocumentRow, digest: str, ratios: list[int], compression: str, precision: str) -> bool:
-        """Whether this very text is stored whole, compressed in this way and by this model, and not too coarsely."""
-        wanted = (digest, self.compressor.model.fingerprint.digest, compression)
-        if (row.content_hash, row.fingerprint, row.compression) != wanted:
+    def _is_stored(self, row: DocumentRow, text: Text, ratios: list[int], compression: str, precision: str) -> bool:
+        """Tell whether this very text is stored, compressed in this way and by this model, and not too coarsely.
+
+        The row tells, and of the file only that it is there: whether it is sound, `verify` finds out. The file's header
+        is read where the windows' ratios differ, and for a row of a time before rows had the parameters of the method.
+        """
+        wanted = (text.sha256, self.compressor.model.fingerprint.digest, compression, tuple(sorted(set(ratios))))
+        if (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
             return False
         if precision != "auto" and _BITS.get(row.precision, 0) < _BITS[precision]:
             return False
+        parameters = self.compressor.parameters(compression)
         try:
-            header = self.store.read(row.id)[1].header
-        except (DocumentNotFoundError, CorruptFileError):
+            path = self.store.files.fetch(row.file)
+            if row.method is not None and len(row.ratios) == 1:
+                return row.method == parameters and path.exists()
+            header = read_header(path)
+        except (FileNotFoundError, CorruptFileError):
             return False
-        same_method = header.method in (None, self.compressor.method(compression))
-        return same_method and [window.ratio for window in header.windows] == ratios
+        return header.method in (None, parameters) and [window.ratio for window in header.windows] == ratios
 
     def _put(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
-        ids, offsets = job.text.ids, job.text.offsets
+        """Store a compressed document."""
         spans = tuple(
-            WindowSpan(w.tokens, w.ratio, offsets[w.first][0], offsets[w.first + w.tokens - 1][1], w.span)
+            WindowSpan(w.tokens, w.ratio, job.offsets[w.first][0], job.offsets[w.first + w.tokens - 1][1], w.span)
             for w in compressed.windows
         )
         last, model = compressed.windows[-1], self.compressor.model
         header = DocumentHeader(
             id=job.document.id,
-            content_hash=content_hash(job.document.text),
+            content_hash=job.text.sha256,
             tokens=compressed.tokens,
             windows=spans,
-            tail_ids=tuple(ids[last.first :]) if last.tokens < model.config.beacon_window else (),
+            tail_ids=tuple(job.work.ids[last.first :]) if last.tokens < model.config.beacon_window else (),
             compression=job.compression,
             span=compressed.kv.span,
             fingerprint=model.fingerprint,
-            method=self.compressor.method(job.compression),
+            method=self.compressor.parameters(job.compression),
         )
         new = compressed.kv.to("cpu")
         kv: StoredKV = new
@@ -314,7 +304,7 @@ class Ingestion:
         row = self.store.put(
             header,
             kv,
-            job.document.text,
+            job.text,
             job.label,
             precision=job.precision,
             replacing=job.replacing,
@@ -324,8 +314,21 @@ class Ingestion:
         return replace(_added(row, job.status, seconds), evicted=tuple(evicted))
 
 
+def _tell(on_error: OnError | None, document: Document, error: BeaconMemoryError) -> None:
+    """Hand an error to whoever wants to be told of it, so that the other documents go on; else raise it."""
+    if on_error is None:
+        raise error
+    on_error(document, error)
+
+
+def _package(method: Mapping[str, str | int] | None) -> str | None:
+    """Return the package that a stored document's method came with, if it was not built in."""
+    package = (method or {}).get(PACKAGE)
+    return package if isinstance(package, str) else None
+
+
 def _label(document: Document, row: DocumentRow | None) -> Label:
-    """The label that a document shall have: what is given of it, else what it has already."""
+    """Return the label that a document shall have: the given parts of it, else those that it has already."""
     given: dict[str, Any] = {
         "metadata": document.metadata,
         "tags": document.tags,

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from beacon_memory.compression.compressor import BeaconCompressor, check_score
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.generate import Generation, Request, generate, require_room
 from beacon_memory.generation.options import generation_config
@@ -144,9 +145,10 @@ class BeaconMemory:
         """Compress a document and store it under `id`, in place of what was there.
 
         ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
-        one for each window. compression: `beacon`, `select` (K/V of chosen tokens; needs no adapter), `hybrid` (both)
-        or `auto`, the model's own. precision: what to keep the K/V in, one of PRECISIONS, or `auto`, what the store's
-        settings say. A text that is stored already, compressed in the same way by the same model, is left as it is.
+        one for each window. compression: `beacon`, `select` (K/V of chosen tokens; needs no adapter), `hybrid` (both),
+        the name of another method, or `auto`, the model's own. precision: what to keep the K/V in, one of PRECISIONS,
+        or `auto`, what the store's settings say. A text that is stored already, compressed in the same way by the same
+        model, is left as it is.
         Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
         """
         document = Document(id, text, metadata)

@@ -1,4 +1,4 @@
-"""What goes into a BeaconMemory and what comes out of it."""
+"""Results of a BeaconMemory: documents that were added, answers, progress."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Status = Literal["added", "replaced", "unchanged", "appended", "recompressed"]
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What became of a document that was added.
+    """The result of adding a document.
 
     status:  `added`, `replaced`, `appended`, `recompressed`, or `unchanged` if the same text was stored already,
              compressed in the same way.
     tokens:  raw tokens. slots: memory slots they were compressed to. bytes: of its K/V.
     ratios:  raw tokens per memory slot, each value that occurs.
-    compression: `beacon`, `select` or `hybrid`.
-    precision:   what its K/V are kept in.
+    compression: the name of the method, such as `beacon`, `select` or `hybrid`.
+    precision:   in which its K/V are kept.
     seconds: since the document before it was done.
     evicted: ids of documents that had to go to keep the quota.
     """
@@ -38,7 +38,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far adding has come: tokens compressed, of those of all documents that were begun."""
+    """Count the tokens that were compressed, and those of all documents that were begun."""
 
     tokens: int
     begun: int
@@ -46,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What an answer took: memory slots loaded (sink included, the mean over heads), tokens of prompt and answer."""
+    """Count the memory slots loaded (sink included, the mean over heads), and the tokens of prompt and answer."""
 
     slots: int
     prompt_tokens: int
@@ -55,7 +55,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer, and what it rests on.
+    """An answer, with the documents that it was given from.
 
     ids: documents in the order in which they were loaded.
     time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.compression.methods.registry import BUILT_IN
+from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import BeaconMemoryError, ConfigError
 
 PUBLISHED_KEYS = {
@@ -37,7 +38,7 @@ configs = st.builds(
     beacon_embed_init=st.sampled_from(["eos", "bos"]),
     beacon_placement=st.sampled_from(["end", "salient", "salient-words"]),
     beacon_sink_size=st.integers(0, 32),
-    beacon_compression=st.sampled_from(["auto", *COMPRESSIONS]),
+    beacon_compression=st.sampled_from(["auto", *BUILT_IN]),
     beacon_hybrid_factor=st.integers(2, 32),
 )
 
@@ -127,7 +128,7 @@ def test_published_keys_without_effect_are_accepted(key: str, value: object) -> 
         ("beacon_sink_size", -1),
         ("beacon_sink_size", 1.5),
         ("beacon_sink_size", 2048),
-        ("beacon_compression", "none"),
+        ("beacon_compression", "No method"),
         ("beacon_compression", None),
         ("beacon_hybrid_factor", 1),
         ("beacon_hybrid_factor", 4.0),

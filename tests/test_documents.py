@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beacon_memory.documents import PRECISIONS, Label, check_id, check_precision, content_hash, utc_now
+from beacon_memory.documents import PRECISIONS, Label, Text, check_id, check_precision, content_hash, utc_now
 from beacon_memory.errors import InputError
 
 
@@ -137,3 +137,14 @@ def test_a_precision_is_returned(precision: str) -> None:
 def test_another_precision_is_refused(precision: Any) -> None:
     with pytest.raises(InputError, match="must be one of float32, bfloat16, float16, int8, int4"):
         check_precision(precision)
+
+
+def test_text_carries_its_hash() -> None:
+    text = Text("Über den Dächern")
+    assert (text.value, text.sha256) == ("Über den Dächern", content_hash("Über den Dächern"))
+    assert Text.of(text) is text
+    assert Text.of("Über den Dächern") == text
+    with pytest.raises(InputError, match="lone surrogate"):
+        Text("abc\ud800")
+    with pytest.raises(InputError, match="must be a str, got bytes"):
+        Text(b"abc")  # type: ignore[arg-type]  # wrong on purpose

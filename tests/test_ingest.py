@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from beacon_memory import (
     QuotaError,
     StoreError,
 )
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.compression.methods.registry import BUILT_IN
+from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import GROUP
 from beacon_memory.modeling.model import BeaconModel
@@ -29,7 +32,7 @@ from beacon_memory.modeling.model import BeaconModel
 TEXT = "".join(f"In the year {year} the miller of Wend sold {year % 97} sacks of flour. " for year in range(1700, 1708))
 WINDOW = 32
 
-every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+every_compression = pytest.mark.parametrize("compression", list(BUILT_IN))
 
 
 def make_model(**overrides: Any) -> BeaconModel:
@@ -229,6 +232,52 @@ def test_adding_with_another_score_compresses_anew(model: BeaconModel, tmp_path:
         assert memory.add("doc", TEXT, ratio=4, compression="select").status == "replaced"
 
 
+def test_text_is_hashed_once_on_its_way_to_the_file(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[bytes] = []
+    sha256 = hashlib.sha256
+
+    def counted(data: bytes = b"", **options: Any) -> Any:
+        hashed.append(bytes(data))
+        return sha256(data, **options)
+
+    monkeypatch.setattr(hashlib, "sha256", counted)
+    memory.add("doc", TEXT, ratio=2)
+    assert hashed.count(TEXT.encode()) == 1
+
+
+def test_unchanged_text_is_known_without_its_k_v(memory: BeaconMemory) -> None:
+    memory.add("doc", TEXT[:70], ratio=2, compression="select")
+    memory.add("mixed", TEXT[:70], ratio=[2, 4, 8], compression="select")
+    for id in ("doc", "mixed"):
+        path = memory.store.folder / memory.show(id).file
+        data = path.read_bytes()
+        path.write_bytes(data[:-5] + b"flips")  # which reading all of it would find
+    assert memory.add("doc", TEXT[:70], ratio=2, compression="select").status == "unchanged"
+    assert memory.add("mixed", TEXT[:70], ratio=[2, 4, 8], compression="select").status == "unchanged"
+    assert [problem.kind for problem in memory.verify()] == ["damaged-file", "damaged-file"]
+    assert memory.add("mixed", TEXT[:70], ratio=[4, 2, 8], compression="select").status == "replaced"
+    assert memory.add("doc", TEXT[:70], ratio=4, compression="select").status == "replaced"
+    assert memory.verify() == []
+
+
+def test_text_whose_file_is_missing_is_compressed_anew(memory: BeaconMemory) -> None:
+    row = memory.show(memory.add("doc", TEXT[:70], ratio=2).id)
+    (memory.store.folder / row.file).unlink()
+    assert memory.add("doc", TEXT[:70], ratio=2).status == "replaced"
+    assert memory.verify() == []
+
+
+def test_row_without_the_method_s_parameters_is_told_by_its_file(model: BeaconModel, tmp_path: Path) -> None:
+    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+        memory.add("doc", TEXT[:70], ratio=2, compression="select")
+        row = memory.show("doc")
+        assert row.method == {"score": "repeat"}
+        memory.store.catalog().update(replace(row, method=None))
+        assert memory.add("doc", TEXT[:70], ratio=2, compression="select").status == "unchanged"
+        with BeaconMemory(tmp_path / "store", model, score="expected", reserve=100) as other:
+            assert other.add("doc", TEXT[:70], ratio=2, compression="select").status == "replaced"
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantized_document_grows_without_drifting(memory: BeaconMemory, precision: str) -> None:
     memory.add("grown", TEXT[:WINDOW], ratio=1, compression="select", precision=precision)
@@ -318,7 +367,7 @@ def test_namespaces_share_the_model_and_nothing_else(memory: BeaconMemory) -> No
 def test_recompress_renews_what_another_model_made(
     memory: BeaconMemory, other_model: BeaconModel, tmp_path: Path
 ) -> None:
-    for compression in COMPRESSIONS:
+    for compression in BUILT_IN:
         memory.add(compression, TEXT, {"of": compression}, ratio=4, compression=compression)
     memory.add("mixed", TEXT[:70], ratio=[2, 4, 8], compression="select", precision="float16")
     renewing = BeaconMemory(tmp_path / "store", other_model, reserve=100)
@@ -326,7 +375,7 @@ def test_recompress_renews_what_another_model_made(
         renewing.ask("Who?", "select", max_new_tokens=1)
     before = {row.id: row for row in memory.list()}
     done = renewing.recompress()
-    assert {one.id for one in done} == {*COMPRESSIONS, "mixed"}
+    assert {one.id for one in done} == {*BUILT_IN, "mixed"}
     assert {one.status for one in done} == {"recompressed"}
     for row in renewing.list():
         old = before[row.id]

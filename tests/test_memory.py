@@ -22,7 +22,8 @@ from beacon_memory import (
     InputError,
     Progress,
 )
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.compression.methods.registry import BUILT_IN
+from beacon_memory.config import BeaconConfig
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
@@ -34,7 +35,7 @@ WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n
 OWLS = "Two barn owls nest above the hayloft every spring and leave in October.\n\n"
 SHORT: dict[str, Any] = {"max_new_tokens": 6}
 
-every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+every_compression = pytest.mark.parametrize("compression", list(BUILT_IN))
 
 
 def make_model(*, compression: str = "auto", **overrides: Any) -> BeaconModel:
@@ -108,7 +109,7 @@ def test_changed_document_is_compressed_again(memory: BeaconMemory, change: str)
 def test_compression_is_the_models_own_unless_one_is_named(memory: BeaconMemory, tmp_path: Path) -> None:
     assert memory.add("roof", ROOF, ratio=4).compression == "select"  # beacons that no adapter brought
     assert memory.add("roof", ROOF, ratio=4, compression="select").status == "unchanged"
-    for wanted in COMPRESSIONS:
+    for wanted in BUILT_IN:
         asking = BeaconMemory(tmp_path / wanted, make_model(compression=wanted), reserve=100)
         assert asking.add("roof", ROOF, ratio=4).compression == wanted
         assert asking.add("roof", ROOF, ratio=4, compression="auto").status == "unchanged"
@@ -157,7 +158,7 @@ def test_another_model_recompresses_on_add_and_is_refused_on_ask(memory: BeaconM
 
 
 def test_answer_is_the_stock_models_behind_sink_and_documents_in_the_order_given(memory: BeaconMemory) -> None:
-    for (id, text), compression in zip({"roof": ROOF, "well": WELL, "owls": OWLS}.items(), COMPRESSIONS, strict=True):
+    for (id, text), compression in zip({"roof": ROOF, "well": WELL, "owls": OWLS}.items(), BUILT_IN, strict=True):
         memory.add(id, text, ratio=2, compression=compression)
     model = memory.model
     prompt = chat_prompt(model, "Who?", behind_memory=True)

@@ -123,7 +123,7 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 
     def compress(documents: list[list[int]]) -> Callable[[], object]:
         work = [Work(one, compressor.ratios(len(one), ratio)) for one in documents]
-        return lambda: list(compressor.compress(work, compression="beacon"))
+        return lambda: list(compressor.compress(enumerate(work), compression="beacon"))
 
     @torch.inference_mode()
     def stock(documents: list[list[int]]) -> None:
@@ -188,11 +188,11 @@ def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: s
     work = [Work(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
     if loaded.device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
-        list(compressor.compress(work, compression="beacon"))
+        list(compressor.compress(enumerate(work), compression="beacon"))
         return int(torch.accelerator.max_memory_allocated())
     with contextlib.suppress(OSError):  # Linux resets its peak, which was that of loading the model
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    list(compressor.compress(work, compression="beacon"))
+    list(compressor.compress(enumerate(work), compression="beacon"))
     return _peak_resident()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from beacon_memory.documents import Label, content_hash, utc_now
+from beacon_memory.documents import Label, Text, content_hash, utc_now
 from beacon_memory.kv.fingerprint import Fingerprint
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.storage.files.durable import sync_file
@@ -124,7 +124,7 @@ def fill(store: MemoryStore, rows: int) -> None:
             for one in batch:
                 file = f"{file_stem(one.id)}-{number:012x}.safetensors"
                 named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
-                catalog.put(replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags)), one.text)
+                catalog.put(replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags)), Text(one.text))
 
 
 def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:

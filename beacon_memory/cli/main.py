@@ -19,7 +19,7 @@ from . import eval as evaluation
 from .options import (
     Adapter,
     AsJson,
-    Compression,
+    CompressionOption,
     Device,
     Dtype,
     DtypeOption,
@@ -88,13 +88,7 @@ def add(
         str,
         typer.Option(help="Tokens per memory slot: 2, 4, 8, 16, 32; or auto, the smallest that fits the model."),
     ] = "auto",
-    compression: Annotated[
-        Compression,
-        typer.Option(
-            help="beacon: beacons of the adapter; select: K/V of the tokens that each head needs, works without an "
-            "adapter; hybrid: both; auto: what the adapter asks for, select without one."
-        ),
-    ] = Compression.AUTO,
+    compression: CompressionOption = "auto",
     score: ScoreOption = Score.REPEAT,
     precision: Annotated[
         Precision,
@@ -137,7 +131,7 @@ def add(
         if not sources:
             raise InputError("there is nothing to add: no text or markdown file was found")
         memory = open_memory(store, namespace, model, adapter, device, dtype, score)
-        failed = _add_all(memory, sources, label, (chosen, compression.value, precision.value), as_json)
+        failed = _add_all(memory, sources, label, (chosen, compression, precision.value), as_json)
     if failed:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beacon_memory.errors import InputError
+from beacon_memory.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from beacon_memory.memory import BeaconMemory
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AsJson",
-    "Compression",
+    "CompressionOption",
     "Device",
     "Dtype",
     "DtypeOption",
@@ -47,15 +47,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-class Compression(StrEnum):
-    """The way in which a text is compressed."""
-
-    AUTO = "auto"
-    BEACON = "beacon"
-    SELECT = "select"
-    HYBRID = "hybrid"
-
-
 class Score(StrEnum):
     """The score by which tokens are chosen."""
 
@@ -72,6 +63,18 @@ class Precision(StrEnum):
     FLOAT16 = "float16"
     INT8 = "int8"
     INT4 = "int4"
+
+
+def _installed(name: str) -> str:
+    """Refuse a compression method that is not installed; the built-in ones are known without importing them."""
+    if name not in ("auto", "beacon", "select", "hybrid"):
+        from beacon_memory.compression.methods.registry import find
+
+        try:
+            find(name)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from error
+    return name
 
 
 Store = Annotated[
@@ -98,6 +101,16 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         help="What to compute in; auto: as the model was saved, or float32 on a processor that is slower in 16 bits.",
+    ),
+]
+CompressionOption = Annotated[
+    str,
+    typer.Option(
+        "--compression",
+        help="beacon: beacons of the adapter; select: K/V of the tokens that each head needs, works without an "
+        "adapter; hybrid: both; the name of another method that is installed; auto: what the adapter asks for, select "
+        "without one.",
+        callback=_installed,
     ),
 ]
 ScoreOption = Annotated[

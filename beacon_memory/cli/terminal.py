@@ -86,7 +86,7 @@ def note_usage(answer: Answer) -> None:
 
 def row_fields(row: DocumentRow) -> dict[str, Any]:
     """Return the fields of a document that `list` prints as JSON."""
-    hidden = ("file", "content_hash", "fingerprint")
+    hidden = ("file", "content_hash", "fingerprint", "method")
     used_at = datetime.fromtimestamp(row.used_at, UTC).isoformat() if row.used_at else None
     return {name: value for name, value in asdict(row).items() if name not in hidden} | {"used_at": used_at}
 

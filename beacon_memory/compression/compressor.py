@@ -1,51 +1,44 @@
-"""Compressing documents: to beacons, many to a pass, or to K/V of chosen tokens, window by window.
+"""Compressing documents by any method: what all methods have in common.
 
-Both go on where an earlier compression stopped, see `Work`: a window's memory depends on nothing behind the window.
+A window's memory depends on nothing behind the window, so a document goes on where an earlier compression stopped.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.resources import files
 from itertools import accumulate, pairwise
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
-from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import CapacityError, ConfigError, InputError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.modeling.layout import Window, slots_of
+from beacon_memory.modeling.layout import slots_of
 from beacon_memory.modeling.model import BeaconModel
 
+from .methods.method import CompressionMethod, MakeMethod, Plan
+from .methods.registry import find, package_of
 from .ratio import auto_ratio, positions_needed, too_long, window_ratios
-from .scoring import PIECE, repeated
-from .selection import read_raw, read_sink, read_window, span_of
-from .sequence import SequenceState, advance
+from .scoring import check_score
+from .selection import read_sink
 from .work import CompressedDocument, CompressedWindow, Ratio, TokenizedText, Work
 
-__all__ = ["BeaconCompressor", "check_score"]
+__all__ = ["PACKAGE", "BeaconCompressor"]
 
-SCORES = ("repeat", "expected")
-
-
-def check_score(score: str) -> str:
-    """`score` if it is one; raises ConfigError otherwise."""
-    if score not in SCORES:
-        raise ConfigError(f"score={score!r} must be one of {', '.join(map(repr, SCORES))}")
-    return score
+Key = TypeVar("Key")
+_One = TypeVar("_One")
+PACKAGE = "package"  # the parameter of a document's method that names what to install
 
 
 class BeaconCompressor:
     """Documents to memories, window after window in passes of bounded size.
 
-    rows_per_pass: rows (raw tokens and beacons) that one forward pass of a `beacon` compression may have, at least one
+    rows_per_pass: rows (raw tokens and beacons) that one forward pass of the method `beacon` may have, at least one
                    window. It bounds the memory that it takes, whatever the length of the documents, and changes no
-                   number. The other compressions read one window of one document at a time.
+                   number. The other built-in methods read one window of one document at a time.
     reserve:       positions of the model to leave free for question and answer behind a document.
-    score:         how tokens are chosen for `select` and `hybrid`, see `scoring`: `repeat`, or `expected`, which is
-                   worse and saves a pass.
+    score:         how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
 
     Raises ConfigError for another score.
     """
@@ -58,27 +51,18 @@ class BeaconCompressor:
         self.rows_per_pass = rows_per_pass
         self.reserve = reserve
         self._sink: BeaconKV | None = None
-        self._measured: Tensor | None = None
+        self._methods: dict[MakeMethod, CompressionMethod] = {}
 
     @property
     def sink(self) -> BeaconKV:
-        """See `read_sink`; read once."""
+        """K/V of the sink, which stand in front of every memory; read once."""
         if self._sink is None:
             with torch.inference_mode():
                 self._sink = read_sink(self.model)
         return self._sink
 
-    def _scores(self) -> Tensor | None:
-        """For the score `expected`, what heads need of the text that is kept for this; measured once."""
-        if self.score == "expected" and self._measured is None:
-            text = files("beacon_memory.compression").joinpath("calibration.txt").read_text(encoding="utf-8")
-            ids = self.tokenize(text).ids[: self.model.config.beacon_window]
-            prefix = self.model.prefix(MemoryKV.of(self.sink))
-            self._measured = repeated(self.model, prefix, read_raw(self.model, prefix, ids), ids)
-        return self._measured
-
     def tokenize(self, text: str) -> TokenizedText:
-        """Token ids of a document. Where the model has no sink, a bos token leads, if its tokenizer sets one."""
+        """Return the token ids of a text. Where the model has no sink, a bos token leads, if its tokenizer sets one."""
         encoded = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
         if not self.model.sink_ids and ids:
@@ -87,7 +71,7 @@ class BeaconCompressor:
         return TokenizedText(ids, offsets)
 
     def ratios(self, tokens: int, ratio: Ratio) -> list[int]:
-        """The ratio of each window of a document of so many tokens.
+        """Return the ratio of each window of a document of so many tokens.
 
         ratio: raw tokens per slot; `auto` for the smallest of 2 to 32 that leaves `reserve` positions; or a list
         with one ratio for each window. Raises ConfigError for another value, InputError for no tokens and
@@ -104,60 +88,72 @@ class BeaconCompressor:
         return ratios
 
     def compression(self, name: str) -> str:
-        """What `name` stands for: itself, or for `auto` the model's own. Raises ConfigError for one it cannot have."""
-        if name not in ("auto", *COMPRESSIONS):
-            raise ConfigError(f"compression={name!r} must be one of 'auto', {', '.join(map(repr, COMPRESSIONS))}")
+        """Return `name`, or for `auto` the model's own compression.
+
+        Raises ConfigError if no method of the name is installed, or it cannot work with this model.
+        """
         chosen = self.model.compression if name == "auto" else name
-        if chosen == "hybrid" and self.model.config.beacon_attn != "hidden":
-            raise ConfigError(
-                "compression='hybrid' needs beacon_attn='hidden': with 'full-coverage' raw tokens see the beacons"
-            )
+        self._method(chosen)
         return chosen
 
-    def method(self, compression: str) -> dict[str, str | int]:
-        """What else decides how a text becomes slots, by name: to be recorded with it.
+    def parameters(self, compression: str, package: str | None = None) -> dict[str, str | int]:
+        """Return the parameters of a method as they are stored with a document, the package that it is from included.
 
-        compression: not `auto`, see `compression`. Raises ConfigError for that, and for one that there is not.
+        package: the one to name if the method is not installed. Raises ConfigError then, and for `auto`.
         """
-        if compression not in COMPRESSIONS:
-            raise ConfigError(f"compression={compression!r} must be one of {', '.join(map(repr, COMPRESSIONS))}")
-        if compression == "beacon":
-            return {}
-        of_beacons = {"hybrid_factor": self.model.config.beacon_hybrid_factor} if compression == "hybrid" else {}
-        return {"score": self.score, **of_beacons}
+        own, installed = self._method(compression, package).parameters, package_of(compression)
+        return dict(own) if installed is None else {**own, PACKAGE: installed}
 
     def compress(
         self,
-        documents: Iterable[Work],
+        works: Iterable[tuple[Key, Work]],
         progress: Callable[[int], None] = lambda _: None,
         *,
         compression: str = "auto",
-    ) -> Iterator[CompressedDocument]:
-        """Compress documents, in their order.
+    ) -> Iterator[tuple[Key, CompressedDocument]]:
+        """Compress documents; yields each under the key that it came with, in their order.
 
-        A document is yielded, whole, as soon as its last window was read; one of which all was read before takes no
-        pass. `documents` is only read as far as one pass needs. `progress` is called after each pass with the raw
-        tokens it read. compression: `beacon`, `select` (K/V of chosen tokens), `hybrid` (both) or `auto`, the model's
-        own. Raises InputError for a document whose `read` cannot be the memory of its first `windows` windows.
+        A document is yielded, whole, as soon as its last window was read. `works` is only read as far as the next pass
+        needs; if it raises an error, the documents before it are finished and yielded first. progress: called after
+        each pass with the raw tokens that it read. compression: the name of a method, such as `beacon`, `select` (K/V
+        of chosen tokens) or `hybrid` (both), or `auto`, the model's own. Raises ConfigError for a method that there is
+        not, before any document is taken, and InputError for a document whose `read` cannot be the memory of its first
+        `windows` windows.
         """
-        compression = self.compression(compression)
-        if compression == "beacon":
-            return self._to_beacons(documents, progress)
-        return (self._choose(work, compression, progress) for work in documents)
+        return self._compress(works, progress, self._method(self.compression(compression)))
 
-    def _windows(self, work: Work, compression: str) -> tuple[CompressedWindow, ...]:
-        """The windows of a document as they will be, or were, compressed."""
-        config, windows = self.model.config, []
-        factor = config.beacon_hybrid_factor if compression == "hybrid" else 0
-        for number, ratio in enumerate(window_ratios(len(work.ids), work.ratios, config)):
-            first = number * config.beacon_window
-            tokens = min(config.beacon_window, len(work.ids) - first)
-            span = slots_of(tokens, ratio) if compression == "beacon" else span_of(tokens, ratio, factor)
-            windows.append(CompressedWindow(first, tokens, ratio, span))
-        return tuple(windows)
+    def compress_one(
+        self, work: Work, progress: Callable[[int], None] = lambda _: None, *, compression: str = "auto"
+    ) -> CompressedDocument:
+        """Compress one document."""
+        ((_, document),) = self.compress([(None, work)], progress, compression=compression)
+        return document
+
+    def _method(self, name: str, package: str | None = None) -> CompressionMethod:
+        make = find(name, package)
+        if make not in self._methods:
+            self._methods[make] = make(self)
+        return self._methods[make]
+
+    def _compress(
+        self, works: Iterable[tuple[Key, Work]], progress: Callable[[int], None], method: CompressionMethod
+    ) -> Iterator[tuple[Key, CompressedDocument]]:
+        plans = _UntilError((key, self._plan(work, method)) for key, work in works)
+        under_plans = (((key, plan), plan) for key, plan in plans)
+        for (key, plan), kv in method.compress(under_plans, progress):
+            yield key, CompressedDocument(kv, len(plan.ids), tuple(plan.windows))
+        plans.raise_error()
+
+    def _plan(self, work: Work, method: CompressionMethod) -> Plan:
+        """Cut a document into windows; raises InputError where `read` cannot be the memory of the first of them."""
+        size, windows = self.model.config.beacon_window, []
+        for number, ratio in enumerate(window_ratios(len(work.ids), work.ratios, self.model.config)):
+            tokens = min(size, len(work.ids) - number * size)
+            windows.append(CompressedWindow(number * size, tokens, ratio, method.span(tokens, ratio)))
+        return Plan(work.ids, windows, self._read_before(work, windows))
 
     def _read_before(self, work: Work, windows: Sequence[CompressedWindow]) -> list[MemoryKV]:
-        """The memory of each window that was read before. Raises InputError where it cannot be that of these windows.
+        """Return the memory of each window that was read before.
 
         They go on as parts of their own, because a memory that is interpolated is interpolated part by part.
         """
@@ -180,75 +176,20 @@ class BeaconCompressor:
                 )
         return parts
 
-    @torch.inference_mode()
-    def _choose(self, work: Work, compression: str, progress: Callable[[int], None]) -> CompressedDocument:
-        """Read a document window by window, each behind the memory of those before it."""
-        windows = self._windows(work, compression)
-        parts = [MemoryKV.of(self.sink), *self._read_before(work, windows)]
-        for window in windows[work.windows :]:
-            ids = work.ids[window.first : window.first + window.tokens]
-            room = max(1, self.model.max_positions - len(ids) - min(PIECE, len(ids)))
-            prefix = self.model.prefix(MemoryKV.concat(parts, room).interpolated(room))
-            hybrid, measured = compression == "hybrid", self._scores()
-            parts.append(read_window(self.model, prefix, ids, window.ratio, hybrid=hybrid, measured=measured))
-            progress(len(ids))
-        return CompressedDocument(MemoryKV.concat(parts[1:]), len(work.ids), windows)
 
-    def _to_beacons(self, documents: Iterable[Work], progress: Callable[[int], None]) -> Iterator[CompressedDocument]:
-        current: list[_Reading] = []  # documents with windows in the next pass, or unfinished
-        rows = 0
-        for work in documents:
-            windows = self._windows(work, "beacon")
-            before = [part.stack() for part in self._read_before(work, windows)]
-            reading = _Reading(self.model, work, windows, BeaconKV.concat([self.sink, *before]))
-            current.append(reading)
-            for window in reading.to_read:
-                size = len(window.new_ids) + len(window.anchors)
-                if rows and rows + size > self.rows_per_pass:
-                    yield from self._run(current, progress)
-                    rows = 0
-                reading.next.append(window)
-                rows += size
-            if not rows:  # all of it was read before, and no other document waits
-                yield current.pop().result(self.sink.slots)
-        if current:
-            yield from self._run(current, progress)
+class _UntilError(Generic[_One]):
+    """Iterate up to the first error, which is kept until all that came before it is finished."""
 
-    def _run(self, current: list[_Reading], progress: Callable[[int], None]) -> Iterator[CompressedDocument]:
-        """Read the collected windows in one pass; yields the documents that are finished and drops them."""
-        reading = [one for one in current if one.next]
-        with torch.inference_mode():
-            states, _ = advance(self.model, [(one.state, one.next) for one in reading])
-        tokens = 0
-        for one, state in zip(reading, states, strict=True):
-            tokens += sum(len(window.new_ids) for window in one.next)
-            one.take(state)
-        progress(tokens)
-        while current and current[0].finished:
-            yield current.pop(0).result(self.sink.slots)
+    def __init__(self, items: Iterable[_One]) -> None:
+        self._items = iter(items)
+        self._error: Exception | None = None
 
+    def __iter__(self) -> Iterator[_One]:
+        try:
+            yield from self._items
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is raised in the end
+            self._error = error
 
-class _Reading:
-    """One document on its way through the passes, behind a memory of its windows that were read before."""
-
-    def __init__(self, model: BeaconModel, work: Work, windows: tuple[CompressedWindow, ...], memory: BeaconKV) -> None:
-        self.tokens = len(work.ids)
-        self.windows = windows
-        self.state = SequenceState.start(model, memory=memory)
-        ids = work.ids[work.windows * model.config.beacon_window :]
-        ratios = iter([window.ratio for window in windows[work.windows :]])
-        self.to_read: list[Window] = model.cut(self.state.cursor, ids, ratios, tail="close")
-        self.next: list[Window] = []
-        self.read = 0
-
-    @property
-    def finished(self) -> bool:
-        return self.read == len(self.to_read)
-
-    def take(self, state: SequenceState) -> None:
-        self.state = state
-        self.read += len(self.next)
-        self.next = []
-
-    def result(self, sink_slots: int) -> CompressedDocument:
-        return CompressedDocument(MemoryKV.of(self.state.memory[sink_slots:]), self.tokens, self.windows)
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error

@@ -14,7 +14,7 @@ AUTO_RATIOS = (2, 4, 8, 16, 32)
 
 
 def window_ratios(tokens: int, ratio: int | Sequence[int], config: BeaconConfig) -> list[int]:
-    """The ratio of each window of a document: one number for all, or a list with one for each.
+    """Return the ratio of each window of a document: one number for all, or a list with one for each.
 
     Raises InputError for a document without tokens, ConfigError for ratios that it cannot have.
     """
@@ -33,7 +33,7 @@ def window_ratios(tokens: int, ratio: int | Sequence[int], config: BeaconConfig)
 
 
 def positions_needed(tokens: int, ratios: Sequence[int], config: BeaconConfig, reserve: int) -> int:
-    """Positions that a document takes: its slots with the sink and `reserve` behind them, or those to read a window."""
+    """Count the positions that a document takes: its slots, sink and `reserve`, or those to read a window."""
     slots, reading = config.beacon_sink_size, 0
     for number, ratio in enumerate(ratios):
         raw = min(config.beacon_window, tokens - config.beacon_window * number)
@@ -45,7 +45,7 @@ def positions_needed(tokens: int, ratios: Sequence[int], config: BeaconConfig, r
 
 
 def auto_ratio(tokens: int, config: BeaconConfig, max_positions: int, reserve: int) -> int:
-    """The smallest ratio of 2 to 32 with which a document fits the model beside `reserve` positions for a conversation.
+    """Return the smallest ratio of 2 to 32 with which a document and `reserve` positions fit the model.
 
     Raises CapacityError, with the numbers, if not even 32 is enough.
     """
@@ -57,7 +57,7 @@ def auto_ratio(tokens: int, config: BeaconConfig, max_positions: int, reserve: i
 
 
 def too_long(tokens: int, ratio: int | Sequence[int], config: BeaconConfig, max_positions: int, reserve: int) -> str:
-    """What to tell a user whose document does not fit."""
+    """Say why a document does not fit, with the numbers, and what to do."""
     need = positions_needed(tokens, window_ratios(tokens, ratio, config), config, reserve)
     return (
         f"{tokens} tokens at ratio {ratio} need {need} positions ({reserve} of them for the conversation), but the "

@@ -15,20 +15,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from beacon_memory.errors import ConfigError
 from beacon_memory.kv.memory_kv import BeaconKV
 from beacon_memory.kv.prefix import Block, Prefix
 from beacon_memory.kv.rope import Rope, apply_rotation
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["PIECE", "ExpectedAttention", "repeated", "spread"]
+__all__ = ["PIECE", "SCORES", "ExpectedAttention", "check_score", "repeated", "spread"]
+
+SCORES = ("repeat", "expected")
 
 PIECE = 256  # tokens that are repeated at a time, which bounds the memory that it takes
 _FUTURE = 512  # positions behind a window that expected queries are spread over
 
 
+def check_score(score: str) -> str:
+    """Return `score` unchanged; raises ConfigError unless it is one of SCORES."""
+    if score not in SCORES:
+        raise ConfigError(f"score={score!r} must be one of {', '.join(map(repr, SCORES))}")
+    return score
+
+
 def repeated(model: BeaconModel, prefix: Prefix, raw: BeaconKV, ids: Sequence[int]) -> Tensor:
-    """What tokens of a window, whose K/V are `raw`, contribute while it is repeated: [layers, kv_heads, tokens]."""
+    """Return how much tokens of a window contribute while it is repeated, [layers, kv_heads, tokens].
+
+    raw: K/V of the window.
+    """
     pieces = [(at, min(at + PIECE, len(ids))) for at in range(0, len(ids), PIECE)]
     branches = [Window.behind(raw.slots, ids[start:stop]) for start, stop in pieces]
     layout = BeaconLayout.build([Piece(Cursor(memory=raw.slots), branches)], model.config)
@@ -38,7 +51,7 @@ def repeated(model: BeaconModel, prefix: Prefix, raw: BeaconKV, ids: Sequence[in
 
 
 def spread(measured: Tensor, ranking: Tensor) -> Tensor:
-    """Scores measured on one text, [layers, kv_heads, tokens], handed to the tokens of another in their ranking.
+    """Hand scores measured on one text, [layers, kv_heads, tokens], to the tokens of another in their ranking.
 
     ranking: [layers, kv_heads, other tokens], higher is better within a head. The best token of a head takes the head's
     highest score, and so on; the shares of the heads in a budget stay as measured.
@@ -50,7 +63,7 @@ def spread(measured: Tensor, ranking: Tensor) -> Tensor:
 
 
 class _Scores:
-    """What a `Watch` made of the attention of each layer, in their order."""
+    """Collect a tensor of scores for each layer, in their order."""
 
     def __init__(self) -> None:
         self.layers: list[Tensor] = []
@@ -62,7 +75,7 @@ class _Scores:
 
 
 class _Received(_Scores):
-    """Hears of the attention of a pass (a `Watch`) and adds up the squares of the weights that memory slots receive.
+    """Add up the squares of the weights that memory slots receive in a pass; called as a `Watch`.
 
     spans: the rows of each branch, first and stop; a branch sees itself and the memory, not the others.
     """
@@ -74,7 +87,7 @@ class _Received(_Scores):
     def __call__(
         self, _layer: int, _sequence: int, query: Tensor, key: Tensor, memory: int, prefix: Sequence[Block]
     ) -> None:
-        """See Watch; layers come in their order."""
+        """Take the attention of one layer; they come in their order."""
         grouped = query.unflatten(0, (len(key), -1))
         received = query.new_zeros(len(key), memory, dtype=torch.float32)
         for start, stop in self.spans:
@@ -90,7 +103,7 @@ class _Received(_Scores):
 
 
 class ExpectedAttention(_Scores):
-    """Hears of a pass over one window (a `Watch`) and works out what its tokens may expect of the queries behind it.
+    """Work out the attention that tokens of a window may expect of the queries behind it; called as a `Watch`.
 
     With mean m and covariance C of a head's queries before RoPE, both rotated by the mean rotation over the next
     positions, a key k expects the weight exp(k m + k C k / 2), over the sum of these (as the package kvpress has it);
@@ -108,7 +121,7 @@ class ExpectedAttention(_Scores):
     def __call__(
         self, _layer: int, _sequence: int, query: Tensor, key: Tensor, _memory: int, _front: Sequence[Block]
     ) -> None:
-        """See Watch; layers come in their order, and raw rows first."""
+        """Take the attention of one layer; they come in their order, and raw rows first."""
         cos, sin = self.inverse
         queries = apply_rotation(query[:, : self.tokens].float(), cos, -sin)
         keys = key[:, : self.tokens].float()

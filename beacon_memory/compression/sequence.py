@@ -18,7 +18,7 @@ __all__ = ["BeaconSequence", "SequenceState", "advance"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceState:
-    """What a sequence leaves behind: the integers, and their K/V.
+    """A sequence after some windows: where it stands, and its K/V.
 
     memory: sink and beacons of finished windows, slot j at position j.
     open:   rows of the unfinished window, raw tokens and beacons in the order in which they stand.
@@ -30,7 +30,10 @@ class SequenceState:
 
     @classmethod
     def start(cls, model: BeaconModel, memory: BeaconKV | None = None, sink_pending: int = 0) -> SequenceState:
-        """Nothing read yet, behind a memory (a shared sink) or with a sink to be taken from the first tokens."""
+        """Return the state before anything is read.
+
+        memory: a shared sink to stand behind; else `sink_pending` of the first tokens become the sink.
+        """
         memory = model.empty_kv() if memory is None else memory
         return cls(Cursor(memory=memory.slots, sink_pending=sink_pending), memory, model.empty_kv())
 

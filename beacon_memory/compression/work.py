@@ -1,4 +1,4 @@
-"""Documents on their way through a compressor: what is to be read, and what came of it."""
+"""Documents on their way through a compressor: token ids in, memories out."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Work:
     """A document to compress, from its start or from where an earlier compression stopped.
 
     ids:     token ids of the whole document.
-    ratios:  the ratio of each window, see `BeaconCompressor.ratios`.
+    ratios:  the ratio of each window; `BeaconCompressor.ratios` gives them.
     read:    the memory, without the sink, of the first `windows` windows, which are not read again.
     windows: how many windows that is, all of them full.
 
-    An earlier compression of the same kind and `method`, by the same model, must have read these very ids at these very
-    ratios into `read`: of this only the sizes are checked.
+    An earlier compression by the same method, with the same parameters and model, must have read these very ids at
+    these very ratios into `read`: of this only the sizes are checked.
     """
 
     ids: Sequence[int]
@@ -60,7 +60,7 @@ class CompressedWindow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompressedDocument:
-    """What is kept of a document: its memory, without the sink, and how its windows were compressed."""
+    """A document that was compressed: its memory, without the sink, and its windows."""
 
     kv: MemoryKV
     tokens: int

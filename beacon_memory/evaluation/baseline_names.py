@@ -9,6 +9,7 @@
     select:R       K/V of the tokens that each head needs, 1/R of all
     select-expected:R   the same, chosen by the cheaper score
     hybrid:R       both, beacons and K/V of chosen tokens
+    NAME:R         another compression method, by its registered name
     beacon:R:N     beacon:R of a text cut into N documents, which are compressed one by one and then joined; likewise
                    select:R:N, select-expected:R:N and hybrid:R:N
     beacon:R@int8, beacon:R@int4   beacon:R with quantized K/V; likewise for the other three, also with N
@@ -27,7 +28,7 @@ from functools import cache, partial
 
 from transformers import PreTrainedModel
 
-from beacon_memory.config import COMPRESSIONS
+from beacon_memory.compression.methods.registry import names as method_names
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
@@ -37,12 +38,7 @@ from .untouched import Untouched
 
 __all__ = ["baselines"]
 
-_COMPRESSED = (*COMPRESSIONS, "select-expected")
-_NAMES = (
-    *("full", "none", "base", "truncated:R", "bm25", "bm25:R"),
-    *(f"{name}{numbers}" for name in _COMPRESSED for numbers in (":R", ":R:N")),
-    *(f"{name}:R" for name in PRESSES),
-)
+_PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R", *(f"{name}:R" for name in PRESSES))
 _BITS = {"int8": 8, "int4": 4}
 
 
@@ -53,7 +49,7 @@ def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:
     """
     parsed = {name: _parse(name) for name in names}
     if not 0 < len(names) == len(parsed):
-        raise InputError(f"baselines {list(names)!r}: name one or more, each once, of {', '.join(_NAMES)}")
+        raise InputError(f"baselines {list(names)!r}: name one or more, each once, of {', '.join(_names())}")
     stock = cache(lambda: stock_model(model))  # loaded once for all presses, and only if there is one
     found = [_baseline(name, *parts, model, stock) for name, parts in parsed.items()]
     by_reading = defaultdict(list)
@@ -66,20 +62,29 @@ def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:
     return found
 
 
+def _compressed() -> tuple[str, ...]:
+    """Return the baselines that compress a text: one for each method."""
+    return (*method_names(), "select-expected")
+
+
+def _names() -> tuple[str, ...]:
+    return (*_PLAIN, *(f"{name}{numbers}" for name in _compressed() for numbers in (":R", ":R:N")))
+
+
 def _parse(name: str) -> tuple[str, list[int], int | None]:
     """Split a name into kind, numbers and bits."""
     plain, at, precision = name.partition("@")
     kind, *texts = plain.split(":")
-    forms = [form.split(":") for form in _NAMES]
+    forms = [form.split(":") for form in _names()]
     numbers = [int(text) for text in texts if text.isascii() and text.isdigit() and int(text)]
     if (
         len(numbers) < len(texts)
         or not any(form[0] == kind and len(form) == 1 + len(texts) for form in forms)
-        or (at and (precision not in _BITS or kind not in _COMPRESSED))
+        or (at and (precision not in _BITS or kind not in _compressed()))
     ):
         raise InputError(
-            f"baseline {name!r} must be one of {', '.join(_NAMES)}, with whole numbers for R and N; "
-            f"{', '.join(_COMPRESSED)} may be followed by @{' or @'.join(_BITS)}"
+            f"baseline {name!r} must be one of {', '.join(_names())}, with whole numbers for R and N; "
+            f"{', '.join(_compressed())} may be followed by @{' or @'.join(_BITS)}"
         )
     return kind, numbers, _BITS.get(precision)
 
@@ -95,12 +100,12 @@ def _baseline(
     if kind in PRESSES:
         return Selected(name, model, stock(), kind, *numbers)
     by_kind: dict[str, Callable[..., Baseline]] = {
+        **{one: partial(Compressed, name, model, one, bits=bits) for one in method_names()},
+        "select-expected": partial(Compressed, name, model, "select", bits=bits, score="expected"),
         "full": lambda: Truncated(name, model, 1),
         "none": lambda: NoText(name, model),
         "base": lambda: Untouched(name, model),
         "truncated": lambda ratio: Truncated(name, model, ratio),
         "bm25": lambda ratio=4: Retrieved(name, model, ratio),
-        **{one: partial(Compressed, name, model, one, bits=bits) for one in COMPRESSIONS},
-        "select-expected": partial(Compressed, name, model, "select", bits=bits, score="expected"),
     }
     return by_kind[kind](*numbers)

@@ -195,7 +195,7 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
         lead = [] if self.model.sink_ids else self.model.leading_bos
         whole = [[*lead, *ids] for ids in documents]
         work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
-        return [one.kv for one in self.compressor.compress(work, compression=compression)]
+        return [one.kv for _, one in self.compressor.compress(enumerate(work), compression=compression)]
 
     def composed(self, memories: Sequence[MemoryKV]) -> MemoryKV:
         """Join the sink and the memories of documents."""
@@ -256,7 +256,7 @@ class Retrieved(PrefixBaseline):
 
 
 class Compressed(PrefixBaseline):
-    """The baselines `beacon:R` and `beacon:R:N`, and those of the other compressions; quantized if `bits` is given."""
+    """The baselines `beacon:R`, `select:R:N` and so on, one for each compression method; quantized if `bits` is given."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from beacon_memory.documents import Label, utc_now
+from beacon_memory.documents import Label, Text, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import json_checksum
@@ -179,7 +179,7 @@ def _document_files(store: MemoryStore, id: str, folder: Path) -> Iterator[dict[
     """A document as the two files that an archive holds, written anew: older formats become the present one."""
     row, file, text = _read(store, id)
     with contextlib.ExitStack() as stack:
-        kv = stage_kv_file(folder, file.header, file.kv, text)
+        kv = stage_kv_file(folder, file.header, file.kv, Text(text))
         stack.callback(unlink, kv)
         label = stage_label(folder, StoredLabel(id, row.created_at, row.label))
         stack.callback(unlink, label)

@@ -32,6 +32,7 @@ def row_of(name: str, file: StoredFile, label: Label, created_at: str) -> Docume
         created_at=created_at,
         updated_at=now,
         used_at=int(time.time()),
+        method=header.method,
     )
 
 
@@ -43,6 +44,7 @@ def difference_of(row: DocumentRow, file: StoredFile) -> str | None:
         "content hash": (row.content_hash, header.content_hash),
         "fingerprint": (row.fingerprint, header.fingerprint.digest),
         "compression": (row.compression, header.compression),
+        "parameters of the method": (header.method if row.method is None else row.method, header.method),
         "precision": (row.precision or precision, precision),
         "number of tokens": (row.tokens, header.tokens),
         "number of slots": (row.slots, header.slots),

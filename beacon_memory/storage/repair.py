@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from beacon_memory.documents import Label
+from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
     BeaconMemoryError,
     CorruptFileError,
@@ -327,7 +327,7 @@ def _remake_row(store: Store, damaged: DamagedRow) -> None:
         if text is None:
             raise CorruptFileError(f"neither file nor text of {row.id!r} can be read")
         catalog.forget(damaged)
-        catalog.put(row, text)
+        catalog.put(row, Text(text))
 
 
 def _remake_text(store: Store, row: DocumentRow, file: StoredFile) -> None:
@@ -335,7 +335,7 @@ def _remake_text(store: Store, row: DocumentRow, file: StoredFile) -> None:
     with catalog.transaction():
         now = catalog.require(row.id)
         if now.file == row.file:  # else it was replaced since, text and all
-            catalog.put(now, file.text)
+            catalog.put(now, Text(file.text))
 
 
 def _adopt(store: Store, names: list[str]) -> None:
@@ -345,7 +345,7 @@ def _adopt(store: Store, names: list[str]) -> None:
     with catalog.transaction():
         now = catalog.get(row.id)
         if now is None or _number(now.file) < _number(row.file):
-            row = catalog.put(row, _text(catalog, file))
+            row = catalog.put(row, Text(_text(catalog, file)))
             catalog.write_property("last", max(catalog.count("last"), _number(row.file)))
             _write_label(files, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import torch
 
-from beacon_memory.documents import Label, check_id, content_hash, utc_now
+from beacon_memory.documents import Label, Text, check_id, utc_now
 from beacon_memory.errors import (
     ConflictError,
     CorruptFileError,
@@ -228,7 +228,7 @@ class MemoryStore:
         self,
         header: DocumentHeader,
         kv: StoredKV,
-        text: str,
+        text: Text | str,
         label: Label | None = None,
         *,
         precision: str = "auto",
@@ -239,6 +239,7 @@ class MemoryStore:
     ) -> DocumentRow:
         """Store a document, or replace the one of the same id; returns its row.
 
+        text:         a Text is not checked and hashed again.
         label:        without one a replaced document keeps its own.
         precision:    what to keep the K/V in; `as-is`: what they are in; `auto`: what the settings say.
         created_at:   of a document that was created elsewhere, ISO 8601, UTC.
@@ -249,9 +250,9 @@ class MemoryStore:
         Raises InputError if header, K/V, text and label do not fit together or cannot be stored, QuotaError if there is
         no room. Then, and if anything else fails, everything stays as it was.
         """
-        if header.windows and max(window.stop for window in header.windows) > len(text):
-            raise InputError(f"a window of {header.id!r} ends after the text's {len(text)} characters")
-        content_hash(text)  # refuses what has no UTF-8 form
+        text = Text.of(text)
+        if header.windows and max(window.stop for window in header.windows) > len(text.value):
+            raise InputError(f"a window of {header.id!r} ends after the text's {len(text.value)} characters")
         settings = self.settings
         if settings.quota is not None:
             self._note_use()  # eviction goes by it
@@ -307,7 +308,7 @@ class MemoryStore:
         """Give a document another id; returns its new row. Raises InputError if the new id is taken."""
         old, file = self.read(id)
         header = replace(file.header, id=check_id(new_id))
-        text = self._text(id, file)
+        text = Text(self._text(id, file))
         with self._new_file(header, file.kv, text) as (catalog, name, gone), catalog.transaction():
             gone.extend(self._expire(catalog)[1])
             if catalog.get(new_id) is not None:
@@ -431,7 +432,7 @@ class MemoryStore:
 
     @contextlib.contextmanager
     def _new_file(
-        self, header: DocumentHeader, kv: StoredKV, text: str
+        self, header: DocumentHeader, kv: StoredKV, text: Text
     ) -> Iterator[tuple[Catalog, str, builtins.list[str]]]:
         """A K/V file for what is committed inside; yields the catalog, its name, and a list of files to remove then."""
         gone: builtins.list[str] = []

@@ -30,7 +30,7 @@ class BeaconCompressionTransform(MemoryComponent, TransformComponent):
     ratio: int | str | list[int] = Field(
         default="auto", description="Raw tokens per memory slot, see BeaconMemory.add."
     )
-    compression: str = Field(default="auto", description="'beacon', 'select', 'hybrid' or 'auto', the model's own.")
+    compression: str = Field(default="auto", description="Name of a method, such as 'select'; 'auto': the model's own.")
     precision: str = Field(default="auto", description="What to keep keys and values in; 'auto': what the store says.")
     metadata_mode: MetadataMode = Field(
         default=MetadataMode.NONE, description="Which metadata becomes part of the compressed text."
@@ -50,7 +50,7 @@ class BeaconCompressionTransform(MemoryComponent, TransformComponent):
         """Its fields, and what else decides what a text becomes: the key of an ingestion cache is made from this."""
         compressor = self._memory.compressor
         compression = compressor.compression(self.compression)
-        method = {"compression": compression, "reserve": compressor.reserve, **compressor.method(compression)}
+        method = {"compression": compression, "reserve": compressor.reserve, **compressor.parameters(compression)}
         written = super().to_dict(**kwargs) | {"metadata_mode": self.metadata_mode.value}
         return written | {"fingerprint": compressor.model.fingerprint.digest, "method": method}
 

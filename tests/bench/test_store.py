@@ -20,7 +20,7 @@ from beacon_memory.bench import model as bench
 from beacon_memory.bench import store as bench_store
 from beacon_memory.bench.store import document, fill, questions, samples, vocabulary
 from beacon_memory.cli.main import app
-from beacon_memory.documents import content_hash, utc_now
+from beacon_memory.documents import Text, content_hash, utc_now
 from beacon_memory.storage.catalog import full_text
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.passages import split_passages
@@ -107,7 +107,7 @@ LOOKUPS: dict[str, Look] = {
     "totals": lambda catalog, _: (catalog.count("documents"), catalog.count("bytes")),
     "expired": lambda catalog, _: catalog.expired(utc_now()),
     "least used": lambda catalog, _: catalog.least_used(100),
-    "put": lambda catalog, row: catalog.put(replace(row, content_hash=content_hash("new")), "new"),
+    "put": lambda catalog, row: catalog.put(replace(row, content_hash=content_hash("new")), Text("new")),
     "update": lambda catalog, row: catalog.update(replace(row, tags=("new",))),
     "rename": lambda catalog, row: catalog.rename(row.id, replace(row, id="new", file="new")),
     "delete": lambda catalog, row: catalog.delete(row.id),

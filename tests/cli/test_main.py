@@ -119,7 +119,7 @@ def test_compression_or_score_that_there_is_not_is_wrong_usage_and_nothing_is_st
     before = run("list", "--json").stdout
     result = run("add", "a.txt", option, "best")
     assert result.exit_code == 2
-    assert "'best' is not one of 'auto'" in result.stderr or "'best' is not one of 'repeat'" in result.stderr
+    assert "compression='best' must be" in result.stderr or "'best' is not one of 'repeat'" in result.stderr
     assert run("list", "--json").stdout == before
 
 

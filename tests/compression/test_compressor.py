@@ -34,9 +34,11 @@ from tiny_models import (
 from torch import Tensor
 
 from beacon_memory.compression.compressor import BeaconCompressor
-from beacon_memory.compression.selection import read_window
+from beacon_memory.compression.methods import ReadWindow
+from beacon_memory.compression.methods.registry import BUILT_IN
+from beacon_memory.compression.methods.select import Select
 from beacon_memory.compression.work import CompressedWindow, Work
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import CapacityError, ConfigError, InputError
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
@@ -119,7 +121,7 @@ def test_documents_come_in_order_and_as_soon_as_they_are_read(rows: int) -> None
             yield Work(some_ids(8, seed=number), [2])  # 12 rows
 
     compressor = BeaconCompressor(model, rows_per_pass=rows)
-    for number, compressed in enumerate(compressor.compress(documents(), compression="beacon")):
+    for number, compressed in compressor.compress(enumerate(documents()), compression="beacon"):
         events.append(f"give {number}")
         assert_same(compressed.kv, reference_read(model, some_ids(8, seed=number), [2]))
     expected = {
@@ -134,7 +136,7 @@ def test_documents_come_in_order_and_as_soon_as_they_are_read(rows: int) -> None
 def test_progress_adds_up_to_all_tokens(rows: int) -> None:
     steps: list[int] = []
     compressor = BeaconCompressor(model_of(), rows_per_pass=rows)
-    list(compressor.compress(DOCUMENTS, steps.append, compression="beacon"))
+    list(compressor.compress(enumerate(DOCUMENTS), steps.append, compression="beacon"))
     assert sum(steps) == sum(len(work.ids) for work in DOCUMENTS)
     assert all(step > 0 for step in steps)
     assert len(steps) == {1: 11, 20: 6, 4096: 1}[rows]
@@ -177,9 +179,9 @@ def test_an_empty_document_is_refused() -> None:
     for ratio in (4, "auto", []):
         with pytest.raises(InputError, match="empty"):
             compressor.ratios(0, ratio)
-    for compression in COMPRESSIONS:
+    for compression in BUILT_IN:
         with pytest.raises(InputError):
-            list(compressor.compress([Work([], [])], compression=compression))
+            compressor.compress_one(Work([], []), compression=compression)
 
 
 class TestRatios:
@@ -270,7 +272,7 @@ class TestChosenTokens:
         config = BeaconConfig(beacon_window=WINDOW)
         model = tiny_model(family, config, tokenizer=tiny_tokenizer(), **overrides)
         compressor = BeaconCompressor(model, score=score)
-        (document,) = compressor.compress([Work(self.IDS, [ratio] * 3)], compression=compression)
+        document = compressor.compress_one(Work(self.IDS, [ratio] * 3), compression=compression)
         stock, question = eager(name), some_ids(5, seed=2)
         memory = MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
         with torch.no_grad():
@@ -285,13 +287,13 @@ class TestChosenTokens:
     def test_a_text_in_one_go_is_its_windows_one_by_one(self, compression: str, score: str, sink: int) -> None:
         model = model_of(sink=sink)
         compressor = BeaconCompressor(model, score=score)
-        (whole,) = compressor.compress([Work(self.IDS, self.RATIOS)], compression=compression)
-        parts, measured = [MemoryKV.of(compressor.sink)], compressor._scores()
+        whole = compressor.compress_one(Work(self.IDS, self.RATIOS), compression=compression)
+        parts, method = [MemoryKV.of(compressor.sink)], BUILT_IN[compression](compressor)
+        assert isinstance(method, Select)
         for number, ratio in enumerate(self.RATIOS):
             window, prefix = self.IDS[number * WINDOW : (number + 1) * WINDOW], model.prefix(MemoryKV.concat(parts))
             with torch.no_grad():
-                part = read_window(model, prefix, window, ratio, hybrid=compression == "hybrid", measured=measured)
-            parts.append(part)
+                parts.append(method.read_window(prefix, window, ratio))
         assert_same(whole.kv, MemoryKV.concat(parts[1:]))
 
     @by_choice
@@ -330,7 +332,7 @@ class TestChosenTokens:
                 events.append(f"take {number}")
                 yield Work(some_ids(8, seed=number), [2])
 
-        for number, _ in enumerate(BeaconCompressor(model_of()).compress(documents(), compression=compression)):
+        for number, _ in BeaconCompressor(model_of()).compress(enumerate(documents()), compression=compression):
             events.append(f"give {number}")
         assert ", ".join(events) == "take 0, give 0, take 1, give 1, take 2, give 2"
 
@@ -338,7 +340,7 @@ class TestChosenTokens:
     def test_progress_is_told_of_every_window(self, compression: str) -> None:
         steps: list[int] = []
         documents = [Work(self.IDS, self.RATIOS), Work(some_ids(3), [2])]
-        list(BeaconCompressor(model_of()).compress(documents, steps.append, compression=compression))
+        list(BeaconCompressor(model_of()).compress(enumerate(documents), steps.append, compression=compression))
         assert steps == [8, 8, 5, 3]
 
     @pytest.mark.parametrize(
@@ -355,13 +357,15 @@ class TestChosenTokens:
         ours, roomy = (self.compress(model, ids, ratios, compression=compression) for model in (small, large))
         assert ours.span == roomy.span == span
         assert ours.slots == roomy.slots == 160 // ratio
-        parts, room = [MemoryKV.of(BeaconCompressor(small).sink)], 80 - 16 - 16  # the window is read and repeated
+        method, room = BUILT_IN[compression](BeaconCompressor(small)), 80 - 16 - 16  # the window is read and repeated
+        assert isinstance(method, Select)
+        parts = [MemoryKV.of(method.reader.sink)]
         for number in range(10):
             prefix = MemoryKV.concat(parts, room).interpolated(room)
             assert prefix.span == MemoryKV.concat(parts).span if number < 3 else room - len(parts) < prefix.span <= room
             with torch.no_grad():
                 window = ids[16 * number : 16 * (number + 1)]
-                parts.append(read_window(small, small.prefix(prefix), window, ratio, hybrid=compression == "hybrid"))
+                parts.append(method.read_window(small.prefix(prefix), window, ratio))
         assert_same(ours, MemoryKV.concat(parts[1:]))
         assert not torch.equal(ours.counts, roomy.counts)
 
@@ -369,19 +373,20 @@ class TestChosenTokens:
     @every_score
     def test_questions_do_not_change_what_is_chosen(self, compression: str, score: str) -> None:
         """A memory is made before anybody asks: no argument takes a question, and none leaves a trace."""
-        taken = set(signature(BeaconCompressor.__init__).parameters) | set(signature(read_window).parameters)
+        taken = set(signature(BeaconCompressor.__init__).parameters) | set(signature(Select.read_window).parameters)
         taken |= set(signature(BeaconCompressor.compress).parameters) | set(signature(Work).parameters)
+        taken |= set(signature(ReadWindow).parameters)
         assert taken == {
             *("self", "model", "rows_per_pass", "reserve", "score"),
-            *("documents", "progress", "compression"),
+            *("works", "progress", "compression"),
             *("ids", "ratios", "read", "windows"),
-            *("prefix", "ids", "ratio", "hybrid", "measured"),
+            *("prefix", "ids", "ratio", "kv", "watch"),
         }
         compressor = BeaconCompressor(model_of(), score=score)
         before, after = [], []
         for memories in (before, after):
             work = Work(self.IDS, self.RATIOS)
-            memories += [one.kv for one in compressor.compress([work], compression=compression)]
+            memories.append(compressor.compress_one(work, compression=compression).kv)
             request = Request(memories[0], some_ids(5, seed=len(after)))
             generate(compressor.model, [request], generation_config(compressor.model, None, {"max_new_tokens": 3}))
         assert same(before[0], after[0])
@@ -392,7 +397,7 @@ class TestChosenTokens:
         assert compressor.sink.slots == 1
         hook = model.base.model.register_forward_pre_hook(lambda *_: passes.append(1))
         try:
-            list(compressor.compress([Work(some_ids(8, seed=n), [2]) for n in range(3)], compression="select"))
+            list(compressor.compress(((n, Work(some_ids(8, seed=n), [2])) for n in range(3)), compression="select"))
         finally:
             hook.remove()
         assert len(passes) == 2 + 3  # our text read and repeated, then a pass for each window
@@ -412,25 +417,28 @@ class TestChosenTokens:
             raise AssertionError("a document was taken")
             yield
 
-        with pytest.raises(ConfigError, match=f"compression={compression!r} must be one of 'auto', 'beacon'"):
+        with pytest.raises(
+            ConfigError,
+            match=f"compression={compression!r} must be 'auto' or one of the methods .*: 'beacon', 'select'",
+        ):
             BeaconCompressor(model_of()).compress(documents(), compression=compression)
 
     def test_without_a_word_it_is_the_model_s_own(self) -> None:
         model = model_of()
         assert model.compression == "select"
-        (own,) = BeaconCompressor(model).compress([Work(self.IDS, self.RATIOS)])
+        own = BeaconCompressor(model).compress_one(Work(self.IDS, self.RATIOS))
         assert same(own.kv, self.compress(model, compression="select"))
 
 
-class TestMethod:
+class TestParameters:
     @pytest.mark.parametrize("score", ["repeat", "expected"])
-    def test_it_names_what_else_decides(self, score: str) -> None:
+    def test_they_are_what_else_decides(self, score: str) -> None:
         compressor = BeaconCompressor(model_of(), score=score)
-        assert compressor.method("beacon") == {}
-        assert compressor.method("select") == {"score": score}
-        assert compressor.method("hybrid") == {"score": score, "hybrid_factor": 4}
+        assert compressor.parameters("beacon") == {}
+        assert compressor.parameters("select") == {"score": score}
+        assert compressor.parameters("hybrid") == {"score": score, "hybrid_factor": 4}
 
     @pytest.mark.parametrize("compression", ["auto", "beacons", None])
     def test_it_must_be_known_which_compression(self, compression: Any) -> None:
-        with pytest.raises(ConfigError, match=f"compression={compression!r} must be one of 'beacon'"):
-            BeaconCompressor(model_of()).method(compression)
+        with pytest.raises(ConfigError, match=f"compression={compression!r} must be 'auto' or one of the methods"):
+            BeaconCompressor(model_of()).parameters(compression)

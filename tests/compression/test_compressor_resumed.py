@@ -160,7 +160,7 @@ def test_windows_that_were_read_are_not_read_again(compression: str, rows: int) 
         lambda _module, _args, how: passes.append(how["inputs_embeds"].shape[1]), with_kwargs=True
     )
     try:
-        list(compressor.compress([work], steps.append, compression=compression))
+        compressor.compress_one(work, steps.append, compression=compression)
     finally:
         hook.remove()
     assert sum(passes) == rows  # of the last 13 tokens, which `select` and `hybrid` read twice
@@ -181,7 +181,7 @@ def test_a_document_that_was_all_read_takes_no_pass(compression: str, score: str
 
     hook = model.base.model.register_forward_pre_hook(lambda *_: events.append("pass"))
     try:
-        for document in compressor.compress(documents(), events.append, compression=compression):
+        for _, document in compressor.compress(enumerate(documents()), events.append, compression=compression):
             assert same(document.kv, memory_of(work))
             assert (document.tokens, len(document.windows)) == (24, 3)
             events.append("done")

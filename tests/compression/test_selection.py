@@ -12,8 +12,11 @@ from tiny_models import MODELS, reference_read, some_ids, tiny_model, tiny_token
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.methods.hybrid import Hybrid
+from beacon_memory.compression.methods.select import Select
 from beacon_memory.compression.scoring import ExpectedAttention, spread
-from beacon_memory.compression.selection import read_raw, read_window
+from beacon_memory.compression.selection import read_raw
 from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
@@ -34,8 +37,20 @@ def in_front(stock: PreTrainedModel) -> MemoryKV:
 
 
 @torch.no_grad()
-def read(model: BeaconModel, prefix: MemoryKV, ids: Sequence[int], ratio: int, **how: Any) -> MemoryKV:
-    return read_window(model, model.prefix(prefix), ids, ratio, **how)
+def read(
+    model: BeaconModel,
+    prefix: MemoryKV,
+    ids: Sequence[int],
+    ratio: int,
+    *,
+    hybrid: bool = False,
+    measured: Tensor | None = None,
+) -> MemoryKV:
+    compressor = BeaconCompressor(model, score="repeat" if measured is None else "expected")
+    method = Hybrid(compressor) if hybrid else Select(compressor)
+    if measured is not None:
+        method.measured = measured
+    return method.read_window(model.prefix(prefix), ids, ratio)
 
 
 def nothing(model: BeaconModel) -> MemoryKV:

@@ -26,8 +26,8 @@ from tiny_models import some_ids
 from transformers import DynamicCache
 
 from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.methods.registry import BUILT_IN
 from beacon_memory.compression.work import Work
-from beacon_memory.config import COMPRESSIONS
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.evaluation.baselines import Baseline
 from beacon_memory.evaluation.pieces import cut_middle, passage_ids
@@ -43,7 +43,7 @@ CONTINUATION = some_ids(40, seed=7)
 HEADS = 6  # of all layers of the tiny model
 PLACE = 4  # bytes, beside the K/V of each slot of a head
 
-every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+every_compression = pytest.mark.parametrize("compression", list(BUILT_IN))
 
 
 def prefix_of(one: Any, question: str | None = QUESTION, text: tuple[str, ...] = CONTEXT) -> MemoryKV:
@@ -59,8 +59,8 @@ def by_hand(
 ) -> MemoryKV:
     """The sink and documents, compressed one after another, and what is kept of them."""
     compressor = BeaconCompressor(saved_model())
-    work = [[Work(ids, compressor.ratios(len(ids), ratio))] for ids in documents]
-    memories = [keep(next(compressor.compress(one, compression=compression)).kv) for one in work]
+    work = [Work(ids, compressor.ratios(len(ids), ratio)) for ids in documents]
+    memories = [keep(compressor.compress_one(one, compression=compression).kv) for one in work]
     return MemoryKV.concat([MemoryKV.of(compressor.sink), *memories])
 
 
@@ -151,7 +151,7 @@ class TestTextsThatDoNotFit:
 
     def test_what_fits_is_not_cut(self) -> None:
         assert not answer(self.baseline("truncated:3")).cut
-        assert not any(answer(self.baseline(f"{compression}:4")).cut for compression in COMPRESSIONS)
+        assert not any(answer(self.baseline(f"{compression}:4")).cut for compression in BUILT_IN)
         assert not answer(self.baseline("bm25:1")).cut  # it takes what fits
 
     @pytest.mark.parametrize("name", ["beacon:2", "beacon:2:3", "select:2", "select:2:3", "hybrid:2"])
@@ -279,7 +279,7 @@ def test_the_expected_score_chooses_as_many_tokens_and_others() -> None:
 
 
 def test_beacons_take_a_position_each_and_chosen_tokens_keep_theirs() -> None:
-    beacons, chosen, both = (prefix_of(baseline(f"{compression}:4")) for compression in COMPRESSIONS)
+    beacons, chosen, both = (prefix_of(baseline(f"{compression}:4")) for compression in BUILT_IN)
     assert beacons.span == beacons.slots
     assert chosen.span == 1 + TOKENS
     assert both.span == chosen.span + sum(math.ceil(min(32, TOKENS - at) / 16) for at in range(0, TOKENS, 32))
@@ -305,7 +305,7 @@ def test_chosen_tokens_of_one_window_are_those_of_the_stock_model() -> None:
 def test_baselines_of_one_ratio_have_one_budget(ratio: int) -> None:
     slots = math.ceil(TOKENS / ratio)
     windows = -(-TOKENS // 32)
-    for name in ("truncated", "bm25", *COMPRESSIONS):
+    for name in ("truncated", "bm25", *BUILT_IN):
         one = baseline(f"{name}:{ratio}")
         kv_bytes, prefix = answer(one).kv_bytes, prefix_of(one)
         assert slots_in(kv_bytes) == prefix.slots - 1
@@ -315,7 +315,7 @@ def test_baselines_of_one_ratio_have_one_budget(ratio: int) -> None:
 
 @pytest.mark.parametrize("ratio", [2, 4, 9])
 def test_all_compressions_keep_as_much_to_the_last_byte(ratio: int) -> None:
-    assert len({answer(baseline(f"{compression}:{ratio}")).kv_bytes for compression in COMPRESSIONS}) == 1
+    assert len({answer(baseline(f"{compression}:{ratio}")).kv_bytes for compression in BUILT_IN}) == 1
 
 
 class TestReading:

@@ -14,8 +14,9 @@ from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.methods.registry import BUILT_IN
 from beacon_memory.compression.work import Work
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.generation.generate import Generation, Request, generate
 from beacon_memory.generation.options import generation_config
@@ -24,7 +25,7 @@ from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
 
-every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+every_compression = pytest.mark.parametrize("compression", list(BUILT_IN))
 
 
 def make_model(name: str = "llama", window: int = 16, **overrides: Any) -> BeaconModel:
@@ -36,7 +37,7 @@ def make_model(name: str = "llama", window: int = 16, **overrides: Any) -> Beaco
 def compressed(model: BeaconModel, ids: list[int], ratio: int, compression: str = "select") -> MemoryKV:
     """Sink and document, as they are loaded."""
     compressor = BeaconCompressor(model, reserve=0)
-    (document,) = compressor.compress([Work(ids, compressor.ratios(len(ids), ratio))], compression=compression)
+    document = compressor.compress_one(Work(ids, compressor.ratios(len(ids), ratio)), compression=compression)
     return MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
 
 
@@ -110,7 +111,7 @@ def test_batch_of_different_prefixes_and_prompts_equals_one_at_a_time(name: str)
         Request(
             compressed(model, some_ids(50, seed=seed), 2 + seed, compression), some_ids(4 + 3 * seed, seed=9 + seed)
         )
-        for seed, compression in enumerate(COMPRESSIONS)
+        for seed, compression in enumerate(BUILT_IN)
     ]
     requests.append(Request(no_memory(model), some_ids(7)))
     together = generate(model, requests, greedy(model))

@@ -58,7 +58,7 @@ def test_it_is_the_same_whenever_and_in_whichever_dtype_a_model_is_loaded(family
 def test_use_does_not_change_it() -> None:
     used = model()
     before = used.fingerprint
-    list(BeaconCompressor(used).compress([Work(some_ids(20), [2, 2, 2])]))
+    BeaconCompressor(used).compress_one(Work(some_ids(20), [2, 2, 2]))
     used.tokenizer("a b c", truncation=True, max_length=1)
     del used.fingerprint
     assert used.fingerprint == before

@@ -81,7 +81,7 @@ def passage_loss(
     memory = MemoryKV.of(compressor.sink)
     if text:
         ratios = compressor.ratios(len(text), ratio)
-        memory = MemoryKV.concat([memory, next(compressor.compress([Work(text, ratios)], compression="beacon")).kv])
+        memory = MemoryKV.concat([memory, compressor.compress_one(Work(text, ratios), compression="beacon").kv])
     tokens = torch.tensor([passage])
     output = model.base(tokens, past_key_values=MemoryCache([model.prefix(memory)]))
     return float(torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:]))

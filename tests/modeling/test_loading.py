@@ -82,7 +82,7 @@ class TestBase:
 
     def test_it_needs_no_tokenizer(self, tmp_path: Path) -> None:
         tiny_base("llama").save_pretrained(tmp_path)
-        kv = next(BeaconCompressor(load(tmp_path, config=CONFIG)).compress([Work(some_ids(8), [2])])).kv
+        kv = BeaconCompressor(load(tmp_path, config=CONFIG)).compress_one(Work(some_ids(8), [2])).kv
         assert kv.slots == 4
 
     def test_a_missing_parameter_is_named(self, base: Path) -> None:

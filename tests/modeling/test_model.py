@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.methods.registry import BUILT_IN
 from beacon_memory.compression.work import Work
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
-from beacon_memory.documents import content_hash
+from beacon_memory.config import BeaconConfig
+from beacon_memory.documents import Text, content_hash
 from beacon_memory.errors import AdapterError, ConfigError, InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.cache import MemoryCache
@@ -108,7 +109,7 @@ class TestStockModel:
             texts.append(model.generate(**padded(), max_new_tokens=12, pad_token_id=0, **how).tolist())
         assert texts[0] == texts[1]
 
-    @pytest.mark.parametrize("compression", COMPRESSIONS)
+    @pytest.mark.parametrize("compression", list(BUILT_IN))
     def test_a_pass_that_fails_leaves_it_as_it_was(self, compression: str) -> None:
         stock, ours = stock_and_ours("llama", config())
 
@@ -117,7 +118,7 @@ class TestStockModel:
 
         hook = ours.base.model.layers[1].self_attn.o_proj.register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            list(BeaconCompressor(ours).compress([Work(some_ids(8), [2])], compression=compression))
+            BeaconCompressor(ours).compress_one(Work(some_ids(8), [2]), compression=compression)
         hook.remove()
         ids = torch.tensor([some_ids(20)])
         assert torch.equal(ours.base(ids).logits, stock(ids).logits)
@@ -128,12 +129,12 @@ class TestStockModel:
         ids, documents = torch.tensor([some_ids(20)]), [Work(some_ids(30, seed=n), [2, 4, 4, 2]) for n in range(30)]
         with torch.no_grad():
             expected = stock(ids).logits
-        alone = list(BeaconCompressor(ours).compress(documents, compression=compression))
+        alone = [one for _, one in BeaconCompressor(ours).compress(enumerate(documents), compression=compression)]
         compressed: list[Any] = []
 
         def work() -> None:
             compressor = BeaconCompressor(ours, rows_per_pass=8)
-            compressed.extend(compressor.compress(documents, compression=compression))
+            compressed.extend(one for _, one in compressor.compress(enumerate(documents), compression=compression))
 
         worker = Thread(target=work)
         worker.start()
@@ -154,13 +155,13 @@ class TestRawMemory:
 
     def stored(self, model: BeaconModel, ids: list[int], folder: Path, compression: str) -> MemoryKV:
         """K/V of the tokens, once through a file."""
-        (document,) = BeaconCompressor(model).compress([Work(ids, [0])], compression=compression)
+        document = BeaconCompressor(model).compress_one(Work(ids, [0]), compression=compression)
         text = "the text that the tokens are of"
         spans = (WindowSpan(len(ids), 0, 0, len(text), document.kv.span),)
         header = DocumentHeader(
             "a", content_hash(text), len(ids), spans, tuple(ids), compression, document.kv.span, model.fingerprint
         )
-        read = read_kv_file(stage_kv_file(folder, header, document.kv, text))
+        read = read_kv_file(stage_kv_file(folder, header, document.kv, Text(text)))
         assert read.header.fingerprint == model.fingerprint
         return read.memory()
 
@@ -217,7 +218,7 @@ class TestComposition:
     ) -> None:
         model = tiny_model(family, config(**settings), tokenizer=tiny_tokenizer())
         compressor = BeaconCompressor(model)
-        stored = [next(compressor.compress([Work(*one)], compression="beacon")).kv for one in self.DOCUMENTS]
+        stored = [compressor.compress_one(Work(*one), compression="beacon").kv for one in self.DOCUMENTS]
         expected = MemoryKV.concat([MemoryKV.of(compressor.sink), *stored])
         memory, logits = self.in_one_pass(model, self.BRANCHES)
         close(memory.keys, expected.keys)
@@ -248,7 +249,7 @@ class TestForward:
     def test_a_raw_window_is_the_stock_model_reading_behind_the_memory(self, name: str, attn: str) -> None:
         _, ours = stock_and_ours(name, config(beacon_attn=attn, beacon_sink_size=0))
         document, question = some_ids(16, seed=1), some_ids(6, seed=2)
-        (compressed,) = BeaconCompressor(ours).compress([Work(document, [2, 4])], compression="beacon")
+        compressed = BeaconCompressor(ours).compress_one(Work(document, [2, 4]), compression="beacon")
         read = ours(torch.tensor([document + question]), ratios=[iter([2, 4])]).logits
         close(read[0, 16:], stock_reading(eager(name), question, compressed.kv).logits)
         close(read[:, 16:], answer(ours, compressed.kv, question))
@@ -309,7 +310,7 @@ class TestUntrained:
         model = tiny_model(family, config(), trained=False)
         ids = some_ids(16)
         compressor = BeaconCompressor(model)
-        beacons, raw = (next(compressor.compress([Work(ids, [r, r])], compression="beacon")).kv for r in (4, 0))
+        beacons, raw = (compressor.compress_one(Work(ids, [r, r]), compression="beacon").kv for r in (4, 0))
         for of_beacons, of_tokens in zip(beacons.layer(0), raw.layer(0), strict=True):
             close(of_beacons[0], of_tokens[0][3::4])
             close(of_beacons[1], of_tokens[1][3::4])
@@ -354,7 +355,7 @@ class TestCompression:
     def test_untrained_beacons_leave_it_to_chosen_tokens(self) -> None:
         assert tiny_model("llama", config(), trained=False).compression == "select"
 
-    @pytest.mark.parametrize("compression", ["auto", *COMPRESSIONS])
+    @pytest.mark.parametrize("compression", ["auto", *BUILT_IN])
     @pytest.mark.parametrize("adapter", [False, True])
     def test_an_adapter_brings_beacons_unless_its_settings_say_otherwise(
         self, compression: str, adapter: bool, tmp_path: Path

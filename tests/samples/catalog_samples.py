@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from beacon_memory.documents import content_hash, utc_now
+from beacon_memory.documents import Text, content_hash, utc_now
 from beacon_memory.storage.catalog.catalog import Catalog, DocumentRow
 
 LONG_AGO, LATER = "2020-01-01T00:00:00.000+00:00", "2999-01-01T00:00:00.000+00:00"
@@ -32,4 +32,4 @@ def row(id: str, text: str, **changes: object) -> DocumentRow:
 
 
 def add(catalog: Catalog, id: str, text: str, **changes: object) -> DocumentRow:
-    return catalog.put(row(id, text, **changes), text)
+    return catalog.put(row(id, text, **changes), Text(text))

@@ -12,8 +12,9 @@ import torch
 from tiny_models import ReferenceRead, some_ids, tiny_model, tiny_tokenizer
 
 from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.methods.registry import BUILT_IN
 from beacon_memory.compression.work import CompressedDocument, Work
-from beacon_memory.config import COMPRESSIONS, BeaconConfig
+from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.modeling.model import BeaconModel
 
@@ -26,7 +27,7 @@ every_method = pytest.mark.parametrize(
     ("attn", "embed", "placement", "sink"),
     list(product(["hidden", "full-coverage"], ["last-token", "learned"], ["end", "salient", "salient-words"], [0, 1])),
 )
-every_compression = pytest.mark.parametrize("compression", COMPRESSIONS)
+every_compression = pytest.mark.parametrize("compression", list(BUILT_IN))
 by_choice = pytest.mark.parametrize("compression", ["select", "hybrid"])
 every_score = pytest.mark.parametrize("score", ["repeat", "expected"])
 
@@ -55,7 +56,10 @@ def model_of(
 def compress(
     model: BeaconModel, documents: Iterable[Work] = tuple(DOCUMENTS), compression: str = "beacon", **options: Any
 ) -> list[CompressedDocument]:
-    return list(BeaconCompressor(model, **options).compress(documents, compression=compression))
+    compressor = BeaconCompressor(model, **options)
+    compressed = list(compressor.compress(enumerate(documents), compression=compression))
+    assert [number for number, _ in compressed] == list(range(len(compressed)))
+    return [document for _, document in compressed]
 
 
 def assert_same(ours: MemoryKV, theirs: MemoryKV | ReferenceRead) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kv_samples import TEXT, sample, stack
 from old_formats import write_format_1, write_format_2, write_format_3
 
+from beacon_memory.documents import Text
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredKV, stage_kv_file, with_precision
@@ -119,4 +120,4 @@ def file_of(form: str, id: str = "doc", text: str = TEXT) -> tuple[bytes, Docume
             stored = write_format_3(path, header, kv)
             return path.read_bytes(), header, stored
         stored = with_precision(kv, form)
-        return stage_kv_file(Path(folder), header, stored, text).read_bytes(), header, stored
+        return stage_kv_file(Path(folder), header, stored, Text(text)).read_bytes(), header, stored

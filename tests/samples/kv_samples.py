@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from beacon_memory.documents import content_hash
+from beacon_memory.documents import Text, content_hash
 from beacon_memory.kv.fingerprint import Fingerprint
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
@@ -58,7 +58,7 @@ def sample(
 
 def write_kv_file(path: Path, header: DocumentHeader, kv: StoredKV, text: str = TEXT) -> None:
     """Write a file under its name at once."""
-    stage_kv_file(path.parent, header, kv, text).replace(path)
+    stage_kv_file(path.parent, header, kv, Text(text)).replace(path)
 
 
 def same(ours: StoredKV, theirs: StoredKV) -> bool:

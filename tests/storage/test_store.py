@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, start
 from store_samples import BYTES, change, files, labels, put
 
-from beacon_memory.config import COMPRESSIONS
+from beacon_memory.compression.methods.registry import BUILT_IN
 from beacon_memory.documents import PRECISIONS, Label
 from beacon_memory.errors import ConflictError, DocumentNotFoundError, InputError, StoreError
 from beacon_memory.kv.memory_kv import MemoryKV
@@ -151,10 +151,10 @@ def test_replacement_leaves_one_file_and_keeps_created_at_and_label(store: Memor
 
 def test_documents_of_every_compression_live_side_by_side(store: MemoryStore) -> None:
     kept = {}
-    for compression in COMPRESSIONS:
+    for compression in BUILT_IN:
         header, kept[compression] = sample(compression)
         store.put(replace(header, compression=compression), kept[compression], TEXT)
-    assert {row.id: row.compression for row in store.list()} == {name: name for name in COMPRESSIONS}
+    assert {row.id: row.compression for row in store.list()} == {name: name for name in BUILT_IN}
     for name, kv in kept.items():
         found = store.get(name)
         assert found.header.compression == name

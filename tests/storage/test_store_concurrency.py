@@ -16,7 +16,7 @@ import pytest
 from crashing import fork, wait
 from workload import State, after, document, label, look, perform
 
-from beacon_memory.documents import content_hash
+from beacon_memory.documents import Text, content_hash
 from beacon_memory.errors import ConflictError, DocumentNotFoundError, StoreError
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.kv_file import StoredFile
@@ -134,7 +134,7 @@ def test_reading_waits_neither_for_a_writer_nor_for_a_repair(store: MemoryStore)
 
     def write() -> None:
         with writing(store.folder), store.catalog().transaction():
-            store.catalog().put(store.row("doc"), store.text("doc"))
+            store.catalog().put(store.row("doc"), Text(store.text("doc")))
             held.set()
             done.wait(30)
 

@@ -37,7 +37,7 @@ def behind(model: BeaconModel, sample: Sample, branch: Branch, compression: str 
     """Logits that predict a branch's labels: documents compressed one by one, then the stock model behind them."""
     compressor = BeaconCompressor(model)
     documents = [Work(*one) for one in zip(sample.parts, sample.ratios, strict=True)]
-    memories = [next(compressor.compress([one], compression=compression)).kv for one in documents]
+    memories = [compressor.compress_one(one, compression=compression).kv for one in documents]
     prefix = model.prefix(MemoryKV.concat([MemoryKV.of(compressor.sink), *memories]))
     cache = MemoryCache([prefix], config=model.base.config)
     logits = model.base(torch.tensor([branch.ids]), past_key_values=cache).logits[0]

@@ -325,7 +325,7 @@ class TestStart:
 def test_documents_can_be_compressed_with_what_was_trained(base: Path, data: Path) -> None:
     adapter = run(a_recipe(base, lora=LORA), data, data.parent / "run")
     model = BeaconModel.from_pretrained(base, adapter, device="cpu")
-    (document,) = BeaconCompressor(model).compress([Work(some_ids(20), [2, 4, 2])])
+    document = BeaconCompressor(model).compress_one(Work(some_ids(20), [2, 4, 2]))
     assert document.kv.slots == 4 + 2 + 2
 
 

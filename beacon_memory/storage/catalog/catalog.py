@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from beacon_memory.documents import Label, check_id, content_hash, utc_now
+from beacon_memory.documents import Label, Text, check_id, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError
 
 from .connections import BUSY_SECONDS, Connections
@@ -165,12 +165,12 @@ class Catalog:
             finally:
                 db.rollback()
 
-    def put(self, row: DocumentRow, text: str) -> DocumentRow:
+    def put(self, row: DocumentRow, text: Text) -> DocumentRow:
         """Write or replace a document's row, text and passages; returns the row as it is now.
 
         A replaced row keeps its created_at. Raises InputError if text or id cannot be stored.
         """
-        if row.content_hash != content_hash(text):
+        if row.content_hash != text.sha256:
             raise InputError(f"content_hash {row.content_hash!r} of {row.id!r} is not the sha256 of its text")
         check_id(row.id)
         with self.transaction(), self._database() as db:
@@ -179,7 +179,7 @@ class Catalog:
                 row = replace(row, created_at=str(old[1]))
             row = self._write(db, row)
             if old is None or old[0] != row.content_hash or self.kept_text(row.id, row.content_hash) is None:
-                self._write_text(db, row.id, text)
+                self._write_text(db, row.id, text.value)
         return row
 
     def update(self, row: DocumentRow) -> None:

@@ -171,6 +171,12 @@ def m006_names(db: Database) -> None:
         db.execute(f"ALTER TABLE {table} RENAME COLUMN seal TO checksum")
 
 
+@migrations()
+def m007_method(db: Database) -> None:
+    """The parameters of the compression method, so that an unchanged text is known without its file."""
+    db.execute("ALTER TABLE documents ADD COLUMN method TEXT")
+
+
 def _keep_texts(db: Database) -> None:
     """Cut the texts anew whose passages, joined, are not what the column holds."""
     of_one = "SELECT text FROM passages WHERE document = documents.id ORDER BY ordinal"

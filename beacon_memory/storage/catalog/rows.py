@@ -25,13 +25,14 @@ class DocumentRow:
     file:         name of the K/V file, relative to the store's folder, with forward slashes
     content_hash: sha256 of the text, in hexadecimal
     fingerprint:  digest of the `Fingerprint` of the K/V
-    compression:  how the text became slots, one of `config.COMPRESSIONS`
+    compression:  the name of the method that made slots of the text
     precision:    what the K/V are kept in, one of `document.PRECISIONS`; empty in rows older than the choice
     tokens, slots, bytes: raw tokens of the text; memory slots (of a head, the mean over all) and bytes of its K/V
     ratios:       the different ratios of its windows, ascending; the file's header has each window's own
     metadata, tags, pinned, expires_at: see `Label`
     created_at, updated_at: ISO 8601, UTC; the first survives replacement
     used_at:      when it was last read or written, in seconds since 1970, to a minute or so
+    method:       the parameters of the compression method; None in rows older than the column
     """
 
     id: str
@@ -51,6 +52,7 @@ class DocumentRow:
     created_at: str
     updated_at: str
     used_at: int = 0
+    method: Mapping[str, str | int] | None = None
 
     @property
     def label(self) -> Label:
@@ -101,6 +103,7 @@ COLUMNS = (*(field.name for field in fields(DocumentRow)), "checksum")
 def to_record(row: DocumentRow) -> dict[str, Any]:
     """The values of the catalog's columns for a row, the checksum among them."""
     record = asdict(row) | {name: json.dumps(getattr(row, name)) for name in _JSON} | {"pinned": int(row.pinned)}
+    record["method"] = None if row.method is None else json.dumps(dict(row.method))
     return record | {"checksum": checksum(record)}
 
 
@@ -112,8 +115,10 @@ def from_record(record: Mapping[str, Any]) -> DocumentRow:
         )
     values = dict(record)
     del values["checksum"]
-    ratios, metadata, tags = json.loads(f"[{', '.join(map(values.__getitem__, _JSON))}]")  # at once, which is faster
+    written = [*map(values.__getitem__, _JSON), values.get("method") or "null"]
+    ratios, metadata, tags, method = json.loads(f"[{', '.join(written)}]")  # at once, which is faster
     values |= {"ratios": tuple(ratios), "metadata": metadata, "tags": tuple(tags), "pinned": bool(record["pinned"])}
+    values["method"] = None if method is None else dict(method)
     return DocumentRow(**values)
 
 
@@ -131,4 +136,6 @@ def checksum(record: Mapping[str, Any]) -> str:
     checked = dict(record)
     for name in _NOT_CHECKED:
         checked.pop(name, None)
+    if checked.get("method") is None:  # as in rows older than the column, whose checksums go on
+        checked.pop("method", None)
     return hashlib.sha256(_ENCODER.encode(checked).encode()).hexdigest()[:32]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from beacon_memory.config import COMPRESSIONS
+from beacon_memory.config import METHOD_NAME
 from beacon_memory.documents import check_id, utc_now
 from beacon_memory.errors import InputError
 from beacon_memory.kv.fingerprint import Fingerprint
@@ -51,10 +51,10 @@ class DocumentHeader:
     windows:     in the order of the text, the last and perhaps incomplete one included
     tail_ids:    raw token ids of the last window if it is incomplete, so that `append` can go on where the text
                  stopped; empty if it is full
-    compression: how the text became slots, one of `config.COMPRESSIONS`
+    compression: the name of the method that made slots of the text
     span:        positions of the model that the memory takes
     fingerprint: of the model, adapter and settings that made the K/V
-    method:      what else decided how the text became slots, see `BeaconCompressor.method`; None if that is not known
+    method:      the parameters of that method, see `BeaconCompressor.parameters`; None if they are not known
     created_at:  when they were made, ISO 8601, UTC
     """
 
@@ -75,8 +75,8 @@ class DocumentHeader:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.isascii():
                 raise InputError(f"{name} must be a text in ASCII, got {value!r}")
-        if self.compression not in COMPRESSIONS:
-            raise InputError(f"compression is {self.compression!r}, but must be one of {', '.join(COMPRESSIONS)}")
+        if not isinstance(self.compression, str) or not METHOD_NAME.fullmatch(self.compression):
+            raise InputError(f"compression is {self.compression!r}, but must be the name of a method, such as 'select'")
         for name in ("tokens", "span"):
             _check_count(name, getattr(self, name))
         for token in self.tail_ids:

@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from beacon_memory.documents import check_precision, content_hash
+from beacon_memory.documents import Text, check_precision
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, quantized
@@ -131,7 +131,7 @@ def stored_bytes(kv: StoredKV) -> int:
     return kv.nbytes - kv.positions.nbytes + _narrow(kv).nbytes
 
 
-def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str) -> Path:
+def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text) -> Path:
     """Write a temporary file into `folder`, created if missing, and sync it to disk.
 
     Raises InputError if `kv` is not a memory that the header describes, or is interpolated, or the text is another one;
@@ -139,10 +139,10 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str)
     """
     if flaw := _misfit(header, kv) or _misplaced(kv):
         raise InputError(f"the K/V of {header.id!r} cannot be stored: {flaw}")
-    if content_hash(text) != header.content_hash:
+    if text.sha256 != header.content_hash:
         raise InputError(f"the header of {header.id!r} was made for another text: its content_hash differs")
     precision_of(kv)  # refuses what has none
-    data = text.encode()
+    data = text.value.encode()
     scales, rotated = {}, {}
     if isinstance(kv, QuantizedKV):
         scales, rotated = {name: getattr(kv, name) for name in _SCALES}, {"rotated": kv.rotated}

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlite_utils import Database
 
-from beacon_memory.documents import Label, content_hash
+from beacon_memory.documents import Label, Text, content_hash
 from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.migrations import migrations
@@ -102,7 +102,7 @@ def test_a_text_without_utf8_form_is_refused(catalog: Catalog) -> None:
     with pytest.raises(InputError, match="decode bytes first"):
         content_hash(b"abc")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(InputError, match="not the sha256 of its text"):
-        catalog.put(row("doc", "one text"), "another text")
+        catalog.put(row("doc", "one text"), Text("another text"))
     assert not catalog.list()
 
 
@@ -171,7 +171,7 @@ def test_a_failure_inside_a_nested_transaction_can_be_survived(catalog: Catalog)
     with catalog.transaction():
         add(catalog, "kept", "text")
         with pytest.raises(InputError):
-            catalog.put(row("refused", "text"), "another text")
+            catalog.put(row("refused", "text"), Text("another text"))
         with pytest.raises(StoreError):
             add(catalog, "clash", "text", file="kv/'kept'")
     assert [row.id for row in catalog.list()] == ["kept"]
@@ -226,6 +226,8 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m003_compression",
         "m004_lifetimes",
         "m005_sealed_facts",
+        "m006_names",
+        "m007_method",
     ]
     assert db.journal_mode == "wal"
     db.close()

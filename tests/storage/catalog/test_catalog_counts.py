@@ -12,6 +12,7 @@ from catalog_samples import LATER, LONG_AGO, add, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beacon_memory.documents import Text
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DamagedRow
@@ -70,7 +71,7 @@ def test_counts_are_those_of_the_rows_whatever_is_done(data: st.DataObject) -> N
                 add(catalog, id, f"text {size}", bytes=size, file=f"kv/{number}", fingerprint=f"{number % 3}")
             case "keep" if now is not None:
                 catalog.keep_version(now)
-                catalog.put(replace(now, file=f"kv/{number}", bytes=size), catalog.text(id))
+                catalog.put(replace(now, file=f"kv/{number}", bytes=size), Text(catalog.text(id)))
             case "delete" if now is not None:
                 catalog.delete(id)
             case "rename" if now is not None and catalog.get(id * 2) is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from catalog_samples import LATER, add
 
+from beacon_memory.documents import Text
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import COLUMNS, DamagedRow
@@ -68,7 +69,7 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
     with pytest.raises(CorruptFileError, match="text of 'doc' is damaged; `beacon-memory repair` takes its file's"):
         catalog.text("doc")
     assert catalog.kept_text("doc", kept.content_hash) is None
-    catalog.put(kept, LONG)
+    catalog.put(kept, Text(LONG))
     assert catalog.text("doc") == LONG
     catalog.close()
 

@@ -15,7 +15,7 @@ from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, s
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from beacon_memory.documents import PRECISIONS, content_hash
+from beacon_memory.documents import PRECISIONS, Text, content_hash
 from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
@@ -156,7 +156,7 @@ def test_a_replaced_file_stays_whole_for_who_has_read_it(tmp_path: Path) -> None
 
 
 def test_a_staged_file_is_a_temporary_one_until_it_is_given_its_name(tmp_path: Path) -> None:
-    temp = stage_kv_file(tmp_path / "new" / "folder", *sample(), TEXT)
+    temp = stage_kv_file(tmp_path / "new" / "folder", *sample(), Text(TEXT))
     assert temp.parent == tmp_path / "new" / "folder"
     assert temp.name.startswith(".tmp")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -166,14 +166,14 @@ def test_a_staged_file_is_a_temporary_one_until_it_is_given_its_name(tmp_path: P
 def test_a_text_that_is_not_that_of_the_header_is_refused(tmp_path: Path) -> None:
     for text, message in (("another text", "made for another text: its content_hash differs"), ("\ud800", "surrogate")):
         with pytest.raises(InputError, match=message):
-            stage_kv_file(tmp_path, *sample(), text)
+            stage_kv_file(tmp_path, *sample(), Text(text))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_header_that_no_reader_would_take_is_refused(tmp_path: Path) -> None:
     header, kv = sample("x" * (9 << 20))
     with pytest.raises(InputError, match=r"would take 9\d+ bytes; split the document"):
-        stage_kv_file(tmp_path, header, kv, TEXT)
+        stage_kv_file(tmp_path, header, kv, Text(TEXT))
     assert not list(tmp_path.iterdir())
 
 
@@ -181,7 +181,7 @@ def test_a_header_that_no_reader_would_take_is_refused(tmp_path: Path) -> None:
 def test_kv_of_no_precision_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     header, kv = sample()
     with pytest.raises(InputError, match=r"must be one of float32|must be of floating point, or quantized"):
-        stage_kv_file(tmp_path, header, kv.to(dtype=dtype), TEXT)
+        stage_kv_file(tmp_path, header, kv.to(dtype=dtype), Text(TEXT))
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_a_store_error_and_leaves_nothing(tmp_path: Path) -> None
         """
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # as a full disk: no file may grow over 64 bytes
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        stage_kv_file(folder, *sample(), TEXT)
+        stage_kv_file(folder, *sample(), Text(TEXT))
         """,
         tmp_path,
     )
@@ -218,9 +218,9 @@ def test_kv_that_the_header_does_not_describe_are_refused(
     header, _ = sample()
     places = torch.tensor([0, 2, 4, 6, 8, 12], dtype=torch.int32).repeat(6)
     kv = replace(MemoryKV.of(stack(6, dtype=torch.bfloat16)), positions=places, span=13)
-    stage_kv_file(tmp_path, header, kv, TEXT).unlink()
+    stage_kv_file(tmp_path, header, kv, Text(TEXT)).unlink()
     with pytest.raises(InputError, match=f"the K/V of 'doc' cannot be stored: .*{message}"):
-        stage_kv_file(tmp_path, header, change(kv), TEXT)
+        stage_kv_file(tmp_path, header, change(kv), Text(TEXT))
     assert not list(tmp_path.iterdir())
 
 
@@ -234,7 +234,7 @@ def test_kv_that_the_header_does_not_describe_are_refused(
         ({"tail_ids": (1, 2)}, "the last window holds 5"),
         ({"tail_ids": (1, 2, 3, 4, -5)}, "at least 0, got -5"),
         ({"content_hash": None}, "content_hash must be a text"),
-        ({"compression": "auto"}, "compression is 'auto', but must be one of beacon, select, hybrid"),
+        ({"compression": "auto"}, "compression is 'auto', but must be the name of a method"),
         ({"compression": None}, "compression is None"),
         ({"span": -1}, "span must be an integer of at least 0, got -1"),
         ({"span": 2.0}, "span must be an integer"),
