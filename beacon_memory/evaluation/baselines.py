@@ -256,7 +256,7 @@ class Retrieved(PrefixBaseline):
 
 
 class Compressed(PrefixBaseline):
-    """The baselines `beacon:R`, `select:R:N` and so on, one for each compression method; quantized if `bits` is given."""
+    """The baselines `beacon:R`, `select:R:N` and so on, one for each compression method; quantized with `bits`."""
 
     def __init__(
         self,
