@@ -109,7 +109,8 @@ def test_picker_is_asked_in_the_namespace_of_the_memory(model: BeaconModel, tmp_
 
 def test_picker_can_read_documents_and_their_passages(model: BeaconModel, tmp_path: Path) -> None:
     picker = Scores()
-    memory = filled(tmp_path, model, picker, {"long": "A sentence of some length. " * 60, "short": "One."})
+    memory = filled(tmp_path, model, picker, {"short": "One."})
+    memory.add("long", "A sentence of some length. " * 60, ratio=8)
     memory.pick("?")
     (query,) = picker.asked
     assert [row.id for row in query.documents()] == ["long", "short"]
