@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import os
 import threading
@@ -116,6 +117,15 @@ class BeaconMemory:
         other = copy.copy(self)
         other.store = self.store.within(namespace)
         return other
+
+    @contextlib.contextmanager
+    def in_namespace(self, namespace: str | None) -> Iterator[BeaconMemory]:
+        """Open the memory in a namespace, None for its own; what was opened for that is closed behind it."""
+        if namespace is None or namespace == self.store.namespace:
+            yield self
+            return
+        with self.within(namespace) as other:
+            yield other
 
     @property
     def compressor(self) -> BeaconCompressor:

@@ -17,6 +17,7 @@ __all__ = [
     "UnreadCall",
     "call_of_turn",
     "chosen_tools",
+    "new_call_id",
     "split_calls",
     "text_before_calls",
     "with_calls_as_text",
@@ -106,6 +107,11 @@ def chosen_tools(tools: Sequence[Mapping[str, Any]], choice: Any) -> tuple[list[
     )
 
 
+def new_call_id() -> str:
+    """Return an id for a call that has none."""
+    return f"call_{uuid.uuid4().hex}"
+
+
 def _read(match: re.Match[str]) -> ToolCall | UnreadCall:
     try:
         fields = json.loads(match[1])
@@ -117,4 +123,4 @@ def _read(match: re.Match[str]) -> ToolCall | UnreadCall:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         why = f"not a JSON object with the text 'name' and the object 'arguments': {error!r}"
         return UnreadCall(match[1].strip(), match[0], why)
-    return ToolCall(str(fields.get("id") or f"call_{uuid.uuid4().hex}"), name, arguments)
+    return ToolCall(str(fields.get("id") or new_call_id()), name, arguments)
