@@ -29,7 +29,7 @@ class DocumentsState(AgentState[Any]):
 
 
 class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Loads documents in front of the model for each run of an agent.
+    """Load documents in front of the model for each run of an agent.
 
         create_agent(model, tools, middleware=[BeaconMemoryMiddleware(BeaconMemoryRetriever(memory=memory))])
 
@@ -90,7 +90,7 @@ class HistoryState(AgentState[Any]):
 
 
 class BeaconHistoryMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Keeps the conversation of an agent in a `BeaconChatMessageHistory`, whatever its length.
+    """Keep the conversation of an agent in a `BeaconChatMessageHistory`, whatever its length.
 
         create_agent(model, tools, middleware=[BeaconHistoryMiddleware(BeaconChatMessageHistory("ada", memory))])
 

@@ -186,13 +186,8 @@ def test_chain_searches_with_what_was_asked_last(model: ChatBeaconMemory) -> Non
 def crowded(folder: Path) -> BeaconMemory:
     """Four documents that match one question, more or less, and do not all fit the model together."""
     memory = BeaconMemory(folder, babbling_model(max_position_embeddings=512), reserve=60)
-    texts = {
-        "one": "owl " * 100,
-        "two": "owl " * 90 + "hen " * 20,
-        "three": "owl and owl",
-        "bees": "bees " * 20 + "owl",
-    }
-    memory.add_many(list(texts.items()), ratio=2)
+    texts = {"one": "owl " * 100, "two": "owl " * 90 + "hen " * 20, "three": "owl and owl"}
+    memory.add_many([*texts.items(), ("bees", "bees " * 20 + "owl")], ratio=2)
     memory.add("hens", "hens, ducks and geese " * 10, ratio=2)
     return memory
 
