@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import install
+from repository import ROOT
 from tiny_models import tiny_model, tiny_tokenizer
 
 from beacon_memory import (
@@ -178,27 +180,32 @@ def test_unknown_picker_is_refused_at_once_with_the_known_ones(tmp_path: Path) -
         find_picker(7)  # type: ignore[arg-type]
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, **pickers: str) -> None:
-    """Install a distribution with one module `outside`, as pip would."""
-    (folder / "outside.py").write_text(code, encoding="utf-8")
-    info = folder / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n", encoding="utf-8")
-    lines = ["[beacon_memory.pickers]", *(f"{name} = {value}" for name, value in pickers.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(__import__("sys").modules, "outside", raising=False)
-
-
 def test_installed_picker_is_found_by_its_name(
     model: BeaconModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "from beacon_memory import Passage\n\ndef make():\n    return lambda query: [Passage('owls', 0, 1, 1.0)]\n"
-    folder = tmp_path / "site"
-    folder.mkdir()
-    install(folder, monkeypatch, code, owls="outside:make", broken="outside:absent", number="outside:int")
+    points = {"owls": "outside:make", "broken": "outside:absent", "number": "outside:int"}
+    install(tmp_path / "site", monkeypatch, "outside", code, **points)
     assert picked(filled(tmp_path / "store", model, "owls"), "Where is the roof?") == ["owls"]
     with pytest.raises(ConfigError, match=r"must be one of 'broken', 'number', 'owls', 'text'"):
         find_picker("hawks")
     with pytest.raises(ConfigError, match=r"picker='broken', outside:absent, cannot be loaded: AttributeError"):
         find_picker("broken")
+
+
+def test_example_of_a_picker_runs_from_outside_the_package(
+    model: BeaconModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (ROOT / "examples" / "extend" / "picker.py").read_text(encoding="utf-8")
+    assert len(code.splitlines()) <= 40
+    install(tmp_path / "site", monkeypatch, "picker", code, embeddings="picker:ByEmbeddings")
+    texts = {"sums": "17 + 25 = 42", "owls": "owls hoot", "wells": "WELLS ARE DEEP"}
+    filled(tmp_path / "store", model, "text", texts)
+    by_words = BeaconMemory(tmp_path / "store", model)
+    by_likeness = BeaconMemory(tmp_path / "store", model, picker="embeddings")
+    for question, document in (("3 + 9 = 12", "sums"), ("WELLL DEEEP", "wells"), ("owlz", "owls")):
+        best = by_likeness.pick(question)[0]
+        assert (best.id, best.best.stop) == (document, len(texts[document]))
+        assert by_words.pick(question) == []
+    assert by_likeness.ask("3 + 9 = 12", **SHORT).ids[0] == "sums"
+    assert by_likeness.within("bob").pick("3 + 9 = 12") == []
