@@ -23,8 +23,8 @@ class ByEmbeddings:
     def __init__(self) -> None:
         self.known: dict[str, list[tuple[int, int, Tensor]]] = {}  # by the hash of a document's text
 
-    @torch.inference_mode()
     def __call__(self, query: Query) -> Iterator[Passage]:
+        """Return every passage with its likeness to the question."""
         table = query.model.base.get_input_embeddings().weight
         centre = table.mean(0, dtype=torch.float32)  # what all tokens have in common says nothing
 
