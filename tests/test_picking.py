@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,13 @@ def test_example_of_a_picker_runs_from_outside_the_package(
         assert by_words.pick(question) == []
     assert by_likeness.ask("3 + 9 = 12", **SHORT).ids[0] == "sums"
     assert by_likeness.within("bob").pick("3 + 9 = 12") == []
+
+
+def test_picker_on_its_page_runs(model: BeaconModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "extending-pickers.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "extending-pickers.md", "exec"), names)  # noqa: S102  # our own document
+    memory = filled(tmp_path / "store", model, names["newest"])
+    assert sorted(picked(memory)) == sorted(TEXTS)  # all of them are from today
