@@ -253,8 +253,8 @@ def crowded(folder: Path) -> BeaconMemory:
     settings = BeaconConfig(beacon_window=32)
     small = tiny_model("llama", settings, tokenizer=tiny_tokenizer(), max_position_embeddings=512)
     memory = BeaconMemory(folder, small, reserve=60)
-    texts = {"one": "owl " * 100, "two": "owl " * 90 + "hen " * 20, "three": "owl and owl"}
-    memory.add_many([*texts.items(), ("bees", "bees " * 20 + "owl")], ratio=2)
+    texts = {"one": "owl " * 170, "two": "owl " * 140 + "hen " * 20, "three": "owl and owl"}
+    memory.add_many([*texts.items(), ("bees", "bees " * 100 + "owl")], ratio=2)
     memory.add("hens", "hens, ducks and geese " * 10, ratio=2)
     return memory
 
