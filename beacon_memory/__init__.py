@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .kv.memory_kv import MemoryKV as MemoryKV
     from .memory import BeaconMemory as BeaconMemory
     from .modeling.model import BeaconModel as BeaconModel
+    from .picking import Passage as Passage
+    from .picking import Pick as Pick
+    from .picking import Picker as Picker
+    from .picking import Query as Query
     from .results import Added as Added
     from .results import Answer as Answer
     from .results import Progress as Progress
@@ -47,7 +51,11 @@ _LAZY = {
     "Label": "documents",
     "MemoryKV": "kv.memory_kv",
     "MemoryStore": "storage.store",
+    "Passage": "picking",
+    "Pick": "picking",
+    "Picker": "picking",
     "Progress": "results",
+    "Query": "picking",
     "Session": "session",
     "Usage": "results",
     "Work": "compression.work",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
-import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,19 +18,19 @@ from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.generate import Generation, Request, generate, require_room
-from beacon_memory.generation.options import generation_config
+from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
 from beacon_memory.generation.prompt import Messages, chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.storage.catalog.full_text import PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
-from .documents import SESSION_TAG, Document
+from .documents import Document
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
 from .ingest import Ingestion
+from .picking import DEFAULT_LIMIT, PASSAGES_EACH, Pick, Picker, Query, find_picker, fitting, last_question, pick
 from .results import Added, Answer, Progress, Usage
 
 if TYPE_CHECKING:
@@ -39,14 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BeaconMemory"]
 
-DEFAULT_DOCUMENTS = 3  # documents that a question without ids may pick
-_HITS = 50  # passages to look at for them
-_WEAKEST = 0.5  # of the best passage's BM25 score: what a document must reach to be loaded beside it
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
-    """A question ready to be asked."""
+    """Hold a question that is ready to be asked."""
 
     ids: tuple[str, ...]
     request: Request
@@ -69,6 +65,8 @@ class BeaconMemory:
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
     score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
+    picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
+             the name of an installed picker, or a `Picker`.
 
     The model is loaded when it is first needed: listing, searching and removing do without. What needs no model at all
     is found at `store`: labels, renaming, settings, precision.
@@ -85,10 +83,12 @@ class BeaconMemory:
         dtype: torch.dtype | str = "auto",
         reserve: int = 1024,
         score: str = "repeat",
+        picker: str | Picker = "text",
     ) -> None:
         if isinstance(model, BeaconModel) and (adapter is not None or device is not None):
             raise InputError("adapter and device belong to a model that is still to be loaded, and this one is")
         check_score(score)
+        self._picker = find_picker(picker)
         self.store = MemoryStore(store, namespace)
 
         def load() -> BeaconCompressor:
@@ -118,6 +118,15 @@ class BeaconMemory:
         other = copy.copy(self)
         other.store = self.store.within(namespace)
         return other
+
+    @contextlib.contextmanager
+    def in_namespace(self, namespace: str | None) -> Iterator[BeaconMemory]:
+        """Open the memory in a namespace, None for its own; what was opened for that is closed behind it."""
+        if namespace is None or namespace == self.store.namespace:
+            yield self
+            return
+        with self.within(namespace) as other:
+            yield other
 
     @property
     def compressor(self) -> BeaconCompressor:
@@ -209,7 +218,8 @@ class BeaconMemory:
         question: Messages,
         ids: str | Sequence[str] | None = None,
         *,
-        limit: int = DEFAULT_DOCUMENTS,
+        limit: int = DEFAULT_LIMIT,
+        optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -218,7 +228,9 @@ class BeaconMemory:
         """Answer a question from the memory of some documents.
 
         question: a text, or a conversation as dicts with `role` and `content`, as the model's chat template takes them.
-        ids:      documents to answer from, loaded in this order; None picks up to `limit` by full-text search.
+        ids:      documents to answer from, loaded in this order; None chooses up to `limit`, see `pick`, as far as
+                  they fit the model's positions together.
+        optional: those of `ids` that may be left out, too, if they do not fit beside those in front of them.
         stop:     strings at which the answer ends. seed: of sampling.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them.
         options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
@@ -226,7 +238,7 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
         positions, or FingerprintMismatchError for a document that another model compressed.
         """
-        asked = self._question(question, ids, limit, stop, tools, options)
+        asked = self._question(question, ids, limit, optional, stop, tools, options)
         ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
         return asked.answer(generation)
 
@@ -235,14 +247,15 @@ class BeaconMemory:
         question: Messages,
         ids: str | Sequence[str] | None = None,
         *,
-        limit: int = DEFAULT_DOCUMENTS,
+        limit: int = DEFAULT_LIMIT,
+        optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> Iterator[str | Answer]:
         """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last."""
-        asked = self._question(question, ids, limit, stop, tools, options)
+        asked = self._question(question, ids, limit, optional, stop, tools, options)
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked, seed)
@@ -256,6 +269,7 @@ class BeaconMemory:
         question: Messages,
         ids: str | Sequence[str] | None,
         limit: int,
+        optional: Collection[str],
         stop: str | Sequence[str] | None,
         tools: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
@@ -265,64 +279,67 @@ class BeaconMemory:
         config = generation_config(model, stop, options)
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
-        sink = self.compressor.sink
-        prompt = chat_prompt(model, question, behind_memory=bool(sink.slots) or ids != [], tools=tools)
-        room = model.max_positions - sink.slots - len(prompt) - (config.max_new_tokens or 0)
-        chosen = self.pick(question, limit, room) if ids is None else [ids] if isinstance(ids, str) else list(ids)
-        rows = [self.store.row(id, model.fingerprint.digest) for id in chosen]
-        require_room(model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
-        loaded = MemoryKV.concat([MemoryKV.of(sink), *(self._load(id) for id in chosen)], room + sink.slots)
-        return _Question(tuple(chosen), Request(loaded, prompt), config, started)
+        new_tokens, slots = config.max_new_tokens or 0, self.compressor.sink.slots
+        prompt = chat_prompt(model, question, behind_memory=bool(slots) or ids != [], tools=tools)
+        room = model.max_positions - slots - len(prompt) - new_tokens
+        rows = self._chosen(question, ids, limit, optional, room)
+        require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
+        memories = [MemoryKV.of(self.compressor.sink), *(self._load(row.id) for row in rows)]
+        request = Request(MemoryKV.concat(memories, room + slots), prompt)
+        return _Question(tuple(row.id for row in rows), request, config, started)
 
-    def pick(self, question: Messages, limit: int = DEFAULT_DOCUMENTS, room: int | None = None) -> builtins.list[str]:
-        """The ids of up to `limit` documents whose passages match a question best, best first.
+    def _chosen(
+        self,
+        question: Messages,
+        ids: str | Sequence[str] | None,
+        limit: int,
+        optional: Collection[str],
+        room: int,
+    ) -> builtins.list[DocumentRow]:
+        """Return the rows of the documents to load: those that are named, or those that are found and fit."""
+        fingerprint = self.model.fingerprint.digest
+        if ids is not None:
+            named = [ids] if isinstance(ids, str) else ids
+            return fitting([self.store.row(id, fingerprint) for id in named], optional, room)
+        rows = [one.row for one in self._picks(question, limit, fingerprint)]
+        if not rows:
+            known = any(self._query("", 1).documents())
+            advice = "matches the question; name documents by id" if known else "is stored yet; add some"
+            raise DocumentNotFoundError(f"no document {advice}")
+        return fitting(rows, {row.id for row in rows}, room)
 
-        A document counts by its best passage, and must reach half the score of the best of all. With `room`, memory
-        slots at hand, a document that does not fit beside better ones is left out. What conversations were folded into
-        (`Session`) is never picked. A store of one document needs no match. Raises DocumentNotFoundError if nothing
-        matches.
+    def pick(self, question: Messages, limit: int = DEFAULT_LIMIT, room: int | None = None) -> builtins.list[Pick]:
+        """Choose up to `limit` documents for a question, as `ask` does without ids: best first, [] if nothing is found.
+
+            [pick.id for pick in memory.pick("Who pays the rent?")]
+
+        A document counts by its best passage, and must reach half the score of the best document. What conversations
+        were folded into (`Session`) is never chosen. A store of one document needs no passage. room: memory slots at
+        hand; documents that do not fit beside better ones are left out.
         """
-        if limit < 1:
-            raise InputError(f"limit={limit} must be at least 1")
-        text = question if isinstance(question, str) else question[-1]["content"]
-        found = [*self.matches(text)]
-        ranked = [row for hit, row in found if hit.score >= _WEAKEST * found[0][0].score]
-        if not ranked:
-            stored = [*itertools.islice(self._no_conversations(), 2)]
-            if len(stored) != 1:
-                what = "shares a word with the question; name documents by id" if stored else "is stored yet; add some"
-                raise DocumentNotFoundError(f"no document {what}")
-            ranked = stored
-        chosen: builtins.list[str] = []
-        for row in ranked[:limit]:
-            if not chosen or room is None or row.slots <= room:
-                chosen.append(row.id)
-                room = None if room is None else room - row.slots
-        return chosen
+        picks = self._picks(question, limit)
+        if room is None:
+            return picks
+        kept = {row.id for row in fitting([one.row for one in picks], {one.id for one in picks}, room)}
+        return [one for one in picks if one.id in kept]
 
-    def matches(self, question: str, passages: int = _HITS) -> Iterator[tuple[PassageHit, DocumentRow]]:
-        """The best passage of each document that shares words with a question, with the document's row, best first.
+    def room(
+        self,
+        question: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    ) -> int:
+        """Return the memory slots that the model has left for documents beside a question and its answer."""
+        prompt = chat_prompt(self.model, question, behind_memory=True, tools=tools)
+        return self.model.max_positions - self.compressor.sink.slots - len(prompt) - max_new_tokens
 
-        passages: how many are looked at. What conversations were folded into (`Session`) is left out.
-        """
-        seen: set[str] = set()
-        for hit in self.store.search(question, passages):
-            if hit.document in seen:
-                continue
-            seen.add(hit.document)
-            try:
-                row = self.store.row(hit.document)
-            except DocumentNotFoundError:  # removed since it was found
-                continue
-            if SESSION_TAG not in row.tags:
-                yield hit, row
+    def _picks(self, question: Messages, limit: int, fingerprint: str | None = None) -> builtins.list[Pick]:
+        query = self._query(last_question(question), PASSAGES_EACH * limit, fingerprint)
+        return pick(self._picker, query, limit)
 
-    def _no_conversations(self) -> Iterator[DocumentRow]:
-        """The rows of all documents but those that conversations were folded into."""
-        after = ""
-        while rows := self.store.list(after=after, limit=100):
-            yield from (row for row in rows if SESSION_TAG not in row.tags)
-            after = rows[-1].id
+    def _query(self, text: str, passages: int, fingerprint: str | None = None) -> Query:
+        return Query(text, self.store, passages, lambda: self.model, fingerprint)
 
     def _load(self, id: str) -> MemoryKV:
         model = self.model

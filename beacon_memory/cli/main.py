@@ -25,6 +25,7 @@ from .options import (
     DtypeOption,
     Model,
     Namespace,
+    Picker,
     Precision,
     Score,
     ScoreOption,
@@ -216,7 +217,8 @@ def ask(
     doc: Annotated[
         list[str] | None, typer.Option(help="Id of a document to answer from; repeat it for several.", metavar="ID")
     ] = None,
-    limit: Annotated[int, typer.Option(help="Without --doc: how many documents full-text search may pick.", min=1)] = 3,
+    limit: Annotated[int, typer.Option(help="Without --doc: how many documents may be picked.", min=1)] = 3,
+    picker: Picker = "text",
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample; 0 is greedy.", min=0.0)] = None,
@@ -242,7 +244,8 @@ def ask(
             raise InputError("--stream prints text and --json one object: choose one")
         options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
-        with open_memory(store, namespace, model, adapter, device, dtype) as memory:  # it notes uses when closed
+        chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
+        with chosen as memory:  # it notes uses when closed
             if stream:
                 for piece in memory.stream(question, doc or None, **options):
                     if isinstance(piece, Answer):

@@ -26,6 +26,7 @@ __all__ = [
     "DtypeOption",
     "Model",
     "Namespace",
+    "Picker",
     "Precision",
     "Score",
     "ScoreOption",
@@ -121,6 +122,14 @@ ScoreOption = Annotated[
         "text; expected: by an estimate of attention, which is worse but saves a pass.",
     ),
 ]
+Picker = Annotated[
+    str,
+    typer.Option(
+        envvar="BEACON_MEMORY_PICKER",
+        help="Without --doc: how documents are found. text: by the words that they share with the question; or the "
+        "name of an installed picker.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -178,6 +187,7 @@ def open_memory(
     device: str | None,
     dtype: Dtype,
     score: Score = Score.REPEAT,
+    picker: str = "text",
 ) -> BeaconMemory:
     """Open the store that a command names, with a model."""
     from beacon_memory.memory import BeaconMemory
@@ -191,6 +201,7 @@ def open_memory(
         device=device,
         dtype=dtype.value,
         score=score.value,
+        picker=picker,
     )
 
 

@@ -12,9 +12,11 @@ T = TypeVar("T")
 
 
 async def in_background(start: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
-    """What the iterator that `start` makes yields; it is made and advanced in threads.
+    """Iterate over what the iterator that `start` makes yields; it is made and advanced in threads.
 
     When this is closed or cancelled, so is the iterator, if it is a generator, after the step that is under way.
+
+        async for piece in in_background(lambda: memory.stream("Who pays the rent?")): ...
     """
     iterator: Iterator[T] | None = None
     step: asyncio.Task[tuple[T] | None] | None = None

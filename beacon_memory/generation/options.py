@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["generation_config"]
+__all__ = ["DEFAULT_MAX_NEW_TOKENS", "generation_config"]
 DEFAULT_MAX_NEW_TOKENS = 256
 # Values that transformers would refuse only in the middle of generating, or not at all: type, least and most.
 _RANGES: dict[str, tuple[Any, float, float]] = {

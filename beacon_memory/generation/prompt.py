@@ -1,25 +1,41 @@
-"""Prompts in a model's chat template."""
+"""Prompts in a model's chat template, and whether it has a place for tools."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["chat_prompt"]
+from .tool_calls import OPENING, with_calls_as_text
+
+__all__ = ["Messages", "chat_prompt", "require_tools", "takes_tools"]
 
 Messages = str | Sequence[Mapping[str, Any]]
+
+_PROBE = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {"of": {"type": "string", "description": "Anything."}}},
+    },
+}
+_ADVICE = "so tools cannot be used; take a model that was trained to call them, for example Qwen2.5-Instruct or Hermes"
 
 
 def chat_prompt(
     model: BeaconModel, messages: Messages, *, behind_memory: bool, tools: Sequence[Mapping[str, Any]] = ()
 ) -> list[int]:
-    """Token ids of a conversation, or of one question, in the model's chat template, up to where the answer begins.
+    """Return the token ids of a conversation, or of one question, in the model's chat template, ready to be answered.
 
-    Behind a memory, the bos token that a template may set is left out: it stands in front of the memory. tools: JSON
-    schemas of functions that the model may call. Raises InputError for a model whose template has no place for them.
+    Behind a memory, the bos token that a template may set is left out: it stands in front of the memory. `tool_calls`
+    of a turn become part of its text where the template does not show them.
+    tools: JSON schemas of functions that the model may call. Raises InputError for a model whose template has no place
+    for them.
     """
     tokenizer = model.tokenizer
     if tokenizer.chat_template is None:
@@ -27,14 +43,49 @@ def chat_prompt(
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
     if not conversation or not all(isinstance(m.get("content"), str) or m.get("tool_calls") for m in conversation):
         raise InputError(f"messages={messages!r} must be a text, or dicts with 'role' and 'content' texts")
-
-    def render(**given: Any) -> str:
-        return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False, **given))
-
-    text = render(tools=list(tools)) if tools else render()
-    if tools and text == render():
-        raise InputError("the model's chat template has no place for tools: take a model that was trained to call them")
+    if any(turn.get("tool_calls") for turn in conversation):
+        conversation = _with_calls_shown(model, conversation)
+    text = _rendered(model, conversation, tools)
+    if tools and text == _rendered(model, conversation):
+        raise InputError(f"the model's chat template has no place for tools, {_ADVICE}")
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if behind_memory and model.leading_bos and ids[:1] == model.leading_bos:
         return ids[1:]
     return ids
+
+
+def takes_tools(model: BeaconModel) -> bool:
+    """Tell whether the model can call tools: its chat template shows them, and says to call as `tool_calls` reads it.
+
+    That is seen by what the template makes of a tool, since some refuse tools, and some write calls in another way.
+    """
+    if model.tokenizer.chat_template is None:
+        return False
+    try:
+        return OPENING in _rendered(model, [{"role": "user", "content": "probe"}], [_PROBE])
+    except TemplateError:  # it says itself that it has no place for tools
+        return False
+
+
+def require_tools(model: BeaconModel) -> None:
+    """Raise InputError for a model that cannot call tools, see `takes_tools`."""
+    if not takes_tools(model):
+        raise InputError(
+            f"the model's chat template has no place for tools, or does not write calls as {OPENING}, {_ADVICE}"
+        )
+
+
+def _with_calls_shown(model: BeaconModel, turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return turns whose tool calls reach the model: as they are if the template shows them, else as text."""
+    whole = [turn | {"content": turn.get("content") or ""} for turn in turns]
+    bare = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in whole]
+    try:
+        shown = _rendered(model, whole) != _rendered(model, bare)
+    except TemplateError:
+        shown = False
+    return whole if shown else [with_calls_as_text(turn) for turn in whole]
+
+
+def _rendered(model: BeaconModel, turns: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    given = {"tools": list(tools)} if tools else {}
+    return str(model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given))

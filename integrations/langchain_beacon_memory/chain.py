@@ -7,36 +7,41 @@ from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
+from beacon_memory.picking import last_question
+
 from .chat_model import ChatBeaconMemory
-from .namespaces import name_of
+from .messages import to_turns
 from .retriever import BeaconMemoryRetriever
 
-__all__ = ["create_memory_chain", "last_question"]
+__all__ = ["create_memory_chain"]
 
 
 def create_memory_chain(
     model: ChatBeaconMemory, retriever: BaseRetriever | None = None
 ) -> Runnable[LanguageModelInput, AIMessage]:
-    """Question -> retriever -> ids -> model.
+    """Chain question -> retriever -> ids -> model.
 
     The input is a question or a conversation, or what a prompt template in front makes of it; the output is the model's
-    message. retriever: by default the full-text search of the model's memory; one of your own must have the documents'
-    ids in its metadata, see `BeaconMemoryRetriever`, which it is made part of. If nothing is found, the model answers
-    without a document.
+    message. retriever: by default the picker of the model's memory; one of your own must have the documents' ids in its
+    metadata, see `BeaconMemoryRetriever`, which it is made part of. Documents that do not fit the model's positions
+    beside better ones are left out. If nothing is found, the model answers without a document.
+
+        create_memory_chain(ChatBeaconMemory(memory=memory)).invoke("Who pays the rent?")
     """
     if not isinstance(retriever, BeaconMemoryRetriever):
         retriever = BeaconMemoryRetriever(memory=model.memory, namespace=model.namespace, inner=retriever)
     finder = retriever
 
     def query(asked: LanguageModelInput) -> str:
-        return last_question(model._convert_input(asked).to_messages())
+        return last_question(to_turns(model._convert_input(asked).to_messages()))
 
     def behind(documents: Sequence[Document]) -> Runnable[LanguageModelInput, AIMessage]:
-        return model.bind(document_ids=finder.ids(documents), namespace=name_of(finder.memory, finder.namespace))
+        ids = finder.ids(documents)
+        return model.bind(document_ids=ids, optional=ids, namespace=finder.searched)
 
     def answer(asked: Any, config: RunnableConfig) -> Any:
         return behind(finder.invoke(query(asked), config))
@@ -45,8 +50,3 @@ def create_memory_chain(
         return behind(await finder.ainvoke(query(asked), config))
 
     return RunnableLambda(answer, answer_async, name="memory_chain")
-
-
-def last_question(messages: Sequence[BaseMessage]) -> str:
-    """The text of the last human message: what to search for."""
-    return next((str(message.text) for message in reversed(messages) if message.type == "human"), "")

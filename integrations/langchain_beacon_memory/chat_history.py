@@ -21,7 +21,7 @@ _PREFIX = "session/"  # so that the id of a session is not by chance that of a d
 
 
 class BeaconChatMessageHistory(BaseChatMessageHistory):
-    """The messages of a session. Old ones are folded into stored documents, recent ones stay as they are.
+    """Keep the messages of a session: old ones are folded into stored documents, recent ones stay as they are.
 
     It is kept in the store from the first message on. What is kept of a message is its role, its text and its tool
     calls.
@@ -50,12 +50,12 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
 
     @property
     def namespace(self) -> str:
-        """Where it is kept."""
+        """The namespace in which it is kept."""
         return self.memory.store.namespace
 
     @property
     def document_ids(self) -> list[str]:
-        """The documents that older messages were folded into: what to load in front of the recent ones."""
+        """The documents that older messages were folded into, to be loaded in front of the recent ones."""
         return self.session.ids
 
     @property
@@ -73,7 +73,7 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
 
 
 def behind_history(model: ChatBeaconMemory) -> Runnable[LanguageModelInput, AIMessage]:
-    """The model, behind what the message history of a run has folded; for `RunnableWithMessageHistory`.
+    """Return the model behind what the message history of a run has folded; for `RunnableWithMessageHistory`.
 
         RunnableWithMessageHistory(behind_history(model), lambda id: BeaconChatMessageHistory(id, memory))
 

@@ -23,11 +23,12 @@ from pydantic import BaseModel
 
 from beacon_memory import Answer, BeaconMemory, InputError
 from beacon_memory.generation.background import in_background
-from beacon_memory.generation.tool_calls import OPENING, text_before_calls
+from beacon_memory.generation.prompt import require_tools
+from beacon_memory.generation.tool_calls import chosen_tools, text_before_calls
 
 from .language_model import BeaconLanguageModel, response_metadata, usage_metadata
 from .messages import to_turns
-from .tool_calls import chosen_tools, parse_calls, require_call, to_chunks
+from .tool_calls import parse_calls, require_call, to_chunks
 
 __all__ = ["ChatBeaconMemory"]
 
@@ -119,7 +120,7 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
     def _pieces(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, tools: Sequence[Any], kwargs: dict[str, Any]
     ) -> Iterator[str | Answer]:
-        """Pieces of the answer as they come, and the Answer last."""
+        """Iterate over pieces of the answer as they come, and the Answer last."""
         with self._asked(kwargs) as memory:
             turns, options = self._question(memory, messages, stop, tools, kwargs)
             yield from memory.stream(turns, **options)
@@ -132,21 +133,17 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         tools: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """What to ask, and with which options."""
-        template = str(memory.model.tokenizer.chat_template)
-        if tools and OPENING not in template:
-            raise InputError(
-                f"the model's chat template does not write tool calls as {OPENING}, so tools cannot be used; take a "
-                "model that does, for example Qwen2.5-Instruct or Hermes"
-            )
-        turns = to_turns(messages, calls_as_text="tool_calls" not in template)
+        """Return the conversation to ask, and the options of `BeaconMemory.ask`."""
+        if tools:
+            require_tools(memory.model)
+        turns = to_turns(messages)
         options = {name: value for name, value in kwargs.items() if name != "tool_choice"}
         return turns, self._options(stop, options) | {"tools": tools}
 
-    def _result(self, answer: Answer, tools: Sequence[dict[str, Any]], must_call: bool) -> ChatResult:
+    def _result(self, answer: Answer, tools: Sequence[Mapping[str, Any]], must_call: bool) -> ChatResult:
         return ChatResult(generations=[ChatGeneration(message=self._message(answer, tools, must_call))])
 
-    def _message(self, answer: Answer, tools: Sequence[dict[str, Any]], must_call: bool) -> AIMessage:
+    def _message(self, answer: Answer, tools: Sequence[Mapping[str, Any]], must_call: bool) -> AIMessage:
         message = AIMessage(
             answer.text, usage_metadata=usage_metadata(answer), response_metadata=response_metadata(answer, self.model)
         )
@@ -182,7 +179,7 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
-        """Answers in the form of a schema; one that has another form raises OutputParserException.
+        """Answer in the form of a schema; an answer in another form raises OutputParserException.
 
         method: "function_calling" or "json_schema" offer the schema as a tool; with "json_mode" the answer is read as
         JSON, which the prompt must ask for.
@@ -214,12 +211,12 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
-        """As the base class; a model that is not loaded yet is loaded in a thread."""
+        """Answer as the base class does; a model that is not loaded yet is loaded in a thread."""
         await run_in_executor(None, lambda: self.memory.model)
         return await super().agenerate(*args, **kwargs)
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The key of LangChain's cache of answers: it changes with the model and with every version of a document."""
+        """Return the key of LangChain's cache of answers: it changes with the model and each version of a document."""
         ids = kwargs.get("document_ids", self.document_ids)
         with self._asked(kwargs) as memory:
             fingerprint = memory.model.fingerprint.digest
@@ -230,7 +227,7 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         return f"{super()._get_llm_string(stop=stop, **kwargs)}---{fingerprint}---{loaded}"
 
 
-def _offered(kwargs: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """The tools of a call, and whether one of them has to be called."""
+def _offered(kwargs: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], bool]:
+    """Return the tools of a call, and whether one of them has to be called."""
     tools = [convert_to_openai_tool(tool) for tool in kwargs.get("tools") or ()]
     return chosen_tools(tools, kwargs.get("tool_choice"))

@@ -1,4 +1,4 @@
-"""What the chat model and the plain model share: which memory a call asks, and with which options."""
+"""The part that the chat model and the plain model share: which memory a call asks, and with which options."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from beacon_memory import Answer, BeaconMemory
-
-from .namespaces import in_namespace
 
 __all__ = ["BeaconLanguageModel", "response_metadata", "usage_metadata"]
 
@@ -28,8 +26,8 @@ class BeaconLanguageModel(BaseModel):
     """A model in front of which stored documents are loaded.
 
     memory:       store and model; chains, retrievers and histories of one program share it.
-    document_ids: documents to answer from, loaded in this order; none by default. None picks some by full-text search
-                  over the last message, as `BeaconMemory.ask` does.
+    document_ids: documents to answer from, loaded in this order; none by default. None lets the memory's picker find
+                  some for the last question, as `BeaconMemory.ask` does.
     namespace:    where the documents are; by default the memory's own namespace.
     max_tokens:   of an answer. temperature, top_p, seed: of sampling. stop: strings at which an answer ends.
     model_kwargs: further options of transformers' `generate`.
@@ -61,12 +59,12 @@ class BeaconLanguageModel(BaseModel):
         return {name: value for name, value in values.items() if name not in _OF_SERVICES}
 
     def _asked(self, options: Mapping[str, Any]) -> AbstractContextManager[BeaconMemory]:
-        """The memory, in the namespace that a call is about."""
+        """Open the memory in the namespace that a call is about."""
         namespace = options.get("namespace")
-        return in_namespace(self.memory, self.namespace if namespace is None else namespace)
+        return self.memory.in_namespace(self.namespace if namespace is None else namespace)
 
     def _options(self, stop: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of `BeaconMemory.ask` for a call."""
+        """Return the options of `BeaconMemory.ask` for a call."""
         own = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
         chosen = self.model_kwargs | {name: value for name, value in own.items() if value is not None} | dict(options)
         if (most := chosen.pop("max_tokens", None)) is not None:
@@ -81,12 +79,12 @@ class BeaconLanguageModel(BaseModel):
         return {**of_store, **{name: getattr(self, name) for name in names}, **self.model_kwargs}
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The tokens of a text, by the model's own tokenizer."""
+        """Return the tokens of a text, by the model's own tokenizer."""
         return list(self.memory.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def usage_metadata(answer: Answer) -> UsageMetadata:
-    """Tokens of an answer; memory slots count as tokens of the prompt that were read from a cache."""
+    """Return the tokens of an answer; memory slots count as tokens of the prompt that were read from a cache."""
     usage = answer.usage
     return UsageMetadata(
         input_tokens=usage.slots + usage.prompt_tokens,
@@ -97,7 +95,7 @@ def usage_metadata(answer: Answer) -> UsageMetadata:
 
 
 def response_metadata(answer: Answer, model: str) -> dict[str, Any]:
-    """What an answer rests on, and how long it took."""
+    """Return the documents that an answer rests on, and how long it took."""
     return {
         "model_name": model,
         "document_ids": list(answer.ids),

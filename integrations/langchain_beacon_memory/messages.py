@@ -9,6 +9,7 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
 from beacon_memory import InputError
+from beacon_memory.generation.tool_calls import call_of_turn
 
 from .tool_calls import parse_calls, to_text
 
@@ -19,27 +20,16 @@ _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool"
 _BESIDE_TEXT = {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking"}
 
 
-def to_turns(messages: Sequence[BaseMessage], *, calls_as_text: bool) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them.
+def to_turns(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Return messages as a chat template takes them.
 
-    calls_as_text: for a template that knows no `tool_calls`: they become part of the text.
     Nothing but role, text and tool calls of a message has a meaning here: not its metadata, not its name.
     """
     turns: list[dict[str, Any]] = []
     for message in messages:
         turn: dict[str, Any] = {"role": _role(message), "content": _text(message)}
         if isinstance(message, AIMessage) and message.tool_calls:
-            if calls_as_text:
-                turn["content"] = _with_calls(message, with_id=False)
-            else:
-                turn["tool_calls"] = [
-                    {
-                        "type": "function",
-                        "id": call["id"],
-                        "function": {"name": call["name"], "arguments": call["args"]},
-                    }
-                    for call in message.tool_calls
-                ]
+            turn["tool_calls"] = [call_of_turn(call["id"], call["name"], call["args"]) for call in message.tool_calls]
         if isinstance(message, ToolMessage):
             turn |= {"tool_call_id": message.tool_call_id} | ({"name": message.name} if message.name else {})
         turns.append(turn)
@@ -47,14 +37,15 @@ def to_turns(messages: Sequence[BaseMessage], *, calls_as_text: bool) -> list[di
 
 
 def to_session_turn(message: BaseMessage) -> dict[str, str]:
-    """A message as a session keeps it: role and text, with tool calls as part of the text."""
+    """Return a message as a session keeps it: role and text, with tool calls as part of the text."""
     if isinstance(message, AIMessage):
-        return {"role": "assistant", "content": _with_calls(message, with_id=True)}
+        written = [_text(message), *map(to_text, message.tool_calls)]
+        return {"role": "assistant", "content": "\n".join(filter(None, written))}
     return {"role": _role(message), "content": _text(message)}
 
 
 def from_session_turns(turns: Iterable[Mapping[str, str]]) -> list[BaseMessage]:
-    """The messages that `to_session_turn` made turns of; results of tools follow in the order of their calls."""
+    """Return the messages that `to_session_turn` made turns of; results of tools follow in the order of their calls."""
     messages: list[BaseMessage] = []
     waiting: deque[tuple[str | None, str]] = deque()  # id and name of each call whose result is still to come
     for turn in turns:
@@ -90,8 +81,3 @@ def _text(message: BaseMessage) -> str:
         if kind != "text" and not (isinstance(message, AIMessage) and kind in _BESIDE_TEXT):
             raise InputError(f"the model reads text only; a {message.type} message has a block of type {kind!r}")
     return str(message.text)
-
-
-def _with_calls(message: AIMessage, *, with_id: bool) -> str:
-    calls = [to_text(call, with_id=with_id) for call in message.tool_calls]
-    return "\n".join(filter(None, [_text(message), *calls]))

@@ -12,10 +12,10 @@ from langchain_core.messages import AnyMessage, RemoveMessage
 from langgraph.runtime import Runtime
 
 from beacon_memory import InputError
+from beacon_memory.picking import last_question
 
-from .chain import last_question
 from .chat_history import BeaconChatMessageHistory
-from .namespaces import name_of
+from .messages import to_turns
 from .retriever import BeaconMemoryRetriever
 
 __all__ = ["BeaconHistoryMiddleware", "BeaconMemoryMiddleware"]
@@ -29,13 +29,14 @@ class DocumentsState(AgentState[Any]):
 
 
 class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Loads documents in front of the model for each run of an agent.
+    """Load documents in front of the model for each run of an agent.
 
         create_agent(model, tools, middleware=[BeaconMemoryMiddleware(BeaconMemoryRetriever(memory=memory))])
 
     A run may be given documents, `agent.invoke({"messages": [...], "document_ids": ["lease"]})`; else the retriever
-    looks for some with the last human message, once a run. The model must be a `ChatBeaconMemory` of the same memory;
-    documents of its own stay in front.
+    looks for some with the last human message, once a run, and those that do not fit the model's positions beside
+    better ones are left out. The model must be a `ChatBeaconMemory` of the same memory; documents of its own stay in
+    front.
 
     retriever: or a function that makes one for a run, for example in the namespace of a user that the run's context
                names: `lambda runtime: BeaconMemoryRetriever(memory=memory, namespace=runtime.context.user)`.
@@ -54,20 +55,20 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
         """Decide which documents to load."""
         if (given := state.get("document_ids")) is not None:
             return {"loaded_document_ids": given}
-        retriever = self._retriever(runtime)
-        return {"loaded_document_ids": retriever.ids(retriever.invoke(last_question(state["messages"])))}
+        retriever, question = self._retriever(runtime), last_question(to_turns(state["messages"]))
+        return {"loaded_document_ids": retriever.ids(retriever.invoke(question))}
 
     async def abefore_agent(self, state: DocumentsState, runtime: Runtime[Any]) -> dict[str, Any]:
         """Decide which documents to load."""
         if (given := state.get("document_ids")) is not None:
             return {"loaded_document_ids": given}
-        retriever = self._retriever(runtime)
-        return {"loaded_document_ids": retriever.ids(await retriever.ainvoke(last_question(state["messages"])))}
+        retriever, question = self._retriever(runtime), last_question(to_turns(state["messages"]))
+        return {"loaded_document_ids": retriever.ids(await retriever.ainvoke(question))}
 
     def _loaded(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         retriever, state = self._retriever(request.runtime), cast(DocumentsState, request.state)
-        namespace = name_of(retriever.memory, retriever.namespace)
-        return _with_documents(request, namespace, state.get("loaded_document_ids", []))
+        ids = state.get("loaded_document_ids", [])
+        return _with_documents(request, retriever.searched, ids, found=state.get("document_ids") is None)
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -89,7 +90,7 @@ class HistoryState(AgentState[Any]):
 
 
 class BeaconHistoryMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Keeps the conversation of an agent in a `BeaconChatMessageHistory`, whatever its length.
+    """Keep the conversation of an agent in a `BeaconChatMessageHistory`, whatever its length.
 
         create_agent(model, tools, middleware=[BeaconHistoryMiddleware(BeaconChatMessageHistory("ada", memory))])
 
@@ -142,8 +143,13 @@ class BeaconHistoryMiddleware(AgentMiddleware[Any, Any, Any]):
         return await asyncio.to_thread(self.after_agent, state, runtime)
 
 
-def _with_documents(request: ModelRequest[Any], namespace: str, ids: Sequence[str]) -> ModelRequest[Any]:
-    """The request with documents behind those that are loaded anyway."""
+def _with_documents(
+    request: ModelRequest[Any], namespace: str, ids: Sequence[str], *, found: bool = False
+) -> ModelRequest[Any]:
+    """Return the request with documents behind those that are loaded anyway.
+
+    found: nobody named them, so those that do not fit the model's positions beside better ones are left out.
+    """
     settings = request.model_settings
     if settings.get("namespace", namespace) != namespace:
         raise InputError(
@@ -151,5 +157,7 @@ def _with_documents(request: ModelRequest[Any], namespace: str, ids: Sequence[st
             "all middleware of an agent the same"
         )
     others = settings.get("document_ids", getattr(request.model, "document_ids", ())) or ()
-    ids = list(dict.fromkeys([*others, *ids]))
-    return request.override(model_settings={**settings, "document_ids": ids, "namespace": namespace})
+    loaded = {"document_ids": list(dict.fromkeys([*others, *ids])), "namespace": namespace}
+    if found:
+        loaded["optional"] = [*settings.get("optional", ()), *(id for id in ids if id not in others)]
+    return request.override(model_settings={**settings, **loaded})

@@ -1,4 +1,4 @@
-"""One question to a BeaconMemory: what is loaded in front of it, and how it is asked."""
+"""One question to a BeaconMemory: the documents that are loaded in front of it, and how it is asked."""
 
 from __future__ import annotations
 
@@ -7,42 +7,30 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallBlock
+from llama_index.core.base.llms.types import ChatMessage
 
-from beacon_memory import Answer, BeaconMemory, InputError
+from beacon_memory import Answer, BeaconMemory
 from beacon_memory.generation.background import in_background
-from beacon_memory.generation.prompt import chat_prompt
-from beacon_memory.generation.tool_calls import OPENING
+from beacon_memory.generation.prompt import require_tools
+from beacon_memory.picking import fitting
 
-from .full_text import search
 from .messages import to_turns
 
-__all__ = ["Call", "takes_tools"]
-
-_DOCUMENTS = 3  # that a question without ids may pick
-_PROBE = {
-    "type": "function",
-    "function": {
-        "name": "probe",
-        "description": "A probe.",
-        "parameters": {"type": "object", "properties": {"of": {"type": "string", "description": "What."}}},
-    },
-}
+__all__ = ["Call"]
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A question ready to be asked.
 
-    own:           whether the memory was opened for this call.
-    ids:           documents to load, None to pick some.
+    memory, namespace: which memory is asked, and where in it.
+    ids:           documents to load, None to find some.
     conversations: folded conversations to load behind them.
     options:       of `BeaconMemory.ask`.
     """
 
     memory: BeaconMemory
-    own: bool
+    namespace: str
     messages: Sequence[ChatMessage]
     ids: Sequence[str] | None
     conversations: list[str]
@@ -54,17 +42,17 @@ class Call:
         return bool(self.options["tools"])
 
     def ask(self) -> Answer:
-        """See `BeaconMemory.ask`."""
-        with self._open() as memory:
-            return memory.ask(self._turns(), self._documents(), **self.options)
+        """Answer it, see `BeaconMemory.ask`."""
+        with self.memory.in_namespace(self.namespace) as memory:
+            return memory.ask(**self._asked(memory))
 
     def stream(self) -> Iterator[str | Answer]:
-        """See `BeaconMemory.stream`."""
-        with self._open() as memory:  # everything is loaded when this returns
-            return memory.stream(self._turns(), self._documents(), **self.options)
+        """Answer it in pieces, see `BeaconMemory.stream`."""
+        with self.memory.in_namespace(self.namespace) as memory:  # everything is loaded when this returns
+            return memory.stream(**self._asked(memory))
 
     async def astream(self) -> AsyncGenerator[str | Answer, None]:
-        """The same in threads."""
+        """Answer it in pieces, in threads."""
         if self.options.get("num_beams", 1) > 1:  # only known at the end
             async for answer in in_background(lambda: iter([self.ask()])):
                 yield answer
@@ -73,35 +61,23 @@ class Call:
                 async for piece in pieces:
                     yield piece
 
-    def _turns(self) -> list[dict[str, Any]]:
-        called = any(isinstance(block, ToolCallBlock) for message in self.messages for block in message.blocks)
-        return to_turns(self.messages, calls_as_text=called and not takes_tools(self.memory))
+    def fitting(self) -> list[str]:
+        """Return those of the documents to load that fit the model beside better ones, question and answer."""
+        with self.memory.in_namespace(self.namespace) as memory:
+            given = {name: self.options[name] for name in ("tools", "max_new_tokens")}
+            ids = list(dict.fromkeys([*(self.ids or ()), *self.conversations]))
+            rows = [memory.show(id) for id in ids]
+            optional = set(ids).difference(self.conversations)
+            kept = fitting(rows, optional, memory.room(to_turns(self.messages), **given))
+        return [row.id for row in kept if row.id in optional]
 
-    def _documents(self) -> list[str]:
-        ids = self.ids
-        if ids is None:
-            asked = (message.content for message in reversed(self.messages) if message.role == MessageRole.USER)
-            ids = [row.id for _, row in search(self.memory, next(asked, None) or "", _DOCUMENTS, self._room())]
-        return list(dict.fromkeys([*ids, *self.conversations]))
-
-    def _room(self) -> int:
-        """Slots that documents may take: what the model leaves beside the answer, the question and conversations."""
-        taken = sum(self.memory.show(id).slots for id in self.conversations)
-        return self.memory.model.max_positions - self.memory.compressor.reserve - taken
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[BeaconMemory]:
-        try:
-            yield self.memory
-        finally:
-            if self.own:
-                self.memory.close()
-
-
-def takes_tools(memory: BeaconMemory) -> bool:
-    """Whether the chat template of the model has a place for tools, and says that calls are written as we read them."""
-    try:
-        ids = chat_prompt(memory.model, "probe", behind_memory=True, tools=[_PROBE])
-    except (InputError, TemplateError):  # no place for them, or it says so itself
-        return False
-    return OPENING in str(memory.model.tokenizer.decode(ids))
+    def _asked(self, memory: BeaconMemory) -> dict[str, Any]:
+        """Return the arguments of `BeaconMemory.ask`."""
+        if self.tools:
+            require_tools(memory.model)
+        turns, found = to_turns(self.messages), []
+        if self.ids is None:
+            found = [pick.id for pick in memory.pick(turns)]
+        ids = list(dict.fromkeys([*(found if self.ids is None else self.ids), *self.conversations]))
+        optional = set(found).difference(self.conversations)
+        return {"question": turns, "ids": ids, "optional": optional, **self.options}

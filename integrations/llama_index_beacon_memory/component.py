@@ -1,4 +1,4 @@
-"""What the components that LlamaIndex can write down have in common: the memory they work on, named in their fields."""
+"""The base of the components that LlamaIndex can write down: the memory they work on, named in their fields."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MemoryComponent(BaseComponent):
         return self._memory
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Its fields, from which `from_dict` makes it again."""
+        """Return its fields, from which `from_dict` makes it again."""
         return super().to_dict(**kwargs) | self._names()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class MemoryComponent(BaseComponent):
         return self.model_copy()  # weights and store are shared, as between all components of a memory
 
     def _names(self) -> dict[str, Any]:
-        """Model and adapter by name, where they were given as a loaded memory."""
+        """Return model and adapter by name, where they were given as a loaded memory."""
         if not self._nameless:
             return {}
         model = self._memory.model

@@ -29,15 +29,15 @@ _logger = logging.getLogger(__name__)
 
 
 def issue(store: MemoryStore, id: str) -> ChatMessage:
-    """A message without text that has the model load a document of this store and namespace."""
-    handle = {"id": id, "signature": _sign(store, id)}
+    """Return a message without text that has the model load a document of this store and namespace."""
+    handle = {"id": id, "signature": _sign(store, store.namespace, id)}
     return ChatMessage(role=MessageRole.SYSTEM, blocks=[], additional_kwargs={KEY: handle})
 
 
-def redeem_all(store: MemoryStore, messages: Sequence[ChatMessage]) -> list[str]:
-    """The ids that the handles in system messages name; what looks like one in another message is ignored.
+def redeem_all(store: MemoryStore, namespace: str, messages: Sequence[ChatMessage]) -> list[str]:
+    """Return the ids that the handles in system messages name; what looks like one in another message is ignored.
 
-    Raises InputError for a handle that was not issued by this process for this store and namespace.
+    Raises InputError for a handle that was not issued by this process for this store and this namespace of it.
     """
     ids: dict[str, None] = {}
     for message in messages:
@@ -46,15 +46,15 @@ def redeem_all(store: MemoryStore, messages: Sequence[ChatMessage]) -> list[str]
         if message.role != MessageRole.SYSTEM:
             _logger.warning("a memory handle in a message of the role %s was ignored", message.role.value)
             continue
-        ids[_redeem(store, message.additional_kwargs[KEY])] = None
+        ids[_redeem(store, namespace, message.additional_kwargs[KEY])] = None
     return list(ids)
 
 
-def _redeem(store: MemoryStore, handle: Any) -> str:
+def _redeem(store: MemoryStore, namespace: str, handle: Any) -> str:
     id, signature = (handle.get("id"), handle.get("signature")) if isinstance(handle, dict) else (None, None)
     if not (isinstance(id, str) and isinstance(signature, str)):
         raise InputError(f"additional_kwargs[{KEY!r}] of a system message is no memory handle; leave it out")
-    if not hmac.compare_digest(signature.encode("utf-8", "replace"), _sign(store, id).encode()):
+    if not hmac.compare_digest(signature.encode("utf-8", "replace"), _sign(store, namespace, id).encode()):
         raise InputError(
             "a memory handle in a system message was not issued by this process for this store and namespace; get the "
             "messages anew from the Memory whose block issued it, and ask a model in the block's namespace"
@@ -62,6 +62,6 @@ def _redeem(store: MemoryStore, handle: Any) -> str:
     return id
 
 
-def _sign(store: MemoryStore, id: str) -> str:
-    signed = json.dumps([str(store.root.resolve()), store.namespace, id])
+def _sign(store: MemoryStore, namespace: str, id: str) -> str:
+    signed = json.dumps([str(store.root.resolve()), namespace, id])
     return hmac.new(_SECRET, signed.encode(), hashlib.sha256).hexdigest()[:32]

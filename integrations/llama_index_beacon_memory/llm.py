@@ -31,12 +31,14 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 
 from beacon_memory import Answer, BeaconMemory, InputError
+from beacon_memory.generation.prompt import takes_tools
+from beacon_memory.generation.tool_calls import chosen_tools
 
-from .call import Call, takes_tools
+from .call import Call
 from .component import MemoryComponent
 from .handles import redeem_all
 from .responses import SoFar, to_response
-from .tool_calls import arguments_of, chosen_tools
+from .tool_calls import arguments_of
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -62,7 +64,7 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
 
     document_ids: list[str] | None = Field(
         default_factory=list,
-        description="Documents to answer from, loaded in this order; None picks some by the text of the last question.",
+        description="Documents to answer from, loaded in this order; None finds some for the last question.",
     )
     temperature: float = Field(default=0.0, ge=0, description="Of sampling; 0 takes the likeliest token.")
     max_tokens: int = Field(default=DEFAULT_NUM_OUTPUTS, gt=0, description="Tokens that an answer may have.")
@@ -79,28 +81,28 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
 
     @classmethod
     def class_name(cls) -> str:
-        """Its name in written form."""
+        """Return its name in written form."""
         return "BeaconMemoryLLM"
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What the model can do; loads it."""
+        """The abilities and limits of the model, which is loaded for that."""
         model = self._memory.model
         return LLMMetadata(
             context_window=model.max_positions,
             num_output=self.max_tokens,
             is_chat_model=model.tokenizer.chat_template is not None,
-            is_function_calling_model=takes_tools(self._memory),
+            is_function_calling_model=takes_tools(model),
             model_name=str(model.base.config.name_or_path) or self.class_name(),
         )
 
     def to_payload(self) -> dict[str, Any]:
-        """What events say of it; does not load the model, which would hold up an event loop."""
+        """Return the fields that events say of it; does not load the model, which would hold up an event loop."""
         names = ("model", "adapter", "temperature", "max_tokens", "seed", "stop")
         return {"class_name": self.class_name(), **{name: getattr(self, name) for name in names}}
 
     def within(self, namespace: str) -> Self:
-        """The same model in another namespace of the store."""
+        """Return the same model in another namespace of the store."""
         other = self.model_copy(update={"namespace": namespace})
         other._memory = self._memory.within(namespace)
         return other
@@ -132,17 +134,17 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        """See `complete` and `stream_chat`."""
+        """Answer a prompt in pieces, see `complete` and `stream_chat`."""
         return stream_chat_to_completion_decorator(self._stream_chat)(self._prompt(prompt, formatted), **kwargs)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """See `complete` and `achat`."""
+        """Answer a prompt in a thread, see `complete` and `achat`."""
         return await achat_to_completion_decorator(self._achat)(self._prompt(prompt, formatted), **kwargs)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        """See `complete` and `astream_chat`."""
+        """Answer a prompt in pieces, in a thread, see `complete` and `astream_chat`."""
         answer = astream_chat_to_completion_decorator(self._astream_chat)
         return await answer(self._prompt(prompt, formatted), **kwargs)
 
@@ -152,7 +154,7 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
         error_on_no_tool_call: bool = True,
         **kwargs: Any,  # noqa: ARG002  # the framework passes it
     ) -> list[ToolSelection]:
-        """The tool calls of an answer; raises ValueError if it has none, unless told otherwise."""
+        """Return the tool calls of an answer; raises ValueError if it has none, unless told otherwise."""
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if error_on_no_tool_call and not calls:
             raise ValueError(f"the model called no tool, but answered {response.message.content!r}")
@@ -172,11 +174,11 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
         tool_choice: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of `chat` for a call with tools."""
+        """Return the arguments of `chat` for a call with tools."""
         asked = ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg
         schemas = [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
         messages = [*(chat_history or []), *([asked] if asked else [])]
-        return {"messages": messages, "tools": chosen_tools(schemas, tool_choice), **kwargs}
+        return {"messages": messages, "tools": chosen_tools(schemas, tool_choice)[0], **kwargs}
 
     def _validate_chat_with_tools_response(
         self,
@@ -236,11 +238,10 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
         meant = {name: value for name, value in given.items() if value is not None or name == "document_ids"}
         options = own_options | meant
         namespace = options.pop("namespace", self.namespace)
-        own = namespace != self.namespace
-        memory = self._memory.within(namespace) if own else self._memory
         ids = options.pop("document_ids")
         if isinstance(ids, str):
             raise InputError(f"document_ids={ids!r} must be a list of ids; write [{ids!r}]")
         options["max_new_tokens"] = options.pop("max_tokens")
         options["tools"] = options.get("tools") or ()
-        return Call(memory, own, messages, ids, redeem_all(memory.store, messages), options)
+        conversations = redeem_all(self._memory.store, namespace, messages)
+        return Call(self._memory, namespace, messages, ids, conversations, options)

@@ -19,7 +19,7 @@ __all__ = ["BeaconMemoryBlock"]
 
 
 class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
-    """Folds the messages that a `Memory` flushes into documents, and has the model answer behind them.
+    """Fold the messages that a `Memory` flushes into documents, and have the model answer behind them.
 
     They are appended to the last document until it is as long as a window of the model, then the next one begins: what
     was folded before is not read again. The documents lie in the store and the namespace of `llm`, under the name of
@@ -41,7 +41,7 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     )
 
     def session(self, session_id: str | None = None) -> Session:
-        """The conversation that is kept for a `Memory` with this session id."""
+        """Return the conversation that is kept for a `Memory` with this session id."""
         id = self.name if session_id is None else f"{self.name}/{session_id}"
         return Session(self.llm.memory, id, recent=1, slots=self.slots)  # one token: everything is folded
 
@@ -64,7 +64,7 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         session_id: str | None = None,
         **block_kwargs: Any,  # noqa: ARG002  # the framework passes it
     ) -> list[ChatMessage]:
-        """Handles of what was folded, and any messages that an interrupted program did not come to fold."""
+        """Return handles of what was folded, and messages that an interrupted program did not come to fold."""
         return await asyncio.to_thread(self._messages, session_id)
 
     def clear(self, session_id: str | None = None) -> None:

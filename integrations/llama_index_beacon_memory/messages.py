@@ -15,6 +15,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from beacon_memory import InputError
+from beacon_memory.generation.tool_calls import call_of_turn
 
 from .handles import KEY
 from .tool_calls import arguments_of, to_text
@@ -34,10 +35,8 @@ _ROLES = {
 _NO_TEXT = (CachePoint, ThinkingBlock, ToolCallBlock)  # what a template has another place for, or none
 
 
-def to_turns(messages: Sequence[ChatMessage], *, calls_as_text: bool = False) -> list[dict[str, Any]]:
-    """Messages as the model's chat template takes them. Raises InputError for content that is no text.
-
-    calls_as_text: for a template that knows no `tool_calls`: they become part of the text.
+def to_turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages as the model's chat template takes them. Raises InputError for content that is no text.
 
     Nothing but role, text and tool calls of a message has a meaning here. A message that only holds a memory handle is
     no turn.
@@ -49,17 +48,9 @@ def to_turns(messages: Sequence[ChatMessage], *, calls_as_text: bool = False) ->
                 raise InputError(f"the model reads text only; a {message.role.value} message has a {block.block_type}")
         if KEY in message.additional_kwargs and not message.blocks:
             continue
-        content = _with_calls(message) if calls_as_text else message.content or ""
-        turn: dict[str, Any] = {"role": _role(message), "content": content}
-        if (calls := _calls(message)) and not calls_as_text:
-            turn["tool_calls"] = [
-                {
-                    "type": "function",
-                    "id": call.tool_call_id or "",
-                    "function": {"name": call.tool_name, "arguments": arguments_of(call)},
-                }
-                for call in calls
-            ]
+        turn: dict[str, Any] = {"role": _role(message), "content": message.content or ""}
+        if calls := _calls(message):
+            turn["tool_calls"] = [call_of_turn(one.tool_call_id, one.tool_name, arguments_of(one)) for one in calls]
         if turn["role"] == "tool":
             turn["tool_call_id"] = str(message.additional_kwargs.get("tool_call_id", ""))
         turns.append(turn)
@@ -67,7 +58,7 @@ def to_turns(messages: Sequence[ChatMessage], *, calls_as_text: bool = False) ->
 
 
 def to_text_turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Messages as turns of text alone, tool calls written out; what holds neither is left out."""
+    """Return messages as turns of text alone, tool calls written out; what holds neither is left out."""
     texts = ((message, _with_calls(message)) for message in messages)
     return [{"role": _role(message), "content": text} for message, text in texts if text]
 

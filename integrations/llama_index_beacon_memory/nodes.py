@@ -1,4 +1,4 @@
-"""Which stored document a node belongs to."""
+"""The stored document that a node belongs to."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def mark(node: BaseNode, id: str) -> None:
 
 
 def document_id(memory: BeaconMemory, node: BaseNode) -> str | None:
-    """The document with the memory of a node: the one noted in it, one with its id, or with that of its source.
+    """Return the document with the memory of a node: the one noted in it, one with its id, or with its source's.
 
-    Only documents of the memory's namespace are looked at. None if there is none.
+    Only documents of the memory's namespace are looked at; None if there is none.
     """
     for id in (node.metadata.get(KEY), node.node_id, node.ref_doc_id):
         if isinstance(id, str) and id in memory.store:

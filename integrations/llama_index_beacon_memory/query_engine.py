@@ -18,7 +18,7 @@ __all__ = ["BeaconQueryEngine"]
 
 
 class BeaconQueryEngine(RetrieverQueryEngine):
-    """Answers questions from the compressed documents of a store; make one with `from_llm`.
+    """Answer questions from the compressed documents of a store; make one with `from_llm`.
 
     `source_nodes` of an answer are the nodes of the documents that it rests on.
     """
@@ -36,9 +36,9 @@ class BeaconQueryEngine(RetrieverQueryEngine):
         streaming: bool = False,
         **kwargs: Any,
     ) -> Self:
-        """An engine on the store and namespace of a model.
+        """Make an engine on the store and namespace of a model.
 
-        retriever: by default the store's full text; transform, similarity_top_k: see `BeaconRetriever`.
+        retriever: by default the picker of the model's memory; transform, similarity_top_k: see `BeaconRetriever`.
         """
         if not isinstance(retriever, BeaconRetriever):
             retriever = BeaconRetriever(
@@ -46,7 +46,6 @@ class BeaconQueryEngine(RetrieverQueryEngine):
                 similarity_top_k,
                 retriever=retriever,
                 transform=transform,
-                max_slots=llm.memory.model.max_positions - llm.memory.compressor.reserve,
             )
         synthesizer = BeaconSynthesizer(llm, text_qa_template=text_qa_template, streaming=streaming)
         return cls(retriever, synthesizer, node_postprocessors=node_postprocessors, **kwargs)

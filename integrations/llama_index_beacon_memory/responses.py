@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole, TextBlock, ToolCallBlock
 
 from beacon_memory import Answer
-from beacon_memory.generation.tool_calls import text_before_calls
+from beacon_memory.generation.tool_calls import call_of_turn, text_before_calls
 
 from .tool_calls import parse
 
@@ -22,7 +22,7 @@ class SoFar:
         self.text = self.shown = ""
 
     def add(self, piece: str | Answer) -> Iterator[ChatResponse]:
-        """What a piece adds. Where tools may be called, only what is certain to come before a call is shown."""
+        """Add a piece and yield what it adds: with tools, only text that is certain to come before a call."""
         if isinstance(piece, Answer):
             whole = to_response(piece, tools=self.tools)
             content = whole.message.content or ""
@@ -38,14 +38,10 @@ class SoFar:
 
 
 def to_response(answer: Answer, *, tools: bool) -> ChatResponse:
-    """An answer in the framework's form; tools: whether it may hold calls."""
+    """Return an answer in the framework's form; tools: whether it may hold calls."""
     blocks = parse(answer.text) if tools else [TextBlock(text=answer.text)]
     calls = [
-        {
-            "id": block.tool_call_id,
-            "type": "function",
-            "function": {"name": block.tool_name, "arguments": block.tool_kwargs},
-        }
+        call_of_turn(block.tool_call_id, block.tool_name, block.tool_kwargs)
         for block in blocks
         if isinstance(block, ToolCallBlock)
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -24,9 +25,10 @@ _QUESTION = PromptTemplate("{query_str}")
 
 
 class BeaconSynthesizer(BaseSynthesizer):
-    """Answers a question behind the memories of the documents that nodes belong to.
+    """Answer a question behind the memories of the documents that nodes belong to.
 
-    The nodes' texts are never put into the prompt; the nodes are kept as `source_nodes`.
+    The nodes' texts are never put into the prompt; the nodes are kept as `source_nodes`. Those whose documents do not
+    fit the model's positions beside the documents of nodes in front of them are left out.
 
     llm:              also decides in which store and namespace documents are looked for.
     text_qa_template: the prompt, with `query_str`; by default the question alone.
@@ -62,7 +64,7 @@ class BeaconSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Answer from the memories of nodes; raises DocumentNotFoundError for one without."""
-        ids = self._document_ids(nodes)
+        nodes, ids = self._fitting(query, nodes, response_kwargs)
         return super().synthesize(query, nodes, additional_source_nodes, document_ids=ids, **response_kwargs)
 
     async def asynthesize(
@@ -72,8 +74,8 @@ class BeaconSynthesizer(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """The same without blocking the event loop."""
-        ids = self._document_ids(nodes)
+        """Answer from the memories of nodes without blocking the event loop."""
+        nodes, ids = await asyncio.to_thread(self._fitting, query, nodes, response_kwargs)
         return await super().asynthesize(query, nodes, additional_source_nodes, document_ids=ids, **response_kwargs)
 
     def get_response(
@@ -83,7 +85,7 @@ class BeaconSynthesizer(BaseSynthesizer):
         document_ids: Sequence[str] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TEXT_TYPE:
-        """Called by `synthesize`, with ids beside the texts, which are not used."""
+        """Answer a question from documents; called by `synthesize`, with texts that are not used."""
         asked, options = self._asked(query_str, document_ids, response_kwargs)
         if self._streaming:
             return stream_chat_response_to_tokens(self._beacon_llm.stream_chat(asked, **options))
@@ -96,7 +98,7 @@ class BeaconSynthesizer(BaseSynthesizer):
         document_ids: Sequence[str] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TEXT_TYPE:
-        """Called by `asynthesize`, with ids beside the texts, which are not used."""
+        """Answer a question from documents; called by `asynthesize`, with texts that are not used."""
         asked, options = self._asked(query_str, document_ids, response_kwargs)
         if self._streaming:
             return await astream_chat_response_to_tokens(await self._beacon_llm.astream_chat(asked, **options))
@@ -110,14 +112,23 @@ class BeaconSynthesizer(BaseSynthesizer):
         prompt = self._text_qa_template.format_messages(llm=self._beacon_llm, query_str=query)
         return self._beacon_llm._extend_messages(prompt), {**response_kwargs, "document_ids": list(ids)}
 
-    def _document_ids(self, nodes: Sequence[NodeWithScore]) -> list[str]:
-        ids: dict[str, None] = {}
-        for one in nodes:
-            id = of_nodes.document_id(self._beacon_llm.memory, one.node)
-            if id is None:
-                raise DocumentNotFoundError(
-                    f"node {one.node.node_id!r} has no memory in the store and namespace of the model; run its "
-                    "document through a BeaconCompressionTransform"
-                )
-            ids[id] = None
-        return list(ids)
+    def _fitting(
+        self, query: QueryType, nodes: Sequence[NodeWithScore], response_kwargs: Mapping[str, Any]
+    ) -> tuple[list[NodeWithScore], list[str]]:
+        """Return the nodes whose documents can be loaded together, and the ids of those."""
+        documents = [self._document_id(one) for one in nodes]
+        if not documents:
+            return [], []
+        text = query if isinstance(query, str) else query.query_str
+        messages, options = self._asked(text, list(dict.fromkeys(documents)), dict(response_kwargs))
+        ids = self._beacon_llm._call(messages, options).fitting()
+        return [one for one, id in zip(nodes, documents, strict=True) if id in ids], ids
+
+    def _document_id(self, found: NodeWithScore) -> str:
+        id = of_nodes.document_id(self._beacon_llm.memory, found.node)
+        if id is None:
+            raise DocumentNotFoundError(
+                f"node {found.node.node_id!r} has no memory in the store and namespace of the model; run its document "
+                "through a BeaconCompressionTransform"
+            )
+        return id

@@ -1,4 +1,4 @@
-"""BeaconCompressionTransform: what passes through an ingestion pipeline is compressed into the store."""
+"""BeaconCompressionTransform: compress what passes through an ingestion pipeline into the store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BeaconCompressionTransform"]
 
 
 class BeaconCompressionTransform(MemoryComponent, TransformComponent):
-    """Compresses each node, or document, into the store, under its `node_id`, and notes that id in the node.
+    """Compress each node, or document, into the store, under its `node_id`, and note that id in the node.
 
     Nodes that are cut from it later (put this in front of a splitter) inherit the note and answer from the memory of
     the whole document; behind a splitter, each piece has a memory of its own. A text that is stored already costs
@@ -43,11 +43,11 @@ class BeaconCompressionTransform(MemoryComponent, TransformComponent):
 
     @classmethod
     def class_name(cls) -> str:
-        """Its name in written form."""
+        """Return its name in written form."""
         return "BeaconCompressionTransform"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Its fields, and what else decides what a text becomes: the key of an ingestion cache is made from this."""
+        """Return its fields, and all else that decides what a text becomes: an ingestion cache goes by it."""
         compressor = self._memory.compressor
         compression = compressor.compression(self.compression)
         method = {"compression": compression, "reserve": compressor.reserve, **compressor.parameters(compression)}
@@ -73,12 +73,12 @@ class BeaconCompressionTransform(MemoryComponent, TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """The same in a thread."""
+        """Compress the nodes in a thread."""
         return await asyncio.to_thread(self, nodes, **kwargs)
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of a node as JSON can hold it."""
+    """Return the metadata of a node as JSON can hold it."""
     own = {name: value for name, value in metadata.items() if name != of_nodes.KEY}
     plain: dict[str, Any] = json.loads(json.dumps(own, default=str))
     return plain

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cli_samples import Run, lines, runner
 from command_page import json_fields, sections
+from installed import install
 from tiny_models import tiny_base, tiny_checkpoint
 
 from beacon_memory import BeaconModel, __version__
@@ -299,6 +300,7 @@ def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None
         (["add", "a.txt", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["ask", "Who?", "--doc", "absent"], "'absent'"),
         (["ask", "Who?", "--stream", "--json"], "choose one"),
+        (["ask", "Who?", "--picker", "absent"], "picker='absent' must be one of 'text'"),
         (["ask", "Who?", "--model", "absent/folder/of/a/model"], "cannot be loaded"),
         (["show", "absent"], "'absent'"),
         (["remove", "absent"], "'absent'"),
@@ -321,6 +323,19 @@ def test_ask_prints_what_machines_need(run: Run) -> None:
     assert list(answer) == json_fields("ask")
     assert answer["ids"] == ["roof.txt"]
     assert answer["slots"] == 1 + -(-len(ROOF) // 4)
+
+
+def test_ask_takes_an_installed_picker_by_its_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from beacon_memory import Passage\n\ndef make():\n    return lambda query: [Passage('b.txt', 0, 1, 1.0)]\n"
+    install(tmp_path / "site", monkeypatch, "elsewhere", code, b="elsewhere:make")
+    Path("a.txt").write_text(ROOF, encoding="utf-8")
+    Path("b.txt").write_text(WELL, encoding="utf-8")
+    run("add", "a.txt", "b.txt", "--ratio", "2")
+    question = ["ask", "Who mended the roof?", "--max-new-tokens", "2", "--json"]
+    assert lines(run(*question))[0]["ids"] == ["a.txt"]
+    assert lines(run(*question, "--picker", "b"))[0]["ids"] == ["b.txt"]
+    monkeypatch.setenv("BEACON_MEMORY_PICKER", "b")
+    assert lines(run(*question))[0]["ids"] == ["b.txt"]
 
 
 def test_ask_answers_the_same_streamed_or_not(run: Run) -> None:

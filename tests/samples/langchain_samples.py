@@ -43,11 +43,12 @@ HERMES = """
 Lesson = tuple[Sequence[BaseMessage], Sequence[Any], str]  # a conversation, tools, and what to answer
 
 
-def babbling_model(template: str | None = None) -> BeaconModel:
+def babbling_model(template: str | None = None, max_position_embeddings: int = 4096) -> BeaconModel:
     """A random model: what it says depends on every token that it reads."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
-    return tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tokenizer, max_position_embeddings=4096)
+    settings = BeaconConfig(beacon_window=32)
+    return tiny_model("llama", settings, tokenizer=tokenizer, max_position_embeddings=max_position_embeddings)
 
 
 def filled_memory(folder: Path, model: BeaconModel) -> BeaconMemory:
@@ -137,7 +138,7 @@ def _row(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[BaseMessage], tools: Sequence[Any], answer: str
 ) -> tuple[list[int], list[int]]:
     """The tokens of a lesson: those of the prompt, and those of the answer."""
-    turns = to_turns(messages, calls_as_text=False)
+    turns = to_turns(messages)
     schemas: list[Any] = [convert_to_openai_tool(tool) for tool in tools]
     text = tokenizer.apply_chat_template(turns, tools=schemas, add_generation_prompt=True, tokenize=False)
     return tokenizer(text)["input_ids"], [*tokenizer(answer)["input_ids"], EOS]

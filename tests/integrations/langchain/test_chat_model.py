@@ -91,10 +91,10 @@ def test_model_answers_as_the_memory_does_from_the_documents_of_constructor_call
     assert len({model.invoke("Who?", document_ids=ids).content for ids in (["roof"], ["well"], [])}) == 3
 
 
-def test_no_document_is_loaded_by_default_and_none_means_full_text_search(model: ChatBeaconMemory) -> None:
+def test_no_document_is_loaded_by_default_and_none_means_that_some_are_found(model: ChatBeaconMemory) -> None:
     assert model.invoke("How deep is the well?").response_metadata["document_ids"] == []
     assert model.invoke("How deep is the well?", document_ids=None).response_metadata["document_ids"] == ["well"]
-    with pytest.raises(DocumentNotFoundError, match="shares a word"):
+    with pytest.raises(DocumentNotFoundError, match="no document matches the question"):
         model.invoke("Zebras?", document_ids=None)
 
 

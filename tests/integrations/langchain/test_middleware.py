@@ -25,7 +25,7 @@ from langchain_core.tools import tool
 from langchain_samples import Lesson, babbling_model, calling, filled_memory, taught_model
 from langgraph.checkpoint.memory import InMemorySaver
 
-from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
+from beacon_memory import BeaconMemory, CapacityError, DocumentNotFoundError, InputError
 from beacon_memory.modeling.model import BeaconModel
 
 
@@ -119,6 +119,20 @@ def test_documents_of_the_model_stay_in_front(memory: BeaconMemory) -> None:
     assert model.document_ids == ["roof"]
 
 
+def test_found_documents_that_do_not_fit_are_left_out_and_given_ones_refused(tmp_path: Path) -> None:
+    memory = BeaconMemory(tmp_path, babbling_model(max_position_embeddings=512), reserve=60)
+    memory.add_many([("one", "owl " * 100), ("two", "owl " * 110), ("three", "owl " * 20)], ratio=2)
+    model = ChatBeaconMemory(memory=memory, max_tokens=6, temperature=0, document_ids=["three"])
+    agent: Any = create_agent(model, middleware=[BeaconMemoryMiddleware(BeaconMemoryRetriever(memory=memory))])
+    best = memory.pick("Which owl?", 2)
+    assert sum(pick.row.slots for pick in best) < 512
+    state = ask(agent, "Which owl? " + "Well? " * 10)
+    assert loaded(state)[0] == "three"
+    assert len(loaded(state)) == 2
+    with pytest.raises(CapacityError):
+        ask(agent, "Which owl? " + "Well? " * 10, document_ids=["one", "two", "three"])
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_all_model_calls_of_a_run_load_the_documents_that_were_found_once(
     calling_model: BeaconModel, tmp_path: Path, asynchronous: bool
@@ -155,7 +169,9 @@ def test_namespace_of_a_run_comes_from_its_context(memory: BeaconMemory, model: 
     for name, question in (("alice", "Who counts owls?"), ("bob", "Who keeps the key?")):
         expected = memory.within(name).ask(question, ["diary"], max_new_tokens=6, temperature=0).text
         assert ask(agent, question, context=User(name))["messages"][-1].content == expected
-    assert loaded(ask(agent, "Who keeps the key?", context=User("alice"))) == []
+    alices = memory.within("alice").ask("Who keeps the key?", ["diary"], max_new_tokens=6, temperature=0).text
+    state = ask(agent, "Who keeps the key?", context=User("alice"))  # her own diary, the one document that she has
+    assert (state["messages"][-1].content, loaded(state)) == (alices, ["diary"])
 
 
 @pytest.mark.parametrize("id", ["diary", "bob/diary", "bob\0diary", "../bob/diary"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_samples import OWLS, ROOF, WELL, babbling_model, filled_memory
 
-from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
+from beacon_memory import BeaconMemory, CapacityError, DocumentNotFoundError, InputError, Passage, Query
 
 MILL = "The mill stands by the brook. " * 20 + "Its wheel is of oak.\n\n" + "The miller is Tom. " * 20
 
@@ -48,13 +49,13 @@ def model(memory: BeaconMemory) -> ChatBeaconMemory:
     return ChatBeaconMemory(memory=memory, max_tokens=12, temperature=0)
 
 
-def test_each_document_comes_once_as_its_best_passage_with_id_place_and_metadata(memory: BeaconMemory) -> None:
+def test_each_document_comes_once_as_its_best_passage_with_id_score_and_metadata(memory: BeaconMemory) -> None:
     retriever = BeaconMemoryRetriever(memory=memory)
     found = retriever.invoke("Of what is the wheel of the mill?")
     assert retriever.ids(found[:1]) == ["mill"]
     best = memory.store.search("Of what is the wheel of the mill?")[0]
     assert found[0].page_content == best.text == MILL[best.start : best.stop]
-    place = {"passage": best.ordinal, "start": best.start, "stop": best.stop, "score": best.score}
+    place = {"start": best.start, "stop": best.stop, "score": best.score}
     assert found[0].metadata == {"owner": "Tom", "document_id": "mill"} | place
     assert retriever.ids(found) == list(dict.fromkeys(retriever.ids(found)))
     assert retriever.invoke("Zebras?") == []
@@ -65,6 +66,11 @@ async def test_number_of_documents_is_bounded(memory: BeaconMemory, asynchronous
     async def count(retriever: BeaconMemoryRetriever, **options: Any) -> int:
         asked = "roof, well, owls, mill?"
         return len(await retriever.ainvoke(asked, **options) if asynchronous else retriever.invoke(asked, **options))
+
+    def scored(query: Query) -> list[Passage]:
+        return [Passage(id, 0, 9, 1.0) for id in ("roof", "well", "owls", "mill")]
+
+    memory = BeaconMemory(memory.store.root, memory.model, picker=scored)
 
     vectors = InMemoryVectorStore(DeterministicFakeEmbedding(size=16))
     vectors.add_texts([ROOF, WELL, OWLS, MILL], [{"document_id": id} for id in ("roof", "well", "owls", "mill")])
@@ -117,8 +123,10 @@ def test_nothing_that_an_index_holds_leads_to_another_namespace(
 
 def test_search_stays_in_its_namespace(memory: BeaconMemory, model: ChatBeaconMemory) -> None:
     key = "Where is the key to the cellar?"
-    for namespace in (None, "", "alice", "nobody"):
+    for namespace in (None, "", "nobody"):
         assert BeaconMemoryRetriever(memory=memory, namespace=namespace).invoke(key) == []
+    (only,) = BeaconMemoryRetriever(memory=memory, namespace="alice").invoke(key)  # the one document that she has
+    assert (only.page_content, only.metadata["score"]) == ("The roof of Alice's house is blue.", 0.0)
     assert len(BeaconMemoryRetriever(memory=memory, namespace="bob").invoke(key)) == 1
     (found,) = BeaconMemoryRetriever(memory=memory, namespace="alice").invoke("Which roof?")
     assert found.page_content == "The roof of Alice's house is blue."
@@ -127,7 +135,7 @@ def test_search_stays_in_its_namespace(memory: BeaconMemory, model: ChatBeaconMe
     assert chain.invoke("Which roof?").content == expected.text
     inside = ChatBeaconMemory(memory=memory, namespace="alice", max_tokens=12, temperature=0)
     assert create_memory_chain(inside).invoke("Which roof?").content == expected.text
-    assert create_memory_chain(inside).invoke(key).response_metadata["document_ids"] == []
+    assert create_memory_chain(inside).invoke(key).response_metadata["document_ids"] == ["roof"]
 
 
 def test_conversations_are_not_found(memory: BeaconMemory) -> None:
@@ -173,3 +181,46 @@ def test_chain_answers_without_documents_if_none_is_found(model: ChatBeaconMemor
 def test_chain_searches_with_what_was_asked_last(model: ChatBeaconMemory) -> None:
     conversation = [HumanMessage("Tell me of the owls."), AIMessage("Of the roof?"), HumanMessage("No, of the well.")]
     assert create_memory_chain(model).invoke(conversation).response_metadata["document_ids"] == ["well"]
+
+
+def crowded(folder: Path) -> BeaconMemory:
+    """Four documents that match one question, more or less, and do not all fit the model together."""
+    memory = BeaconMemory(folder, babbling_model(max_position_embeddings=512), reserve=60)
+    texts = {"one": "owl " * 170, "two": "owl " * 140 + "hen " * 20, "three": "owl and owl"}
+    memory.add_many([*texts.items(), ("bees", "bees " * 100 + "owl")], ratio=2)
+    memory.add("hens", "hens, ducks and geese " * 10, ratio=2)
+    return memory
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_retriever_and_chain_load_what_ask_loads(tmp_path: Path, asynchronous: bool) -> None:
+    memory = crowded(tmp_path)
+    slots = {row.id: row.slots for row in memory.list()}
+    model = ChatBeaconMemory(memory=memory, max_tokens=8, temperature=0)
+    asked = "Which owl?"
+    scores = {pick.id: pick.best.score for pick in memory.pick(asked, 4)}
+    hits = {hit.document: hit.score for hit in memory.store.search(asked)}
+    assert hits.keys() - scores.keys() == {"bees"}  # too weak
+    assert sum(slots[id] for id in scores) > memory.model.max_positions  # and the others do not fit together
+    retriever = BeaconMemoryRetriever(memory=memory, k=4)
+    assert retriever.ids(retriever.invoke(asked)) == list(scores)
+    expected = memory.ask(asked, limit=4, max_new_tokens=8, temperature=0)
+    assert 1 < len(expected.ids) < len(scores)
+    chain = create_memory_chain(model, retriever)
+    answer = await chain.ainvoke(asked) if asynchronous else chain.invoke(asked)
+    assert (answer.response_metadata["document_ids"], answer.content) == (list(expected.ids), expected.text)
+    with pytest.raises(CapacityError):
+        model.invoke(asked, document_ids=list(scores))  # named ones are not left out
+
+
+def test_documents_of_an_index_that_do_not_fit_beside_better_ones_are_left_out(tmp_path: Path) -> None:
+    memory = crowded(tmp_path)
+    model = ChatBeaconMemory(memory=memory, max_tokens=8, temperature=0)
+    found = [Document("x", metadata={"document_id": id}) for id in ("one", "two", "three")]
+    inner = Fixed(documents=found)
+    assert create_memory_chain(model, inner).invoke("?").response_metadata["document_ids"] == ["one", "three"]
+    bound = memory.show("one").slots + memory.show("three").slots
+    assert BeaconMemoryRetriever(memory=memory, inner=inner, max_slots=bound).invoke("?") == [found[0], found[2]]
+    assert BeaconMemoryRetriever(memory=memory, inner=inner).invoke("?") == found
+    own = BeaconMemoryRetriever(memory=memory, max_slots=0)
+    assert own.ids(own.invoke("Which owl?")) == [memory.pick("Which owl?")[0].id]

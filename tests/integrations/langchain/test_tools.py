@@ -11,7 +11,7 @@ import pytest
 import torch
 from langchain.agents import create_agent
 from langchain_beacon_memory import ChatBeaconMemory
-from langchain_beacon_memory.tool_calls import chosen_tools, parse_calls
+from langchain_beacon_memory.tool_calls import parse_calls
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
@@ -19,7 +19,7 @@ from langchain_samples import Lesson, babbling_model, calling, filled_memory, ta
 from pydantic import BaseModel
 
 from beacon_memory import BeaconMemory, InputError
-from beacon_memory.generation.tool_calls import text_before_calls
+from beacon_memory.generation.tool_calls import chosen_tools, text_before_calls
 
 
 @tool

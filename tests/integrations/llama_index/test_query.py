@@ -15,7 +15,7 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.ingestion.pipeline import get_transformation_hash
-from llama_index.core.llms import MockLLM
+from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -41,9 +41,10 @@ from llama_index_beacon_memory import (
 )
 from llama_index_beacon_memory.nodes import KEY, document_id
 from llama_index_samples import OWLS, ROOF, WELL, make_llm
-from tiny_models import tiny_base, tiny_checkpoint
+from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
+from beacon_memory import BeaconMemory, CapacityError, DocumentNotFoundError, InputError
+from beacon_memory.config import BeaconConfig
 
 QUESTION = "Who mended the roof of the barn?"
 
@@ -209,7 +210,7 @@ def test_written_form_makes_the_same_transform_again(tmp_path: Path) -> None:
 # --- retrieval
 
 
-def test_retriever_finds_documents_by_their_full_text(llm: BeaconMemoryLLM) -> None:
+def test_retriever_finds_documents_by_the_words_of_their_passages(llm: BeaconMemoryLLM) -> None:
     compress(llm)
     retriever = BeaconRetriever(llm.memory)
     (found,) = retriever.retrieve(QUESTION)
@@ -245,6 +246,54 @@ def test_retriever_leaves_out_what_does_not_fit_beside_better_documents(llm: Bea
     inner = Fixed([TextNode(id_=id, text=id) for id in ("best", "long", "short")])
     found = BeaconRetriever(llm.memory, retriever=inner, max_slots=slots["best"] + slots["short"]).retrieve("owls")
     assert [one.node.node_id for one in found] == ["best", "short"]
+
+
+def crowded(folder: Path) -> BeaconMemory:
+    """Documents that match one question, more or less, and do not all fit the model together."""
+    settings = BeaconConfig(beacon_window=32)
+    small = tiny_model("llama", settings, tokenizer=tiny_tokenizer(), max_position_embeddings=512)
+    memory = BeaconMemory(folder, small, reserve=60)
+    texts = {"one": "owl " * 170, "two": "owl " * 140 + "hen " * 20, "three": "owl and owl"}
+    memory.add_many([*texts.items(), ("bees", "bees " * 100 + "owl")], ratio=2)
+    memory.add("hens", "hens, ducks and geese " * 10, ratio=2)
+    return memory
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_retriever_engine_and_model_load_what_ask_loads(tmp_path: Path, streaming: bool) -> None:
+    memory = crowded(tmp_path)
+    slots = {row.id: row.slots for row in memory.list()}
+    llm = BeaconMemoryLLM(memory=memory, max_tokens=8)
+    asked = "Which owl?"
+    picks = memory.pick(asked, 4)
+    ids = [pick.id for pick in picks]
+    assert len(memory.store.search(asked)) > len(ids)  # one is too weak
+    assert sum(slots[id] for id in ids) > memory.model.max_positions  # and the others do not fit together
+    found = BeaconRetriever(memory, 4).retrieve(asked)
+    assert [(one.node.node_id, one.score) for one in found] == [(pick.id, pick.best.score) for pick in picks]
+    expected = memory.ask(asked, limit=4, max_new_tokens=8, temperature=0)
+    assert 1 < len(expected.ids) < len(ids)
+    engine = BeaconQueryEngine.from_llm(llm, similarity_top_k=4, streaming=streaming)
+    for response in (engine.query(asked), asyncio.run(engine.aquery(asked)) if not streaming else engine.query(asked)):
+        assert tuple(one.node.node_id for one in response.source_nodes) == expected.ids
+        text = str(response.get_response()) if isinstance(response, StreamingResponse) else str(response)
+        assert text.strip() == expected.text
+    expected = memory.ask(asked, max_new_tokens=8, temperature=0)
+    assert llm.chat([ChatMessage(asked)], document_ids=None).raw["document_ids"] == list(expected.ids)
+    with pytest.raises(CapacityError):
+        llm.chat([ChatMessage(asked)], document_ids=ids)  # named ones are not left out
+
+
+def test_found_documents_leave_room_for_the_conversation(tmp_path: Path) -> None:
+    memory = crowded(tmp_path)
+    llm = BeaconMemoryLLM(memory=memory, max_tokens=8)
+    block = BeaconMemoryBlock(llm=llm, slots=200)
+    block.session("monday").add([{"role": "user", "content": "hello " * 40}])
+    messages = [*asyncio.run(block.aget(session_id="monday")), ChatMessage("Which owl?")]
+    loaded = llm.chat(messages, document_ids=None).raw["document_ids"]
+    picked = [pick.id for pick in memory.pick("Which owl?")]
+    assert loaded == [*(id for id in picked if id in loaded), "BeaconMemory/monday/1"]
+    assert 1 < len(loaded) < 1 + len(picked)
 
 
 def test_conversations_are_not_found_as_documents(llm: BeaconMemoryLLM) -> None:
@@ -439,6 +488,6 @@ def test_metadata_cannot_lead_the_transform_to_another_namespace_or_document(llm
 @pytest.mark.parametrize("question", ["namespace:alice roof", "alice/diary", 'document:"diary" OR roof', "../alice"])
 def test_question_cannot_lead_to_another_namespace(llm: BeaconMemoryLLM, question: str) -> None:
     compress(llm.within("alice"), [Document(id_="diary", text=ROOF)])
-    compress(llm, [Document(id_="well", text=WELL)])
+    compress(llm, [Document(id_="well", text=WELL), Document(id_="owls", text=OWLS)])
     assert BeaconRetriever(llm.memory).retrieve(question) == []
     assert str(BeaconQueryEngine.from_llm(llm).query(question)) == "Empty Response"

@@ -1,0 +1,236 @@
+"""Choosing the documents of a question: a picker finds passages, and one rule makes documents of them.
+
+A picker is a function or an object that is called with a `Query` and returns scored passages. `text` finds them by
+the words that they share with the question; others are installed as entry points of the group `beacon_memory.pickers`,
+or handed to `BeaconMemory(store, picker=...)` as they are. What is made of the passages is the same for all:
+
+* a document counts by its best passage, and must reach half the score of the best document;
+* what conversations were folded into (`Session`) is never chosen;
+* a store of one document needs no passage;
+* documents that do not fit the model's positions beside better ones are left out (`fitting`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+from beacon_memory.storage.catalog.passages import split_passages
+
+from .documents import SESSION_TAG
+from .errors import ConfigError, DocumentNotFoundError, InputError
+
+if TYPE_CHECKING:
+    from beacon_memory.modeling.model import BeaconModel
+    from beacon_memory.storage.catalog.rows import DocumentRow
+    from beacon_memory.storage.store import MemoryStore
+
+__all__ = [
+    "DEFAULT_LIMIT",
+    "Passage",
+    "Pick",
+    "Picker",
+    "Query",
+    "excerpts",
+    "find_picker",
+    "fitting",
+    "last_question",
+    "pick",
+]
+
+DEFAULT_LIMIT = 3  # documents that a question without ids may load
+PASSAGES_EACH = 50  # passages that a picker is asked for, for each document that is wanted
+_WEAKEST = 0.5  # of the best passage's score: what a document must reach to be loaded beside it
+_GROUP = "beacon_memory.pickers"
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A part of a stored document that a picker found: the characters from `start` to `stop`.
+
+    score: above 0, higher is better; a document with less than half the score of the best one is left out.
+    """
+
+    document: str
+    start: int
+    stop: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question, and where a picker may look for passages.
+
+    text:  the question.
+    store: the documents, of one namespace; ids of others lead nowhere.
+    limit: passages that are enough, the best ones.
+    load:  loads the model, or returns it if it is loaded; see `model`.
+    fingerprint: of the model that will read the documents, if it is known.
+    """
+
+    text: str
+    store: MemoryStore
+    limit: int
+    load: Callable[[], BeaconModel] = field(repr=False)
+    fingerprint: str | None = None
+
+    @property
+    def model(self) -> BeaconModel:
+        """The model that will answer, with its tokenizer; loaded when it is first asked for."""
+        return self.load()
+
+    def documents(self) -> Iterator[DocumentRow]:
+        """Iterate over the rows of all documents by id; those that conversations were folded into are left out."""
+        after = ""
+        while rows := self.store.list(after=after, limit=100):
+            yield from (row for row in rows if SESSION_TAG not in row.tags)
+            after = rows[-1].id
+
+    def passages(self, id: str) -> Iterator[tuple[int, int, str]]:
+        """Iterate over a document's passages of about 1,000 characters: start, stop and text of each."""
+        text = self.store.text(id)
+        for start, stop in split_passages(text):
+            yield start, stop, text[start:stop]
+
+
+class Picker(Protocol):
+    """Find the passages that may answer a question. Provisional: later versions may ask for more.
+
+    The passages come in any order; those without a score above 0 are ignored. Example: the newest documents first.
+
+        def newest(query):
+            for row in query.documents():
+                yield Passage(row.id, 0, 1000, datetime.fromisoformat(row.updated_at).timestamp())
+    """
+
+    def __call__(self, query: Query, /) -> Iterable[Passage]:
+        """Return passages with their scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A document that was chosen for a question, with its passages, the best one first."""
+
+    row: DocumentRow
+    passages: tuple[Passage, ...]
+
+    @property
+    def id(self) -> str:
+        """The document's id."""
+        return self.row.id
+
+    @property
+    def best(self) -> Passage:
+        """The passage that the document counts by."""
+        return self.passages[0]
+
+
+def by_words(query: Query) -> Iterator[Passage]:
+    """Find passages that share words with the question, by BM25; the picker `text`."""
+    for hit in query.store.search(query.text, query.limit):
+        yield Passage(hit.document, hit.start, hit.stop, hit.score)
+
+
+_BUILT_IN: Mapping[str, Picker] = {"text": by_words}
+
+
+def find_picker(picker: str | Picker) -> Picker:
+    """Return the picker of a name, built in or installed; one that is no name is returned as it is.
+
+    An entry point names what makes a picker when it is called without arguments: a class, or a function.
+    Raises ConfigError for a name that is not known, or for a picker that cannot be made.
+    """
+    if not isinstance(picker, str):
+        return _checked(picker)
+    if picker in _BUILT_IN:
+        return _BUILT_IN[picker]
+    installed = {one.name: one for one in entry_points(group=_GROUP)}
+    if picker not in installed:
+        known = ", ".join(map(repr, sorted({*_BUILT_IN, *installed})))
+        raise ConfigError(f"picker={picker!r} must be one of {known}; others are packages that install one")
+    try:
+        made: Any = installed[picker].load()()
+    except Exception as error:  # somebody else's code
+        raise ConfigError(f"picker={picker!r}, {installed[picker].value}, cannot be loaded: {error!r}") from error
+    return _checked(made)
+
+
+def _checked(picker: Any) -> Picker:
+    if not callable(picker):
+        raise ConfigError(f"picker={picker!r} must be a name, or something to call with a Query that returns passages")
+    checked: Picker = picker
+    return checked
+
+
+def pick(picker: Picker, query: Query, limit: int = DEFAULT_LIMIT) -> list[Pick]:
+    """Choose up to `limit` documents for a question, best first; [] if no passage was found."""
+    if limit < 1:
+        raise InputError(f"limit={limit} must be at least 1")
+    found: dict[str, list[Passage]] = {}
+    for passage in picker(query):
+        if passage.score > 0:
+            found.setdefault(passage.document, []).append(passage)
+    ranked = [sorted(passages, key=_score, reverse=True) for passages in found.values()]
+    picks: list[Pick] = []
+    for passages in sorted(ranked, key=lambda passages: passages[0].score, reverse=True):
+        if len(picks) == limit or (picks and passages[0].score < _WEAKEST * picks[0].best.score):
+            break
+        try:
+            row = query.store.row(passages[0].document, query.fingerprint)
+        except DocumentNotFoundError:  # removed since it was found
+            continue
+        if SESSION_TAG not in row.tags:
+            picks.append(Pick(row, tuple(passages)))
+    return picks or _only_document(query)
+
+
+def fitting(rows: Sequence[DocumentRow], optional: Collection[str], room: int) -> list[DocumentRow]:
+    """Leave out documents that do not fit into `room` memory slots beside those in front of them.
+
+    optional: ids of those that may be left out; the first of them stays in any case, for an error to name its size.
+    """
+    room -= sum(row.slots for row in rows if row.id not in optional)
+    kept: list[DocumentRow] = []
+    first = True
+    for row in rows:
+        if row.id in optional:
+            if row.slots > room and not first:
+                continue
+            room, first = room - row.slots, False
+        kept.append(row)
+    return kept
+
+
+def excerpts(store: MemoryStore, picks: Iterable[Pick]) -> Iterator[tuple[Pick, str]]:
+    """Read the best passage of each document; one that was removed since is left out."""
+    for one in picks:
+        try:
+            text = store.text(one.id)
+        except DocumentNotFoundError:
+            continue
+        yield one, text[one.best.start : one.best.stop]
+
+
+def last_question(messages: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return what to search for: the text of the user's last turn in a conversation, or of its last turn."""
+    if isinstance(messages, str):
+        return messages
+    turns = [turn for turn in messages if turn.get("role") == "user"] or messages
+    return str(turns[-1].get("content") or "") if turns else ""
+
+
+def _only_document(query: Query) -> list[Pick]:
+    """Choose the only document of a store by its beginning; [] if there are none, or several."""
+    rows = [*itertools.islice(query.documents(), 2)]
+    if len(rows) != 1:
+        return []
+    row = query.store.row(rows[0].id, query.fingerprint)
+    stop = next((stop for _, stop, _ in query.passages(row.id)), 0)
+    return [Pick(row, (Passage(row.id, 0, stop, 0.0),))]
+
+
+def _score(passage: Passage) -> float:
+    return passage.score

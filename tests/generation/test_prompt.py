@@ -1,0 +1,71 @@
+"""Whether a model's chat template supports tools, and conversations that call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_models import tiny_model, tiny_tokenizer
+
+from beacon_memory.config import BeaconConfig
+from beacon_memory.errors import InputError
+from beacon_memory.generation.prompt import chat_prompt, require_tools, takes_tools
+from beacon_memory.generation.tool_calls import ToolCall, UnreadCall, call_of_turn, split_calls
+from beacon_memory.modeling.model import BeaconModel
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+CALLS = "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}\n{% endfor %}"
+HERMES = "{% if tools %}{{ tools | tojson }} as <tool_call>{...}</tool_call>{% endif %}" + CALLS
+REFUSING = "{% if tools %}{{ raise_exception('no tools, please') }}{% endif %}" + TURNS
+OTHER = "{% if tools %}{{ tools | tojson }} as [TOOL_CALLS]{% endif %}" + CALLS
+MENTIONING = "{# <tool_call> #}" + TURNS
+
+
+def with_template(template: str | None) -> BeaconModel:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "takes"),
+    [(HERMES, True), (TURNS, False), (REFUSING, False), (OTHER, False), (MENTIONING, False), (None, False)],
+)
+def test_template_takes_tools_if_it_shows_them_and_asks_for_calls_that_can_be_read(
+    template: str | None, takes: bool
+) -> None:
+    model = with_template(template)
+    assert takes_tools(model) == takes
+    if takes:
+        require_tools(model)
+        return
+    with pytest.raises(InputError, match="tools cannot be used; take a model that"):
+        require_tools(model)
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        (HERMES, "Hm.look\n"),
+        (OTHER, "Hm.look\n"),
+        (TURNS, 'assistant: Hm.\n<tool_call>\n{"name": "look", "arguments": {"at": "roof"}}\n</tool_call>\n'),
+    ],
+)
+def test_calls_in_a_conversation_reach_the_model_whatever_the_template_knows(template: str, shown: str) -> None:
+    model = with_template(template)
+    turn: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Hm.",
+        "tool_calls": [call_of_turn("1", "look", {"at": "roof"})],
+    }
+    assert model.tokenizer.decode(chat_prompt(model, [turn], behind_memory=False)) == shown
+
+
+def test_answer_is_split_into_texts_and_calls_in_their_order() -> None:
+    block = '<tool_call>{"name": "f", "id": "7"}</tool_call>'
+    text, call, between, unread, last = split_calls(f"One. {block} Two. <tool_call>f(1)</tool_call>{block[:-4]}")
+    assert (text, call, between) == ("One. ", ToolCall("7", "f", {}), " Two. ")
+    assert isinstance(unread, UnreadCall)
+    assert (unread.inside, unread.text) == ("f(1)", "<tool_call>f(1)</tool_call>")
+    assert isinstance(last, UnreadCall)  # its closing tag is cut in two
+    assert split_calls("") == []

@@ -1,0 +1,222 @@
+"""Choosing documents: what is made of the passages that a picker finds, and which pickers there are."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from installed import install
+from repository import ROOT
+from tiny_models import tiny_model, tiny_tokenizer
+
+from beacon_memory import (
+    BeaconMemory,
+    CapacityError,
+    ConfigError,
+    Document,
+    DocumentNotFoundError,
+    Passage,
+    Query,
+)
+from beacon_memory.config import BeaconConfig
+from beacon_memory.documents import SESSION_TAG
+from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.picking import excerpts, find_picker, fitting, last_question
+
+SHORT: dict[str, Any] = {"max_new_tokens": 4}
+TEXTS = {"roof": "The roof is of larch.", "well": "The well is deep.", "owls": "The owls leave in autumn."}
+
+
+@pytest.fixture(scope="module")
+def model() -> BeaconModel:
+    settings = BeaconConfig(beacon_window=32)
+    return tiny_model("llama", settings, tokenizer=tiny_tokenizer(), max_position_embeddings=512)
+
+
+class Scores:
+    """A picker whose passages are known; it notes what it is asked."""
+
+    def __init__(self, *scores: tuple[str, float]) -> None:
+        self.scores = scores
+        self.asked: list[Query] = []
+
+    def __call__(self, query: Query) -> Iterator[Passage]:
+        self.asked.append(query)
+        for start, (id, score) in enumerate(self.scores):
+            yield Passage(id, start, start + 3, score)
+
+
+def filled(folder: Path, model: BeaconModel | None, picker: Any, texts: dict[str, str] = TEXTS) -> BeaconMemory:
+    memory = BeaconMemory(folder, model, reserve=50, picker=picker)
+    memory.add_many([Document(id, text) for id, text in texts.items()], ratio=2)
+    return memory
+
+
+def picked(memory: BeaconMemory, question: Any = "?", **options: Any) -> list[str]:
+    return [pick.id for pick in memory.pick(question, **options)]
+
+
+def test_documents_come_in_the_order_of_their_best_passages(model: BeaconModel, tmp_path: Path) -> None:
+    picker = Scores(("well", 5.0), ("owls", 7.0), ("well", 9.0), ("owls", 6.0))
+    well, owls = filled(tmp_path, model, picker).pick("Who?")
+    assert [well.id, owls.id] == ["well", "owls"]
+    assert [passage.score for passage in well.passages] == [9.0, 5.0]
+    assert (well.best, owls.best) == (Passage("well", 2, 5, 9.0), Passage("owls", 1, 4, 7.0))
+    assert picker.asked[0].text == "Who?"
+
+
+def test_document_with_less_than_half_the_best_score_is_left_out(model: BeaconModel, tmp_path: Path) -> None:
+    assert picked(filled(tmp_path, model, Scores(("roof", 4.9), ("well", 10.0), ("owls", 5.0)))) == ["well", "owls"]
+
+
+@pytest.mark.parametrize("score", [0.0, -1.0, math.nan])
+def test_passage_without_a_score_above_zero_is_none(model: BeaconModel, tmp_path: Path, score: float) -> None:
+    assert picked(filled(tmp_path, model, Scores(("roof", score), ("well", 0.1)))) == ["well"]
+
+
+def test_what_a_picker_finds_elsewhere_or_in_a_conversation_is_left_out(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(tmp_path, model, Scores(("talk", 99.0), ("gone", 98.0), ("../bob/key", 97.0), ("roof", 1.0)))
+    memory.add_many([Document("talk", "The roof, you said?", tags=[SESSION_TAG])], ratio=2)
+    memory.within("bob").add("gone", "Of another namespace.", ratio=2)
+    assert picked(memory) == ["roof"]
+    assert {row.id for row in memory._query("", 1).documents()} == set(TEXTS)
+
+
+def test_only_document_needs_no_passage_and_counts_by_its_beginning(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(tmp_path, model, Scores(), {"roof": TEXTS["roof"]})
+    (only,) = memory.pick("Zebras?")
+    assert only.passages == (Passage("roof", 0, len(TEXTS["roof"]), 0.0),)
+    assert [text for _, text in excerpts(memory.store, [only])] == [TEXTS["roof"]]
+    memory.add("well", TEXTS["well"], ratio=2)
+    assert memory.pick("Zebras?") == []
+
+
+def test_excerpt_is_the_best_passage_and_a_removed_document_has_none(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(tmp_path, model, Scores(("well", 2.0), ("roof", 3.0)))
+    picks = memory.pick("?")
+    memory.remove("well")
+    assert [(pick.id, text) for pick, text in excerpts(memory.store, picks)] == [("roof", TEXTS["roof"][1:4])]
+
+
+def test_picker_is_asked_in_the_namespace_of_the_memory(model: BeaconModel, tmp_path: Path) -> None:
+    picker = Scores(("roof", 1.0))
+    memory = filled(tmp_path, model, picker)
+    assert picked(memory.within("bob")) == []
+    assert picker.asked[-1].store.namespace == "bob"
+    assert picker.asked[-1].model is model
+
+
+def test_picker_can_read_documents_and_their_passages(model: BeaconModel, tmp_path: Path) -> None:
+    picker = Scores()
+    memory = filled(tmp_path, model, picker, {"short": "One."})
+    memory.add("long", "A sentence of some length. " * 60, ratio=8)
+    memory.pick("?")
+    (query,) = picker.asked
+    assert [row.id for row in query.documents()] == ["long", "short"]
+    pieces = list(query.passages("long"))
+    assert len(pieces) > 1
+    assert "".join(text for _, _, text in pieces) == memory.store.text("long")
+    assert all(memory.store.text("long")[start:stop] == text for start, stop, text in pieces)
+
+
+def test_found_documents_that_do_not_fit_together_are_left_out_and_named_ones_refused(
+    model: BeaconModel, tmp_path: Path
+) -> None:
+    long = {id: f"{id} " * 110 for id in ("one", "two", "three")} | {"four": "four"}
+    memory = filled(tmp_path, model, Scores(("one", 9.0), ("two", 8.0), ("three", 7.0), ("four", 6.0)), long)
+    assert 2 * memory.show("two").slots < model.max_positions < sum(row.slots for row in memory.list())
+    answer = memory.ask("Which?", limit=4, **SHORT)
+    assert answer.ids == ("one", "four")
+    assert memory.ask("Which?", list(long), optional=list(long), **SHORT).ids == ("one", "four")
+    assert memory.ask("Which?", ["four", "one", "two"], optional=["two"], **SHORT).ids == ("four", "one")
+    with pytest.raises(CapacityError, match="fewer documents"):
+        memory.ask("Which?", list(long), **SHORT)
+    with pytest.raises(CapacityError, match="fewer documents"):
+        memory.ask("Which?", ["one", "two"], optional=["one"], **SHORT)
+
+
+def test_room_is_what_a_question_and_its_answer_leave(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(tmp_path, model, "text", {"roof": "larch " * 150})
+    slots = memory.show("roof").slots
+    spare = memory.room("Which?", max_new_tokens=4) - slots
+    assert memory.ask("Which?", "roof", max_new_tokens=4 + spare, eos_token_id=None, stop=["e"]).ids == ("roof",)
+    with pytest.raises(CapacityError):
+        memory.ask("Which?", "roof", max_new_tokens=5 + spare)
+
+
+def test_first_of_the_optional_documents_is_never_left_out(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(tmp_path, model, "text")
+    rows = memory.list()
+    assert [row.id for row in fitting(rows, {"roof", "well"}, rows[0].slots)] == ["owls", "roof"]
+    assert fitting(rows, set(), 0) == rows
+
+
+def test_conversation_is_searched_for_by_its_last_question(model: BeaconModel, tmp_path: Path) -> None:
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "Are there owls?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "How deep is the well?"},
+    ]
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    later = [*turns, called, {"role": "tool", "content": "roof"}]
+    memory = filled(tmp_path, model, "text")
+    assert picked(memory, turns) == picked(memory, later) == ["well"]
+    assert last_question([{"role": "system", "content": "Be brief."}]) == "Be brief."
+
+
+def test_nothing_found_is_an_error_where_an_answer_is_wanted(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(tmp_path, model, Scores())
+    with pytest.raises(DocumentNotFoundError, match="no document matches the question; name documents by id"):
+        memory.ask("?", **SHORT)
+
+
+def test_unknown_picker_is_refused_at_once_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"picker='texts' must be one of 'text'"):
+        BeaconMemory(tmp_path, picker="texts")
+    with pytest.raises(ConfigError, match=r"picker=7 must be a name, or something to call"):
+        find_picker(7)  # type: ignore[arg-type]
+
+
+def test_installed_picker_is_found_by_its_name(
+    model: BeaconModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from beacon_memory import Passage\n\ndef make():\n    return lambda query: [Passage('owls', 0, 1, 1.0)]\n"
+    points = {"owls": "outside:make", "broken": "outside:absent", "number": "outside:int"}
+    install(tmp_path / "site", monkeypatch, "outside", code, **points)
+    assert picked(filled(tmp_path / "store", model, "owls"), "Where is the roof?") == ["owls"]
+    with pytest.raises(ConfigError, match=r"must be one of 'broken', 'number', 'owls', 'text'"):
+        find_picker("hawks")
+    with pytest.raises(ConfigError, match=r"picker='broken', outside:absent, cannot be loaded: AttributeError"):
+        find_picker("broken")
+
+
+def test_example_of_a_picker_runs_from_outside_the_package(
+    model: BeaconModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (ROOT / "examples" / "extend" / "picker.py").read_text(encoding="utf-8")
+    assert len(code.splitlines()) <= 40
+    install(tmp_path / "site", monkeypatch, "picker", code, embeddings="picker:ByEmbeddings")
+    texts = {"sums": "17 + 25 = 42", "owls": "owls hoot", "wells": "WELLS ARE DEEP"}
+    filled(tmp_path / "store", model, "text", texts)
+    by_words = BeaconMemory(tmp_path / "store", model)
+    by_likeness = BeaconMemory(tmp_path / "store", model, picker="embeddings")
+    for question, document in (("3 + 9 = 12", "sums"), ("WELLL DEEEP", "wells"), ("owlz", "owls")):
+        best = by_likeness.pick(question)[0]
+        assert (best.id, best.best.stop) == (document, len(texts[document]))
+        assert by_words.pick(question) == []
+    assert by_likeness.ask("3 + 9 = 12", **SHORT).ids[0] == "sums"
+    assert by_likeness.within("bob").pick("3 + 9 = 12") == []
+
+
+def test_picker_on_its_page_runs(model: BeaconModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "extending-pickers.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "extending-pickers.md", "exec"), names)  # noqa: S102  # our own document
+    memory = filled(tmp_path / "store", model, names["newest"])
+    assert sorted(picked(memory)) == sorted(TEXTS)  # all of them are from today
