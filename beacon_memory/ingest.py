@@ -16,14 +16,13 @@ from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile, StoredKV, read_header
 from beacon_memory.storage.store import MemoryStore
 
-from .documents import Document, Label, check_id, content_hash
+from .documents import Document, Label, Precision, PrecisionRule, check_id, content_hash
 from .errors import BeaconMemoryError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
 from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
 
 _TRIES = 5  # times that a document may be changed by others while it is being continued
-_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 
 OnAdded = Callable[[Added], None]
 OnError = Callable[[Document, BeaconMemoryError], None]
@@ -197,10 +196,10 @@ class Ingestion:
         label = _label(document, row)
         text = self.compressor.tokenize(document.text)
         ratios = self._ratios(document.id, text, ratio)
-        if precision == "auto":
+        if precision == PrecisionRule.AUTO:
             precision = self.store.settings.precision
         if row is not None and self._is_stored(row, digest, ratios, compression, precision):
-            if row.precision != precision != "auto":
+            if row.precision != precision != PrecisionRule.AUTO:
                 row = self.store.convert(row.id, precision)
             if label != row.label:
                 row = self.store.update(
@@ -278,7 +277,9 @@ class Ingestion:
         wanted = (digest, self.compressor.model.fingerprint.digest, compression)
         if (row.content_hash, row.fingerprint, row.compression) != wanted:
             return False
-        if precision != "auto" and _BITS.get(row.precision, 0) < _BITS[precision]:
+        if precision != PrecisionRule.AUTO and (
+            not row.precision or Precision(row.precision).bits < Precision(precision).bits
+        ):
             return False
         try:
             header = self.store.read(row.id)[1].header

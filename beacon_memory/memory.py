@@ -22,6 +22,7 @@ from beacon_memory.generation.prompt import Messages, chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.storage import repair
 from beacon_memory.storage.catalog.full_text import PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
@@ -145,7 +146,7 @@ class BeaconMemory:
 
         ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
         one for each window. compression: `beacon`, `select` (K/V of chosen tokens; needs no adapter), `hybrid` (both)
-        or `auto`, the model's own. precision: what to keep the K/V in, one of PRECISIONS, or `auto`, what the store's
+        or `auto`, the model's own. precision: what to keep the K/V in, a `Precision`, or `auto`, what the store's
         settings say. A text that is stored already, compressed in the same way by the same model, is left as it is.
         Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
         """
@@ -269,7 +270,7 @@ class BeaconMemory:
         chosen = self.pick(question, limit, room) if ids is None else [ids] if isinstance(ids, str) else list(ids)
         rows = [self.store.row(id, model.fingerprint.digest) for id in chosen]
         require_room(model, sink.slots + sum(row.slots for row in rows), len(prompt), config.max_new_tokens or 0)
-        loaded = MemoryKV.concat([MemoryKV.of(sink), *(self._load(id) for id in chosen)], room + sink.slots)
+        loaded = MemoryKV.concat([MemoryKV.of(sink), *map(self._load, rows)], room + sink.slots)
         return _Question(tuple(chosen), Request(loaded, prompt), config, started)
 
     def pick(self, question: Messages, limit: int = DEFAULT_DOCUMENTS, room: int | None = None) -> builtins.list[str]:
@@ -322,18 +323,26 @@ class BeaconMemory:
             yield from (row for row in rows if SESSION_TAG not in row.tags)
             after = rows[-1].id
 
-    def _load(self, id: str) -> MemoryKV:
+    def _load(self, row: DocumentRow) -> MemoryKV:
         model = self.model
-        stored = self.store.get(id, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        model.fingerprint.require(stored.header.fingerprint, id)
+        stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
+        model.fingerprint.require(stored.header.fingerprint, row.id)
         return stored.kv
 
-    def list(self, **filters: Any) -> builtins.list[DocumentRow]:
-        """Stored documents by id; filters: see `Catalog.list`."""
-        return self.store.list(**filters)
+    def list(
+        self,
+        *,
+        prefix: str = "",
+        tags: Iterable[str] = (),
+        metadata: Mapping[str, object] | None = None,
+        after: str = "",
+        limit: int | None = None,
+    ) -> builtins.list[DocumentRow]:
+        """Return the rows of stored documents in the order of their ids; filters: see `MemoryStore.list`."""
+        return self.store.list(prefix=prefix, tags=tags, metadata=metadata, after=after, limit=limit)
 
     def show(self, id: str) -> DocumentRow:
-        """What is known of a document; raises DocumentNotFoundError."""
+        """Return the row of a document; raises DocumentNotFoundError."""
         return self.store.row(id)
 
     def remove(self, id: str) -> None:
@@ -341,12 +350,12 @@ class BeaconMemory:
         self.store.delete(id)
 
     def verify(self) -> builtins.list[Problem]:
-        """What is wrong with the store; see `MemoryStore.verify`."""
-        return self.store.verify()
+        """Return what is wrong with the store; see `storage.repair.verify`."""
+        return repair.verify(self.store)
 
     def repair(self) -> builtins.list[Problem]:
         """Mend what `verify` finds; documents whose files are lost or damaged are compressed anew from their texts."""
-        return [self._recompressed(problem) for problem in self.store.repair()]
+        return [self._recompressed(problem) for problem in repair.repair(self.store)]
 
     def _recompressed(self, problem: Problem) -> Problem:
         if problem.mended or problem.kind not in RECOMPRESSED or problem.document is None:

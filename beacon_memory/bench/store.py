@@ -114,17 +114,17 @@ def fill(store: MemoryStore, rows: int) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    catalog = store.catalog(create=True)
+    catalog = store.parts.catalog(create=True)
     header, kv = document("any", "", _ROW_MB)
     like = row_of("", StoredFile(header, kv, None), Label(), utc_now())
     progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
     while batch := list(itertools.islice(progress, _BATCH)):
-        number = catalog.take_number()  # one for all: the ids keep the names of their files apart
+        number = catalog.file_names.take_number()  # one for all: the ids keep the names of their files apart
         with catalog.transaction():
             for one in batch:
                 file = f"{file_stem(one.id)}-{number:012x}.safetensors"
                 named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
-                catalog.put(replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags)), one.text)
+                catalog.documents.put(replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags)), one.text)
 
 
 def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:

@@ -17,6 +17,7 @@ from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, Input
 from . import archive, documents, store
 from . import eval as evaluation
 from .options import (
+    PRECISION,
     Adapter,
     AsJson,
     Compression,
@@ -25,7 +26,6 @@ from .options import (
     DtypeOption,
     Model,
     Namespace,
-    Precision,
     Score,
     ScoreOption,
     Store,
@@ -96,12 +96,13 @@ def add(
     ] = Compression.AUTO,
     score: ScoreOption = Score.REPEAT,
     precision: Annotated[
-        Precision,
+        str,
         typer.Option(
+            **PRECISION,
             help="What to keep the K/V in: int8 takes about half of the 16-bit ones, int4 a quarter; auto: what the "
-            "settings of the store say, else as computed."
+            "settings of the store say, else as computed.",
         ),
-    ] = Precision.AUTO,
+    ] = "auto",
     tag: Annotated[list[str] | None, typer.Option(help="Tag to find it by; repeat it for several.")] = None,
     pin: Annotated[
         bool | None,
@@ -136,7 +137,7 @@ def add(
         if not sources:
             raise InputError("there is nothing to add: no text or markdown file was found")
         memory = open_memory(store, namespace, model, adapter, device, dtype, score)
-        failed = _add_all(memory, sources, label, (chosen, compression.value, precision.value), as_json)
+        failed = _add_all(memory, sources, label, (chosen, compression.value, precision), as_json)
     if failed:
         raise typer.Exit(1)
 

@@ -27,6 +27,7 @@ from functools import cache, partial
 from transformers import PreTrainedModel
 
 from beacon_memory.config import COMPRESSIONS
+from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
@@ -42,7 +43,7 @@ _NAMES = (
     *(f"{name}{numbers}" for name in _COMPRESSED for numbers in (":R", ":R:N")),
     *(f"{name}:R" for name in PRESSES),
 )
-_BITS = {"int8": 8, "int4": 4}
+_BITS = {one.value: one.bits for one in Precision if one.quantized}
 
 
 def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:

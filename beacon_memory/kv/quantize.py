@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 
 from .memory_kv import MemoryKV
 
 __all__ = ["BITS", "GROUP", "QuantizedKV", "quantized"]
 
-BITS = (8, 4)
+BITS = tuple(one.bits for one in Precision if one.quantized)
 GROUP = 64  # another number is another stored form
 _LARGEST_ROTATION = 256  # so is this
 # On the device; counts stay on the CPU.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from beacon_memory import BeaconMemory
-from beacon_memory.storage.catalog.catalog import DocumentRow, PassageHit
+from beacon_memory.storage.catalog.full_text import PassageHit
+from beacon_memory.storage.catalog.rows import DocumentRow
 
 __all__ = ["search"]
 

@@ -9,7 +9,8 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
 from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
-from beacon_memory.storage.catalog.catalog import DocumentRow, PassageHit
+from beacon_memory.storage.catalog.full_text import PassageHit
+from beacon_memory.storage.catalog.rows import DocumentRow
 
 from . import nodes as of_nodes
 from .full_text import search

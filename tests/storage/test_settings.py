@@ -7,10 +7,11 @@ import pytest
 from kv_samples import same
 from store_samples import files, put
 
-from beacon_memory.documents import PRECISIONS
+from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.local import LocalFiles
+from beacon_memory.storage.repair import verify
 from beacon_memory.storage.settings import Settings, open_files
 from beacon_memory.storage.store import MemoryStore
 
@@ -28,7 +29,7 @@ def test_settings_survive_in_a_catalog(tmp_path: Path) -> None:
     catalog.close()
 
 
-@pytest.mark.parametrize("precision", ["auto", *PRECISIONS])
+@pytest.mark.parametrize("precision", ["auto", *Precision])
 def test_every_precision_can_be_set(precision: str) -> None:
     assert Settings(precision=precision).precision == precision
 
@@ -102,7 +103,7 @@ def test_files_can_be_moved_only_while_there_are_none(tmp_path: Path) -> None:
     assert files(store) == []
     assert len([*(tmp_path / "elsewhere" / "kv").rglob("*.safetensors")]) == 1
     assert store.get("doc").kv.span == kv.span
-    assert store.verify() == []
+    assert verify(store) == []
     with pytest.raises(InputError, match="only an empty store"):
         store.configure(files=None)
     assert store.configure(quota=10_000).files == elsewhere
