@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +155,9 @@ def _looking_up(store: MemoryStore) -> Iterator[Figure]:
     yield _timed("get by id", "under 5", [partial(store.row, id) for id in ids])
 
     def listing(what: str, **filters: Callable[[str], object]) -> Figure:
-        pages = [{name: choose(folder) for name, choose in filters.items()} for folder in folders]
+        pages: list[dict[str, Any]] = [
+            {name: choose(folder) for name, choose in filters.items()} for folder in folders
+        ]
         return _timed(f"list {_PAGE}, {what}", "under 5", [partial(store.list, limit=_PAGE, **page) for page in pages])
 
     def tags(_: str) -> list[str]:

@@ -214,11 +214,11 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
     first = Catalog(path)
     stored = add(first, "doc", "text")
-    identity = first.read_property("identity")
+    identity = first.properties.get("identity")
     first.close()
     again = Catalog(path)
-    assert again.list() == [stored]
-    assert again.read_property("identity") == identity
+    assert again.documents.list() == [stored]
+    assert again.properties.get("identity") == identity
     again.close()
     db = Database(path)
     assert [step.name for step in migrations.applied(db)] == [
@@ -227,6 +227,7 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m003_compression",
         "m004_lifetimes",
         "m005_sealed_facts",
+        "m006_names",
     ]
     assert db.journal_mode == "wal"
     db.close()
@@ -258,7 +259,7 @@ def test_waiting_for_another_writer_ends(tmp_path: Path, monkeypatch: pytest.Mon
     with first.transaction(), pytest.raises(StoreError, match="another process has been writing"):
         add(second, "doc", "text")
     add(second, "doc", "text")
-    assert first.text("doc") == "text"
+    assert first.documents.text("doc") == "text"
     first.close()
     second.close()
 
