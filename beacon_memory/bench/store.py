@@ -155,9 +155,7 @@ def _looking_up(store: MemoryStore) -> Iterator[Figure]:
     yield _timed("get by id", "under 5", [partial(store.row, id) for id in ids])
 
     def listing(what: str, **filters: Callable[[str], object]) -> Figure:
-        pages: list[dict[str, Any]] = [
-            {name: choose(folder) for name, choose in filters.items()} for folder in folders
-        ]
+        pages: list[dict[str, Any]] = [{name: choose(folder) for name, choose in filters.items()} for folder in folders]
         return _timed(f"list {_PAGE}, {what}", "under 5", [partial(store.list, limit=_PAGE, **page) for page in pages])
 
     def tags(_: str) -> list[str]:

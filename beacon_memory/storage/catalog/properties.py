@@ -1,4 +1,4 @@
-"""What is kept once for the whole catalog: its identity, the settings of the store, and counts.
+"""Properties of the catalog as a whole: its identity, the settings of the store, and counts.
 
     identity           a random text, of this catalog alone
     namespace          the name of the namespace that the catalog belongs to; none outside of all namespaces

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _JSON = ("ratios", "metadata", "tags")
-_NOT_CHECKED = ("used_at", "checksum")
+_NOT_CHECKED = ("used_at", "checksum", "seal")  # seal: the checksum's name while older steps of `migrations` run
 _ENCODER = json.JSONEncoder(sort_keys=True, default=repr)
 
 

@@ -152,9 +152,7 @@ def test_a_step_that_fails_leaves_the_catalog_as_it_was(old: Path) -> None:
 
 
 def test_processes_that_open_an_old_catalog_together_bring_it_up_to_date_once(old: Path) -> None:
-    script = (
-        "import sys; from beacon_memory.storage.catalog.catalog import Catalog\nprint(len(Catalog(sys.argv[1]).list()))"
-    )
+    script = "import sys; from beacon_memory.storage.catalog.catalog import Catalog\nprint(len(Catalog(sys.argv[1]).documents.list()))"
     command = [sys.executable, "-c", script, str(old)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     assert [child.communicate(timeout=60) for child in children] == [("4\n", "")] * 4
@@ -249,8 +247,10 @@ def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
     with MemoryStore(tmp_path) as store:
         settings = store.configure(quota=10**6, precision="int8")
     with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
-        db.execute("ALTER TABLE facts DROP COLUMN seal")
-        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'm005_sealed_facts'")
+        db.execute("ALTER TABLE properties DROP COLUMN checksum")
+        db.execute("ALTER TABLE properties RENAME TO facts")
+        db.execute("ALTER TABLE documents RENAME COLUMN checksum TO seal")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name IN ('m005_sealed_facts', 'm006_names')")
         db.commit()
     with MemoryStore(tmp_path) as store:
         assert store.settings == settings
