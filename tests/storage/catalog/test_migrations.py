@@ -152,7 +152,10 @@ def test_a_step_that_fails_leaves_the_catalog_as_it_was(old: Path) -> None:
 
 
 def test_processes_that_open_an_old_catalog_together_bring_it_up_to_date_once(old: Path) -> None:
-    script = "import sys; from beacon_memory.storage.catalog.catalog import Catalog\nprint(len(Catalog(sys.argv[1]).documents.list()))"
+    script = (
+        "import sys; from beacon_memory.storage.catalog.catalog import Catalog\n"
+        "print(len(Catalog(sys.argv[1]).documents.list()))"
+    )
     command = [sys.executable, "-c", script, str(old)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     assert [child.communicate(timeout=60) for child in children] == [("4\n", "")] * 4
