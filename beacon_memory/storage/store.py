@@ -20,7 +20,6 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -74,13 +73,17 @@ class MemoryStore:
             store.update("a.txt", tags=["math"])
             document = store.get("a.txt", device="cuda")
 
-    namespace: a part of the store with documents, settings and quota of its own, which no other part sees.
+    namespace: a part of the store with documents, settings and quota of its own, which no other part sees; "" is the
+               one outside of all others.
 
-    The folder is created by the first write; before, the store reads as empty.
+    root is the folder of the whole store, folder that of the namespace; it is created by the first write, and before
+    that the store reads as empty. parts is for modules that check or mend a store.
     """
 
     def __init__(self, folder: str | os.PathLike[str], namespace: str = "") -> None:
         self.parts = StoreParts(folder, namespace)
+        self.root, self.folder = self.parts.root, self.parts.folder
+        self.namespace = self.parts.namespace
         self._publisher = Publisher(self.parts)
         self._uses = UseLog(self.parts)
 
@@ -97,28 +100,13 @@ class MemoryStore:
         self._uses.flush()
         self.parts.close()
 
-    @property
-    def root(self) -> Path:
-        """The folder of the whole store."""
-        return self.parts.root
-
-    @property
-    def folder(self) -> Path:
-        """The folder of this namespace."""
-        return self.parts.folder
-
-    @property
-    def namespace(self) -> str:
-        """The name of this namespace; "" is the one outside of all others."""
-        return self.parts.namespace
-
     def within(self, namespace: str) -> MemoryStore:
         """Return the same store in another namespace, which the first write creates."""
-        return self if namespace == self.namespace else MemoryStore(self.parts.root, namespace)
+        return self if namespace == self.namespace else MemoryStore(self.root, namespace)
 
     def namespaces(self) -> builtins.list[str]:
         """Return the names of all namespaces that were ever written to, sorted."""
-        return namespace_names(self.parts.root)
+        return namespace_names(self.root)
 
     @property
     def settings(self) -> Settings:
