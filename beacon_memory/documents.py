@@ -8,26 +8,78 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import Enum, StrEnum
+from typing import Final, NoReturn
 
 from .errors import InputError
 
 __all__ = [
-    "PRECISIONS",
+    "KEEP",
     "SESSION_TAG",
     "Document",
+    "Keep",
     "Label",
+    "Precision",
+    "PrecisionRule",
     "Text",
     "check_id",
-    "check_precision",
+    "choose_precision",
     "content_hash",
     "utc_now",
 ]
 
-PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")  # of stored K/V, each takes no more bytes than the last
 SESSION_TAG = "session"  # of documents that conversations were folded into
+
+
+class Precision(StrEnum):
+    """The number format in which keys and values are kept; each takes no more bytes than the one before.
+
+    `Precision("int8")` is the member of that name; it raises InputError if there is none.
+    """
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def bits(self) -> int:
+        """The bits that a number takes."""
+        return int(self.value.lstrip(string.ascii_lowercase))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether numbers are whole ones with scales beside them, as `kv.quantize` makes them."""
+        return self.value.startswith("int")
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        raise InputError(f"precision={value!r} must be one of {', '.join(cls)}")
+
+
+class PrecisionRule(StrEnum):
+    """A way to choose a precision without naming one.
+
+    AUTO:  what the store's settings say; as a setting: what the model computed in.
+    AS_IS: what the K/V are in already.
+    """
+
+    AUTO = "auto"
+    AS_IS = "as-is"
+
+
+class Keep(Enum):
+    """The type of KEEP."""
+
+    KEEP = "keep"
+
+
+KEEP: Final = Keep.KEEP  # stands for a value that shall stay as it is, where None is a value of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +105,17 @@ class Label:
         object.__setattr__(self, "metadata", _check_metadata(self.metadata))
         object.__setattr__(self, "tags", _check_tags(self.tags))
         object.__setattr__(self, "expires_at", _check_time(self.expires_at))
+
+    def changed(
+        self,
+        metadata: Mapping[str, object] | Keep = KEEP,
+        tags: Iterable[str] | Keep = KEEP,
+        pinned: bool | Keep = KEEP,
+        expires_at: str | Keep | None = KEEP,
+    ) -> Label:
+        """Return the same label with other values, where they are given."""
+        given = {"metadata": metadata, "tags": tags, "pinned": pinned, "expires_at": expires_at}
+        return replace(self, **{name: value for name, value in given.items() if value is not KEEP})  # type: ignore[arg-type]  # by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +190,9 @@ def _check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
     return copy
 
 
-def check_precision(precision: str) -> str:
-    """Return `precision` unchanged; raises InputError unless it is one of PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise InputError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
-    return precision
+def choose_precision(value: str) -> Precision | PrecisionRule:
+    """Return the precision or rule of this name; raises InputError if it is neither."""
+    return PrecisionRule(value) if value in set(PrecisionRule) else Precision(value)
 
 
 def utc_now() -> str:

@@ -15,14 +15,13 @@ from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile, StoredKV, read_header
 from beacon_memory.storage.store import MemoryStore
 
-from .documents import Document, Label, Text, check_id
+from .documents import Document, Label, Precision, PrecisionRule, Text, check_id
 from .errors import BeaconMemoryError, ConfigError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
 from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
 
 _TRIES = 5  # times that a document may be changed by others while it is being continued
-_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 
 OnAdded = Callable[[Added], None]
 OnError = Callable[[Document, BeaconMemoryError], None]
@@ -178,10 +177,10 @@ class Ingestion:
         label = _label(document, row)
         tokens = self.compressor.tokenize(text.value)
         ratios = self._ratios(document.id, len(tokens.ids), ratio)
-        if precision == "auto":
+        if precision == PrecisionRule.AUTO:
             precision = self.store.settings.precision
         if row is not None and self._is_stored(row, text, ratios, compression, precision):
-            if row.precision != precision != "auto":
+            if row.precision != precision != PrecisionRule.AUTO:
                 row = self.store.convert(row.id, precision)
             if label != row.label:
                 row = self.store.update(
@@ -265,7 +264,9 @@ class Ingestion:
         wanted = (text.sha256, self.compressor.model.fingerprint.digest, compression, tuple(sorted(set(ratios))))
         if (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
             return False
-        if precision != "auto" and _BITS.get(row.precision, 0) < _BITS[precision]:
+        if precision != PrecisionRule.AUTO and (
+            not row.precision or Precision(row.precision).bits < Precision(precision).bits
+        ):
             return False
         parameters = self.compressor.parameters(compression)
         try:

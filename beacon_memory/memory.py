@@ -23,6 +23,7 @@ from beacon_memory.generation.prompt import Messages, chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.storage import repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
@@ -155,7 +156,7 @@ class BeaconMemory:
 
         ratio: raw tokens per memory slot (2, 4, 8, ...); `auto` for the smallest that fits the model; or a list with
         one for each window. compression: `beacon`, `select` (K/V of chosen tokens; needs no adapter), `hybrid` (both),
-        the name of another method, or `auto`, the model's own. precision: what to keep the K/V in, one of PRECISIONS,
+        the name of another method, or `auto`, the model's own. precision: what to keep the K/V in, a `Precision`,
         or `auto`, what the store's settings say. A text that is stored already, compressed in the same way by the same
         model, is left as it is.
         Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
@@ -284,7 +285,7 @@ class BeaconMemory:
         room = model.max_positions - slots - len(prompt) - new_tokens
         rows = self._chosen(question, ids, limit, optional, room)
         require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
-        memories = [MemoryKV.of(self.compressor.sink), *(self._load(row.id) for row in rows)]
+        memories = [MemoryKV.of(self.compressor.sink), *(self._load(row) for row in rows)]
         request = Request(MemoryKV.concat(memories, room + slots), prompt)
         return _Question(tuple(row.id for row in rows), request, config, started)
 
@@ -341,18 +342,26 @@ class BeaconMemory:
     def _query(self, text: str, passages: int, fingerprint: str | None = None) -> Query:
         return Query(text, self.store, passages, lambda: self.model, fingerprint)
 
-    def _load(self, id: str) -> MemoryKV:
+    def _load(self, row: DocumentRow) -> MemoryKV:
         model = self.model
-        stored = self.store.get(id, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        model.fingerprint.require(stored.header.fingerprint, id)
+        stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
+        model.fingerprint.require(stored.header.fingerprint, row.id)
         return stored.kv
 
-    def list(self, **filters: Any) -> builtins.list[DocumentRow]:
-        """Stored documents by id; filters: see `Catalog.list`."""
-        return self.store.list(**filters)
+    def list(
+        self,
+        *,
+        prefix: str = "",
+        tags: Iterable[str] = (),
+        metadata: Mapping[str, object] | None = None,
+        after: str = "",
+        limit: int | None = None,
+    ) -> builtins.list[DocumentRow]:
+        """Return the rows of stored documents in the order of their ids; filters: see `MemoryStore.list`."""
+        return self.store.list(prefix=prefix, tags=tags, metadata=metadata, after=after, limit=limit)
 
     def show(self, id: str) -> DocumentRow:
-        """What is known of a document; raises DocumentNotFoundError."""
+        """Return the row of a document; raises DocumentNotFoundError."""
         return self.store.row(id)
 
     def remove(self, id: str) -> None:
@@ -360,12 +369,12 @@ class BeaconMemory:
         self.store.delete(id)
 
     def verify(self) -> builtins.list[Problem]:
-        """What is wrong with the store; see `MemoryStore.verify`."""
-        return self.store.verify()
+        """Return what is wrong with the store; see `storage.repair.verify`."""
+        return repair.verify(self.store)
 
     def repair(self) -> builtins.list[Problem]:
         """Mend what `verify` finds; documents whose files are lost or damaged are compressed anew from their texts."""
-        return [self._recompressed(problem) for problem in self.store.repair()]
+        return [self._recompressed(problem) for problem in repair.repair(self.store)]
 
     def _recompressed(self, problem: Problem) -> Problem:
         if problem.mended or problem.kind not in RECOMPRESSED or problem.document is None:

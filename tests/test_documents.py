@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beacon_memory.documents import PRECISIONS, Label, Text, check_id, check_precision, content_hash, utc_now
+from beacon_memory.documents import (
+    Label,
+    Precision,
+    PrecisionRule,
+    Text,
+    check_id,
+    choose_precision,
+    content_hash,
+    utc_now,
+)
 from beacon_memory.errors import InputError
 
 
@@ -128,15 +137,41 @@ def test_a_text_without_utf8_form_has_no_hash() -> None:
         content_hash(b"abc")  # type: ignore[arg-type]  # wrong on purpose
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_precision_is_returned(precision: str) -> None:
-    assert check_precision(precision) == precision
+def test_a_precision_knows_its_bits_and_takes_no_more_than_the_one_before() -> None:
+    assert [(one.value, one.bits) for one in Precision] == [
+        ("float32", 32),
+        ("bfloat16", 16),
+        ("float16", 16),
+        ("int8", 8),
+        ("int4", 4),
+    ]
+    assert [one for one in Precision if one.quantized] == [Precision.INT8, Precision.INT4]
 
 
-@pytest.mark.parametrize("precision", ["auto", "int2", "", None, "Float32"])
+@pytest.mark.parametrize("precision", Precision)
+def test_a_precision_is_found_by_its_name(precision: Precision) -> None:
+    assert Precision(precision.value) is Precision(precision) is choose_precision(precision.value) is precision
+
+
+@pytest.mark.parametrize("rule", PrecisionRule)
+def test_a_rule_can_be_chosen_in_place_of_a_precision(rule: PrecisionRule) -> None:
+    assert choose_precision(rule.value) is rule
+
+
+@pytest.mark.parametrize("precision", ["int2", "", None, "Float32"])
 def test_another_precision_is_refused(precision: Any) -> None:
-    with pytest.raises(InputError, match="must be one of float32, bfloat16, float16, int8, int4"):
-        check_precision(precision)
+    for choose in (Precision, choose_precision):
+        with pytest.raises(InputError, match="must be one of float32, bfloat16, float16, int8, int4"):
+            choose(precision)
+
+
+def test_a_label_is_changed_in_what_is_given() -> None:
+    label = Label({"a": 1}, ["x"], True, "2031-05-03T00:00:00+00:00")
+    assert label.changed() == label
+    assert label.changed(expires_at=None) == Label({"a": 1}, ["x"], True)
+    assert label.changed({"b": 2}, ["y"], False) == Label({"b": 2}, ["y"], False, "2031-05-03T00:00:00+00:00")
+    with pytest.raises(InputError, match="pinned must be true or false, got None"):
+        label.changed(pinned=None)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_text_carries_its_hash() -> None:

@@ -462,6 +462,6 @@ def test_store_that_nothing_can_be_written_to_still_answers(memory: BeaconMemory
     def refuse(*_: Any, **__: Any) -> None:
         raise StoreError("read-only")
 
-    monkeypatch.setattr("beacon_memory.storage.catalog.catalog.Catalog.touch", refuse)
+    monkeypatch.setattr("beacon_memory.storage.catalog.documents.Documents.touch", refuse)
     assert memory.ask("Who?", "doc", max_new_tokens=1).ids == ("doc",)
     memory.close()

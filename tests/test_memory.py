@@ -354,3 +354,15 @@ def test_pairs_of_id_and_text_are_documents_too(memory: BeaconMemory) -> None:
     added = memory.add_many({"roof": ROOF, "well": WELL}.items(), ratio=4)
     assert [one.id for one in added] == ["roof", "well"]
     assert memory.store.text("well") == WELL
+
+
+def test_a_question_reads_the_row_of_each_document_once(memory: BeaconMemory) -> None:
+    for id, text in (("roof", ROOF), ("well", WELL)):
+        memory.add(id, text, ratio=4)
+    statements: list[str] = []
+    with memory.store.parts.catalog().connections.use() as db:
+        db.conn.set_trace_callback(statements.append)
+        assert memory.ask("Who mended the roof?", ["roof", "well"], **SHORT).ids == ("roof", "well")
+        db.conn.set_trace_callback(None)
+    rows = [one for one in statements if "content_hash" in one and "FROM documents" in one]
+    assert [sum(f"'{id}'" in row for row in rows) for id in ("roof", "well")] == [1, 1]

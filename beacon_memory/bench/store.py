@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,17 +115,18 @@ def fill(store: MemoryStore, rows: int) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    catalog = store.catalog(create=True)
+    catalog = store.parts.catalog(create=True)
     header, kv = document("any", "", _ROW_MB)
     like = row_of("", StoredFile(header, kv, None), Label(), utc_now())
     progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
     while batch := list(itertools.islice(progress, _BATCH)):
-        number = catalog.take_number()  # one for all, since file names differ by their ids
+        number = catalog.file_names.take_number()  # one for all: the ids keep the names of their files apart
         with catalog.transaction():
             for one in batch:
                 file = f"{file_stem(one.id)}-{number:012x}.safetensors"
                 named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
-                catalog.put(replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags)), Text(one.text))
+                labelled = replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags))
+                catalog.documents.put(labelled, Text(one.text))
 
 
 def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:
@@ -154,7 +156,7 @@ def _looking_up(store: MemoryStore) -> Iterator[Figure]:
     yield _timed("get by id", "under 5", [partial(store.row, id) for id in ids])
 
     def listing(what: str, **filters: Callable[[str], object]) -> Figure:
-        pages = [{name: choose(folder) for name, choose in filters.items()} for folder in folders]
+        pages: list[dict[str, Any]] = [{name: choose(folder) for name, choose in filters.items()} for folder in folders]
         return _timed(f"list {_PAGE}, {what}", "under 5", [partial(store.list, limit=_PAGE, **page) for page in pages])
 
     def tags(_: str) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from beacon_memory.documents import KEEP
 from beacon_memory.errors import CorruptFileError, InputError
 
 from .options import (
@@ -174,15 +175,17 @@ def label(
     with reported():
         if tag and no_tags:
             raise InputError("--tag and --no-tags contradict each other")
-        changes: dict[str, Any] = {"tags": tag or None, "pinned": pin}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        changes |= {"tags": ()} if no_tags else {}
-        changes |= {} if ttl is None else {"expires_at": None if ttl == "never" else expiry(ttl)}
-        if metadata is not None:
-            try:
-                changes["metadata"] = json.loads(metadata)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"--metadata must be a JSON object, got {metadata!r}: {error}") from None
-        if not changes:
+        if (metadata, pin, ttl) == (None, None, None) and not (tag or no_tags):
             raise InputError("nothing is to be changed: give --metadata, --tag, --no-tags, --pin, --no-pin or --ttl")
-        print_fields(document_fields(open_store(store, namespace).update(id, **changes)), as_json)
+        try:
+            values = KEEP if metadata is None else json.loads(metadata)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--metadata must be a JSON object, got {metadata!r}: {error}") from None
+        row = open_store(store, namespace).update(
+            id,
+            metadata=values,
+            tags=() if no_tags else tag or KEEP,
+            pinned=KEEP if pin is None else pin,
+            expires_at=KEEP if ttl is None else None if ttl == "never" else expiry(ttl),
+        )
+        print_fields(document_fields(row), as_json)

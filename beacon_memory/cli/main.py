@@ -17,6 +17,7 @@ from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, Input
 from . import archive, documents, store
 from . import eval as evaluation
 from .options import (
+    PRECISION,
     Adapter,
     AsJson,
     CompressionOption,
@@ -26,7 +27,6 @@ from .options import (
     Model,
     Namespace,
     Picker,
-    Precision,
     Score,
     ScoreOption,
     Store,
@@ -92,12 +92,13 @@ def add(
     compression: CompressionOption = "auto",
     score: ScoreOption = Score.REPEAT,
     precision: Annotated[
-        Precision,
+        str,
         typer.Option(
+            **PRECISION,
             help="What to keep the K/V in: int8 takes about half of the 16-bit ones, int4 a quarter; auto: what the "
-            "settings of the store say, else as computed."
+            "settings of the store say, else as computed.",
         ),
-    ] = Precision.AUTO,
+    ] = "auto",
     tag: Annotated[list[str] | None, typer.Option(help="Tag to find it by; repeat it for several.")] = None,
     pin: Annotated[
         bool | None,
@@ -132,7 +133,7 @@ def add(
         if not sources:
             raise InputError("there is nothing to add: no text or markdown file was found")
         memory = open_memory(store, namespace, model, adapter, device, dtype, score)
-        failed = _add_all(memory, sources, label, (chosen, compression, precision.value), as_json)
+        failed = _add_all(memory, sources, label, (chosen, compression, precision), as_json)
     if failed:
         raise typer.Exit(1)
 

@@ -7,10 +7,11 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from beacon_memory.documents import Precision, PrecisionRule
 from beacon_memory.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from beacon_memory.storage.store import MemoryStore
 
 __all__ = [
+    "PRECISION",
     "Adapter",
     "AsJson",
     "CompressionOption",
@@ -27,7 +29,6 @@ __all__ = [
     "Model",
     "Namespace",
     "Picker",
-    "Precision",
     "Score",
     "ScoreOption",
     "Store",
@@ -53,17 +54,6 @@ class Score(StrEnum):
 
     REPEAT = "repeat"
     EXPECTED = "expected"
-
-
-class Precision(StrEnum):
-    """The precision in which K/V are stored."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 def _installed(name: str) -> str:
@@ -131,6 +121,19 @@ Picker = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _precision(text: str) -> Precision | PrecisionRule:
+    """Return the precision that a user names, or `auto`."""
+    try:
+        return PrecisionRule.AUTO if text == PrecisionRule.AUTO else Precision(text)
+    except InputError:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, _PRECISIONS))}.") from None
+
+
+_PRECISIONS = (PrecisionRule.AUTO.value, *(one.value for one in Precision))
+# How typer reads an option that takes a precision or `auto`
+PRECISION: dict[str, Any] = {"parser": _precision, "metavar": f"[{'|'.join(_PRECISIONS)}]"}
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

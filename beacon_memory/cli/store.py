@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from beacon_memory.errors import BeaconMemoryError, InputError
+from beacon_memory.documents import KEEP, Precision
+from beacon_memory.errors import BeaconMemoryError
 
 from .options import (
+    PRECISION,
     Adapter,
     AsJson,
     Device,
@@ -17,7 +19,6 @@ from .options import (
     DtypeOption,
     Model,
     Namespace,
-    Precision,
     Score,
     ScoreOption,
     Store,
@@ -82,8 +83,11 @@ def namespaces(store: Store = None, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=_STORE)
 def settings(
     precision: Annotated[
-        Precision | None,
-        typer.Option(help="What K/V of new documents are kept in; auto: as computed. For stored ones see quantize."),
+        str | None,
+        typer.Option(
+            **PRECISION,
+            help="What K/V of new documents are kept in; auto: as computed. For stored ones see quantize.",
+        ),
     ] = None,
     quota: Annotated[
         str | None,
@@ -114,11 +118,16 @@ def settings(
     """
     with reported():
         documents = open_store(store, namespace)
-        changes: dict[str, Any] = {"precision": precision.value} if precision else {}
-        changes |= {} if quota is None else {"quota": size("--quota", quota)}
-        changes |= {} if files is None else {"files": None if files == "none" else files}
-        changes |= {} if cache is None else {"cache_bytes": size("--cache", cache) or 0}
-        print_fields(asdict(documents.configure(**changes) if changes else documents.settings), as_json)
+        if precision is quota is files is cache is None:
+            now = documents.settings
+        else:
+            now = documents.configure(
+                precision=KEEP if precision is None else precision,
+                quota=KEEP if quota is None else size("--quota", quota),
+                files=KEEP if files is None else None if files == "none" else files,
+                cache_bytes=KEEP if cache is None else size("--cache", cache) or 0,
+            )
+        print_fields(asdict(now), as_json)
 
 
 @app.command(rich_help_panel=_STORE)
@@ -140,14 +149,12 @@ def quantize(
     """
     failed = 0
     with reported("repeat the command to go on"):
-        if precision is Precision.AUTO:
-            raise InputError("auto is no precision to convert to; choose float32, bfloat16, float16, int8 or int4")
         documents = open_store(store, namespace)
         rows = documents.list() if not ids else [documents.row(id) for id in dict.fromkeys(ids)]
         with counting(len(rows)) as done:
             for row in rows:
                 try:
-                    now = documents.convert(row.id, precision.value)
+                    now = documents.convert(row.id, precision)
                 except BeaconMemoryError as error:
                     failed += 1
                     say(as_json, {"id": row.id, "status": "failed", "reason": str(error)})
@@ -167,9 +174,11 @@ def verify(store: Store = None, namespace: Namespace = "", as_json: AsJson = Fal
 
     With --json one object a line: kind, document, path, message, mended.
     """
+    from beacon_memory.storage.repair import verify as look_through
+
     with reported():
         documents = open_store(store, namespace)
-        problems = documents.verify()
+        problems = look_through(documents)
         _tell(problems, as_json)
         if problems and not as_json:
             remarks().print(f"problems: {len(problems)}; `beacon-memory repair` mends what can be mended")

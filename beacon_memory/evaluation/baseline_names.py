@@ -29,6 +29,7 @@ from functools import cache, partial
 from transformers import PreTrainedModel
 
 from beacon_memory.compression.methods.registry import names as method_names
+from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
@@ -39,7 +40,7 @@ from .untouched import Untouched
 __all__ = ["baselines"]
 
 _PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R", *(f"{name}:R" for name in PRESSES))
-_BITS = {"int8": 8, "int4": 4}
+_BITS = {one.value: one.bits for one in Precision if one.quantized}
 
 
 def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 
 from .memory_kv import MemoryKV
 
 __all__ = ["BITS", "GROUP", "QuantizedKV", "quantized"]
 
-BITS = (8, 4)
+BITS = tuple(one.bits for one in Precision if one.quantized)
 # Both numbers are part of the stored form: with others, stored files could not be read.
 GROUP = 64
 _LARGEST_ROTATION = 256

@@ -1,4 +1,4 @@
-"""The row of a file, and in what the two differ."""
+"""The catalog row of a K/V file, and the comparison of the two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["difference_of", "row_of"]
 
 
 def row_of(name: str, file: StoredFile, label: Label, created_at: str) -> DocumentRow:
-    """The catalog row of a document whose file has this name."""
+    """Return the catalog row of a document whose file has this name."""
     header, now = file.header, utc_now()
     return DocumentRow(
         id=header.id,
@@ -20,7 +20,7 @@ def row_of(name: str, file: StoredFile, label: Label, created_at: str) -> Docume
         content_hash=header.content_hash,
         fingerprint=header.fingerprint.digest,
         compression=header.compression,
-        precision=precision_of(file.kv),
+        precision=precision_of(file.kv).value,
         tokens=header.tokens,
         slots=header.slots,
         bytes=stored_bytes(file.kv),
@@ -37,7 +37,7 @@ def row_of(name: str, file: StoredFile, label: Label, created_at: str) -> Docume
 
 
 def difference_of(row: DocumentRow, file: StoredFile) -> str | None:
-    """In what a file disagrees with the row that names it."""
+    """Return in which fields a file disagrees with the row that names it; None if in none."""
     header, precision = file.header, precision_of(file.kv)
     pairs = {
         "id": (row.id, header.id),

@@ -1,4 +1,12 @@
-"""What can be wrong with a store, and what can be done about it."""
+"""Verifying a store and repairing it.
+
+    for problem in verify(store):
+        print(problem.kind, problem.document, problem.message)
+    left = [problem for problem in repair(store) if not problem.mended]
+
+A store does not know of this module, which works on its parts: catalog, files, settings. docs/store.md lists the kinds
+of problems, and how each is mended.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
@@ -22,14 +30,17 @@ from beacon_memory.errors import (
     StoreError,
 )
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.local import Files, file_stem, mark_of, number_of, unlink
 from beacon_memory.storage.files.locks import tidying
 
+from .parts import CATALOG
 from .records import difference_of, row_of
 from .settings import COPY, keep_copy, read_copy
+from .store import MemoryStore
 
 __all__ = ["Problem", "ProblemKind", "repair", "verify"]
 
@@ -46,16 +57,21 @@ ProblemKind = Literal[
     "orphan-file",
     "stale-temp",
 ]
-RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  # what only a model can mend
+RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  # kinds that only a model can mend
 
-_CATALOG = "catalog.sqlite3"
 _NAMED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{8,12}\.safetensors")  # those of older stores have 8
 _NUMBERED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-([0-9a-f]{12})\.(safetensors|json)")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is wrong with a document or file, as far as known which, and whether it was mended."""
+    """Something that is wrong in a store.
+
+    document: id of the document, None if it cannot be told or if it is no document's.
+    path:     of the file, below the store's folder, or of the catalog; None if it is none.
+    message:  what is wrong, for people.
+    mended:   whether `repair` has mended it.
+    """
 
     kind: ProblemKind
     document: str | None
@@ -64,29 +80,13 @@ class Problem:
     mended: bool = False
 
 
-class Store(Protocol):
-    """What upkeep needs of a store."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def files(self) -> Files: ...
-
-    def catalog(self, *, create: bool = False) -> Catalog: ...
-
-    def close(self) -> None: ...
-
-    def read(self, id: str, fingerprint: str | None = None) -> tuple[DocumentRow, StoredFile]: ...
-
-
-def verify(store: Store) -> list[Problem]:
-    """Read every file in full, compare it with its row, and report what is wrong; [] is a sound store."""
+def verify(store: MemoryStore) -> list[Problem]:
+    """Read every file in full, compare it with its row, and return what is wrong; [] for a sound store."""
     return [problem for problem, _ in _look(store)]
 
 
-def repair(store: Store) -> list[Problem]:
-    """Like `verify`, and mend what can be mended without a model.
+def repair(store: MemoryStore) -> list[Problem]:
+    """Do what `verify` does, and mend what can be mended without a model; returns all problems.
 
     Rows and texts are made anew from their files, and what follows from them from the rows. Files that a crash left are
     removed; files whose rows were lost with a catalog get rows again. A catalog that cannot be read is put aside, and a
@@ -105,13 +105,13 @@ def repair(store: Store) -> list[Problem]:
     return [replace(problem, mended=problem.mended or _found_again(store, problem)) for problem in done]
 
 
-def _mend_catalog(store: Store) -> list[Problem]:
-    """Make a catalog readable again, or put it aside."""
-    path = store.folder / _CATALOG
+def _mend_catalog(store: MemoryStore) -> list[Problem]:
+    """Make a catalog readable again, or else put it aside; returns what was wrong with it."""
+    path = store.folder / CATALOG
     found = left = _flaws(store)
     if found:
         with contextlib.suppress(CorruptFileError):
-            store.catalog().mend(read_copy(store.folder))
+            mend_catalog(store.parts.catalog(), read_copy(store.folder))
             store.close()  # some damage shows when a database is opened
             left = _flaws(store)
     if left:
@@ -122,65 +122,67 @@ def _mend_catalog(store: Store) -> list[Problem]:
     return [Problem("damaged-catalog", None, str(path), one, mended=True) for one in left or found]
 
 
-def _put_aside(store: Store, path: Path) -> str:
-    """Let a store begin a new catalog; returns what became of the old one."""
+def _put_aside(store: MemoryStore, path: Path) -> str:
+    """Rename a catalog's files and let the store begin a new one; returns what was done, for the problem's message."""
     carried = read_copy(store.folder) | _carried(store)
     store.close()
     aside = path.with_name(f"damaged-{int(time.time() * 1000)}.sqlite3")
     for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
-    catalog = store.catalog(create=True)
+    catalog = store.parts.catalog(create=True)
     with catalog.transaction():
         for name, value in carried.items():
-            catalog.write_property(name, value)
+            catalog.properties.set(name, value)
     fate = f"it was put aside as {aside.name}, and a new one is made from the files"
     return fate + ("" if carried else "; its settings could not be read, so they are those of a new store")
 
 
-def _flaws(store: Store) -> list[str]:
-    """What is wrong with a catalog beside its rows and texts."""
+def _flaws(store: MemoryStore) -> list[str]:
+    """Return what is wrong with a catalog, its single rows and texts apart."""
     try:
-        catalog = store.catalog(create=store.folder.exists())  # one that was lost begins anew
-        found = catalog.check()
-        for _ in catalog.scan():
+        catalog = store.parts.catalog(create=store.folder.exists())  # one that was lost begins anew
+        found = find_flaws(catalog)
+        for _ in catalog.documents.scan():
             pass
-        _ = catalog.files(), store.files
+        _ = catalog.file_names.named(), store.files
     except (CorruptFileError, InputError) as error:  # InputError: of settings that nobody can have made
         return [str(error)]
     return found
 
 
-def _carried(store: Store) -> dict[str, Any]:
-    """What a catalog knows of itself, if it can still be read: whose remote files are, and the settings."""
+def _carried(store: MemoryStore) -> dict[str, Any]:
+    """Return the identity and settings of a catalog that is to be put aside, as far as they can be read."""
     with contextlib.suppress(BeaconMemoryError):
-        return store.catalog().sound_properties()
+        return store.parts.catalog().properties.sound_and_damaged()[0]
     return {}
 
 
-def _look(store: Store) -> Iterator[tuple[Problem, Mend]]:
-    """All problems, with what mends them, which may be called before the next one is asked for."""
+def _look(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+    """Yield all problems, each with a function that mends it, to be called before the next problem is asked for."""
     if not store.folder.exists():
         return
     try:
         yield from _look_at_all(store)
     except (CorruptFileError, InputError) as error:  # as in `_flaws`: what is wrong with files is said one by one
-        yield Problem("damaged-catalog", None, str(store.folder / _CATALOG), str(error)), None
+        yield Problem("damaged-catalog", None, str(store.folder / CATALOG), str(error)), None
 
 
-def _look_at_all(store: Store) -> Iterator[tuple[Problem, Mend]]:
-    catalog = store.catalog()
-    for message in catalog.check():
-        yield Problem("damaged-catalog", None, str(store.folder / _CATALOG), message), None
-    for row in catalog.scan():
+def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+    """Look at catalog, documents, versions, copy of the settings, labels and unnamed files, in this order."""
+    catalog = store.parts.catalog()
+    for message in find_flaws(catalog):
+        yield Problem("damaged-catalog", None, str(store.folder / CATALOG), message), None
+    for row in catalog.documents.scan():
         if isinstance(row, DamagedRow):
             yield Problem("damaged-row", row.id, None, row.message), partial(_remake_row, store, row)
         else:
             yield from _look_at(store, row)
-    for row in catalog.versions():
+    for row in catalog.versions.scan():
         yield from _look_at_version(store, row)
     files = store.files
-    suspects = [row.id for row in catalog.scan() if _label_flaw(files, row)]  # most need not be read while all wait
+    # nearly all labels are found sound here, so that few must be read again while all writers wait
+    suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
     with tidying(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
@@ -188,8 +190,8 @@ def _look_at_all(store: Store) -> Iterator[tuple[Problem, Mend]]:
         yield from _look_at_unnamed(store)
 
 
-def _look_at(store: Store, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
-    """What is wrong with a document's file and text."""
+def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
+    """Look at a document's file and text."""
     id, file = row.id, None
     try:
         row, file = store.read(id)
@@ -199,7 +201,7 @@ def _look_at(store: Store, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
         kinds: dict[type, ProblemKind] = {MissingFileError: "missing-file", MismatchedFileError: "mismatched-file"}
         yield Problem(kinds.get(type(error), "damaged-file"), id, row.file, str(error)), None
     try:
-        store.catalog().text(id)
+        store.text(id)
     except DocumentNotFoundError:
         return
     except CorruptFileError as error:
@@ -207,11 +209,11 @@ def _look_at(store: Store, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
         yield Problem("damaged-text", id, None, str(error)), mend
 
 
-def _look_at_version(store: Store, row: DocumentRow | DamagedRow) -> Iterator[tuple[Problem, Mend]]:
-    """What is wrong with K/V that are kept for readers with another model; they can be made again from the text."""
-    catalog = store.catalog()
+def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Iterator[tuple[Problem, Mend]]:
+    """Look at K/V that are kept for readers with another model; damaged ones are dropped."""
+    catalog = store.parts.catalog()
     if isinstance(row, DamagedRow):
-        yield Problem("damaged-row", row.id, None, row.message), partial(catalog.forget_version, row)
+        yield Problem("damaged-row", row.id, None, row.message), partial(catalog.versions.forget, row)
         return
     try:
         flaw = difference_of(row, read_kv_file(store.files.fetch(row.file)))
@@ -219,23 +221,23 @@ def _look_at_version(store: Store, row: DocumentRow | DamagedRow) -> Iterator[tu
         flaw = "is missing"
     except CorruptFileError as error:
         flaw = str(error)
-    if flaw and row.file in catalog.files(row.id):
+    if flaw and row.file in catalog.file_names.named(row.id):
         message = f"{row.file}, kept for readers with another model, {flaw}"
-        drop = partial(catalog.drop_versions, row.id, row.fingerprint)  # its files are leftovers then
+        drop = partial(catalog.versions.drop, row.id, row.fingerprint)  # its files are leftovers then
         yield Problem("damaged-file", row.id, row.file, message), drop
 
 
-def _look_at_copy(store: Store) -> Iterator[tuple[Problem, Mend]]:
-    """A copy of the settings that says something else than the catalog, which counts."""
-    catalog, path = store.catalog(), store.folder / COPY
-    properties = catalog.properties()
+def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+    """Look at the copy of the settings, which must agree with the catalog."""
+    catalog, path = store.parts.catalog(), store.folder / COPY
+    properties = dict(catalog.properties.all())
     if read_copy(store.folder) != properties and (path.exists() or len(properties) > 1):  # more than the identity
         message = "the copy of the settings is missing, damaged, or says something else than the catalog"
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
 
 def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
-    """In what a document's label file disagrees with its row, which counts."""
+    """Return what is wrong with a document's label file, which must agree with its row; None if nothing."""
     if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
         return None  # files of a time before there were labels have none
     try:
@@ -247,9 +249,9 @@ def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
     return None if stored == StoredLabel(row.id, row.created_at, row.label) else "says something else than the catalog"
 
 
-def _look_at_label(store: Store, id: str) -> Iterator[tuple[Problem, Mend]]:
-    """What is wrong with the label of a document, while nobody writes."""
-    row = store.catalog().get(id)
+def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]]:
+    """Look at the label file of a document, while nobody writes."""
+    row = store.parts.catalog().documents.get(id)
     if row is not None and (flaw := _label_flaw(store.files, row)):
         name = label_name(row.file)
         yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_write_label, store.files, row)
@@ -259,15 +261,15 @@ def _write_label(files: Files, row: DocumentRow) -> None:
     files.publish(stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label)), label_name(row.file))
 
 
-def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
-    """Files that no row names, while nobody writes.
+def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+    """Look at the files that no row names, while nobody writes.
 
     A file is a leftover if the catalog says so, if its mark does, or if its document has a later one. Any other was
     written for a catalog that is no longer there, or after the backup that this one was restored from, or its row was
     damaged: it gets a row again.
     """
-    catalog, files = store.catalog(), store.files
-    named, unsettled = catalog.files(), catalog.unsettled()
+    catalog, files = store.parts.catalog(), store.files
+    named, unsettled = catalog.file_names.named(), catalog.file_names.unsettled()
     latest: dict[str, int] = {}
     for name in named:
         latest[_stem(name)] = max(latest.get(_stem(name), 0), _number(name))
@@ -302,19 +304,19 @@ def _look_at_unnamed(store: Store) -> Iterator[tuple[Problem, Mend]]:
 
 
 def _id_in(files: Files, name: str) -> str | None:
-    """Of which document a file is, if it can be told."""
+    """Return the id of the document that a file belongs to, None if it cannot be read."""
     with contextlib.suppress(StoreError, FileNotFoundError):
         return read_header(files.fetch(name)).id
     return None
 
 
-def _remake_row(store: Store, damaged: DamagedRow) -> None:
+def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
     """Make a damaged row anew from the file that it names or, if it cannot be read, from those of the same id.
 
-    If none can, and the text is the one that the row names, the row is believed: only a model can make new K/V then,
-    for which what it says is good enough.
+    If none can, and the text has the hash that stands in the row, the row is kept with the values that it has now: it
+    is needed to compress the text again, and what is wrong in it is overwritten then.
     """
-    catalog, files = store.catalog(), store.files
+    catalog, files = store.parts.catalog(), store.files
     others = {name for name in files.names() if _stem(name) == file_stem(damaged.id)} - {damaged.file}
     names = [*sorted(others, key=_number), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
     file: StoredFile | None = None
@@ -323,30 +325,31 @@ def _remake_row(store: Store, damaged: DamagedRow) -> None:
     except CorruptFileError:
         row = damaged.believed()
     with catalog.transaction():
-        text = catalog.kept_text(row.id, row.content_hash) if file is None else _text(catalog, file)
+        text = catalog.texts.find(row.id, row.content_hash) if file is None else _text(catalog, file)
         if text is None:
             raise CorruptFileError(f"neither file nor text of {row.id!r} can be read")
-        catalog.forget(damaged)
-        catalog.put(row, Text(text))
+        catalog.documents.forget(damaged)
+        catalog.documents.put(row, Text(text))
 
 
-def _remake_text(store: Store, row: DocumentRow, file: StoredFile) -> None:
-    catalog = store.catalog()
+def _remake_text(store: MemoryStore, row: DocumentRow, file: StoredFile) -> None:
+    """Write the text of a document's file into the catalog."""
+    catalog = store.parts.catalog()
     with catalog.transaction():
-        now = catalog.require(row.id)
+        now = catalog.documents.require(row.id)
         if now.file == row.file:  # else it was replaced since, text and all
-            catalog.put(now, Text(file.text))
+            catalog.documents.put(now, Text(file.text))
 
 
-def _adopt(store: Store, names: list[str]) -> None:
+def _adopt(store: MemoryStore, names: list[str]) -> None:
     """Give lost files of one document a row again: the latest that can be read, unless there is a later one by now."""
-    catalog, files = store.catalog(), store.files
+    catalog, files = store.parts.catalog(), store.files
     row, file = _best(files, sorted(names, key=_number))
     with catalog.transaction():
-        now = catalog.get(row.id)
+        now = catalog.documents.get(row.id)
         if now is None or _number(now.file) < _number(row.file):
-            row = catalog.put(row, Text(_text(catalog, file)))
-            catalog.write_property("last", max(catalog.count("last"), _number(row.file)))
+            row = catalog.documents.put(row, Text(_text(catalog, file)))
+            catalog.properties.set("last", max(catalog.properties.count("last"), _number(row.file)))
             _write_label(files, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row
@@ -356,16 +359,19 @@ def _adopt(store: Store, names: list[str]) -> None:
 
 
 def _text(catalog: Catalog, file: StoredFile) -> str:
-    """The text of a file, or of the catalog if the file is of a time before files kept it."""
+    """Return the text of a file, or the catalog's if the file is of an old format, which keeps none."""
     if file.text_bytes is None:
-        kept = catalog.kept_text(file.header.id, file.header.content_hash)
+        kept = catalog.texts.find(file.header.id, file.header.content_hash)
         if kept is not None:
             return kept
     return file.text
 
 
 def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
-    """The last of these files that can be read, and a row for it; raises CorruptFileError if none can."""
+    """Read the last of these files that can be read; returns a row for it, and the file.
+
+    Raises CorruptFileError if none can be read.
+    """
     for name in reversed([name for name in names if name.endswith(".safetensors")]):
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
             file = read_kv_file(files.fetch(name))
@@ -384,19 +390,20 @@ def _remove(files: Files, name: str) -> None:
         raise StoreError(f"{name} cannot be removed")
 
 
-def _found_again(store: Store, problem: Problem) -> bool:
-    """Whether a document whose file could not be used had a later one, whose row was lost."""
+def _found_again(store: MemoryStore, problem: Problem) -> bool:
+    """Tell whether a document can be read again, because a later file of it was found whose row was lost."""
     if problem.kind in RECOMPRESSED and problem.document is not None:
         with contextlib.suppress(BeaconMemoryError):
             return bool(store.read(problem.document))
     return False
 
 
-def _settle(store: Store) -> None:
-    """Let the catalog forget of the files that are gone."""
+def _settle(store: MemoryStore) -> None:
+    """Let the catalog forget the numbers of files that are gone."""
     with tidying(store.folder):
         there = {number_of(name) for name in store.files.names()}
-        store.catalog().settle(store.catalog().unsettled() - there)
+        names = store.parts.catalog().file_names
+        names.settle(names.unsettled() - there)
 
 
 def _stem(name: str) -> str:

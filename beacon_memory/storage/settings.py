@@ -1,13 +1,13 @@
-"""How a namespace of a store keeps its documents; kept in its catalog, with a copy beside it."""
+"""The settings of a store or namespace, kept in its catalog, with a copy in a file beside it."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
-from beacon_memory.documents import check_precision
+from beacon_memory.documents import KEEP, Keep, Precision, PrecisionRule
 from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.checked_json import read_checked, stage_checked
@@ -22,25 +22,25 @@ _MOST = 2**63 - 1  # that SQLite keeps
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a namespace of a store keeps its documents.
+    """How a store, or a namespace of it, keeps its documents.
 
-    precision:   what K/V are kept in if `put` does not say: one of `document.PRECISIONS`, or `auto`, as they were made.
-    quota:       bytes that all K/V may take together, None for no bound; those that were not used for longest go for a
-                 new document, pinned ones never.
+    precision:   what K/V are kept in where `put` does not say: a `Precision`, or `auto` for what they were computed in.
+    quota:       bytes that all K/V may take together, None for no bound. To make room for a new document, those are
+                 removed that were not used for longest; pinned ones never.
     files:       URL of the object storage where K/V files lie, such as s3://bucket/prefix; None for the store's folder.
     cache_bytes: bytes of remote files that are kept on this machine, those used last.
 
-    Raises InputError for a value that cannot be.
+    Raises InputError, which names the setting, for a value that it cannot have.
     """
 
-    precision: str = "auto"
+    precision: Precision | Literal[PrecisionRule.AUTO] = PrecisionRule.AUTO
     quota: int | None = None
     files: str | None = None
     cache_bytes: int = 10_000_000_000
 
     def __post_init__(self) -> None:
-        if self.precision != "auto":
-            check_precision(self.precision)
+        auto = self.precision == PrecisionRule.AUTO
+        object.__setattr__(self, "precision", PrecisionRule.AUTO if auto else Precision(self.precision))
         if self.quota is not None and (type(self.quota) is not int or not 1 <= self.quota <= _MOST):
             raise InputError(f"quota={self.quota!r} must be a number of bytes from 1 to 2^63 - 1, or None for no bound")
         if type(self.cache_bytes) is not int or not 0 <= self.cache_bytes <= _MOST:
@@ -50,34 +50,50 @@ class Settings:
 
     @classmethod
     def of(cls, catalog: Catalog) -> Settings:
-        """The settings that a catalog holds; raises CorruptFileError if they are damaged."""
-        known = catalog.properties()
+        """Return the settings that a catalog holds; raises CorruptFileError if they are damaged."""
+        known = catalog.properties.all()
         return cls(**{field.name: known[field.name] for field in fields(cls) if field.name in known})
 
+    def changed(
+        self,
+        precision: str | Keep = KEEP,
+        quota: int | Keep | None = KEEP,
+        files: str | Keep | None = KEEP,
+        cache_bytes: int | Keep = KEEP,
+    ) -> Settings:
+        """Return the same settings with other values, where they are given."""
+        given = {"precision": precision, "quota": quota, "files": files, "cache_bytes": cache_bytes}
+        return replace(self, **{name: value for name, value in given.items() if value is not KEEP})  # type: ignore[arg-type]  # by name
+
     def write(self, catalog: Catalog) -> None:
-        """Make a catalog hold these."""
+        """Write these settings into a catalog."""
         for field in fields(self):
-            catalog.write_property(field.name, getattr(self, field.name))
+            value = getattr(self, field.name)
+            catalog.properties.set(field.name, str(value) if isinstance(value, str) else value)
 
     def below(self, folder: PurePath) -> Settings:
-        """The settings of a namespace in a folder of this store."""
+        """Return the same settings for a namespace, whose files lie in `folder` of the store's place."""
         return replace(self, files=f"{self.files.rstrip('/')}/{folder.as_posix()}") if self.files else self
 
 
 def keep_copy(catalog: Catalog, folder: Path) -> None:
-    """Keep what a catalog knows of itself in a file beside it, from which `repair` takes it if the catalog is lost."""
-    LocalFiles(folder).publish(stage_checked(folder, catalog.properties(), "the copy of the settings"), COPY)
+    """Write a catalog's properties into a file beside it, from which `repair` takes them if the catalog is lost."""
+    properties = dict(catalog.properties.all())
+    LocalFiles(folder).publish(stage_checked(folder, properties, "the copy of the settings"), COPY)
 
 
 def read_copy(folder: Path) -> dict[str, Any]:
-    """What `keep_copy` kept; nothing if there is no sound copy."""
+    """Return the properties that `keep_copy` wrote; none if the file is missing or damaged."""
     with contextlib.suppress(FileNotFoundError, CorruptFileError):
         return read_checked(folder / COPY)
     return {}
 
 
 def open_files(settings: Settings, folder: Path, identity: str) -> Files:
-    """Where the files of a store in `folder` lie; identity: of its catalog, to which remote files belong."""
+    """Open the place where the files of a store lie.
+
+    folder: of the store. identity: of its catalog; remote files belong to one store, which is recognised by it.
+    """
     if settings.files is None:
         return LocalFiles(folder)
     from beacon_memory.storage.files.remote import RemoteFiles

@@ -23,6 +23,7 @@ from beacon_memory.cli.main import app
 from beacon_memory.documents import Text, content_hash, utc_now
 from beacon_memory.storage.catalog import full_text
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files import checked_json, kv_file
@@ -63,7 +64,7 @@ def test_a_filled_store_is_what_as_many_puts_make_it(tmp_path: Path) -> None:
         for one in samples(30):
             header, kv = document(one.id, one.text, bench_store._ROW_MB)
             put.put(header, kv, one.text, one.label)
-        assert filled.catalog().check() == []
+        assert find_flaws(filled.parts.catalog()) == []
         assert contents(filled) == contents(put)
 
 
@@ -99,31 +100,32 @@ FILTERS: list[dict[str, Any]] = [
 Look = Callable[[Catalog, DocumentRow], object]
 LOOKUPS: dict[str, Look] = {
     **{
-        f"list {filters}": lambda catalog, _, filters=filters: catalog.list(limit=100, **filters) for filters in FILTERS
+        f"list {filters}": lambda catalog, _, filters=filters: catalog.documents.list(limit=100, **filters)
+        for filters in FILTERS
     },
-    "get": lambda catalog, row: catalog.get(row.id),
-    "text": lambda catalog, row: catalog.text(row.id),
-    "files": lambda catalog, row: catalog.files(row.id),
-    "totals": lambda catalog, _: (catalog.count("documents"), catalog.count("bytes")),
-    "expired": lambda catalog, _: catalog.expired(utc_now()),
-    "least used": lambda catalog, _: catalog.least_used(100),
-    "put": lambda catalog, row: catalog.put(replace(row, content_hash=content_hash("new")), Text("new")),
-    "update": lambda catalog, row: catalog.update(replace(row, tags=("new",))),
-    "rename": lambda catalog, row: catalog.rename(row.id, replace(row, id="new", file="new")),
-    "delete": lambda catalog, row: catalog.delete(row.id),
-    "keep a version": lambda catalog, row: catalog.keep_version(row),
-    "version": lambda catalog, row: catalog.version(row.id, row.fingerprint),
-    "drop versions": lambda catalog, row: catalog.drop_versions(row.id),
+    "get": lambda catalog, row: catalog.documents.get(row.id),
+    "text": lambda catalog, row: catalog.documents.text(row.id),
+    "files": lambda catalog, row: catalog.file_names.named(row.id),
+    "totals": lambda catalog, _: (catalog.properties.count("documents"), catalog.properties.count("bytes")),
+    "expired": lambda catalog, _: catalog.documents.expired(utc_now()),
+    "least used": lambda catalog, _: catalog.documents.least_used(100),
+    "put": lambda catalog, row: catalog.documents.put(replace(row, content_hash=content_hash("new")), Text("new")),
+    "update": lambda catalog, row: catalog.documents.update(replace(row, tags=("new",))),
+    "rename": lambda catalog, row: catalog.documents.rename(row.id, replace(row, id="new", file="new")),
+    "delete": lambda catalog, row: catalog.documents.delete(row.id),
+    "keep a version": lambda catalog, row: catalog.versions.keep(row),
+    "version": lambda catalog, row: catalog.versions.get(row.id, row.fingerprint),
+    "drop versions": lambda catalog, row: catalog.versions.drop(row.id),
 }
 
 
 @pytest.mark.parametrize("name", LOOKUPS)
 def test_nothing_is_looked_up_by_scanning_or_sorting(filled: MemoryStore, name: str) -> None:
-    catalog = filled.catalog()
-    (row,) = catalog.list(limit=1)
+    catalog = filled.parts.catalog()
+    (row,) = catalog.documents.list(limit=1)
     asked: list[tuple[str, Any]] = []
     plan = []
-    with catalog._database() as db, suppress(ZeroDivisionError), catalog.transaction():
+    with catalog.connections.use() as db, suppress(ZeroDivisionError), catalog.transaction():
         with db.tracer(lambda sql, values: asked.append((sql, values))):
             LOOKUPS[name](catalog, row)
         for sql, values in asked:
@@ -137,7 +139,7 @@ def test_nothing_is_looked_up_by_scanning_or_sorting(filled: MemoryStore, name: 
 def exact(store: MemoryStore, query: str, count: int) -> dict[tuple[str, int], float]:
     """The BM25 scores of the best passages, straight from SQLite."""
     words = " OR ".join(f'"{word}"' for word in full_text._words(query))
-    with store.catalog()._database() as db:
+    with store.parts.catalog().connections.use() as db:
         found = db.execute(
             "SELECT document, ordinal, -rank FROM passages_fts JOIN passages ON passages.id = passages_fts.rowid "
             "WHERE passages_fts MATCH ? ORDER BY rank, passages.id LIMIT ?",
@@ -181,7 +183,7 @@ def test_in_a_large_store_good_passages_are_found(large: MemoryStore) -> None:
 def test_in_a_large_store_a_question_of_any_words_finds_as_many_as_asked(large: MemoryStore, query: str) -> None:
     words = vocabulary()
     rare, common, most = words[20_000:20_200], words[40:80], words[:20]
-    with large.catalog()._database() as db:
+    with large.parts.catalog().connections.use() as db:
         rare = [word for word in rare if full_text._count(db, word, 2) == 1]
     asked = {
         "one rare": rare[:1],
@@ -200,14 +202,14 @@ def test_in_a_large_store_a_question_of_any_words_finds_as_many_as_asked(large: 
 
 
 def test_in_a_large_store_expired_passages_do_not_take_the_place_of_others(large: MemoryStore) -> None:
-    catalog = large.catalog()
+    catalog = large.parts.catalog()
     query = next(questions())
     before = [hit.document for hit in large.search(query, 10)]
     with suppress(ZeroDivisionError), catalog.transaction():
         for id in before[:5]:
-            row = catalog.get(id)
+            row = catalog.documents.get(id)
             assert row is not None
-            catalog.update(replace(row, expires_at=LONG_AGO))
+            catalog.documents.update(replace(row, expires_at=LONG_AGO))
         after = [hit.document for hit in large.search(query, 10)]
         raise ZeroDivisionError  # so that nothing has changed
     assert after[:5] == before[5:]

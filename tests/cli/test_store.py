@@ -310,7 +310,8 @@ class TestQuantize:
 
     def test_refuses_what_is_no_precision_or_no_document(self, run: Run, store: MemoryStore) -> None:
         put(store, "a")
-        assert refused(run("quantize", "auto")).startswith("auto is no precision to convert to; choose float32")
+        unusable = run("quantize", "auto")
+        assert (unusable.exit_code, "'auto' is not one of 'float32'" in unusable.stderr) == (2, True)
         assert refused(run("quantize", "int8", "a", "b")).startswith("no document 'b' is stored")
         assert store.row("a").precision == "bfloat16"
         assert run("quantize", "int2").exit_code == 2

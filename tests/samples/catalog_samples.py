@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from beacon_memory.documents import Text, content_hash, utc_now
-from beacon_memory.storage.catalog.catalog import Catalog, DocumentRow
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.rows import DocumentRow
 
 LONG_AGO, LATER = "2020-01-01T00:00:00.000+00:00", "2999-01-01T00:00:00.000+00:00"
 
@@ -32,4 +33,4 @@ def row(id: str, text: str, **changes: object) -> DocumentRow:
 
 
 def add(catalog: Catalog, id: str, text: str, **changes: object) -> DocumentRow:
-    return catalog.put(row(id, text, **changes), Text(text))
+    return catalog.documents.put(row(id, text, **changes), Text(text))

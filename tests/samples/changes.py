@@ -9,6 +9,7 @@ from pathlib import Path
 from crashing import copied, everything
 from workload import document, label
 
+from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
 
 Act = Callable[[MemoryStore], object]
@@ -41,7 +42,7 @@ def full(store: MemoryStore) -> None:
     store.update("kept", pinned=True)
     put("used", "2")(store)
     store.configure(quota=store.totals().bytes)
-    store.catalog().touch({"used": 2**40})
+    store.parts.catalog().documents.touch({"used": 2**40})
 
 
 def expired(store: MemoryStore) -> None:
@@ -100,5 +101,5 @@ def prepare(folder: Path, name: str) -> Prepared:
     before = everything(template)
     with MemoryStore(copied(template, done)) as store:
         change.act(store)
-        assert store.verify() == []
+        assert verify(store) == []
     return Prepared(template, change.act, before, everything(done))

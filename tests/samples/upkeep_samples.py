@@ -76,7 +76,7 @@ def replaced_file(store: MemoryStore) -> None:
     copies = [path.read_bytes() for path in old]
     header, kv = store.get("doc").header, store.get("doc").kv
     store.put(header, kv, store.text("doc"))
-    with store.catalog().transaction(), store.catalog()._database() as db:
+    with store.parts.catalog().transaction(), store.parts.catalog().connections.use() as db:
         db.execute("INSERT INTO unsettled VALUES (?)", [old[0].name.partition("-")[2][:12]])
     for path, data in zip(old, copies, strict=True):
         path.write_bytes(data)
@@ -84,7 +84,7 @@ def replaced_file(store: MemoryStore) -> None:
 
 def unfinished_put(store: MemoryStore, id: str) -> None:
     """A file that was published for a row which never came."""
-    name = f"{file_stem(id)}-{store.catalog().take_number():012x}.safetensors"
+    name = f"{file_stem(id)}-{store.parts.catalog().file_names.take_number():012x}.safetensors"
     (store.folder / name).parent.mkdir(exist_ok=True)
     write_kv_file(store.folder / name, *sample(id, "new text"), "new text")
     mark_of(store.files, name).touch()

@@ -28,6 +28,7 @@ from beacon_memory.errors import (
     StoreError,
 )
 from beacon_memory.storage.archive import copy_documents, export_documents, import_documents
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 CREATED = "2020-02-20T20:20:20.202+00:00"
@@ -84,12 +85,12 @@ def assert_same(ours: MemoryStore, theirs: MemoryStore, ids: tuple[str, ...] = I
             other.row, file="", updated_at="", used_at=0
         )
         assert ours.text(id) == theirs.text(id)
-    assert ours.verify() == theirs.verify() == []
+    assert verify(ours) == verify(theirs) == []
 
 
 def assert_empty(store: MemoryStore) -> None:
     """Nothing was stored, and nothing left behind."""
-    assert store.list() == store.verify() == []
+    assert store.list() == verify(store) == []
     assert not [path for path in store.folder.glob("kv/**/*") if path.is_file()]
 
 
@@ -127,7 +128,7 @@ def test_files_of_any_format_go_into_an_archive(target: MemoryStore, tmp_path: P
         assert_same(old, target, FORMS)
     for path in target.folder.glob("catalog*"):
         path.unlink()
-    target.repair()
+    repair(target)
     assert [(row.id, target.text(row.id)) for row in target.list()] == [(form, TEXT) for form in sorted(FORMS)]
 
 
@@ -524,7 +525,7 @@ def test_a_damaged_document_ends_a_copy(changing: MemoryStore, target: MemorySto
     with pytest.raises(BeaconMemoryError, match=path.name):
         copy_documents(changing, target)
     assert [row.id for row in target.list()] == [changing.list()[0].id]
-    assert target.verify() == []
+    assert verify(target) == []
 
 
 def test_what_must_go_for_a_quota_is_told(source: MemoryStore, archive: Path, tmp_path: Path) -> None:

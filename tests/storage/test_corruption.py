@@ -29,6 +29,7 @@ from beacon_memory.storage.catalog.rows import DocumentRow, Totals
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredKV, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import label_name
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.settings import Settings
 from beacon_memory.storage.store import MemoryStore
 
@@ -131,7 +132,7 @@ class Filled:
     def assert_whole(self) -> None:
         """The store is sound, all documents are there, and nothing of them has changed."""
         store = self.store
-        assert store.verify() == []
+        assert verify(store) == []
         assert [_told(row) for row in store.list()] == [_told(row) for _, _, row in self.known.values()]
         for id, (kv, text, _) in self.known.items():
             assert same(store.get(id).kv, kv)
@@ -171,9 +172,9 @@ def test_a_damaged_file_in_a_store_keeps_its_text_and_row_and_hurts_no_other(
         read = tried(lambda: store.get(form))
         harmed = isinstance(read, BeaconMemoryError)
         assert row.file in str(read) if isinstance(read, BeaconMemoryError) else same(read.kv, kv)
-        found = [(problem.kind, problem.document, problem.path) for problem in store.verify()]
+        found = [(problem.kind, problem.document, problem.path) for problem in verify(store)]
         assert found == ([("damaged-file", form, row.file)] if harmed else [])
-        assert [problem.mended for problem in store.repair()] == [False] * harmed
+        assert [problem.mended for problem in repair(store)] == [False] * harmed
         assert path.read_bytes() == damaged
         assert store.text(form) == text
         assert [_told(one) for one in store.list()] == [_told(one) for _, _, one in known.values()]
@@ -195,14 +196,14 @@ def test_files_swapped_between_documents_are_refused_and_named(tmp_path: Path) -
         for id in ("a", "b"):
             with pytest.raises(CorruptFileError, match=f"{store.row(id).file} disagrees with its row in the id;"):
                 store.get(id)
-        assert [(problem.kind, problem.document) for problem in store.repair()] == [
+        assert [(problem.kind, problem.document) for problem in repair(store)] == [
             ("mismatched-file", "a"),
             ("mismatched-file", "b"),
         ]
         assert [store.text("a"), store.text("b")] == [TEXT, TEXT]
         first.write_bytes(one)
         second.write_bytes(other)
-        assert store.verify() == []
+        assert verify(store) == []
 
 
 @pytest.mark.parametrize("change", ["text", "model", "precision"])
@@ -220,11 +221,11 @@ def test_a_file_of_an_earlier_version_or_of_another_store_is_refused(tmp_path: P
         shutil.copy(other.folder / before.file, store.folder / row.file)
         with pytest.raises(CorruptFileError, match="disagrees with its row in the"):
             store.get("doc")
-        assert [(problem.kind, problem.mended) for problem in store.repair()] == [("mismatched-file", False)]
+        assert [(problem.kind, problem.mended) for problem in repair(store)] == [("mismatched-file", False)]
         assert store.text("doc") == TEXT
         (store.folder / row.file).write_bytes(whole)
         assert same(store.get("doc").kv, kv)
-        assert store.verify() == []
+        assert verify(store) == []
 
 
 def test_files_swapped_between_versions_of_a_document_are_refused(tmp_path: Path) -> None:
@@ -239,8 +240,8 @@ def test_files_swapped_between_versions_of_a_document_are_refused(tmp_path: Path
         for fingerprint in (version("old"), version("new")):
             with pytest.raises(CorruptFileError, match="disagrees with its row in the fingerprint"):
                 store.get("doc", fingerprint=fingerprint)
-        assert {(problem.kind, problem.document) for problem in store.verify()} >= {("mismatched-file", "doc")}
-        store.repair()
+        assert {(problem.kind, problem.document) for problem in verify(store)} >= {("mismatched-file", "doc")}
+        repair(store)
         assert (store.text("doc"), store.row("doc")) == (TEXT, now)
 
 
@@ -255,8 +256,8 @@ def test_a_damaged_label_harms_nothing_and_is_written_anew(of_all_forms: Filled,
     with filled.store as store:
         assert same(store.get("int8").kv, filled.known["int8"][0])
         expected = [("stale-label", "int8")] if path.read_bytes() != whole else []
-        assert [(problem.kind, problem.document) for problem in store.verify()] == expected
-        assert all(problem.mended for problem in store.repair())
+        assert [(problem.kind, problem.document) for problem in verify(store)] == expected
+        assert all(problem.mended for problem in repair(store))
         assert path.read_bytes() == whole
         filled.assert_whole()
 
@@ -268,7 +269,7 @@ def test_swapped_labels_are_written_anew(of_all_forms: Filled, folder: Path) -> 
         one, other = first.read_bytes(), second.read_bytes()
         first.write_bytes(other)
         second.write_bytes(one)
-        assert [(problem.kind, problem.mended) for problem in store.repair()] == [("stale-label", True)] * 2
+        assert [(problem.kind, problem.mended) for problem in repair(store)] == [("stale-label", True)] * 2
         assert (first.read_bytes(), second.read_bytes()) == (one, other)
         filled.assert_whole()
 
@@ -285,7 +286,7 @@ def test_with_the_catalog_gone_a_damaged_label_costs_no_more_than_what_it_said(
     for catalog in filled.store.folder.glob("catalog.sqlite3*"):
         catalog.unlink()
     with filled.store as store:
-        store.repair()
+        repair(store)
         for id in ("bfloat16", "float32", "int8", "int4"):
             assert same(store.get(id).kv, filled.known[id][0])
             assert store.text(id) == TEXT
@@ -400,8 +401,8 @@ def test_who_keeps_an_error_does_not_keep_the_store_from_being_repaired(tmp_path
         change(store, "UPDATE documents SET slots = 7 WHERE id = 'a'")
         kept = [tried(read) for read in (store.list, partial(store.get, "a"), partial(store.update, "a", pinned=True))]
         assert all(isinstance(error, CorruptFileError) for error in kept)
-        assert all(problem.mended for problem in store.repair())
-        assert store.verify() == []
+        assert all(problem.mended for problem in repair(store))
+        assert verify(store) == []
         assert same(store.get("a").kv, kv)
 
 
@@ -417,8 +418,8 @@ def test_no_byte_of_the_catalogs_first_lines_keeps_it_from_being_repaired(
         (filled.store.folder / "catalog.sqlite3").write_bytes(whole[:where] + flipped + whole[where + 1 :])
         with filled.store as store:
             missed = _survey(filled, hits)
-            assert store.verify() or not missed, where
-            store.repair()
+            assert verify(store) or not missed, where
+            repair(store)
             filled.assert_whole()
 
 
@@ -433,8 +434,8 @@ def test_a_damaged_catalog_misleads_nobody_and_is_made_anew(
     hits = _hits(open_store.store)
     with filled.store as store:
         missed = _survey(filled, hits)
-        assert store.verify() or not missed
-        store.repair()
+        assert verify(store) or not missed
+        repair(store)
         filled.assert_whole()
         assert _survey(filled, hits) == []
 
@@ -448,7 +449,7 @@ def test_who_goes_on_writing_to_a_damaged_catalog_loses_nothing(
     filled = _spoiled(open_store, closed_store, folder / "copy", end, damage)
     with filled.store as store:
         kv = _write(filled)
-        store.repair()
+        repair(store)
         if "new" in store:  # a file whose row was refused may be all that is left of the catalog's last moments
             filled.known["new"] = (kv, TEXT, store.row("new"))
         filled.assert_whole()

@@ -28,6 +28,7 @@ from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.kv_file import _hash, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import label_name, read_label
 from beacon_memory.storage.files.local import file_stem
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 often = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -292,7 +293,7 @@ HUGE = """
 import hashlib, json, struct
 from damage import crafted, file_of, parts, sealed, with_entry
 from beacon_memory.errors import CorruptFileError
-from beacon_memory.kv_file import read_header, read_kv_file
+from beacon_memory.storage.files.kv_file import read_header, read_kv_file
 
 whole = file_of("bfloat16")[0]
 head, entry, data = parts(whole)
@@ -394,9 +395,9 @@ def test_what_is_no_plain_file_in_a_store_is_reported_and_its_target_left_alone(
             target.unlink(missing_ok=True)
         with pytest.raises(CorruptFileError):
             store.get("doc")
-        kinds = {problem.kind for problem in store.verify()}
+        kinds = {problem.kind for problem in verify(store)}
         assert kinds == {"damaged-file", "stale-label"}
-        store.repair()
+        repair(store)
         assert store.text("doc") == TEXT
         kv = put(store)
         assert same(store.get("doc").kv, kv)
@@ -411,7 +412,7 @@ def test_an_id_never_leads_out_of_the_store(tmp_path: Path, id: str) -> None:
         assert store.rename(id, id + "2").id == id + "2"
         for catalog in store.folder.glob("catalog.sqlite3*"):
             catalog.unlink()
-        assert [problem.mended for problem in store.repair() if problem.kind == "lost-row"] == [True]
+        assert [problem.mended for problem in repair(store) if problem.kind == "lost-row"] == [True]
         assert same(store.get(id + "2").kv, kv)
         store.delete(id + "2")
         assert {path.name for path in tmp_path.iterdir()} == {"beside", "store"}
@@ -426,7 +427,7 @@ def test_a_file_of_another_id_than_its_name_says_is_not_adopted(tmp_path: Path, 
         stray = store.folder / f"{file_stem('doc')}-{1:012x}.safetensors"
         stray.parent.mkdir(exist_ok=True)
         stray.write_bytes(file_of("bfloat16", id)[0])
-        (problem,) = store.repair()
+        (problem,) = repair(store)
         assert (problem.kind, problem.mended) == ("lost-row", False)
         assert [row.id for row in store.list()] == ["other"]
         assert stray.exists()
@@ -465,7 +466,7 @@ def test_a_label_that_is_too_long_to_be_read_is_not_written(tmp_path: Path) -> N
         kv = put(store)
         with pytest.raises(InputError, match=r"the label of 'doc' would take 67,\d{3},\d{3} bytes"):
             store.update("doc", metadata={"long": "x" * (64 << 20)})
-        assert store.verify() == []
+        assert verify(store) == []
         assert same(store.get("doc").kv, kv)
 
 
@@ -475,7 +476,7 @@ def test_a_label_that_is_too_long_to_be_read_is_not_written(tmp_path: Path) -> N
 def name_another_file(store: MemoryStore, file: str) -> None:
     """Change the only row as somebody would who knows how rows are sealed."""
     (row,) = store.list()
-    store.catalog().update(replace(row, file=file))
+    store.parts.catalog().documents.update(replace(row, file=file))
 
 
 @pytest.mark.parametrize(
@@ -494,6 +495,6 @@ def test_a_catalog_cannot_name_files_outside_of_its_store(tmp_path: Path, file: 
             store.put(*sample("doc"), TEXT)
         with contextlib.suppress(BeaconMemoryError):
             store.delete("doc")
-        store.repair()
+        repair(store)
     assert victim.read_bytes() == good()
     assert (tmp_path / "victim.json").read_text() == "mine"

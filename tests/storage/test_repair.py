@@ -31,7 +31,8 @@ from beacon_memory.errors import CorruptFileError
 from beacon_memory.storage.catalog.rows import Totals
 from beacon_memory.storage.files.header import WindowSpan
 from beacon_memory.storage.files.label_file import label_name
-from beacon_memory.storage.repair import ProblemKind
+from beacon_memory.storage.publishing import Publisher
+from beacon_memory.storage.repair import ProblemKind, repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 
@@ -117,10 +118,10 @@ def test_what_files_or_rows_still_tell_is_found_and_mended(store: MemoryStore, n
     make, expected = MENDED[name]
     make(store)
     shown = {path: path.read_bytes() for path in store.folder.glob("kv/*/*")}
-    found = [problem.kind for problem in store.verify()]
+    found = [problem.kind for problem in verify(store)]
     assert found == expected or found == ["damaged-catalog"] == expected[:1]  # then nothing else can be told
     assert {path: path.read_bytes() for path in store.folder.glob("kv/*/*")} == shown
-    done = store.repair()
+    done = repair(store)
     assert [problem.kind for problem in done] == expected
     assert all(problem.mended for problem in done)
     after = {content.row.id: content for content in everything(store)}
@@ -130,7 +131,7 @@ def test_what_files_or_rows_still_tell_is_found_and_mended(store: MemoryStore, n
         content.row = replace(content.row, **moved)  # type: ignore[arg-type]  # by field name
         assert content.stands(store)
     assert after == {}
-    assert store.verify() == store.repair() == []
+    assert verify(store) == repair(store) == []
     assert [hit.document for hit in store.search("zebra", 3)] == ["doc"] * 3
     assert {row.id for row in store.list(tags=["x"], metadata={"b": "x"})} == {"doc", "other"}
     assert store.totals() == Totals(2, 2 * BYTES)
@@ -157,8 +158,8 @@ def test_what_only_a_model_can_mend_is_reported_and_kept(store: MemoryStore, nam
     shown = {path: path.read_bytes() for path in files(store)}
     with pytest.raises(CorruptFileError, match="`beacon-memory repair`"):
         store.get("doc")
-    for look in (store.verify, store.repair, store.repair):
-        (problem,) = look()
+    for look in (verify, repair, repair):
+        (problem,) = look(store)
         assert (problem.kind, problem.document, problem.path) == (kind, "doc", store.row("doc").file)
         assert not problem.mended
     assert {path: path.read_bytes() for path in files(store)} == shown
@@ -167,7 +168,7 @@ def test_what_only_a_model_can_mend_is_reported_and_kept(store: MemoryStore, nam
     kv = put(store)
     assert same(store.get("doc").kv, kv)
     assert (store.row("doc").label, store.row("doc").created_at) == (LABEL, LONG_AGO)
-    assert store.verify() == []
+    assert verify(store) == []
     assert len(files(store)) == 2
 
 
@@ -204,7 +205,7 @@ def test_a_file_that_contradicts_its_row_is_refused(store: MemoryStore, changed:
     write_kv_file(file(store), header, memory(13, 6 * header.slots).to(dtype=sample()[1].keys.dtype), text)
     with pytest.raises(CorruptFileError, match=f"disagrees with its row in the {named}; `beacon-memory repair` mends"):
         store.get("doc")
-    assert kinds(store.verify()) == [("mismatched-file", "doc")]
+    assert kinds(verify(store)) == [("mismatched-file", "doc")]
     assert file(store).exists()
 
 
@@ -224,12 +225,12 @@ def test_a_damaged_text_waits_for_its_file(store: MemoryStore) -> None:
     whole = file(store).read_bytes()
     file(store).unlink()
     change(store, "UPDATE passages SET text = 'damaged'")
-    assert kinds(store.repair()) == [("missing-file", "doc"), ("damaged-text", "doc")]
-    assert not any(problem.mended for problem in store.repair())
+    assert kinds(repair(store)) == [("missing-file", "doc"), ("damaged-text", "doc")]
+    assert not any(problem.mended for problem in repair(store))
     file(store).write_bytes(whole)
-    assert kinds(store.repair()) == [("damaged-text", "doc")]
+    assert kinds(repair(store)) == [("damaged-text", "doc")]
     assert store.text("doc") == TEXT
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
@@ -237,22 +238,22 @@ def test_a_damaged_row_without_a_file_keeps_its_text(store: MemoryStore, damage:
     store.put(*sample(), TEXT, LABEL, created_at=LONG_AGO)
     damage(file(store))
     change(store, "UPDATE documents SET tokens = 14")
-    assert [problem.kind for problem in store.repair()] == ["damaged-row"]
+    assert [problem.kind for problem in repair(store)] == ["damaged-row"]
     assert store.text("doc") == TEXT
     assert (store.row("doc").label, store.row("doc").created_at) == (LABEL, LONG_AGO)
-    (problem,) = store.repair()
+    (problem,) = repair(store)
     assert problem.kind in ("missing-file", "damaged-file")
     kv = put(store)
     assert same(store.get("doc").kv, kv)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_damaged_row_without_file_and_text_is_kept_and_reported(store: MemoryStore) -> None:
     put(store)
     file(store).unlink()
     change(store, "UPDATE documents SET tokens = 14; UPDATE passages SET text = 'damaged'")
-    for look in (store.verify, store.repair, store.repair):
-        (problem,) = look()
+    for look in (verify, repair, repair):
+        (problem,) = look(store)
         assert (problem.kind, problem.document, problem.mended) == ("damaged-row", "doc", False)
 
 
@@ -263,7 +264,7 @@ def test_a_document_that_is_damaged_beyond_repair_can_be_removed(store: MemorySt
     file(store).unlink()
     change(store, "UPDATE passages SET text = 'damaged' WHERE document = 'doc'")
     change(store, f"UPDATE documents SET file = '{label_name(before.row.file)}' WHERE id = 'doc'")  # of another
-    assert not store.repair()[0].mended
+    assert not repair(store)[0].mended
     with pytest.raises(CorruptFileError, match="row of 'doc' is damaged"):
         put(store)
     store.delete("doc")
@@ -271,8 +272,8 @@ def test_a_document_that_is_damaged_beyond_repair_can_be_removed(store: MemorySt
     assert before.stands(store)
     kv = put(store)
     assert same(store.get("doc").kv, kv)
-    assert [problem.kind for problem in store.repair()] in ([], ["orphan-file"])
-    assert store.verify() == []
+    assert [problem.kind for problem in repair(store)] in ([], ["orphan-file"])
+    assert verify(store) == []
 
 
 def test_a_damaged_row_comes_from_the_file_that_it_named(store: MemoryStore) -> None:
@@ -280,9 +281,9 @@ def test_a_damaged_row_comes_from_the_file_that_it_named(store: MemoryStore) -> 
     before = Content.of(store, "doc")
     unfinished_put(store, "doc")  # later, but never committed
     change(store, "UPDATE documents SET tokens = 14")
-    assert [problem.kind for problem in store.repair()] == ["damaged-row", "orphan-file", "stale-temp"]
+    assert [problem.kind for problem in repair(store)] == ["damaged-row", "orphan-file", "stale-temp"]
     assert before.stands(store)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_row_that_names_another_file_finds_its_own_again(store: MemoryStore) -> None:
@@ -290,10 +291,10 @@ def test_a_row_that_names_another_file_finds_its_own_again(store: MemoryStore) -
         put(store, id)
     before = everything(store)
     change(store, "UPDATE documents SET file = 'kv/../../etc/passwd' WHERE id = 'doc'")
-    assert [problem.kind for problem in store.verify()] == ["damaged-row", "lost-row"]
-    assert [problem.kind for problem in store.repair()] == ["damaged-row"]
+    assert [problem.kind for problem in verify(store)] == ["damaged-row", "lost-row"]
+    assert [problem.kind for problem in repair(store)] == ["damaged-row"]
     assert all(content.stands(store) for content in before)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_damaged_version_is_dropped(store: MemoryStore) -> None:
@@ -303,15 +304,15 @@ def test_a_damaged_version_is_dropped(store: MemoryStore) -> None:
         put_version(store, "b")
         before = Content.of(store, "doc")
         damage(store.folder / store.row("doc", version("a")).file)
-        (problem,) = store.verify()
+        (problem,) = verify(store)
         assert (problem.kind, problem.document) == ("damaged-file", "doc")
         assert "kept for readers with another model" in problem.message
-        assert {(problem.kind, problem.mended) for problem in store.repair()} <= {
+        assert {(problem.kind, problem.mended) for problem in repair(store)} <= {
             ("damaged-file", True),
             ("orphan-file", True),
         }
         assert before.stands(store)
-        assert store.verify() == []
+        assert verify(store) == []
         assert len(files(store)) == len(labels(store)) == 2
 
 
@@ -320,13 +321,13 @@ def test_a_damaged_row_of_a_version_is_dropped(store: MemoryStore) -> None:
     put_version(store, "b")
     before = Content.of(store, "doc")
     change(store, "UPDATE versions SET record = CAST(x'ff' AS TEXT)")
-    assert kinds(store.verify()) == [("damaged-row", "doc")]
-    assert {(problem.kind, problem.mended) for problem in store.repair()} == {
+    assert kinds(verify(store)) == [("damaged-row", "doc")]
+    assert {(problem.kind, problem.mended) for problem in repair(store)} == {
         ("damaged-row", True),
         ("orphan-file", True),
     }
     assert before.stands(store)
-    assert store.verify() == []
+    assert verify(store) == []
     assert len(files(store)) == len(labels(store)) == 1
 
 
@@ -335,8 +336,8 @@ def test_files_of_others_are_reported_and_kept(store: MemoryStore) -> None:
     theirs = [file(store).parent / name for name in ("notes.txt", "a.safetensors", f"{'0' * 32}-0.json")]
     for path in theirs:
         path.write_text("theirs")
-    for look in (store.verify, store.repair, store.repair):
-        problems = look()
+    for look in (verify, repair, repair):
+        problems = look(store)
         assert {(problem.kind, problem.mended) for problem in problems} == {("orphan-file", False)}
         assert {problem.path for problem in problems} == {str(path.relative_to(store.folder)) for path in theirs}
     assert all(path.read_text() == "theirs" for path in theirs)
@@ -347,41 +348,41 @@ def test_what_cannot_be_removed_is_not_called_mended(store: MemoryStore) -> None
     left = file(store)
     put(store, text="a later text")
     (left / "inside").mkdir(parents=True)
-    (problem,) = store.repair()
+    (problem,) = repair(store)
     assert (problem.kind, problem.mended) == ("orphan-file", False)
     shutil.rmtree(left)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_repair_forgets_of_files_that_are_gone(store: MemoryStore) -> None:
     put(store)
     change(store, "INSERT INTO unsettled VALUES ('0123456789ab'), ('0123456789ac')")
-    assert store.repair() == []
-    assert store.catalog().unsettled() == set()
+    assert repair(store) == []
+    assert store.parts.catalog().file_names.unsettled() == set()
 
 
 def test_replaced_and_removed_files_need_no_repair_to_be_forgotten(store: MemoryStore) -> None:
     for n in range(3):
         put(store, text=f"text {n}")
     store.delete("doc")
-    assert store.catalog().unsettled() == set()
-    with contextlib.suppress(KeyError), store._new_file(*sample(), TEXT):
+    assert store.parts.catalog().file_names.unsettled() == set()
+    with contextlib.suppress(KeyError), Publisher(store.parts).new_file(*sample(), TEXT):
         raise KeyError
-    assert store.catalog().unsettled() == set()
+    assert store.parts.catalog().file_names.unsettled() == set()
     assert files(store) == []
 
 
 def test_a_store_that_is_not_there_has_no_problems(store: MemoryStore) -> None:
-    assert store.verify() == store.repair() == []
+    assert verify(store) == repair(store) == []
     assert not store.folder.exists()
     store.folder.mkdir()
-    assert store.verify() == store.repair() == []
+    assert verify(store) == repair(store) == []
 
 
 def test_problems_name_paths_below_the_store(store: MemoryStore) -> None:
     put(store)
     file(store).unlink()
-    (problem,) = store.verify()
+    (problem,) = verify(store)
     assert problem.path is not None
     assert os.path.commonpath([store.folder / problem.path, store.folder]) == str(store.folder)
     assert problem.path in problem.message

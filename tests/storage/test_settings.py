@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -7,10 +9,12 @@ import pytest
 from kv_samples import same
 from store_samples import files, put
 
-from beacon_memory.documents import PRECISIONS
-from beacon_memory.errors import InputError, StoreError
+from beacon_memory.documents import Precision
+from beacon_memory.errors import InputError, QuotaError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.local import LocalFiles
+from beacon_memory.storage.files.locks import writing
+from beacon_memory.storage.repair import verify
 from beacon_memory.storage.settings import Settings, open_files
 from beacon_memory.storage.store import MemoryStore
 
@@ -28,7 +32,7 @@ def test_settings_survive_in_a_catalog(tmp_path: Path) -> None:
     catalog.close()
 
 
-@pytest.mark.parametrize("precision", ["auto", *PRECISIONS])
+@pytest.mark.parametrize("precision", ["auto", *Precision])
 def test_every_precision_can_be_set(precision: str) -> None:
     assert Settings(precision=precision).precision == precision
 
@@ -73,6 +77,75 @@ def test_a_store_is_configured_for_all_that_open_it(tmp_path: Path) -> None:
     assert store.configure(precision="auto", quota=None) == Settings()
 
 
+def test_what_another_process_has_just_set_counts_for_the_next_document(tmp_path: Path) -> None:
+    ours, theirs = (MemoryStore(tmp_path / "store") for _ in range(2))
+    put(ours, "warm")
+    assert ours.settings == theirs.settings == Settings()
+    theirs.configure(precision="int8")
+    put(ours, "quantized")
+    assert ours.row("quantized").precision == "int8"
+    theirs.configure(quota=ours.totals().bytes)
+    put(ours, "last")
+    assert [row.id for row in ours.list()] == ["last", "quantized"]
+    theirs.configure(quota=1)
+    with pytest.raises(QuotaError, match="'refused' takes"):
+        put(ours, "refused")
+    for id in ("last", "quantized"):
+        theirs.delete(id)
+    elsewhere = tmp_path / "elsewhere"
+    theirs.configure(quota=None, files=elsewhere.as_uri())
+    put(ours, "moved")
+    assert [path.suffix for path in (elsewhere / "kv").rglob("*.safetensors")] == [".safetensors"]
+    assert verify(ours) == verify(theirs) == []
+
+
+def test_settings_are_read_again_only_after_something_was_written(tmp_path: Path) -> None:
+    store, other = (MemoryStore(tmp_path / "store") for _ in range(2))
+    put(store)
+
+    def reads() -> int:
+        statements: list[str] = []
+        with store.parts.catalog().connections.use() as db:
+            db.conn.set_trace_callback(statements.append)
+            assert [store.settings, store.files.staging] == [Settings(), store.folder / "kv"]
+            db.conn.set_trace_callback(None)
+        return sum("FROM properties" in statement for statement in statements)
+
+    reads()
+    assert reads() == 0
+    put(other, "other")
+    assert reads() == 1
+    assert reads() == 0
+    with contextlib.suppress(InputError):
+        store.configure(quota=0)
+    assert reads() <= 1
+    assert store.settings == Settings()
+
+
+def test_settings_that_were_read_in_a_change_that_failed_are_forgotten(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "store")
+    store.configure(quota=10_000)
+    catalog = store.parts.catalog()
+    with contextlib.suppress(ZeroDivisionError), catalog.transaction():
+        catalog.properties.set("quota", 20_000)
+        assert store.settings.quota == 20_000
+        _ = 1 / 0
+    assert store.settings.quota == 10_000
+
+
+def test_files_are_moved_only_when_nobody_is_writing(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path / "store")
+    moved: list[Settings] = []
+    mover = threading.Thread(target=lambda: moved.append(store.configure(files=(tmp_path / "elsewhere").as_uri())))
+    with writing(store.folder):
+        mover.start()
+        mover.join(0.3)
+        assert mover.is_alive()
+        assert MemoryStore(store.folder).settings.files is None
+    mover.join()
+    assert [store.settings] == moved
+
+
 def test_a_namespace_begins_with_the_settings_of_the_store_and_goes_its_own_way(tmp_path: Path) -> None:
     store = MemoryStore(tmp_path / "store")
     store.configure(precision="float32", quota=5_000, cache_bytes=7)
@@ -102,7 +175,7 @@ def test_files_can_be_moved_only_while_there_are_none(tmp_path: Path) -> None:
     assert files(store) == []
     assert len([*(tmp_path / "elsewhere" / "kv").rglob("*.safetensors")]) == 1
     assert store.get("doc").kv.span == kv.span
-    assert store.verify() == []
+    assert verify(store) == []
     with pytest.raises(InputError, match="only an empty store"):
         store.configure(files=None)
     assert store.configure(quota=10_000).files == elsewhere

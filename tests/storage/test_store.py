@@ -14,13 +14,14 @@ from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, s
 from store_samples import BYTES, change, files, labels, put
 
 from beacon_memory.compression.methods.registry import BUILT_IN
-from beacon_memory.documents import PRECISIONS, Label
+from beacon_memory.documents import Label, Precision
 from beacon_memory.errors import ConflictError, DocumentNotFoundError, InputError, StoreError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.rows import Totals
 from beacon_memory.storage.files.header import WindowSpan
 from beacon_memory.storage.files.kv_file import read_kv_file, with_precision
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.settings import Settings
 from beacon_memory.storage.store import MemoryStore
 
@@ -48,7 +49,7 @@ def test_a_stored_document_is_read_back_bit_for_bit(store: MemoryStore, dtype: t
     assert (row.compression, f"torch.{row.precision}") == ("select", str(dtype))
     assert (row.label, row.fingerprint) == (label, FINGERPRINT.digest)
     assert [hit.document for hit in store.search("Where is the boat?")] == ["doc"]
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_document_is_read_in_another_dtype(store: MemoryStore) -> None:
@@ -66,7 +67,7 @@ def test_a_document_lies_in_a_file_that_tells_all_of_it(store: MemoryStore) -> N
     assert read_label(store.folder / label_name(row.file)) == StoredLabel("doc", LONG_AGO, label)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", Precision)
 def test_a_document_is_kept_in_the_precision_that_is_asked_for(store: MemoryStore, precision: str) -> None:
     header, kv = sample(dtype=torch.float32)
     row = store.put(header, kv, TEXT, precision=precision)
@@ -76,7 +77,7 @@ def test_a_document_is_kept_in_the_precision_that_is_asked_for(store: MemoryStor
     store.configure(precision=precision)
     assert store.put(*sample("set"), TEXT).precision == precision
     assert store.put(*sample("as it is"), TEXT, precision="as-is").precision == "bfloat16"
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 @given(
@@ -93,7 +94,7 @@ def test_an_id_never_becomes_a_path(tmp_path_factory: pytest.TempPathFactory, id
             assert id in store
             assert same(store.get(id).kv, kept[id])
         assert {row.id for row in store.list()} == ids
-        assert store.verify() == []
+        assert verify(store) == []
         for path in files(store):
             assert path.relative_to(store.folder).as_posix().isascii()
             assert len(path.relative_to(store.folder).parts) == 3
@@ -105,7 +106,7 @@ def test_an_id_never_becomes_a_path(tmp_path_factory: pytest.TempPathFactory, id
 
 
 def test_reading_a_store_that_is_not_there_leaves_nothing(store: MemoryStore) -> None:
-    assert [*store.list(), *store.search("anything"), *store.verify(), *store.repair()] == []
+    assert [*store.list(), *store.search("anything"), *verify(store), *repair(store)] == []
     assert [*store.expire(), *store.namespaces(), store.drop_versions()] == [0]
     assert (store.totals(), store.settings) == (Totals(0, 0), Settings())
     assert "doc" not in store
@@ -159,7 +160,7 @@ def test_documents_of_every_compression_live_side_by_side(store: MemoryStore) ->
         found = store.get(name)
         assert found.header.compression == name
         assert same(found.kv, kv)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_what_does_not_fit_together_is_refused_and_changes_nothing(store: MemoryStore) -> None:
@@ -183,7 +184,7 @@ def test_what_does_not_fit_together_is_refused_and_changes_nothing(store: Memory
     with pytest.raises(InputError, match="precision='int2' must be one of"):
         store.put(header, other, TEXT, precision="int2")
     assert len(files(store)) == len(labels(store)) == 1
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_put_that_fails_in_the_catalog_leaves_the_old_document(store: MemoryStore) -> None:
@@ -197,7 +198,7 @@ def test_a_put_that_fails_in_the_catalog_leaves_the_old_document(store: MemorySt
     assert same(store.get("doc").kv, kv)
     assert store.text("doc") == TEXT
     assert len(files(store)) == len(labels(store)) == 1
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_put_on_a_full_disk_leaves_the_old_document(store: MemoryStore) -> None:
@@ -217,7 +218,7 @@ def test_a_put_on_a_full_disk_leaves_the_old_document(store: MemoryStore) -> Non
     assert same(store.get("doc").kv, kv)
     assert store.text("doc") == TEXT
     assert len(files(store)) == len(labels(store)) == 1
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_delete_removes_row_text_and_file(store: MemoryStore) -> None:
@@ -249,7 +250,7 @@ def test_what_is_replaced_must_be_what_was_read(store: MemoryStore) -> None:
     with pytest.raises(ConflictError, match="changed or removed"):
         store.put(header, kv, TEXT, replacing=second.file)
     assert not files(store)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_reader_waits_for_no_writer(store: MemoryStore) -> None:
@@ -259,8 +260,8 @@ def test_a_reader_waits_for_no_writer(store: MemoryStore) -> None:
     def read() -> None:
         found.append((store.get("doc"), store.text("doc"), store.list(), store.search("boat"), "doc" in store))
 
-    with store.catalog().transaction():
-        store.catalog().delete("doc")
+    with store.parts.catalog().transaction():
+        store.parts.catalog().documents.delete("doc")
         reader = threading.Thread(target=read)
         reader.start()
         reader.join(timeout=20)  # it would wait for 30
@@ -287,4 +288,4 @@ def test_a_store_that_is_removed_under_way_is_empty_and_can_be_begun_again(store
     assert not store.folder.exists()
     put(store, "new")
     assert [row.id for row in store.list()] == ["new"]
-    assert store.verify() == []
+    assert verify(store) == []

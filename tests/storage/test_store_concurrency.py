@@ -21,6 +21,7 @@ from beacon_memory.errors import ConflictError, DocumentNotFoundError, StoreErro
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.locks import tidying, writing
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 
@@ -106,7 +107,7 @@ def test_readers_meet_whole_versions_of_what_is_replaced_renamed_and_deleted(sto
 
     with processes(read):
         all_at_once(read, read, write_all)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def reads_in_a_second(store: MemoryStore) -> None:
@@ -126,29 +127,31 @@ def reads_in_a_second(store: MemoryStore) -> None:
         assert time.monotonic() - began < 1
 
 
-def test_reading_waits_neither_for_a_writer_nor_for_a_repair(store: MemoryStore) -> None:
+def test_reading_waits_neither_for_a_writer_nor_for_a_repair(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beacon_memory.storage.eviction.NOTE_SECONDS", -1)  # each reading tries to note it
     put(store)
     with store.within("inner") as inner:
         put(inner)
     held, done = threading.Event(), threading.Event()
 
     def write() -> None:
-        with writing(store.folder), store.catalog().transaction():
-            store.catalog().put(store.row("doc"), Text(store.text("doc")))
+        with writing(store.folder), store.parts.catalog().transaction():
+            store.parts.catalog().documents.put(store.row("doc"), Text(store.text("doc")))
             held.set()
             done.wait(30)
 
-    def repair() -> None:
+    def tidy() -> None:
         with tidying(store.folder):
             held.set()
             done.wait(30)
 
-    for act in (write, repair):
+    for act in (write, tidy):
         thread = threading.Thread(target=act)
         thread.start()
         assert held.wait(30)
         try:
-            store._noted -= 1000  # so that it is time to note what was used
             reads_in_a_second(store)
             with processes(lambda: reads_in_a_second(store), lambda: reads_in_a_second(MemoryStore(store.folder))):
                 pass
@@ -170,7 +173,7 @@ def test_a_writer_waits_for_a_repair_and_a_repair_for_writers_side_by_side(store
     assert look(store, "other") == State("1", "1")
     with writing(store.folder):
         assert wait(fork(lambda: put(store, "side by side")), 10) == 0
-        pid = fork(lambda: store.repair() == [] or os._exit(3))
+        pid = fork(lambda: repair(store) == [] or os._exit(3))
         time.sleep(0.2)
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     assert wait(pid) == 0
@@ -204,7 +207,7 @@ def test_ten_threads_on_one_store_that_is_not_there_yet_lose_nothing(store: Memo
     all_at_once(*(lambda name=name: work(name) for name in "abcdefghij"))
     assert {row.id: look(store, row.id) for row in store.list()} == states
     assert store.totals().documents == len(states) > 5
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_threads_may_read_a_store_that_is_not_there(store: MemoryStore) -> None:
@@ -227,7 +230,7 @@ def test_first_writers_of_a_store_and_its_namespaces_all_succeed(store: MemorySt
     for name, numbers in (("", (0, 2, 4, 6)), ("inner", (1, 3, 5, 7))):
         with store.within(name) as ours:
             assert {row.id for row in ours.list()} == {f"doc-{number}" for number in numbers}
-            assert ours.verify() == []
+            assert verify(ours) == []
 
 
 def test_a_quota_is_kept_at_any_moment_by_writers_together(store: MemoryStore) -> None:
@@ -248,7 +251,7 @@ def test_a_quota_is_kept_at_any_moment_by_writers_together(store: MemoryStore) -
     assert (totals.documents, totals.bytes) == (5, quota)
     assert "pinned" in store
     assert len(list(store.folder.glob("kv/*/*.safetensors"))) == 5
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_labels_changed_in_different_parts_at_the_same_time_keep_both(store: MemoryStore) -> None:
@@ -266,7 +269,7 @@ def test_labels_changed_in_different_parts_at_the_same_time_keep_both(store: Mem
     )
     row = store.row("doc")
     assert (row.tags, row.metadata, row.pinned) == (("tag14",), {"n": 14}, False)
-    assert store.verify() == []  # labels beside the files say the same
+    assert verify(store) == []  # labels beside the files say the same
 
 
 def test_replacing_what_was_read_loses_no_change_of_others(store: MemoryStore) -> None:
@@ -308,7 +311,7 @@ def test_what_was_read_before_a_replacement_never_comes_back(store: MemoryStore)
         overtaken.rename("doc", "new")
     assert [row.id for row in store.list()] == ["doc"]
     assert look(store, "doc") == State("2", "2")
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_converting_meets_replacements_and_never_brings_old_ones_back(store: MemoryStore) -> None:
@@ -337,7 +340,7 @@ def test_converting_meets_replacements_and_never_brings_old_ones_back(store: Mem
     state = look(store, "doc")
     assert state
     assert (state.content, state.label) == ("19", "19")
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_store_goes_on_in_forked_processes_and_in_their_parent(store: MemoryStore) -> None:
@@ -357,7 +360,7 @@ def test_a_store_goes_on_in_forked_processes_and_in_their_parent(store: MemorySt
     assert {row.id for row in store.list()} == {
         "doc", "parent", "parent, too", "child", "child, too", "grandchild", "grandchild, too",
     }  # fmt: skip
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_forked_process_waits_for_no_thread_of_its_parent(store: MemoryStore) -> None:
@@ -365,7 +368,7 @@ def test_a_forked_process_waits_for_no_thread_of_its_parent(store: MemoryStore) 
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with store._opening:
+        with store.parts._opening, store._uses._lock:
             entered.set()
             leave.wait(30)
 
@@ -389,7 +392,7 @@ def test_a_catalog_that_another_process_put_aside_is_not_written_to_any_more(sto
             if not path.name.endswith("-shm"):
                 path.write_bytes(b"no database" * 10_000)
         with MemoryStore(store.folder) as ours:
-            assert "damaged-catalog" in {problem.kind for problem in ours.repair()}
+            assert "damaged-catalog" in {problem.kind for problem in repair(ours)}
 
     with processes(damage_and_repair):
         put(store)
@@ -401,7 +404,7 @@ def test_a_catalog_that_another_process_put_aside_is_not_written_to_any_more(sto
             assert {row.id: look(one, row.id) for row in one.list()} == dict.fromkeys(
                 ("doc", "other", "new"), State("1", "1")
             )
-        assert ours.verify() == []
+        assert verify(ours) == []
 
 
 def test_several_repairs_of_one_damaged_catalog_bring_everything_back(store: MemoryStore) -> None:
@@ -409,10 +412,10 @@ def test_several_repairs_of_one_damaged_catalog_bring_everything_back(store: Mem
         put(store, f"doc-{n}")
     store.close()
     (store.folder / "catalog.sqlite3").write_bytes(b"no database" * 1000)
-    with processes(*[lambda: MemoryStore(store.folder).repair()] * 3), writing(store.folder):
+    with processes(*[lambda: repair(MemoryStore(store.folder))] * 3), writing(store.folder):
         time.sleep(1)  # meanwhile all of them find the damage, and wait until nobody writes
     assert {row.id: look(store, row.id) for row in store.list()} == {f"doc-{n}": State("1", "1") for n in range(5)}
-    assert store.verify() == []
+    assert verify(store) == []
     assert len(list(store.folder.glob("damaged-*.sqlite3"))) == 1
 
 
@@ -427,7 +430,7 @@ def test_a_folder_that_was_removed_under_an_open_store_is_made_anew(store: Memor
 
 def test_what_is_read_in_one_transaction_is_of_one_moment(store: MemoryStore) -> None:
     put(store)
-    with store.catalog().reading():
+    with store.parts.catalog().reading():
         before = store.row("doc"), store.text("doc")
         assert wait(fork(lambda: put(MemoryStore(store.folder), "doc", "2"))) == 0
         assert (store.row("doc"), store.text("doc")) == before

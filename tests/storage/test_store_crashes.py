@@ -23,6 +23,7 @@ from crashing import changing_steps, copied, copies_between, everything, fork, k
 from workload import Entry, State, after, history, look, outcomes, work
 
 from beacon_memory.errors import StoreError
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 LEFT_BY_CRASHES = {"orphan-file", "stale-temp", "stale-label"}
@@ -46,10 +47,10 @@ def mend(folder: Path) -> None:
     with MemoryStore(folder) as whole:
         for name in whole.namespaces():
             with MemoryStore(folder, name) as store:
-                found = store.repair()
+                found = repair(store)
                 assert {problem.kind for problem in found} <= LEFT_BY_CRASHES
                 assert all(problem.mended for problem in found)
-                assert store.verify() == []
+                assert verify(store) == []
 
 
 def check(folder: Path, prepared: Prepared, *, repaired: bool) -> None:
@@ -67,7 +68,7 @@ def check(folder: Path, prepared: Prepared, *, repaired: bool) -> None:
             put("kept", "9")(store)
             assert look(store, "kept") == State("9", "9")
         if repaired:
-            assert store.verify() == []
+            assert verify(store) == []
     if not repaired:
         mend(folder)
 
@@ -123,10 +124,10 @@ def test_a_repair_that_is_killed_at_any_step_can_be_repeated(folder: Path, damag
     with MemoryStore(template) as store:
         two(store)
     damage(template)
-    steps, count = changing_steps(copied(template, folder / "repaired"), MemoryStore.repair)
+    steps, count = changing_steps(copied(template, folder / "repaired"), repair)
     with MemoryStore(folder / "repaired") as store:
         states = {row.id: look(store, row.id) for row in store.list()}
-        assert store.verify() == []
+        assert verify(store) == []
     if damage is go_back_to_an_older_catalog:
         assert states == {"kept": State("0", "0"), "doc": State("4", "4"), "later": State("3", "3")}
     else:
@@ -134,10 +135,10 @@ def test_a_repair_that_is_killed_at_any_step_can_be_repeated(folder: Path, damag
     expected = everything(folder / "repaired")
     for step in sorted({*steps, *random.sample(range(1, count + 1), 5)}):
         killed = copied(template, folder / "killed")
-        assert killed_at(step, killed, MemoryStore.repair), f"step {step} was not reached"
+        assert killed_at(step, killed, repair), f"step {step} was not reached"
         with MemoryStore(killed) as store:
-            assert [problem for problem in store.repair() if not problem.mended] == []
-            assert store.verify() == []
+            assert [problem for problem in repair(store) if not problem.mended] == []
+            assert verify(store) == []
         assert everything(killed) == expected
 
 
@@ -200,7 +201,7 @@ class Repairer:
             while True:
                 try:
                     with MemoryStore(self.folder) as store:
-                        found = [*store.repair(), *store.verify()]
+                        found = [*repair(store), *verify(store)]
                 except StoreError as error:
                     if "is being written to" not in str(error):
                         raise

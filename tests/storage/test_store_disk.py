@@ -22,6 +22,7 @@ from crashing import copied, everything, fork, wait
 from workload import State, look
 
 from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 _REFUSED, _UNMOUNTED = 10, 11  # exit statuses
@@ -73,7 +74,7 @@ def check(folder: Path, prepared: Prepared, *, failed: bool, excused: frozenset[
     """Nothing has changed if it failed, and it can be done now."""
     assert everything(folder) == (prepared.before if failed else prepared.after)
     with MemoryStore(folder) as store:
-        assert {problem.kind for problem in store.verify()} <= excused
+        assert {problem.kind for problem in verify(store)} <= excused
         if failed:
             prepared.act(store)
     assert everything(folder) == prepared.after
@@ -190,7 +191,7 @@ def test_a_full_disk_loses_nothing_can_be_read_and_goes_on_when_it_has_room_agai
             states[f"doc{len(states)}"] = State(str(len(states)), str(len(states)))
         assert len(states) > 3
         stays(store, states)
-        assert store.verify() == []
+        assert verify(store) == []
         fill(disk / "filler")
         for change in (
             lambda: put("new", "7")(store),
@@ -204,13 +205,13 @@ def test_a_full_disk_loses_nothing_can_be_read_and_goes_on_when_it_has_room_agai
             stays(store, states)
         store.close()
         stays(store, states)
-        assert store.verify() == []
+        assert verify(store) == []
         ballast.unlink()
         store.delete("doc1")
         put("doc0", "9")(store)
         del states["doc1"]
         stays(store, states | {"doc0": State("9", "9")})
-        assert store.verify() == []
+        assert verify(store) == []
 
     with_a_small_disk(disk, act)
 
@@ -230,7 +231,7 @@ def test_a_store_on_a_disk_that_others_filled_can_be_read(folder: Path) -> None:
             (disk / "filler").unlink()
             put("new", "2")(store)
             assert len(store.list()) == 3
-            assert store.verify() == []
+            assert verify(store) == []
 
     with_a_small_disk(disk, act)
 
@@ -271,8 +272,8 @@ def reads_and_does_not_write(folder: Path) -> None:
             lambda: store.delete("doc"),
             store.expire,
             lambda: store.configure(quota=10),
-            store.verify,  # must hold off writers, and so leave a lock
-            store.repair,
+            lambda: verify(store),  # must hold off writers, and so leave a lock
+            lambda: repair(store),
         ):
             assert refused(write)
         store.close()
@@ -283,7 +284,7 @@ def test_a_store_that_may_only_be_read_is_read_and_refuses_to_be_written(folder:
     with MemoryStore(folder / "store") as store:
         two(store)
         assert store.convert("doc", "float32").precision == "float32"  # what is imported late, somebody cannot import
-        store.verify()
+        verify(store)
         if left == "open":
             store.list()
             protect(store.folder)
@@ -304,7 +305,7 @@ def test_a_store_that_may_only_be_read_is_read_and_refuses_to_be_written(folder:
     for path in [store.folder, *store.folder.rglob("*")]:
         path.chmod(0o755)
     assert everything(store.folder) == before
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_store_that_may_not_be_entered_says_so(folder: Path) -> None:
@@ -321,7 +322,7 @@ def test_a_store_that_may_not_be_entered_says_so(folder: Path) -> None:
             lambda: closed.search("word1"),
             lambda: "doc" in closed,
             closed.totals,
-            closed.verify,
+            lambda: verify(closed),
             lambda: put("new", "2")(closed),
             lambda: closed.delete("doc"),
         ):
@@ -365,14 +366,14 @@ def test_what_cannot_be_removed_is_reported_until_it_can(folder: Path) -> None:
         ours = MemoryStore(store.folder)
         ours.delete("doc")
         assert "doc" not in ours
-        assert {problem.kind for problem in ours.verify()} == {"orphan-file"}
-        assert not any(problem.mended for problem in ours.repair())
+        assert {problem.kind for problem in verify(ours)} == {"orphan-file"}
+        assert not any(problem.mended for problem in repair(ours))
         assert refused(lambda: put("doc", "2")(ours))
         assert [row.id for row in ours.list()] == ["kept"]
         ours.close()
 
     as_somebody(act)
     kv.chmod(0o755)
-    assert all(problem.mended for problem in store.repair())
-    assert store.verify() == []
+    assert all(problem.mended for problem in repair(store))
+    assert verify(store) == []
     assert list(kv.iterdir()) == []

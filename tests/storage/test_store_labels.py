@@ -16,6 +16,7 @@ from beacon_memory.documents import Label, utc_now
 from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.rows import Totals
 from beacon_memory.storage.files.label_file import label_name, read_label
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 
@@ -53,7 +54,7 @@ def test_each_part_of_a_label_is_changed_and_the_others_stay(
     assert row.label == after == read_label(store.folder / label_name(row.file)).label
     assert same(store.get("doc").kv, kv)
     assert store.text("doc") == TEXT
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_changes_of_a_label_survive_the_loss_of_the_catalog(store: MemoryStore) -> None:
@@ -61,7 +62,7 @@ def test_changes_of_a_label_survive_the_loss_of_the_catalog(store: MemoryStore) 
     store.update("doc", tags=["x"], pinned=True, expires_at=LATER)
     store.close()
     (store.folder / "catalog.sqlite3").unlink()
-    store.repair()
+    repair(store)
     row = store.row("doc")
     assert (row.label, row.created_at) == (Label({"a": 1}, ["x"], True, LATER), LONG_AGO)
 
@@ -84,7 +85,7 @@ def test_what_no_label_can_be_is_refused_and_changes_nothing(
     with pytest.raises(TypeError, match="colour"):
         store.update("doc", colour="red")
     assert store.row("doc") == before
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_label_that_cannot_be_committed_is_taken_back(store: MemoryStore) -> None:
@@ -94,7 +95,7 @@ def test_a_label_that_cannot_be_committed_is_taken_back(store: MemoryStore) -> N
         store.update("doc", tags=["z"])
     change(store, "DROP TRIGGER t")
     assert store.row("doc") == before
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_missing_document_has_no_label_to_change(store: MemoryStore) -> None:
@@ -159,7 +160,7 @@ def test_a_past_time_removes_a_document_from_sight_at_once(store: MemoryStore) -
     store.update("doc", expires_at=LONG_AGO, tags=["x"])
     assert_gone(store, "doc")
     assert len(files(store)) == 1
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_expired_documents_are_removed_when_that_is_asked_for(store: MemoryStore) -> None:
@@ -173,7 +174,7 @@ def test_expired_documents_are_removed_when_that_is_asked_for(store: MemoryStore
     assert store.expire() == []
     assert len(files(store)) == len(labels(store)) == 1
     assert store.totals() == Totals(1, BYTES)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_any_put_sweeps_what_has_expired(store: MemoryStore) -> None:
@@ -197,7 +198,7 @@ def test_the_id_of_an_expired_document_is_free(store: MemoryStore) -> None:
     store.rename("other", "doc")
     assert store.text("doc") == TEXT
     assert len(files(store)) == 1
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_lifetime_can_be_taken_off(store: MemoryStore) -> None:

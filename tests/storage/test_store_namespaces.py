@@ -11,6 +11,7 @@ from store_samples import BYTES, files, put
 
 from beacon_memory.errors import DocumentNotFoundError, InputError
 from beacon_memory.storage.catalog.rows import Totals
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 EVIL = [
@@ -53,7 +54,7 @@ def test_nothing_of_one_namespace_is_seen_in_another(store: MemoryStore) -> None
         assert space.text("doc").endswith(f" It is in {name or 'none'}.")
         assert same(space.get("doc").kv, kept[name])
         assert space.totals() == Totals(1 + len(others), (1 + len(others)) * BYTES)
-        assert space.verify() == []
+        assert verify(space) == []
     for name in ("", "two"):
         for use in (spaces[name].get, spaces[name].text, spaces[name].delete, spaces[name].update):
             with pytest.raises(DocumentNotFoundError, match=r"no document 'only' is stored; list\(\) shows"):
@@ -76,7 +77,7 @@ def test_what_is_done_in_one_namespace_leaves_the_others(store: MemoryStore) -> 
     assert same(one.get("new").kv, kept[one])
     assert two.text("doc") == "quite another text"
     for space in (store, one, two):
-        assert space.repair() == []
+        assert repair(space) == []
 
 
 @pytest.mark.parametrize("name", EVIL)
@@ -88,7 +89,7 @@ def test_any_text_names_a_namespace_and_never_becomes_a_path(tmp_path: Path, nam
         assert [row.id for row in store.list()] == ["doc"]
         assert same(MemoryStore(tmp_path / "store", name).get("inside").kv, kv)
         assert store.namespaces() == inner.namespaces() == ["", name]
-        assert store.verify() == inner.verify() == []
+        assert verify(store) == verify(inner) == []
         assert inner.folder.parent == store.folder / "namespaces"
         assert inner.folder.name.isalnum()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
@@ -118,7 +119,7 @@ def test_what_is_no_text_is_no_name(tmp_path: Path, name: str) -> None:
 
 def test_reading_a_namespace_that_is_not_there_leaves_nothing(store: MemoryStore) -> None:
     inner = store.within("inner")
-    assert [*inner.list(), *inner.search("boat"), *inner.verify(), *inner.repair(), *inner.namespaces()] == []
+    assert [*inner.list(), *inner.search("boat"), *verify(inner), *repair(inner), *inner.namespaces()] == []
     assert "doc" not in inner
     assert not store.folder.exists()
     put(store)
@@ -145,10 +146,10 @@ def test_verify_and_repair_look_at_one_namespace(store: MemoryStore) -> None:
     for space in (store, inner):
         put(space)
         files(space)[0].unlink()
-    assert [(problem.kind, problem.document) for problem in inner.verify()] == [("missing-file", "doc")]
+    assert [(problem.kind, problem.document) for problem in verify(inner)] == [("missing-file", "doc")]
     put(inner)
-    assert inner.verify() == []
-    assert [problem.kind for problem in store.verify()] == ["missing-file"]
+    assert verify(inner) == []
+    assert [problem.kind for problem in verify(store)] == ["missing-file"]
 
 
 def test_a_namespace_whose_catalog_is_lost_keeps_its_name_and_documents(store: MemoryStore) -> None:
@@ -157,7 +158,7 @@ def test_a_namespace_whose_catalog_is_lost_keeps_its_name_and_documents(store: M
     kv = put(inner, a=1)
     inner.close()
     (inner.folder / "catalog.sqlite3").unlink()
-    assert [problem.mended for problem in inner.repair()] == [True]
+    assert [problem.mended for problem in repair(inner)] == [True]
     assert inner.namespaces() == ["", "inner"]
     assert same(inner.get("doc").kv, kv)
     assert inner.settings.quota == 10 * BYTES

@@ -13,6 +13,7 @@ from beacon_memory.documents import Label
 from beacon_memory.errors import QuotaError
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
 from beacon_memory.storage.files.kv_file import stored_bytes, with_precision
+from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
 
 PIN = Label(pinned=True)
@@ -34,7 +35,7 @@ def put_long_ago(store: MemoryStore, *ids: str) -> None:
     """Store documents, the first of them unused for longest."""
     for n, id in enumerate(ids):
         put(store, id)
-        with store.catalog().transaction(), store.catalog()._database() as db:
+        with store.parts.catalog().transaction(), store.parts.catalog().connections.use() as db:
             db.execute("UPDATE documents SET used_at = ? WHERE id = ?", [1000 + n, id])
 
 
@@ -49,7 +50,7 @@ def test_a_new_document_takes_the_room_of_those_unused_for_longest(store: Memory
     assert store.totals() == Totals(3, 3 * BYTES)
     put(store, "newer")
     assert ids(store) == ["b", "new", "newer"]
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_large_document_takes_the_room_of_several(store: MemoryStore) -> None:
@@ -86,7 +87,7 @@ def test_use_that_cannot_be_noted_now_is_noted_later(store: MemoryStore) -> None
     put_long_ago(store, "a", "b", "c")
     reader = MemoryStore(store.folder)
     reader.get("a")
-    with store.catalog().transaction():
+    with store.parts.catalog().transaction():
         reader.close()
     assert store.row("a").used_at == 1000
     reader.get("c")
@@ -115,7 +116,7 @@ def test_no_room_beside_pinned_documents_leaves_everything(store: MemoryStore) -
     assert store.list() == before
     assert told == []
     assert len(files(store)) == len(labels(store)) == 3
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_what_is_larger_than_the_quota_evicts_nobody(store: MemoryStore) -> None:
@@ -127,7 +128,7 @@ def test_what_is_larger_than_the_quota_evicts_nobody(store: MemoryStore) -> None
         store.put(header, with_precision(kv, "float32"), TEXT, on_evicted=told.append)
     assert (ids(store), told) == (["a", "b", "c"], [])
     assert store.totals() == Totals(3, 3 * BYTES)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_replaced_document_counts_once_and_is_not_evicted_for_itself(store: MemoryStore) -> None:
@@ -171,13 +172,13 @@ def test_kept_versions_count_and_go_with_their_document(store: MemoryStore) -> N
     put_long_ago(store, "b")
     assert store.row("a", version("old")).fingerprint == version("old")
     assert store.totals() == Totals(2, 3 * BYTES)
-    with store.catalog().transaction(), store.catalog()._database() as db:
+    with store.parts.catalog().transaction(), store.parts.catalog().connections.use() as db:
         db.execute("UPDATE documents SET used_at = 1 WHERE id = 'a'")
     put(store, "c")
     assert ids(store) == ["b", "c"]
     assert store.totals() == Totals(2, 2 * BYTES)
     assert len(files(store)) == len(labels(store)) == 2
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_version_is_not_kept_where_there_is_no_room_for_it(store: MemoryStore) -> None:
@@ -190,7 +191,7 @@ def test_a_version_is_not_kept_where_there_is_no_room_for_it(store: MemoryStore)
     put_version(store, "new", keep_version=False)
     assert store.row("doc", version("old")).fingerprint == version("new")
     assert store.totals() == Totals(3, 3 * BYTES)
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_each_namespace_has_a_quota_of_its_own(store: MemoryStore) -> None:

@@ -1,4 +1,9 @@
-"""Connections to one SQLite database, as many as threads use at a time, so that readers never wait for a writer."""
+"""Connections to one SQLite database, as many as threads use at a time, so that readers never wait for a writer.
+
+connections = Connections(folder / "catalog.sqlite3")
+with connections.transaction() as db:
+    db.execute("DELETE FROM documents WHERE id = ?", ["a.txt"])
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -18,7 +23,7 @@ from sqlite_utils import Database
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.files.locks import renew_in_forks
 
-__all__ = ["BUSY_SECONDS", "Connections"]
+__all__ = ["BUSY_SECONDS", "Connections", "begin_immediate"]
 
 BUSY_SECONDS = 30.0  # how long to wait for another process that writes
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
@@ -40,13 +45,14 @@ _inherited: list[Database] = []  # kept for ever: SQLite forbids to use a connec
 
 
 class _Unshared(Database):
-    """A connection that knows of no other ones, so it must not outlive what it was opened for."""
+    """A read-only connection that does not see what others write, so it is closed after one use."""
 
 
 class Connections:
-    """A pool. What SQLite raises comes out as StoreError, as CorruptFileError if the database is damaged.
+    """Lend connections to one database to threads, and keep those that are not in use for the next.
 
-    `path` may be ":memory:", for a database that vanishes when closed; threads take turns with it.
+    Errors of SQLite are raised as StoreError, or as CorruptFileError if the database is damaged. `path` may be
+    ":memory:", for a database that vanishes when it is closed; threads take turns with it.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -58,7 +64,7 @@ class Connections:
         renew_in_forks(self)
 
     def _renew(self) -> None:
-        """See `renew_in_forks`."""
+        """Let go of what a forked process must not touch; see `renew_in_forks`."""
         self._turn = self._new_turn()
         if self.path != ":memory:":
             _inherited.extend(self._idle)
@@ -75,7 +81,7 @@ class Connections:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Database]:
-        """A connection for this thread alone; used again inside, the same one."""
+        """Lend this thread a connection of its own; a `use` inside of another one lends the same connection."""
         own = self._own
         db: Database | None = getattr(own, "db", None)
         try:
@@ -98,6 +104,57 @@ class Connections:
             raise self.failure(error) from error
         except UnicodeDecodeError as error:  # of an error message that quotes a damaged schema
             raise self.failure(sqlite3.DatabaseError(str(error))) from error
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Database]:
+        """Hold the write lock: what is written inside is committed together, or not at all if anything raises.
+
+        Raises StoreError if another process holds the lock for more than 30 seconds.
+        """
+        with self.use() as db, begin_immediate(db):
+            yield db
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Database]:
+        """Show the database as it is now to all that is read inside, whatever others write meanwhile."""
+        with self.use() as db:
+            if db.conn.in_transaction:
+                yield db
+                return
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.rollback()
+
+    @contextlib.contextmanager
+    def unsynced(self) -> Iterator[Database]:
+        """Lend a connection whose commits survive the death of this process, but not a power cut: that saves a sync."""
+        with self.use() as db:
+            if db.conn.in_transaction:  # whoever began it wants its commit synced
+                yield db
+                return
+            db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                yield db
+            finally:
+                db.execute("PRAGMA synchronous = FULL")
+
+    def note(self, sql: str, values: Iterable[tuple[object, ...]]) -> bool:
+        """Write something that is not worth waiting for; False if another process is writing just now.
+
+        sql: one statement, executed for each of `values`.
+        """
+        with self.unsynced() as db:
+            db.execute("PRAGMA busy_timeout = 0")
+            try:
+                with begin_immediate(db):
+                    db.conn.executemany(sql, values)
+            except sqlite3.OperationalError:
+                return False
+            finally:
+                db.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+        return True
 
     def _take(self) -> Database:
         try:
@@ -128,29 +185,53 @@ class Connections:
         return db
 
     def failure(self, error: sqlite3.Error) -> StoreError:
-        """What stands for an error of SQLite."""
+        """Return the error of this package to raise for one of SQLite, with what to do about it."""
         if _code(error) in _BUSY:
             return StoreError(f"{self.path}: another process has been writing for {BUSY_SECONDS:.0f} s; try again")
         cut = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ  # a file ends too early
-        barred = _code(error) == sqlite3.SQLITE_READONLY and self._says_so_itself()
+        barred = _code(error) == sqlite3.SQLITE_READONLY and self._forbids_writing()
         if _code(error) in _REFUSED and not (cut or barred):
             return StoreError(f"{self.path} cannot be written or read: {error}; see to space and permissions")
         return CorruptFileError(
             f"{self.path} cannot be used as a catalog: {error}; `beacon-memory repair` makes it anew"
         )
 
-    def _says_so_itself(self) -> bool:
-        """Whether it is the database that says of itself that it must not be written, which none of ours does."""
+    def _forbids_writing(self) -> bool:
+        """Tell whether the database file itself asks not to be written; in a catalog, only damage can make it do so.
+
+        Byte 18 of an SQLite file is the version of the format that a writer must know. SQLite opens a file with a
+        version that it does not know (more than 2) for reading only.
+        """
         with contextlib.suppress(OSError), Path(self.path).open("rb") as file:
-            return file.read(19)[18:] > b"\2"  # the version of SQLite's format for writers
+            return file.read(19)[18:] > b"\2"
         return False
 
 
-def _close_idle() -> None:
-    """Close what a fork would inherit: SQLite there would believe to hold locks on the file that its parent holds.
+@contextlib.contextmanager
+def begin_immediate(db: Database) -> Iterator[None]:
+    """Hold the write lock from the first moment of a transaction on; inside another transaction, set a savepoint.
 
-    Then the parent, or anybody, could remove the log that the child is writing to. What other threads are using at that
-    moment is inherited all the same.
+    A plain BEGIN takes the lock at the first write, where SQLite may refuse it without waiting.
+    """
+    if db.conn.in_transaction:
+        with db.atomic():
+            yield
+        return
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        db.rollback()
+        raise
+
+
+def _close_idle() -> None:
+    """Close the connections that are not in use before this process is forked.
+
+    A child that inherits a connection believes to hold the locks of its parent. Then the parent, or anybody, could
+    remove the log that the child is writing to. Connections that other threads are using at that moment are inherited
+    all the same.
     """
     for pool in list(_pools):
         if pool.path != ":memory:":
@@ -162,11 +243,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _code(error: sqlite3.Error) -> int:
-    """The primary result code; `SQLITE_ERROR` of what Python's module raises by itself."""
+    """Return the primary result code of an error; `SQLITE_ERROR` for those that Python's module raises by itself."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
 def _unsharable(error: sqlite3.Error) -> bool:
+    """Tell whether the files that SQLite needs to share a database with others could not be written."""
     exact = getattr(error, "sqlite_errorcode", None)
     return exact in _UNSHARABLE or _code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 

@@ -1,4 +1,4 @@
-"""Which passages answer a question, by the words that they share: BM25 over SQLite's full-text index."""
+"""Search the passages by the words of a question: BM25 over SQLite's full-text index."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PassageHit:
 
 
 def search(db: Database, query: str, limit: int, now: str) -> list[PassageHit]:
-    """The passages that share words with `query`, best first by BM25; any text is a safe query.
+    """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
 
     A query without any word finds nothing, and documents that expired before `now` are not found. Words are stemmed as
     English ones; accents and case do not matter. Among more than 10,000 passages not all are looked at, see `_ranked`.
@@ -73,11 +73,11 @@ def search(db: Database, query: str, limit: int, now: str) -> list[PassageHit]:
 
 
 def _ranked(db: Database, words: list[str], now: str, limit: int) -> dict[int, float]:
-    """BM25 of the best passages of very many, by id.
+    """Return the BM25 scores of the best passages by id, without scoring all of very many.
 
-    Those are looked at that hold one of the rarest words, and other words of theirs count, too. If they are not enough,
-    those are that hold as many of the other words at once as are found together. Words that a great many passages hold
-    say little and take long to count: they are left out where there are others.
+    Scored are passages with one of the rarest words of the question; the other words that they hold count, too. If
+    these are not enough, passages are added that hold as many of the other words at once as occur together. Words that
+    a great many passages hold say little and take long to count: they are left out where there are others.
     """
     held = {word: _count(db, _any([word]), _COUNTED) for word in words}
     words = sorted(filter(held.get, words), key=held.__getitem__)[:_LONGEST]
@@ -96,7 +96,7 @@ def _ranked(db: Database, words: list[str], now: str, limit: int) -> dict[int, f
 
 
 def _count(db: Database, match: str, most: int) -> int:
-    """How many passages match, or `most` if that is less."""
+    """Count the passages that match, up to `most`."""
     where = "FROM passages_fts WHERE passages_fts MATCH ?"
     if db.execute(f"SELECT 1 {where} LIMIT 1 OFFSET ?", [match, most - 1]).fetchone():
         return most
@@ -104,10 +104,10 @@ def _count(db: Database, match: str, most: int) -> int:
 
 
 def _best(db: Database, match: str, now: str, limit: int, others: Sequence[str] = ()) -> dict[int, float]:
-    """BM25 of the best of the newest passages that match, by id; other words of theirs count, too.
+    """Return the BM25 scores of the best of the newest passages that match, by id.
 
-    The sum over words is made by FTS5: those that hold others are scored once more, by all words that they hold, and
-    the best without and the best with them are the best of all.
+    others: words that need not be there, but count where they are. FTS5 sums the scores of the words in one query, so
+    passages with other words are scored once more, by all words that they hold.
     """
     asked = {"match": match, "now": now, "most": max(limit, _SCORED), "limit": limit}
     best = dict(db.execute(_BEST, asked).fetchall())
@@ -123,7 +123,7 @@ def _all(words: Sequence[str]) -> str:
 
 
 def _words(query: str) -> list[str]:
-    """The different words of a query in lower case, without question words if others remain.
+    """Return the different words of a query in lower case, without question words if others remain.
 
     A word is a run of what FTS5's unicode61 takes for parts of a word; nothing that has a meaning to FTS5 is left.
     """

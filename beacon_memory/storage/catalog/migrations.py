@@ -6,28 +6,27 @@ own transaction, which also records it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import secrets
-from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from sqlite_utils import Database, Migrations
 
 from beacon_memory.errors import CorruptFileError, StoreError
 
+from .connections import begin_immediate
 from .passages import split_passages
 from .rows import checksum, properties_of
 
-__all__ = ["begin_immediate", "migrate", "migrations"]
+__all__ = ["migrate", "migrations"]
 
 migrations = Migrations("beacon_memory")
 
 
 @migrations()
 def m001_documents(db: Database) -> None:
-    """One row a document. `text` comes last, so that listing rows never reads the pages it fills."""
+    """Create a row for each document. `text` comes last, so that listing rows never reads the pages it fills."""
     db.execute(
         """
         CREATE TABLE documents (
@@ -50,7 +49,7 @@ def m001_documents(db: Database) -> None:
 
 @migrations()
 def m002_passages(db: Database) -> None:
-    """The texts in passages, with a full-text index that triggers keep in step.
+    """Keep the texts in passages, too, with a full-text index that triggers keep in step.
 
     `id` is spelled out because VACUUM may renumber the rows of a table that has none, and the index refers to them.
     """
@@ -72,7 +71,7 @@ def m002_passages(db: Database) -> None:
 
 @migrations()
 def m003_compression(db: Database) -> None:
-    """How a text became slots. SQLite adds columns at the end, so `text` is moved behind it again."""
+    """Add the compression of a document. SQLite adds columns at the end, so `text` is moved behind it again."""
     db.execute("ALTER TABLE documents ADD COLUMN compression TEXT NOT NULL DEFAULT 'beacon'")
     db.execute("ALTER TABLE documents RENAME COLUMN text TO moved")
     db.execute("ALTER TABLE documents ADD COLUMN text TEXT NOT NULL DEFAULT ''")
@@ -82,7 +81,7 @@ def m003_compression(db: Database) -> None:
 
 @migrations()
 def m004_lifetimes(db: Database) -> None:
-    """What a document needs to live for years: label, precision, use, seal, and versions for more than one model.
+    """Add precision, tags, pin, expiry, time of use and checksum, kept versions, and what the whole catalog knows.
 
     The text is no longer kept twice: its passages, joined, are the text.
     """
@@ -157,7 +156,7 @@ def m004_lifetimes(db: Database) -> None:
 
 @migrations()
 def m005_sealed_facts(db: Database) -> None:
-    """Facts that do not follow from the rows, such as settings, are sealed as rows are."""
+    """Add a checksum to what does not follow from the rows, such as settings."""
     db.execute("ALTER TABLE facts ADD COLUMN seal TEXT NOT NULL DEFAULT ''")
     for fact in list(db.query("SELECT name, value FROM facts")):
         db.execute("UPDATE facts SET seal = ? WHERE name = ?", [checksum(fact), fact["name"]])
@@ -165,7 +164,7 @@ def m005_sealed_facts(db: Database) -> None:
 
 @migrations()
 def m006_names(db: Database) -> None:
-    """Tables and columns are called what they are in the code."""
+    """Call tables and columns as the code does."""
     db.execute("ALTER TABLE facts RENAME TO properties")
     for table in ("properties", "documents"):
         db.execute(f"ALTER TABLE {table} RENAME COLUMN seal TO checksum")
@@ -204,22 +203,3 @@ def migrate(db: Database) -> None:
             # Read again under the write lock: another process may have been faster.
             later = [step.name for step in migrations.pending(db) if step.name != pending[0].name]
             migrations.apply(db, stop_before=later)
-
-
-@contextlib.contextmanager
-def begin_immediate(db: Database) -> Iterator[None]:
-    """A transaction that holds the write lock from its first moment; inside another one, a savepoint.
-
-    A plain BEGIN takes the lock at the first write, where SQLite may refuse it without waiting.
-    """
-    if db.conn.in_transaction:
-        with db.atomic():
-            yield
-        return
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        db.rollback()
-        raise

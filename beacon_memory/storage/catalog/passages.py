@@ -1,4 +1,4 @@
-"""Where a text is cut into passages, the units that full-text search finds and ranks."""
+"""Cut a text into passages, the units that full-text search finds and ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def split_passages(text: str) -> list[tuple[int, int]]:
 
 
 def _last_boundary(text: str, low: int, high: int) -> int:
-    """The last place in [low, high] to cut at, of the best kind there is; `high` if there is none."""
+    """Return the last place in [low, high] to cut at, of the best kind there is; `high` if there is none."""
     for boundary in _BOUNDARIES:
         # A look beyond `high` would let one match swallow unbounded white space; cutting inside it does no harm.
         cuts = [match.end() for match in boundary.finditer(text, low, high)]

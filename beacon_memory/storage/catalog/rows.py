@@ -1,4 +1,4 @@
-"""What the catalog knows of a document, and how it is checked against damage."""
+"""The row of a document in the catalog, and the checksum that tells whether it is as it was written."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ from typing import Any
 from beacon_memory.documents import Label
 from beacon_memory.errors import CorruptFileError
 
-__all__ = ["COLUMNS", "DamagedRow", "DocumentRow", "Totals", "checksum", "from_record", "properties_of", "to_record"]
+__all__ = [
+    "COLUMNS",
+    "DamagedRow",
+    "DocumentRow",
+    "Totals",
+    "checksum",
+    "from_record",
+    "printable",
+    "properties_of",
+    "to_record",
+]
 
 _JSON = ("ratios", "metadata", "tags")
-_NOT_CHECKED = ("used_at", "checksum")
+_NOT_CHECKED = ("used_at", "checksum", "seal")  # seal: the checksum's name while older steps of `migrations` run
 _ENCODER = json.JSONEncoder(sort_keys=True, default=repr)
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentRow:
-    """What the catalog knows of a document, its text apart.
+    """The catalog's row of a document, without its text.
 
     file:         name of the K/V file, relative to the store's folder, with forward slashes
     content_hash: sha256 of the text, in hexadecimal
     fingerprint:  digest of the `Fingerprint` of the K/V
     compression:  the name of the method that made slots of the text
-    precision:    what the K/V are kept in, one of `document.PRECISIONS`; empty in rows older than the choice
+    precision:    what the K/V are kept in, a value of `documents.Precision`; empty in rows older than the choice
     tokens, slots, bytes: raw tokens of the text; memory slots (of a head, the mean over all) and bytes of its K/V
     ratios:       the different ratios of its windows, ascending; the file's header has each window's own
     metadata, tags, pinned, expires_at: see `Label`
@@ -56,11 +66,11 @@ class DocumentRow:
 
     @property
     def label(self) -> Label:
-        """What may be changed of it without compressing it anew."""
+        """The part of the row that can be changed without compressing the document anew."""
         return Label(self.metadata, self.tags, self.pinned, self.expires_at)
 
     def labelled(self, label: Label) -> DocumentRow:
-        """The same row with another label."""
+        """Return the same row with another label."""
         return replace(self, **{field.name: getattr(label, field.name) for field in fields(Label)})
 
 
@@ -68,9 +78,10 @@ class DocumentRow:
 class DamagedRow:
     """A row that is not as it was written.
 
-    number:   where it is.
-    id, file: what they read as, in valid UTF-8.
-    record:   all of it.
+    number:   its row number in SQLite.
+    id, file: what stands in these columns now, in valid UTF-8.
+    message:  what is wrong, for people.
+    record:   all columns as they are now.
     """
 
     number: int
@@ -80,7 +91,11 @@ class DamagedRow:
     record: Mapping[str, Any]
 
     def believed(self) -> DocumentRow:
-        """What it says, true or not; raises CorruptFileError if that can be no row."""
+        """Return a row of the values as they are now, although some of them are wrong.
+
+        This is the last resort of `repair`: where no K/V file can be read, tokens or times that may be off are better
+        than a lost document. Raises CorruptFileError if the values can be no row, such as a tag that is no text.
+        """
         try:
             json.dumps(self.record, ensure_ascii=False).encode()  # as the catalog would
             row = from_record({**self.record, "checksum": checksum(self.record)})
@@ -91,7 +106,7 @@ class DamagedRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Documents, and bytes of all K/V."""
+    """How many documents a store holds, and how many bytes all K/V take."""
 
     documents: int
     bytes: int
@@ -101,14 +116,14 @@ COLUMNS = (*(field.name for field in fields(DocumentRow)), "checksum")
 
 
 def to_record(row: DocumentRow) -> dict[str, Any]:
-    """The values of the catalog's columns for a row, the checksum among them."""
+    """Return a row as values by column, with their checksum; `from_record` is the way back."""
     record = asdict(row) | {name: json.dumps(getattr(row, name)) for name in _JSON} | {"pinned": int(row.pinned)}
     record["method"] = None if row.method is None else json.dumps(dict(row.method))
     return record | {"checksum": checksum(record)}
 
 
 def from_record(record: Mapping[str, Any]) -> DocumentRow:
-    """The row of some columns' values; raises CorruptFileError if they are not those that were written."""
+    """Return the row that some values by column are; raises CorruptFileError if their checksum does not fit."""
     if record["checksum"] != checksum(record):
         raise CorruptFileError(
             f"the catalog's row of {record['id']!r} is damaged; `beacon-memory repair` makes it anew from its file"
@@ -123,7 +138,10 @@ def from_record(record: Mapping[str, Any]) -> DocumentRow:
 
 
 def properties_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """What a document can be found by, as names and values: its tags, and plain values at the top of its metadata."""
+    """Yield what a document can be filtered by, as names and values: its tags, and plain values of its metadata.
+
+    Metadata {"year": 1999, "authors": ["A"]} and the tag "math" give ("tag", "math") and ('metadata."year"', "1999").
+    """
     for tag in tags:
         yield "tag", tag
     for name, value in metadata.items():
@@ -132,10 +150,15 @@ def properties_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterat
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """A short hash of a row's values; a step of `migrations` that changes them checks all rows anew."""
+    """Return a short hash of a row's values. A step of `migrations` that changes them must write all checksums anew."""
     checked = dict(record)
     for name in _NOT_CHECKED:
         checked.pop(name, None)
     if checked.get("method") is None:  # as in rows older than the column, whose checksums go on
         checked.pop("method", None)
     return hashlib.sha256(_ENCODER.encode(checked).encode()).hexdigest()[:32]
+
+
+def printable(damaged: object) -> str:
+    """Return something as text that can be shown, even if it is not valid UTF-8."""
+    return str(damaged).encode(errors="replace").decode()

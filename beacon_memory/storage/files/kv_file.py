@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from beacon_memory.documents import Text, check_precision
+from beacon_memory.documents import Precision, Text
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, quantized
@@ -103,27 +103,24 @@ class StoredFile:
             raise CorruptFileError(f"the text in the file of {self.header.id!r} is not UTF-8: {error}") from None
 
 
-def precision_of(kv: StoredKV) -> str:
-    """What K/V are kept in, one of PRECISIONS; raises InputError for a dtype that is none of them."""
+def precision_of(kv: StoredKV) -> Precision:
+    """Return the precision that K/V are kept in; raises InputError for a dtype that is none."""
     if isinstance(kv, QuantizedKV):
-        return f"int{kv.bits}"
+        return Precision(f"int{kv.bits}")
     if not kv.keys.dtype.is_floating_point:
         raise InputError(f"keys and values must be of floating point, or quantized, got {kv.keys.dtype}")
-    return check_precision(str(kv.keys.dtype).removeprefix("torch."))
+    return Precision(str(kv.keys.dtype).removeprefix("torch."))
 
 
-def with_precision(kv: StoredKV, precision: str) -> StoredKV:
-    """K/V in another precision; raises InputError for one that would need what is no longer there."""
-    now, wanted = precision_of(kv), check_precision(precision)
-    if now == wanted:
+def with_precision(kv: StoredKV, precision: Precision | str) -> StoredKV:
+    """Return K/V in another precision; raises InputError for one that would need what is no longer there."""
+    now, wanted = precision_of(kv), Precision(precision)
+    if now is wanted:
         return kv
-    bits = {"int8": 8, "int4": 4}
-    if now in bits and bits.get(wanted, 16) > bits[now]:
+    if now.quantized and wanted.bits > now.bits:
         raise InputError(f"{now} K/V hold no more than that: to keep them as {wanted}, compress the document anew")
     memory = kv.dequantized(torch.float32) if isinstance(kv, QuantizedKV) else kv
-    if wanted in bits:
-        return quantized(memory, bits[wanted])
-    return memory.to(dtype=getattr(torch, wanted))
+    return quantized(memory, wanted.bits) if wanted.quantized else memory.to(dtype=getattr(torch, wanted))
 
 
 def stored_bytes(kv: StoredKV) -> int:

@@ -19,6 +19,7 @@ from sqlite_utils import Database
 from beacon_memory.documents import Label, Text, content_hash
 from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.migrations import migrations
 
 LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra. " * 20 for n in range(9))
@@ -48,9 +49,9 @@ def test_the_catalog_imports_no_torch() -> None:
 def test_a_row_and_its_text_are_read_back(catalog: Catalog) -> None:
     metadata = {"tags": ["a", None, 1.5], "nested": {"b": True}}
     stored = add(catalog, "doc", "text\r\n \0 end", metadata=metadata, tags=("a", "b"), pinned=True, expires_at=LATER)
-    assert catalog.get("doc") == catalog.require("doc") == stored
-    assert catalog.list() == [*catalog.scan()] == [stored]
-    assert catalog.text("doc") == "text\r\n \0 end"
+    assert catalog.documents.get("doc") == catalog.documents.require("doc") == stored
+    assert catalog.documents.list() == [*catalog.documents.scan()] == [stored]
+    assert catalog.documents.text("doc") == "text\r\n \0 end"
     assert (stored.ratios, stored.compression, stored.precision) == ((2, 4), "beacon", "bfloat16")
     assert stored.label == Label(metadata, ("a", "b"), True, LATER)
 
@@ -62,13 +63,13 @@ def test_any_text_is_an_id(catalog: Catalog, id: str) -> None:
     for similar in ("a", "a\0", "👩", "x" * 9_999, "\u200f"):
         add(catalog, similar, "another")
     stored = add(catalog, id, id)
-    assert catalog.require(id) == stored
-    assert catalog.text(id) == id
-    assert id in [row.id for row in catalog.list()]
-    assert catalog.files(id) == {stored.file}
-    assert catalog.delete(id) == [stored.file]
-    assert catalog.get(id) is None
-    assert len(catalog.list()) == 5
+    assert catalog.documents.require(id) == stored
+    assert catalog.documents.text(id) == id
+    assert id in [row.id for row in catalog.documents.list()]
+    assert catalog.file_names.named(id) == {stored.file}
+    assert catalog.documents.delete(id) == [stored.file]
+    assert catalog.documents.get(id) is None
+    assert len(catalog.documents.list()) == 5
 
 
 @given(ids=st.sets(st.text(min_size=1), min_size=1, max_size=8), text=st.text())
@@ -77,10 +78,10 @@ def test_ids_texts_and_metadata_survive_as_they_are(ids: set[str], text: str) ->
     catalog = Catalog(":memory:")
     for id in ids:
         add(catalog, id, text + id, metadata={id: text})
-    assert {row.id for row in catalog.list()} == ids
+    assert {row.id for row in catalog.documents.list()} == ids
     for id in ids:
-        assert catalog.text(id) == text + id
-        assert catalog.require(id).metadata == {id: text}
+        assert catalog.documents.text(id) == text + id
+        assert catalog.documents.require(id).metadata == {id: text}
     catalog.close()
 
 
@@ -88,12 +89,12 @@ def test_ids_texts_and_metadata_survive_as_they_are(ids: set[str], text: str) ->
     ("id", "message"), [("", "empty"), ("a\udc80", "surrogate"), (7, "must be a str"), (b"a", "str")]
 )
 def test_what_is_no_id_is_refused(catalog: Catalog, id: str, message: str) -> None:
-    for use in (catalog.get, catalog.text, catalog.delete):
+    for use in (catalog.documents.get, catalog.documents.text, catalog.documents.delete):
         with pytest.raises(InputError, match=message):
             use(id)
     with pytest.raises(InputError, match=message):
         add(catalog, id, "text")
-    assert not catalog.list()
+    assert not catalog.documents.list()
 
 
 def test_a_text_without_utf8_form_is_refused(catalog: Catalog) -> None:
@@ -102,8 +103,8 @@ def test_a_text_without_utf8_form_is_refused(catalog: Catalog) -> None:
     with pytest.raises(InputError, match="decode bytes first"):
         content_hash(b"abc")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(InputError, match="not the sha256 of its text"):
-        catalog.put(row("doc", "one text"), Text("another text"))
-    assert not catalog.list()
+        catalog.documents.put(row("doc", "one text"), Text("another text"))
+    assert not catalog.documents.list()
 
 
 def test_replacement_keeps_created_at_and_leaves_no_old_passage(catalog: Catalog) -> None:
@@ -111,49 +112,49 @@ def test_replacement_keeps_created_at_and_leaves_no_old_passage(catalog: Catalog
     second = add(catalog, "doc", "the new text is about pears", tokens=99)
     assert second.created_at == first.created_at
     assert second.updated_at > first.created_at
-    assert catalog.list() == [second]
-    assert not catalog.search("apples")
-    assert [hit.text for hit in catalog.search("pears")] == ["the new text is about pears"]
+    assert catalog.documents.list() == [second]
+    assert not catalog.texts.search("apples")
+    assert [hit.text for hit in catalog.texts.search("pears")] == ["the new text is about pears"]
 
 
 def test_delete_removes_row_text_and_passages(catalog: Catalog) -> None:
     add(catalog, "doc", "something about apples")
     add(catalog, "other", "something about pears")
-    catalog.delete("doc")
-    assert [row.id for row in catalog.list()] == ["other"]
-    assert [hit.document for hit in catalog.search("something about apples")] == ["other"]
+    catalog.documents.delete("doc")
+    assert [row.id for row in catalog.documents.list()] == ["other"]
+    assert [hit.document for hit in catalog.texts.search("something about apples")] == ["other"]
 
 
 def test_a_row_is_updated_without_its_text(catalog: Catalog) -> None:
     before = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
     after = replace(before.labelled(Label({"b": 2}, ["y"])), updated_at=LATER)
-    catalog.update(after)
-    assert catalog.require("doc") == after
-    assert catalog.text("doc") == "about apples"
-    assert len(catalog.search("apples")) == 1
-    assert [len(catalog.list(tags=[tag])) for tag in ("x", "y")] == [0, 1]
-    assert [len(catalog.list(metadata={name: value})) for name, value in (("a", 1), ("b", 2))] == [0, 1]
+    catalog.documents.update(after)
+    assert catalog.documents.require("doc") == after
+    assert catalog.documents.text("doc") == "about apples"
+    assert len(catalog.texts.search("apples")) == 1
+    assert [len(catalog.documents.list(tags=[tag])) for tag in ("x", "y")] == [0, 1]
+    assert [len(catalog.documents.list(metadata={name: value})) for name, value in (("a", 1), ("b", 2))] == [0, 1]
 
 
 def test_a_renamed_document_takes_all_with_it(catalog: Catalog) -> None:
     before = add(catalog, "doc", LONG, metadata={"a": 1}, tags=("x",))
     after = replace(before, id="new", file="kv/new")
-    catalog.rename("doc", after)
-    assert catalog.list() == catalog.list(metadata={"a": 1}, tags=["x"]) == [after]
-    assert catalog.text("new") == LONG
-    assert {hit.document for hit in catalog.search("zebra", 100)} == {"new"}
-    assert (catalog.count("documents"), catalog.count("bytes")) == (1, before.bytes)
-    assert catalog.check() == []
+    catalog.documents.rename("doc", after)
+    assert catalog.documents.list() == catalog.documents.list(metadata={"a": 1}, tags=["x"]) == [after]
+    assert catalog.documents.text("new") == LONG
+    assert {hit.document for hit in catalog.texts.search("zebra", 100)} == {"new"}
+    assert (catalog.properties.count("documents"), catalog.properties.count("bytes")) == (1, before.bytes)
+    assert find_flaws(catalog) == []
 
 
 def test_a_missing_document_suggests_similar_ids(catalog: Catalog) -> None:
-    for use in (catalog.require, catalog.text, catalog.delete):
+    for use in (catalog.documents.require, catalog.documents.text, catalog.documents.delete):
         with pytest.raises(DocumentNotFoundError, match=r"no document 'moby dick' is stored; list\(\) shows"):
             use("moby dick")
     for id in ("moby-dick.txt", "notes", "x" * 10_000):
         add(catalog, id, "text")
     with pytest.raises(DocumentNotFoundError, match=r"did you mean 'moby-dick\.txt'"):
-        catalog.require("moby_dick.txt")
+        catalog.documents.require("moby_dick.txt")
 
 
 def test_a_failed_transaction_leaves_everything_as_it_was(catalog: Catalog) -> None:
@@ -162,19 +163,19 @@ def test_a_failed_transaction_leaves_everything_as_it_was(catalog: Catalog) -> N
         add(catalog, "doc", "about pears")
         add(catalog, "new", "about plums")
         add(catalog, "", "refused")
-    assert catalog.list() == [before]
-    assert not catalog.search("pears plums")
-    assert len(catalog.search("apples")) == 1
+    assert catalog.documents.list() == [before]
+    assert not catalog.texts.search("pears plums")
+    assert len(catalog.texts.search("apples")) == 1
 
 
 def test_a_failure_inside_a_nested_transaction_can_be_survived(catalog: Catalog) -> None:
     with catalog.transaction():
         add(catalog, "kept", "text")
         with pytest.raises(InputError):
-            catalog.put(row("refused", "text"), Text("another text"))
+            catalog.documents.put(row("refused", "text"), Text("another text"))
         with pytest.raises(StoreError):
             add(catalog, "clash", "text", file="kv/'kept'")
-    assert [row.id for row in catalog.list()] == ["kept"]
+    assert [row.id for row in catalog.documents.list()] == ["kept"]
 
 
 def test_threads_share_a_catalog(catalog: Catalog) -> None:
@@ -184,8 +185,8 @@ def test_threads_share_a_catalog(catalog: Catalog) -> None:
         try:
             for n in range(15):
                 add(catalog, f"{name}-{n}", f"the text of {name} {n}")
-                assert catalog.search(name)
-                assert len(catalog.list()) >= n
+                assert catalog.texts.search(name)
+                assert len(catalog.documents.list()) >= n
         except BaseException as error:  # noqa: BLE001 -- handed to the main thread
             failures.append(error)
 
@@ -195,7 +196,7 @@ def test_threads_share_a_catalog(catalog: Catalog) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert len(catalog.list()) == 45
+    assert len(catalog.documents.list()) == 45
 
 
 def test_a_reader_goes_on_while_another_connection_writes(catalog: Catalog, tmp_path: Path) -> None:
@@ -203,9 +204,9 @@ def test_a_reader_goes_on_while_another_connection_writes(catalog: Catalog, tmp_
     other = Catalog(tmp_path / "catalog.sqlite3")
     with other.transaction():
         add(other, "doc", "new")
-        assert catalog.require("doc") == before
-        assert catalog.text("doc") == "old"
-    assert catalog.text("doc") == "new"
+        assert catalog.documents.require("doc") == before
+        assert catalog.documents.text("doc") == "old"
+    assert catalog.documents.text("doc") == "new"
     other.close()
 
 
@@ -213,11 +214,11 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
     first = Catalog(path)
     stored = add(first, "doc", "text")
-    identity = first.read_property("identity")
+    identity = first.properties.get("identity")
     first.close()
     again = Catalog(path)
-    assert again.list() == [stored]
-    assert again.read_property("identity") == identity
+    assert again.documents.list() == [stored]
+    assert again.properties.get("identity") == identity
     again.close()
     db = Database(path)
     assert [step.name for step in migrations.applied(db)] == [
@@ -250,7 +251,7 @@ def test_many_processes_may_create_the_same_catalog(tmp_path: Path) -> None:
     assert [child.communicate(timeout=60)[1] for child in children] == [""] * 4
     for path in tmp_path.glob("*.sqlite3"):
         with contextlib.closing(Catalog(path)) as catalog:
-            assert (catalog.list(), catalog.check()) == ([], [])
+            assert (catalog.documents.list(), find_flaws(catalog)) == ([], [])
 
 
 def test_waiting_for_another_writer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +260,7 @@ def test_waiting_for_another_writer_ends(tmp_path: Path, monkeypatch: pytest.Mon
     with first.transaction(), pytest.raises(StoreError, match="another process has been writing"):
         add(second, "doc", "text")
     add(second, "doc", "text")
-    assert first.text("doc") == "text"
+    assert first.documents.text("doc") == "text"
     first.close()
     second.close()
 

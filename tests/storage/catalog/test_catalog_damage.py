@@ -10,6 +10,7 @@ from catalog_samples import LATER, add
 from beacon_memory.documents import Text
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import COLUMNS, DamagedRow
 
 LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra. " * 20 for n in range(9))
@@ -28,15 +29,15 @@ def test_a_change_in_any_column_of_a_row_is_noticed(tmp_path: Path, column: str,
     add(catalog, "doc", "text", metadata={"a": 1}, tags=("x",), expires_at=LATER)
     sound = add(catalog, "sound", "text")
     change(catalog, f"UPDATE documents SET {column} = {value} WHERE id = 'doc'")
-    (damaged,) = (row for row in catalog.scan() if isinstance(row, DamagedRow))
+    (damaged,) = (row for row in catalog.documents.scan() if isinstance(row, DamagedRow))
     assert "is damaged; `beacon-memory repair` makes it anew" in damaged.message
     (damaged.id + damaged.file + damaged.message).encode()  # can be shown
-    assert catalog.require("sound") == sound
+    assert catalog.documents.require("sound") == sound
     with pytest.raises(StoreError):
-        catalog.require("doc")
-    catalog.forget(damaged)
-    assert [*catalog.scan()] == [sound]
-    assert catalog.count("documents") == 1
+        catalog.documents.require("doc")
+    catalog.documents.forget(damaged)
+    assert [*catalog.documents.scan()] == [sound]
+    assert catalog.properties.count("documents") == 1
     catalog.close()
 
 
@@ -45,9 +46,9 @@ def test_a_changed_pin_is_noticed(tmp_path: Path) -> None:
     add(catalog, "doc", "text")
     change(catalog, "UPDATE documents SET pinned = 1")
     with pytest.raises(CorruptFileError, match="row of 'doc' is damaged"):
-        catalog.get("doc")
+        catalog.documents.get("doc")
     with pytest.raises(CorruptFileError, match="row of 'doc' is damaged"):
-        catalog.list()
+        catalog.documents.list()
 
 
 @pytest.mark.parametrize(
@@ -67,10 +68,10 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
     add(catalog, "other", "")
     change(catalog, sql)
     with pytest.raises(CorruptFileError, match="text of 'doc' is damaged; `beacon-memory repair` takes its file's"):
-        catalog.text("doc")
-    assert catalog.kept_text("doc", kept.content_hash) is None
-    catalog.put(kept, Text(LONG))
-    assert catalog.text("doc") == LONG
+        catalog.documents.text("doc")
+    assert catalog.texts.find("doc", kept.content_hash) is None
+    catalog.documents.put(kept, Text(LONG))
+    assert catalog.documents.text("doc") == LONG
     catalog.close()
 
 
@@ -92,16 +93,16 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
 def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql: str, message: str) -> None:
     catalog = Catalog(tmp_path / "catalog.sqlite3")
     kept = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
-    number = catalog.take_number()
-    assert catalog.check() == []
+    number = catalog.file_names.take_number()
+    assert find_flaws(catalog) == []
     change(catalog, sql)
-    (found,) = catalog.check()
+    (found,) = find_flaws(catalog)
     assert message in found
-    catalog.mend({})
-    assert catalog.check() == []
-    assert catalog.list(tags=["x"], metadata={"a": 1}) == [kept]
-    assert (catalog.count("documents"), catalog.count("bytes")) == (1, kept.bytes)
-    assert catalog.take_number() > number
+    mend_catalog(catalog, {})
+    assert find_flaws(catalog) == []
+    assert catalog.documents.list(tags=["x"], metadata={"a": 1}) == [kept]
+    assert (catalog.properties.count("documents"), catalog.properties.count("bytes")) == (1, kept.bytes)
+    assert catalog.file_names.take_number() > number
     catalog.close()
 
 
@@ -109,7 +110,7 @@ def test_a_check_that_must_wait_is_no_finding(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("beacon_memory.storage.catalog.connections.BUSY_SECONDS", 0.1)
     first, second = Catalog(tmp_path / "catalog.sqlite3"), Catalog(tmp_path / "catalog.sqlite3")
     with first.transaction(), pytest.raises(StoreError, match="another process has been writing") as caught:
-        second.check()
+        find_flaws(second)
     assert not isinstance(caught.value, CorruptFileError)
     first.close()
     second.close()

@@ -67,7 +67,7 @@ def test_filters_let_through_what_they_say(documents: dict[str, Label], asked: l
         )
     for filters in asked:
         expected = sorted(id for id, label in documents.items() if filters.let_through(id, label))
-        assert [row.id for row in catalog.list(**vars(filters))] == expected[: filters.limit]
+        assert [row.id for row in catalog.documents.list(**vars(filters))] == expected[: filters.limit]
     catalog.close()
 
 
@@ -82,9 +82,9 @@ def catalog() -> Iterator[Catalog]:
 def test_pages_together_are_the_whole_list(catalog: Catalog, filters: dict[str, Any]) -> None:
     for n in range(23):
         add(catalog, f"doc{n}", "text", metadata={"a": n % 2}, tags=("x",) if n % 3 else ())
-    whole = catalog.list(**filters)
+    whole = catalog.documents.list(**filters)
     pages, after = [], ""
-    while page := catalog.list(**filters, after=after, limit=4):
+    while page := catalog.documents.list(**filters, after=after, limit=4):
         pages.append(page)
         after = page[-1].id
     assert [row for page in pages for row in page] == whole
@@ -102,8 +102,8 @@ def test_a_prefix_means_characters_and_no_pattern(catalog: Catalog) -> None:
         "A": ["A%b"],
         "b": [],
     }.items():
-        assert [row.id for row in catalog.list(prefix=prefix)] == found
-    assert len(catalog.list(prefix="a")) == 6
+        assert [row.id for row in catalog.documents.list(prefix=prefix)] == found
+    assert len(catalog.documents.list(prefix="a")) == 6
 
 
 def test_a_value_must_be_the_same_in_kind(catalog: Catalog) -> None:
@@ -114,7 +114,7 @@ def test_a_value_must_be_the_same_in_kind(catalog: Catalog) -> None:
     add(catalog, "missing", "text", metadata={"b": None})
     add(catalog, "nested", "text", metadata={"a": {"a": 1}, "b": [1]})
     for value, id in ((1, "number"), ("1", "text"), (True, "truth"), (None, "nothing")):
-        assert [row.id for row in catalog.list(metadata={"a": value})] == [id]
+        assert [row.id for row in catalog.documents.list(metadata={"a": value})] == [id]
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_a_value_must_be_the_same_in_kind(catalog: Catalog) -> None:
 def test_what_nothing_could_be_found_by_is_refused(catalog: Catalog, filters: dict[str, Any], message: str) -> None:
     add(catalog, "doc", "text")
     with pytest.raises(InputError, match=message):
-        catalog.list(**filters)
+        catalog.documents.list(**filters)
 
 
 def test_a_filter_that_there_is_not_is_refused(catalog: Catalog) -> None:
     with pytest.raises(TypeError, match="colour"):
-        catalog.list(colour="red")  # type: ignore[call-arg]  # wrong on purpose
+        catalog.documents.list(colour="red")  # type: ignore[call-arg]  # wrong on purpose

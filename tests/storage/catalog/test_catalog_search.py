@@ -38,10 +38,10 @@ def test_the_right_document_is_found_first(catalog: Catalog) -> None:
         "SAN FRANCISCO": "bridge",
         "communicating": "bees",
     }.items():
-        hits = catalog.search(query)
+        hits = catalog.texts.search(query)
         assert hits[0].document == best, query
         assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-    assert len(catalog.search("bridge summer bees bread", limit=2)) == 2
+    assert len(catalog.texts.search("bridge summer bees bread", limit=2)) == 2
 
 
 def test_a_hit_says_where_in_the_text_it_lies(catalog: Catalog) -> None:
@@ -49,7 +49,7 @@ def test_a_hit_says_where_in_the_text_it_lies(catalog: Catalog) -> None:
         [*["Nothing of interest happens in this paragraph. " * 15] * 6, "A zebra crosses.", "The end. " * 90]
     )
     add(catalog, "doc", text)
-    (hit,) = catalog.search("Is there a zebra?")
+    (hit,) = catalog.texts.search("Is there a zebra?")
     assert "zebra" in hit.text == text[hit.start : hit.stop]
     assert hit.ordinal > 0
 
@@ -57,13 +57,13 @@ def test_a_hit_says_where_in_the_text_it_lies(catalog: Catalog) -> None:
 def test_question_words_count_when_there_are_no_others(catalog: Catalog) -> None:
     add(catalog, "doc", "to be or not to be")
     add(catalog, "other", "apples and pears")
-    assert [hit.document for hit in catalog.search("Where to be?")] == ["doc"]
+    assert [hit.document for hit in catalog.texts.search("Where to be?")] == ["doc"]
 
 
 @pytest.mark.parametrize("query", ["", "  ", "?!", "👍🏽", "\0", '""', "*", "\ud800", "- + ^ ( ) { } : ~"])
 def test_a_query_without_words_finds_nothing(catalog: Catalog, query: str) -> None:
     add(catalog, "doc", "a text 👍🏽 with ? ! marks")
-    assert catalog.search(query) == []
+    assert catalog.texts.search(query) == []
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_a_query_without_words_finds_nothing(catalog: Catalog, query: str) -> No
 )
 def test_quotes_and_operators_in_a_query_are_only_text(catalog: Catalog, query: str) -> None:
     add(catalog, "doc", "an apple a day")
-    assert [hit.document for hit in catalog.search(query)] == ["doc"]
+    assert [hit.document for hit in catalog.texts.search(query)] == ["doc"]
 
 
 @given(query=st.text())
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_a_safe_query(query: str) -> None:
     catalog = _shared()
-    for hit in catalog.search(query):
+    for hit in catalog.texts.search(query):
         assert hit.document in FACTS
 
 
@@ -111,12 +111,12 @@ def _shared(catalogs: list[Catalog] = []) -> Catalog:  # noqa: B006 -- made once
 
 def test_a_whole_book_is_a_safe_query(catalog: Catalog) -> None:
     add(catalog, "doc", "an apple a day")
-    assert catalog.search(" ".join(f"word{n}" for n in range(5_000)) + " apple")
+    assert catalog.texts.search(" ".join(f"word{n}" for n in range(5_000)) + " apple")
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "3"])
 def test_a_limit_that_is_none_is_refused(catalog: Catalog, limit: int) -> None:
     with pytest.raises(InputError, match="limit must be an integer of at least 1"):
-        catalog.search("apple", limit)
+        catalog.texts.search("apple", limit)
     with pytest.raises(InputError, match="must be a str"):
-        catalog.search(None)  # type: ignore[arg-type]  # wrong on purpose
+        catalog.texts.search(None)  # type: ignore[arg-type]  # wrong on purpose

@@ -19,10 +19,12 @@ from store_samples import files
 from beacon_memory.documents import Label, content_hash
 from beacon_memory.errors import StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.migrations import migrations
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import precision_of, read_kv_file
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra.\0 " * 20 for n in range(9))
@@ -65,11 +67,11 @@ def old(tmp_path: Path) -> Path:
 
 def test_an_old_catalog_keeps_all_it_has(old: Path) -> None:
     with contextlib.closing(Catalog(old)) as catalog:
-        rows = {row.id: row for row in catalog.list()}
+        rows = {row.id: row for row in catalog.documents.list()}
         assert rows.keys() == TEXTS.keys()
         for n, (id, text) in enumerate(TEXTS.items()):
             row = rows[id]
-            assert catalog.text(id) == text
+            assert catalog.documents.text(id) == text
             assert row.content_hash == content_hash(text)
             assert row.metadata == {"n": n, "even": n % 2 == 0, "nested": {"n": n}, "\ud800": None}
             assert (row.file, row.fingerprint, row.compression) == (f"kv/{id}", "f" * 16, "hybrid")
@@ -77,33 +79,33 @@ def test_an_old_catalog_keeps_all_it_has(old: Path) -> None:
             assert row.created_at == "2025-01-02T00:00:00.000+00:00"
             assert row.updated_at == "2025-01-03T00:00:00.000+00:00"
             assert (row.precision, row.tags, row.pinned, row.expires_at, row.used_at) == ("", (), False, None, 0)
-        assert catalog.check() == []
+        assert find_flaws(catalog) == []
 
 
 def test_an_old_catalog_is_searched_counted_and_filtered(old: Path) -> None:
     with contextlib.closing(Catalog(old)) as catalog:
-        assert [hit.document for hit in catalog.search("apples")] == ["short"]
-        hits = catalog.search("zebras", limit=20)
+        assert [hit.document for hit in catalog.texts.search("apples")] == ["short"]
+        hits = catalog.texts.search("zebras", limit=20)
         assert [hit.text for hit in sorted(hits, key=lambda hit: hit.start)] == [
             LONG[start:stop] for start, stop in split_passages(LONG)
         ]
-        assert (catalog.count("documents"), catalog.count("bytes")) == (4, 406)
-        assert [row.id for row in catalog.list(metadata={"even": True})] == ["a/ü 🚀\0", "short"]
-        assert [row.id for row in catalog.list(metadata={"n": 1})] == ["long"]
-        assert [row.id for row in catalog.list(metadata={"\ud800": None})] == sorted(TEXTS)
-        assert catalog.unsettled() == set()
+        assert (catalog.properties.count("documents"), catalog.properties.count("bytes")) == (4, 406)
+        assert [row.id for row in catalog.documents.list(metadata={"even": True})] == ["a/ü 🚀\0", "short"]
+        assert [row.id for row in catalog.documents.list(metadata={"n": 1})] == ["long"]
+        assert [row.id for row in catalog.documents.list(metadata={"\ud800": None})] == sorted(TEXTS)
+        assert catalog.file_names.unsettled() == set()
 
 
 def test_an_old_catalog_is_written_to(old: Path) -> None:
     with contextlib.closing(Catalog(old)) as catalog:
-        assert add(catalog, "short", "about plums", compression="select") == catalog.require("short")
-        assert catalog.require("short").created_at == "2025-01-02T00:00:00.000+00:00"
-        assert catalog.text("short") == "about plums"
-        assert not catalog.search("apples")
-        catalog.delete("long")
-        assert not catalog.search("zebra")
-        assert catalog.count("documents") == 3
-        assert catalog.check() == []
+        assert add(catalog, "short", "about plums", compression="select") == catalog.documents.require("short")
+        assert catalog.documents.require("short").created_at == "2025-01-02T00:00:00.000+00:00"
+        assert catalog.documents.text("short") == "about plums"
+        assert not catalog.texts.search("apples")
+        catalog.documents.delete("long")
+        assert not catalog.texts.search("zebra")
+        assert catalog.properties.count("documents") == 3
+        assert find_flaws(catalog) == []
 
 
 def test_old_rows_are_sealed(old: Path) -> None:
@@ -113,8 +115,8 @@ def test_old_rows_are_sealed(old: Path) -> None:
         db.commit()
     with contextlib.closing(Catalog(old)) as catalog:
         with pytest.raises(StoreError, match="row of 'short' is damaged"):
-            catalog.require("short")
-        assert catalog.require("long").tokens == 13
+            catalog.documents.require("short")
+        assert catalog.documents.require("long").tokens == 13
 
 
 @pytest.mark.parametrize("text", ["about apples", LONG, ""])
@@ -127,11 +129,11 @@ def test_a_text_whose_passages_are_lost_or_damaged_is_cut_anew(tmp_path: Path, t
         db.execute("UPDATE passages SET text = 'about plums' WHERE document = 'damaged' AND ordinal = 0")
         (last,) = db.execute("SELECT max(id) FROM passages").fetchone()
     with contextlib.closing(Catalog(path)) as catalog:
-        assert catalog.text("lost") == catalog.text("damaged") == text
-        assert not catalog.search("plums")
-        assert [hit.document for hit in catalog.search("pears")] == ["sound"]
-        assert len(catalog.search("apples zebra", 100)) == 2 * len(split_passages(text))
-        assert catalog.check() == []
+        assert catalog.documents.text("lost") == catalog.documents.text("damaged") == text
+        assert not catalog.texts.search("plums")
+        assert [hit.document for hit in catalog.texts.search("pears")] == ["sound"]
+        assert len(catalog.texts.search("apples zebra", 100)) == 2 * len(split_passages(text))
+        assert find_flaws(catalog) == []
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT id FROM passages WHERE document = 'sound'").fetchall() == [(last,)]
 
@@ -146,12 +148,13 @@ def test_a_step_that_fails_leaves_the_catalog_as_it_was(old: Path) -> None:
     with contextlib.closing(sqlite3.connect(old)) as db:
         db.execute("DROP TABLE versions")
     with contextlib.closing(Catalog(old)) as catalog:
-        assert catalog.text("long") == LONG
+        assert catalog.documents.text("long") == LONG
 
 
 def test_processes_that_open_an_old_catalog_together_bring_it_up_to_date_once(old: Path) -> None:
     script = (
-        "import sys; from beacon_memory.storage.catalog.catalog import Catalog\nprint(len(Catalog(sys.argv[1]).list()))"
+        "import sys; from beacon_memory.storage.catalog.catalog import Catalog\n"
+        "print(len(Catalog(sys.argv[1]).documents.list()))"
     )
     command = [sys.executable, "-c", script, str(old)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
@@ -170,8 +173,8 @@ def test_an_old_store_is_read_and_found_sound(tmp_path: Path) -> None:
     kept = write_old_store(tmp_path / "store", OLD)
     before = {path: path.read_bytes() for path in (tmp_path / "store" / "kv").rglob("*.safetensors")}
     with MemoryStore(tmp_path / "store") as store:
-        assert store.verify() == []
-        assert store.repair() == []
+        assert verify(store) == []
+        assert repair(store) == []
         for n, (id, text) in enumerate(OLD.items()):
             found = store.get(id)
             assert same(found.kv, kept[id])
@@ -215,7 +218,7 @@ def test_a_document_of_an_old_store_is_changed(tmp_path: Path, change: str) -> N
             assert (found.row.precision, found.row.bytes) == (precision_of(file.kv), 36 * (2 * 4 * 2 + 2))
             assert len(found.row.file.partition("-")[2]) == len("0123456789ab.safetensors")
         assert len(files(store)) == 2
-        assert store.verify() == []
+        assert verify(store) == []
 
 
 def test_a_damaged_row_over_an_old_file_takes_its_text_from_the_catalog(tmp_path: Path) -> None:
@@ -225,9 +228,9 @@ def test_a_damaged_row_over_an_old_file_takes_its_text_from_the_catalog(tmp_path
         with contextlib.closing(sqlite3.connect(store.folder / "catalog.sqlite3")) as db:
             db.execute("UPDATE documents SET compression = 'sele\x01t' WHERE id = 'doc'")
             db.commit()
-        assert [(problem.kind, problem.document) for problem in store.verify()] == [("damaged-row", "doc")]
-        assert [problem.mended for problem in store.repair()] == [True]
-        assert store.verify() == []
+        assert [(problem.kind, problem.document) for problem in verify(store)] == [("damaged-row", "doc")]
+        assert [problem.mended for problem in repair(store)] == [True]
+        assert verify(store) == []
         assert store.text("doc") == TEXT
         assert same(store.get("doc").kv, kept["doc"])
         assert store.row("doc").label == Label({"n": 0}, ["a"])
@@ -237,8 +240,8 @@ def test_old_files_without_a_catalog_are_kept_and_reported(tmp_path: Path) -> No
     write_old_store(tmp_path / "store", OLD)
     (tmp_path / "store" / "catalog.sqlite3").unlink()
     with MemoryStore(tmp_path / "store") as store:
-        for look in (store.verify, store.repair, store.repair):
-            assert [(problem.kind, problem.mended) for problem in look()] == [("orphan-file", False)] * 2
+        for look in (verify, repair, repair):
+            assert [(problem.kind, problem.mended) for problem in look(store)] == [("orphan-file", False)] * 2
         assert len(files(store)) == 2
         assert store.list() == []
 
@@ -247,20 +250,22 @@ def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
     with MemoryStore(tmp_path) as store:
         settings = store.configure(quota=10**6, precision="int8")
     with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
-        db.execute("ALTER TABLE facts DROP COLUMN seal")
-        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'm005_sealed_facts'")
+        db.execute("ALTER TABLE properties DROP COLUMN checksum")
+        db.execute("ALTER TABLE properties RENAME TO facts")
+        db.execute("ALTER TABLE documents RENAME COLUMN checksum TO seal")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name IN ('m005_sealed_facts', 'm006_names')")
         db.commit()
     with MemoryStore(tmp_path) as store:
         assert store.settings == settings
-        assert store.verify() == []
+        assert verify(store) == []
 
 
 def test_files_of_an_old_store_whose_catalog_is_lost_are_kept_and_named(tmp_path: Path) -> None:
     write_old_store(tmp_path / "store", {"doc": "about apples"})
     (tmp_path / "store" / "catalog.sqlite3").unlink()
     with MemoryStore(tmp_path / "store") as store:
-        for look in (store.verify, store.repair, store.repair):
-            (problem,) = look()
+        for look in (verify, repair, repair):
+            (problem,) = look(store)
             assert (problem.kind, problem.document, problem.mended) == ("orphan-file", "doc", False)
             assert "add the document anew, and remove it" in problem.message
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1

@@ -15,7 +15,7 @@ from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, s
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from beacon_memory.documents import PRECISIONS, Text, content_hash
+from beacon_memory.documents import Precision, Text, content_hash
 from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
@@ -40,7 +40,7 @@ FORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", Precision)
 def test_what_was_written_is_read_back_bit_for_bit(tmp_path: Path, precision: str) -> None:
     header, kv = sample()
     stored = with_precision(kv, precision)
@@ -70,7 +70,7 @@ def test_a_header_of_any_id_and_any_text_survive(
 def test_kv_of_no_slots_and_no_text_can_be_kept(tmp_path: Path) -> None:
     header = DocumentHeader("nothing", content_hash(""), 0, (), (), "beacon", 0, FINGERPRINT)
     empty = MemoryKV.of(BeaconKV.empty(2, 3, 4, dtype=torch.bfloat16))
-    for precision in PRECISIONS:
+    for precision in Precision:
         write_kv_file(tmp_path / "a.safetensors", header, with_precision(empty, precision), "")
         read = read_kv_file(tmp_path / "a.safetensors")
         assert (read.header, read.text, precision_of(read.kv)) == (header, "", precision)
@@ -105,7 +105,7 @@ def test_a_file_is_read_onto_a_device_in_a_dtype(tmp_path: Path) -> None:
     assert same(read_kv_file(path).memory(dtype=torch.float16), quantized.dequantized(torch.float16))
 
 
-@pytest.mark.parametrize(("now", "wanted"), [(now, wanted) for now in PRECISIONS for wanted in PRECISIONS])
+@pytest.mark.parametrize(("now", "wanted"), [(now, wanted) for now in Precision for wanted in Precision])
 def test_kv_are_kept_in_any_precision_that_they_still_have(now: str, wanted: str) -> None:
     kv = with_precision(sample(dtype=torch.float32)[1], now)
     bits = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}

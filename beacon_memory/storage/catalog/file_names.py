@@ -1,0 +1,48 @@
+"""The names of K/V files: numbers for new ones, those that rows name, and those that are about to be removed.
+
+A file's name holds a number, `kv/<2 hex>/<hash of id>-<number>.safetensors`. When a row loses its file, because the
+document is replaced or removed, a trigger keeps the number as *unsettled* until the file is gone. So a file that no row
+names can be told from one whose row was lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from .connections import Connections, begin_immediate
+from .properties import Properties
+
+__all__ = ["FileNames"]
+
+
+class FileNames:
+    """The names of K/V files that a catalog knows of."""
+
+    def __init__(self, connections: Connections, properties: Properties) -> None:
+        self._connections = connections
+        self._properties = properties
+
+    def take_number(self) -> int:
+        """Return a number for a new file: milliseconds since 1970, or if that is not higher, one more than the last."""
+        with self._connections.unsynced() as db, begin_immediate(db):
+            number = max(self._properties.count("last") + 1, int(time.time() * 1000))
+            db.execute("UPDATE properties SET value = ? WHERE name = 'last'", [number])
+        return number
+
+    def named(self, id: str | None = None) -> set[str]:
+        """Return the files that the rows of a document name, or those of all documents; kept versions included."""
+        where = ("WHERE id = ?", "WHERE document = ?") if id is not None else ("", "")
+        sql = f"SELECT file FROM documents {where[0]} UNION ALL SELECT file FROM versions {where[1]}"  # noqa: S608
+        with self._connections.use() as db:
+            return {str(file) for (file,) in db.execute(sql, [id, id] if id is not None else []).fetchall()}
+
+    def unsettled(self) -> set[str]:
+        """Return the numbers of files that had a row, and are about to be removed."""
+        with self._connections.use() as db:
+            return {str(number) for (number,) in db.execute("SELECT number FROM unsettled").fetchall()}
+
+    def settle(self, numbers: Iterable[str]) -> bool:
+        """Forget the numbers of files that are gone; False if another process is writing just now."""
+        sql = "DELETE FROM unsettled WHERE number = CAST(? AS TEXT)"  # bytes: a damaged one may be no UTF-8
+        return self._connections.note(sql, [(number.encode(errors="surrogateescape"),) for number in numbers])

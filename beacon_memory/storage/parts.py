@@ -1,0 +1,145 @@
+"""The parts of one namespace of a store: its folder, catalog, settings and files, each opened when it is first needed.
+
+`MemoryStore` is made of these, and `repair` works on them one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from beacon_memory.documents import check_id
+from beacon_memory.errors import CorruptFileError, InputError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.files.durable import make_folder
+from beacon_memory.storage.files.local import Files, hash_id, identity
+from beacon_memory.storage.files.locks import renew_in_forks, writing
+
+from .settings import Settings, keep_copy, open_files, read_copy
+
+__all__ = ["CATALOG", "StoreParts", "namespace_names"]
+
+CATALOG = "catalog.sqlite3"
+
+
+class StoreParts:
+    """The folder, catalog, settings and files of a namespace ("" is the one outside of all others).
+
+    The folder is created by the first write. Before that, the catalog reads as empty.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], namespace: str = "") -> None:
+        self.root = Path(root)
+        self.namespace = namespace if namespace == "" else check_id(namespace)
+        self.folder = self.root / "namespaces" / hash_id(namespace) if namespace else self.root
+        if identity(self.root) and not self.root.is_dir():
+            raise InputError(f"{self.root} is a file; a store needs a folder, or a path where it can create one")
+        self._opening = threading.Lock()
+        self._catalog: Catalog | None = None
+        self._opened: tuple[int, int] | None = None
+        self._files: tuple[tuple[str | None, int], Files] | None = None
+        renew_in_forks(self)
+
+    def _renew(self) -> None:
+        """Replace the lock, which a thread may have held when this process was forked; see `renew_in_forks`."""
+        self._opening = threading.Lock()
+
+    def close(self) -> None:
+        """Close the catalog; the next use opens it again."""
+        with self._opening:
+            if self._catalog is not None:
+                self._catalog.close()
+                self._catalog = None
+
+    @property
+    def open_catalog(self) -> Catalog | None:
+        """The catalog, if it is open."""
+        with self._opening:
+            return self._catalog
+
+    def catalog(self, *, create: bool = False) -> Catalog:
+        """Return the catalog; an empty one in memory if there is none yet, unless `create`."""
+        path = self.folder / CATALOG
+        with self._opening:
+            there = identity(path)
+            if self._catalog is not None and there != self._opened:  # somebody removed it, or put it aside
+                self._catalog.close()
+                self._catalog = None
+            if self._catalog is None:
+                if not create and not there:
+                    return self._nothing
+                make_folder(self.folder)
+                self._catalog = Catalog(path)
+                self._opened = there or identity(path)
+                killed_at_birth = self.namespace and self._catalog.properties.get("namespace") is None
+                if not there or killed_at_birth:
+                    self._begin(self._catalog)
+            return self._catalog
+
+    @contextlib.contextmanager
+    def writing(self, *, create: bool = False) -> Iterator[Catalog]:
+        """Keep `repair` from tidying up while the catalog that is yielded is written to.
+
+        create: also a store that was never written to; without it, that yields an empty catalog in memory.
+        """
+        if not create and not identity(self.folder):
+            yield self._nothing
+            return
+        with writing(self.folder):
+            yield self.catalog(create=create)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings as they are now, whichever process changed them."""
+        if self.namespace and not identity(self.folder / CATALOG):
+            return self._first_settings
+        return Settings.of(self.catalog())
+
+    @property
+    def files(self) -> Files:
+        """The place where the K/V files lie now, by the settings."""
+        settings = self.settings
+        place = settings.files, settings.cache_bytes
+        if self._files is None or self._files[0] != place:
+            catalog = self.catalog(create=settings.files is not None)
+            self._files = place, open_files(settings, self.folder, str(catalog.properties.get("identity")))
+        return self._files[1]
+
+    def _begin(self, catalog: Catalog) -> None:
+        """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace."""
+        with catalog.transaction():
+            if kept := read_copy(self.folder):
+                for name, value in kept.items():
+                    catalog.properties.set(name, value)
+            elif self.namespace:
+                catalog.properties.set("namespace", self.namespace)
+                self._first_settings.write(catalog)
+                keep_copy(catalog, self.folder)
+
+    @property
+    def _first_settings(self) -> Settings:
+        """The settings that a new namespace begins with: those of the store."""
+        with contextlib.closing(StoreParts(self.root)) as whole:
+            return whole.settings.below(self.folder.relative_to(self.root))
+
+    @functools.cached_property
+    def _nothing(self) -> Catalog:
+        """An empty catalog in memory, for a store that was never written to."""
+        return Catalog(":memory:")
+
+
+def namespace_names(root: Path) -> list[str]:
+    """Return the names of all namespaces that were ever written to, sorted; "" is the one outside of all others."""
+    found = [""] if identity(root / CATALOG) else []
+    for path in root.glob(f"namespaces/*/{CATALOG}"):
+        try:
+            with contextlib.closing(Catalog(path)) as catalog:
+                name = catalog.properties.get("namespace")  # none if its first writer was killed
+        except CorruptFileError:  # which those who use it learn
+            name = read_copy(path.parent).get("namespace")
+        found += [str(name)] if name else []
+    return sorted(found)

@@ -1,0 +1,52 @@
+"""Reading a document: its row, then its file, though others may replace the document in between."""
+
+from __future__ import annotations
+
+from beacon_memory.errors import MismatchedFileError, MissingFileError, StoreError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file
+
+from .parts import StoreParts
+from .records import difference_of
+
+__all__ = ["READ_TRIES", "find_row", "read_document"]
+
+READ_TRIES = 5  # times that a document may be replaced while it is being read
+
+
+def find_row(catalog: Catalog, id: str, fingerprint: str | None = None) -> DocumentRow:
+    """Return the row of a document; raises DocumentNotFoundError.
+
+    fingerprint: of the model that shall read the K/V; a version that was kept for it is returned instead.
+    """
+    row = catalog.documents.require(id)
+    if fingerprint is not None and row.fingerprint != fingerprint:
+        version = catalog.versions.get(id, fingerprint)
+        return version.labelled(row.label) if version else row
+    return row
+
+
+def read_document(
+    parts: StoreParts, document: str | DocumentRow, fingerprint: str | None = None
+) -> tuple[DocumentRow, StoredFile]:
+    """Read the whole file of a document, given by its id or its row; returns its row and file, compared.
+
+    A file is removed after its row was replaced: if it is gone, the row is read anew. Raises as `MemoryStore.get`.
+    """
+    id, row = (document, None) if isinstance(document, str) else (document.id, document)
+    row = row or find_row(parts.catalog(), id, fingerprint)
+    missing = None
+    for _ in range(READ_TRIES):
+        try:
+            file = read_kv_file(parts.files.fetch(row.file))
+        except FileNotFoundError:
+            now = find_row(parts.catalog(), id, fingerprint)
+            if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now
+                raise MissingFileError(f"{row.file} of {id!r} is missing; `beacon-memory repair` mends it") from None
+            missing, row = row.file, now
+            continue
+        if difference := difference_of(row, file):
+            raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
+        return row, file
+    raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
