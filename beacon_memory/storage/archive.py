@@ -18,7 +18,6 @@ import io
 import json
 import os
 import re
-import secrets
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,11 +28,11 @@ from beacon_memory.documents import Label, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import json_checksum
-from beacon_memory.storage.files.durable import make_folder, sync_file, sync_folder
+from beacon_memory.storage.files.durable import make_folder, sync_file, sync_folder, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, read_label, stage_label
-from beacon_memory.storage.files.local import TEMP_PREFIX, unlink
 from beacon_memory.storage.files.locks import writing
+from beacon_memory.storage.files.names import new_temp
 
 from .store import MemoryStore
 
@@ -76,7 +75,7 @@ def export_documents(
         raise InputError(f"{path} exists; remove it, or choose another name")
     chosen = [row.id for row in store.list()] if ids is None else [store.row(id).id for id in dict.fromkeys(ids)]
     make_folder(path.parent)
-    temp = path.with_name(f"{TEMP_PREFIX}-{secrets.token_hex(8)}")
+    temp = new_temp(path.parent)
     entries: list[_Entry] = []
     try:
         # GNU: each file has one header and no more, however large it is
@@ -279,7 +278,7 @@ def _extracted(
     """A document of an archive, read from temporary files."""
     staging = store.files.staging
     make_folder(staging)
-    temps = [staging / f"{TEMP_PREFIX}-{secrets.token_hex(8)}" for _ in pair]
+    temps = [new_temp(staging) for _ in pair]
     try:
         try:
             for temp, entry in zip(temps, pair, strict=True):

@@ -39,7 +39,9 @@ from beacon_memory.errors import (
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.catalog import Catalog, PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
-from beacon_memory.storage.files.durable import make_folder
+from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
+from beacon_memory.storage.files.durable import identity, make_folder, unlink
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import (
     StoredFile,
@@ -50,8 +52,9 @@ from beacon_memory.storage.files.kv_file import (
     with_precision,
 )
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, stage_label
-from beacon_memory.storage.files.local import Files, file_stem, hash_id, identity, lay_mark, number_of, unlink
 from beacon_memory.storage.files.locks import renew_in_forks, writing
+from beacon_memory.storage.files.marks import lay_mark
+from beacon_memory.storage.files.names import file_stem, hash_id, number_of
 
 from .records import difference_of, row_of
 from .repair import Problem, repair, verify
@@ -79,15 +82,24 @@ class MemoryStore:
 
     namespace: a part of the store with documents, settings and quota of its own, which no other part sees.
 
+    files:     where K/V files lie, if not in the folder: a URL, such as s3://bucket/prefix, or a `FilesBackend`. The
+               store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
+
     The folder is created by the first write; before, the store reads as empty.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], namespace: str = "") -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], namespace: str = "", *, files: FilesBackend | str | None = None
+    ) -> None:
         self.root = Path(folder)
         self.namespace = namespace if namespace == "" else check_id(namespace)
         self.folder = self.root / "namespaces" / hash_id(namespace) if namespace else self.root
         if identity(self.root) and not self.root.is_dir():
             raise InputError(f"{self.root} is a file; a store needs a folder, or a path where it can create one")
+        if isinstance(files, str):
+            check_scheme(files)
+        self._backend = files
+        self._given = within(files, self.folder.relative_to(self.root).as_posix()) if files and namespace else files
         self._opening = threading.Lock()
         self._catalog: Catalog | None = None
         self._opened: tuple[int, int] | None = None
@@ -118,7 +130,7 @@ class MemoryStore:
 
     def within(self, namespace: str) -> MemoryStore:
         """The same store in another namespace, created by the first write; "" is the one outside all others."""
-        return self if namespace == self.namespace else MemoryStore(self.root, namespace)
+        return self if namespace == self.namespace else MemoryStore(self.root, namespace, files=self._backend)
 
     def namespaces(self) -> builtins.list[str]:
         """The names of all namespaces that were ever written to, sorted."""
@@ -149,7 +161,10 @@ class MemoryStore:
             if settings.files != self.settings.files and catalog.count("documents"):
                 raise InputError("files: only an empty store can be given another place; copy this one into a new one")
             if settings.files != self.settings.files:
-                open_files(settings, self.folder, str(catalog.read_property("identity")))  # refuses what cannot be used
+                if settings.files is not None and self._given is None:
+                    check_scheme(settings.files)
+                owner = str(catalog.read_property("identity"))
+                open_files(settings, self.folder, owner, self._given)  # refuses what cannot be used
             settings.write(catalog)
             keep_copy(catalog, self.folder)
         return settings
@@ -384,10 +399,13 @@ class MemoryStore:
     @property
     def files(self) -> Files:
         """The files: for the modules that keep the store in order, not for its users."""
+        if self._given is not None:
+            self.catalog(create=True)  # a new one remembers where the files are
         settings = self.settings  # another process may have changed them
         if self._files is None or self._files[0] != settings:
             catalog = self.catalog(create=settings.files is not None)
-            self._files = settings, open_files(settings, self.folder, str(catalog.read_property("identity")))
+            owner = str(catalog.read_property("identity"))
+            self._files = settings, open_files(settings, self.folder, owner, self._given)
         return self._files[1]
 
     def verify(self) -> builtins.list[Problem]:
@@ -407,6 +425,9 @@ class MemoryStore:
             elif self.namespace:
                 catalog.write_property("namespace", self.namespace)
                 self._first_settings.write(catalog)
+            if not kept and self._given is not None:
+                catalog.write_property("files", url_of(self._given))
+            if not kept and (self.namespace or self._given is not None):
                 keep_copy(catalog, self.folder)
 
     @property
@@ -495,6 +516,7 @@ class MemoryStore:
             gone.extend(name for name in names if files.remove(name) and files.remove(label_name(name)))
         if gone:
             with contextlib.suppress(StoreError):  # then `repair` does
+                files.sync(gone)
                 self.catalog().settle(map(number_of, gone))
         return len(gone) == len(names)
 

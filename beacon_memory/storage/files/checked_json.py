@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 
 from .durable import make_folder, sync_file
-from .local import TEMP_PREFIX
+from .names import new_temp
 
 __all__ = ["json_checksum", "read_checked", "stage_checked"]
 
@@ -31,7 +30,7 @@ def stage_checked(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
     if len(text) > _LONGEST:
         raise InputError(f"{what} would take {len(text):,} bytes; keep less in its metadata")
     make_folder(folder)
-    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    temp = new_temp(folder)
     try:
         temp.write_text(text, encoding="utf-8")
         sync_file(temp)

@@ -26,7 +26,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -47,7 +46,7 @@ from beacon_memory.kv.quantize import QuantizedKV, quantized
 from .checked_json import json_checksum
 from .durable import make_folder, sync_file
 from .header import DocumentHeader, WindowSpan
-from .local import TEMP_PREFIX
+from .names import new_temp
 
 __all__ = [
     "FORMAT_VERSION",
@@ -166,7 +165,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: str)
     if len(entry) > _LONGEST_ENTRY:
         raise InputError(f"the header of {header.id!r} would take {len(entry)} bytes; split the document")
     make_folder(folder)
-    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    temp = new_temp(folder)
     try:
         save_file(tensors, temp, metadata={_ENTRY: entry})
         # safetensors creates files that only their owner may read; a store is as open as its folder

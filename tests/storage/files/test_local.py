@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beacon_memory.errors import StoreError
-from beacon_memory.storage.files.local import LocalFiles, file_stem, hash_id, number_of, unlink
+from beacon_memory.storage.files.durable import unlink
+from beacon_memory.storage.files.local import LocalFiles
+from beacon_memory.storage.files.names import file_stem, hash_id, number_of
 
 NAME = f"{file_stem('doc')}-0123456789ab.safetensors"
 

@@ -17,7 +17,7 @@ from s3_server import BUCKET, KEYS, Fault, Line, S3Server
 from beacon_memory.errors import InputError, MissingDependencyError, StoreError
 from beacon_memory.storage.files import remote
 from beacon_memory.storage.files.durable import make_folder
-from beacon_memory.storage.files.local import TEMP_PREFIX
+from beacon_memory.storage.files.names import TEMP_PREFIX
 from beacon_memory.storage.files.remote import RemoteFiles
 
 NAME = "kv/0f/0f3a-1b.safetensors"
