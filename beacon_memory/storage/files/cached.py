@@ -59,8 +59,8 @@ class CachedFiles:
             holder = self.backend.claim(owner)
         if holder != owner:
             raise StoreError(
-                f"{self.backend.url} belongs to another store ({holder!r}, and this is {owner!r}): choose another url, "
-                f"or remove {self.backend.url}/.beacon-memory if that store is gone"
+                f"{self.backend.url} belongs to another store ({holder!r}, and this is {owner!r}): choose another url "
+                f"or, if that store is gone, remove its claim, in a folder or bucket {self.backend.url}/.beacon-memory"
             )
 
     def publish(self, temp: Path, name: str, *, more: bool = False) -> None:  # noqa: ARG002  # lasts in any case
