@@ -43,18 +43,12 @@ from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
 from beacon_memory.storage.files.durable import identity, make_folder, unlink
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import (
-    StoredFile,
-    StoredKV,
-    precision_of,
-    read_kv_file,
-    stage_kv_file,
-    with_precision,
-)
+from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, stage_label
 from beacon_memory.storage.files.locks import renew_in_forks, writing
 from beacon_memory.storage.files.marks import lay_mark
 from beacon_memory.storage.files.names import file_stem, hash_id, number_of
+from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
 
 from .records import difference_of, row_of
 from .repair import Problem, repair, verify

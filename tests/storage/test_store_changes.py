@@ -19,7 +19,8 @@ from beacon_memory.documents import PRECISIONS, Label
 from beacon_memory.errors import ConflictError, CorruptFileError, DocumentNotFoundError, InputError
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.catalog.rows import Totals
-from beacon_memory.storage.files.kv_file import read_kv_file, with_precision
+from beacon_memory.storage.files.kv_file import read_kv_file
+from beacon_memory.storage.files.stored_kv import with_precision
 from beacon_memory.storage.store import MemoryStore
 
 

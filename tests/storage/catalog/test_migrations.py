@@ -22,7 +22,8 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.migrations import migrations
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import precision_of, read_kv_file
+from beacon_memory.storage.files.kv_file import read_kv_file
+from beacon_memory.storage.files.stored_kv import precision_of
 from beacon_memory.storage.store import MemoryStore
 
 LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra.\0 " * 20 for n in range(9))
