@@ -94,6 +94,8 @@ def within(files: FilesBackend | str, folder: str) -> FilesBackend | str:
 
 def check_scheme(url: str) -> None:
     """Raise InputError if no installed backend has the scheme of a URL; says which ones there are."""
+    if "://" not in url:
+        raise InputError(f"files={url!r} must be a URL such as s3://bucket/prefix")
     if _scheme(url) not in _known():
         raise InputError(f"files={url!r} cannot be used: {_advice(url)}")
 
