@@ -13,6 +13,7 @@ from store_samples import files, put
 
 from beacon_memory.errors import InputError, MissingDependencyError, StoreError
 from beacon_memory.storage.archive import export_documents, import_documents
+from beacon_memory.storage.files.names import number_of
 from beacon_memory.storage.store import MemoryStore
 
 
@@ -135,6 +136,23 @@ def test_a_lost_catalog_comes_back_from_a_backend(backend: Any, tmp_path: Path) 
         store.repair()
         assert same(store.get("doc").kv, kv)
         assert store.verify() == []
+
+
+def test_a_removal_is_synced_before_the_catalog_forgets_it(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        put(store)
+        name = store.row("doc").file
+        number, seen = number_of(name), []
+        monkeypatch.setattr(
+            backend,
+            "sync",
+            lambda names: seen.append((names, number in store.catalog().unsettled(), name in backend.names())),
+        )
+        store.delete("doc")
+        assert seen == [([name], True, False)]
+        assert number not in store.catalog().unsettled()
 
 
 def test_an_archive_is_imported_into_a_backend(backend: Any, tmp_path: Path) -> None:
