@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .results import Progress as Progress
     from .results import Usage as Usage
     from .session import Session as Session
+    from .storage.files.backend import FilesBackend as FilesBackend
     from .storage.store import MemoryStore as MemoryStore
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _LAZY = {
     "BeaconModel": "modeling.model",
     "BeaconSequence": "compression.sequence",
     "Document": "documents",
+    "FilesBackend": "storage.files.backend",
     "Label": "documents",
     "MemoryKV": "kv.memory_kv",
     "MemoryStore": "storage.store",

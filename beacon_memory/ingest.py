@@ -12,7 +12,8 @@ from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import StoredFile, StoredKV, read_header
+from beacon_memory.storage.files.kv_file import StoredFile, read_header
+from beacon_memory.storage.files.stored_kv import StoredKV
 from beacon_memory.storage.store import MemoryStore
 
 from .documents import Document, Label, Precision, PrecisionRule, Text, check_id

@@ -11,8 +11,9 @@ from typing import Any
 from beacon_memory.compression.ratio import AUTO_RATIOS
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import read_checked, stage_checked
-from beacon_memory.storage.files.local import LocalFiles, hash_id, unlink
+from beacon_memory.storage.files.durable import move_into_place, unlink
 from beacon_memory.storage.files.locks import alone
+from beacon_memory.storage.files.names import hash_id
 
 from .documents import SESSION_TAG, Document, check_id, content_hash
 from .errors import CorruptFileError, DocumentNotFoundError, InputError
@@ -187,9 +188,8 @@ class Session:
         return _State(turns, (first, last))
 
     def _write(self, state: _State) -> None:
-        folder = LocalFiles(self._path.parent)
-        temp = stage_checked(folder.folder, {"id": self.id, **asdict(state)}, f"the session {self.id!r}")
-        folder.publish(temp, self._path.name)
+        temp = stage_checked(self._path.parent, {"id": self.id, **asdict(state)}, f"the session {self.id!r}")
+        move_into_place(temp, self._path)
 
 
 def _turn(turn: Mapping[str, str]) -> Turn:

@@ -20,6 +20,7 @@ PUBLIC = {
     "BeaconModel",
     "BeaconSequence",
     "Document",
+    "FilesBackend",
     "Label",
     "MemoryKV",
     "MemoryStore",

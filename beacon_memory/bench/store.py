@@ -28,7 +28,7 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.storage.files.durable import sync_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile
-from beacon_memory.storage.files.local import file_stem
+from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.records import row_of
 from beacon_memory.storage.store import MemoryStore
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from beacon_memory.documents import check_id
 from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.storage.catalog.catalog import Catalog
-from beacon_memory.storage.files.durable import make_folder
-from beacon_memory.storage.files.local import Files, hash_id, identity
+from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
+from beacon_memory.storage.files.durable import identity, make_folder
 from beacon_memory.storage.files.locks import renew_in_forks, writing
+from beacon_memory.storage.files.names import hash_id
 
 from .settings import Settings, keep_copy, open_files, read_copy
 
@@ -29,15 +31,24 @@ CATALOG = "catalog.sqlite3"
 class StoreParts:
     """The folder, catalog, settings and files of a namespace ("" is the one outside of all others).
 
+    given: the backend of the whole store's files, or its URL, if the store was opened with one.
+
     The folder is created by the first write. Before that, the catalog reads as empty.
     """
 
-    def __init__(self, root: str | os.PathLike[str], namespace: str = "") -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], namespace: str = "", given: FilesBackend | str | None = None
+    ) -> None:
         self.root = Path(root)
         self.namespace = namespace if namespace == "" else check_id(namespace)
         self.folder = self.root / "namespaces" / hash_id(namespace) if namespace else self.root
         if identity(self.root) and not self.root.is_dir():
             raise InputError(f"{self.root} is a file; a store needs a folder, or a path where it can create one")
+        if isinstance(given, str):
+            check_scheme(given)
+        self.given = given
+        below = self.folder.relative_to(self.root).as_posix()
+        self._backend = within(given, below) if given is not None and namespace else given
         self._opening = threading.Lock()
         self._catalog: Catalog | None = None
         self._opened: tuple[int, int] | None = None
@@ -102,12 +113,21 @@ class StoreParts:
     @property
     def files(self) -> Files:
         """The place where the K/V files lie now, by the settings."""
+        if self._backend is not None:
+            self.catalog(create=True)  # a new one remembers where the files are
         settings = self.settings
         place = settings.files, settings.cache_bytes
         if self._files is None or self._files[0] != place:
             catalog = self.catalog(create=settings.files is not None)
-            self._files = place, open_files(settings, self.folder, str(catalog.properties.get("identity")))
+            owner = str(catalog.properties.get("identity"))
+            self._files = place, open_files(settings, self.folder, owner, self._backend)
         return self._files[1]
+
+    def open_files(self, settings: Settings, catalog: Catalog) -> Files:
+        """Open the files where new settings have them; raises if they cannot be there."""
+        if settings.files is not None and self._backend is None:
+            check_scheme(settings.files)
+        return open_files(settings, self.folder, str(catalog.properties.get("identity")), self._backend)
 
     def _begin(self, catalog: Catalog) -> None:
         """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace."""
@@ -118,6 +138,9 @@ class StoreParts:
             elif self.namespace:
                 catalog.properties.set("namespace", self.namespace)
                 self._first_settings.write(catalog)
+            if not kept and self._backend is not None:
+                catalog.properties.set("files", url_of(self._backend))
+            if not kept and (self.namespace or self._backend is not None):
                 keep_copy(catalog, self.folder)
 
     @property

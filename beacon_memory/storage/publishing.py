@@ -22,10 +22,13 @@ from beacon_memory.documents import Text, check_id
 from beacon_memory.errors import StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredKV, stage_kv_file
+from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, stage_label
-from beacon_memory.storage.files.local import file_stem, lay_mark, number_of, unlink
+from beacon_memory.storage.files.marks import lay_mark
+from beacon_memory.storage.files.names import file_stem, number_of
+from beacon_memory.storage.files.stored_kv import StoredKV
 
 from .parts import StoreParts
 
@@ -89,5 +92,6 @@ class Publisher:
             gone.extend(name for name in names if files.remove(name) and files.remove(label_name(name)))
         if gone:
             with contextlib.suppress(StoreError):  # then `repair` does
+                files.sync(gone)  # else a power cut could bring them back when nothing says any more that they must go
                 self._parts.catalog().file_names.settle(map(number_of, gone))
         return len(gone) == len(names)

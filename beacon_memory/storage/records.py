@@ -6,7 +6,8 @@ import time
 
 from beacon_memory.documents import Label, utc_now
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files.kv_file import StoredFile, precision_of, stored_bytes
+from beacon_memory.storage.files.kv_file import StoredFile
+from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 
 __all__ = ["difference_of", "row_of"]
 

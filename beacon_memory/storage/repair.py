@@ -32,10 +32,13 @@ from beacon_memory.errors import (
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
+from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
-from beacon_memory.storage.files.local import Files, file_stem, mark_of, number_of, unlink
 from beacon_memory.storage.files.locks import tidying
+from beacon_memory.storage.files.marks import mark_of
+from beacon_memory.storage.files.names import file_stem, number_of
 
 from .parts import CATALOG
 from .records import difference_of, row_of

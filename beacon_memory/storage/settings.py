@@ -8,10 +8,14 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from beacon_memory.documents import KEEP, Keep, Precision, PrecisionRule
-from beacon_memory.errors import CorruptFileError, InputError
+from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.backend import FilesBackend, open_backend, url_of
+from beacon_memory.storage.files.cached import CachedFiles
 from beacon_memory.storage.files.checked_json import read_checked, stage_checked
-from beacon_memory.storage.files.local import Files, LocalFiles
+from beacon_memory.storage.files.durable import move_into_place
+from beacon_memory.storage.files.local import LocalFiles
 
 __all__ = ["COPY", "Settings", "keep_copy", "open_files", "read_copy"]
 
@@ -27,7 +31,7 @@ class Settings:
     precision:   what K/V are kept in where `put` does not say: a `Precision`, or `auto` for what they were computed in.
     quota:       bytes that all K/V may take together, None for no bound. To make room for a new document, those are
                  removed that were not used for longest; pinned ones never.
-    files:       URL of the object storage where K/V files lie, such as s3://bucket/prefix; None for the store's folder.
+    files:       URL of the backend where K/V files lie, such as s3://bucket/prefix; None for the store's folder.
     cache_bytes: bytes of remote files that are kept on this machine, those used last.
 
     Raises InputError, which names the setting, for a value that it cannot have.
@@ -79,7 +83,7 @@ class Settings:
 def keep_copy(catalog: Catalog, folder: Path) -> None:
     """Write a catalog's properties into a file beside it, from which `repair` takes them if the catalog is lost."""
     properties = dict(catalog.properties.all())
-    LocalFiles(folder).publish(stage_checked(folder, properties, "the copy of the settings"), COPY)
+    move_into_place(stage_checked(folder, properties, "the copy of the settings"), folder / COPY)
 
 
 def read_copy(folder: Path) -> dict[str, Any]:
@@ -89,15 +93,24 @@ def read_copy(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def open_files(settings: Settings, folder: Path, identity: str) -> Files:
-    """Open the place where the files of a store lie.
+def open_files(settings: Settings, folder: Path, identity: str, given: FilesBackend | str | None = None) -> Files:
+    """Open the files of a store in `folder`, wherever they are.
 
-    folder: of the store. identity: of its catalog; remote files belong to one store, which is recognised by it.
+    identity: of the catalog, for which a backend is reserved.
+    given:    the backend, or its URL, that the store was opened with; the settings must name the same.
+
+    Raises StoreError if they name another one, or if the backend belongs to another store; MissingDependencyError if
+    the backend is not installed.
     """
+    if given is not None and url_of(given) != (settings.files or "").rstrip("/"):
+        there = settings.files or "in its folder"
+        raise StoreError(
+            f"the files of the store {folder} are {there}, not in {url_of(given)}: open it without `files`; only an "
+            f"empty store can be given another place, by configure(files=...)"
+        )
     if settings.files is None:
         return LocalFiles(folder)
-    from beacon_memory.storage.files.remote import RemoteFiles
-
-    files = RemoteFiles(settings.files, folder / "cache", settings.cache_bytes)
+    backend = open_backend(settings.files) if given is None or isinstance(given, str) else given
+    files = CachedFiles(backend, folder / "cache", settings.cache_bytes)
     files.claim(identity)
     return files

@@ -41,17 +41,20 @@ from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.full_text import PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
+from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredFile, StoredKV, precision_of, with_precision
-from beacon_memory.storage.files.local import Files, file_stem
+from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.locks import tidying
+from beacon_memory.storage.files.names import file_stem
+from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
 
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
 from .publishing import Publisher
 from .reading import READ_TRIES, find_row, read_document
 from .records import row_of
-from .settings import Settings, keep_copy, open_files
+from .settings import Settings, keep_copy
 
 __all__ = ["MemoryStore", "StoredDocument"]
 
@@ -75,13 +78,17 @@ class MemoryStore:
 
     namespace: a part of the store with documents, settings and quota of its own, which no other part sees; "" is the
                one outside of all others.
+    files:     where K/V files lie, if not in the folder: a URL, such as s3://bucket/prefix, or a `FilesBackend`. The
+               store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
 
     root is the folder of the whole store, folder that of the namespace; it is created by the first write, and before
     that the store reads as empty. parts is for modules that check or mend a store.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], namespace: str = "") -> None:
-        self.parts = StoreParts(folder, namespace)
+    def __init__(
+        self, folder: str | os.PathLike[str], namespace: str = "", *, files: FilesBackend | str | None = None
+    ) -> None:
+        self.parts = StoreParts(folder, namespace, files)
         self.root, self.folder = self.parts.root, self.parts.folder
         self.namespace = self.parts.namespace
         self._publisher = Publisher(self.parts)
@@ -102,7 +109,8 @@ class MemoryStore:
 
     def within(self, namespace: str) -> MemoryStore:
         """Return the same store in another namespace, which the first write creates."""
-        return self if namespace == self.namespace else MemoryStore(self.root, namespace)
+        same = namespace == self.namespace
+        return self if same else MemoryStore(self.root, namespace, files=self.parts.given)
 
     def namespaces(self) -> builtins.list[str]:
         """Return the names of all namespaces that were ever written to, sorted."""
@@ -139,7 +147,7 @@ class MemoryStore:
                     raise InputError(
                         "files: only an empty store can be given another place; copy this one into a new one"
                     )
-                open_files(settings, self.folder, str(catalog.properties.get("identity")))  # raises if it is no place
+                self.parts.open_files(settings, catalog)  # raises if it is no place
             settings.write(catalog)
             keep_copy(catalog, self.folder)
         return settings

@@ -26,8 +26,7 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files import checked_json, kv_file
-from beacon_memory.storage.files import local as files
+from beacon_memory.storage.files import checked_json, durable, kv_file, local
 from beacon_memory.storage.store import MemoryStore
 
 ROWS = 2000
@@ -228,12 +227,14 @@ def test_names_of_a_new_file_and_its_label_are_synced_together(tmp_path: Path, m
         store.put(header, kv, "text")  # makes the folders
         monkeypatch.setattr(kv_file, "sync_file", noting(kv_file.sync_file))
         monkeypatch.setattr(checked_json, "sync_file", noting(checked_json.sync_file))
-        monkeypatch.setattr(files, "sync_folder", noting(files.sync_folder))
+        for module in (durable, local):
+            monkeypatch.setattr(module, "sync_folder", noting(module.sync_folder))
         row = store.put(header, kv, "text")
     assert [path.parent.name if path.name.startswith(".tmp") else path.name for path in synced] == [
         "kv",
         "kv",
         (tmp_path / row.file).parent.name,
+        (tmp_path / row.file).parent.name,  # again when the old ones are removed
     ]
 
 

@@ -22,7 +22,8 @@ from old_formats import write_format_1, write_format_2, write_format_3
 from beacon_memory.documents import Text
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredKV, stage_kv_file, with_precision
+from beacon_memory.storage.files.kv_file import stage_kv_file
+from beacon_memory.storage.files.stored_kv import StoredKV, with_precision
 
 PAGE = 4096  # bytes that a disk or SQLite loses together
 

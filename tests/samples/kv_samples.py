@@ -15,7 +15,8 @@ from beacon_memory.kv.fingerprint import Fingerprint
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import StoredKV, stage_kv_file
+from beacon_memory.storage.files.kv_file import stage_kv_file
+from beacon_memory.storage.files.stored_kv import StoredKV
 
 FINGERPRINT = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
 TEXT = "The red house stands on the hill. A blue boat lies in the harbour."

@@ -18,8 +18,8 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, _quantized
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import stored_bytes
-from beacon_memory.storage.files.local import file_stem
+from beacon_memory.storage.files.names import file_stem
+from beacon_memory.storage.files.stored_kv import stored_bytes
 
 # What `m001_documents`, `m002_passages` and `m003_compression` left together, as SQLite tells of it.
 _CATALOG = """

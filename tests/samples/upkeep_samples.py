@@ -12,7 +12,8 @@ from beacon_memory.documents import Label
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, stage_label
-from beacon_memory.storage.files.local import file_stem, mark_of
+from beacon_memory.storage.files.marks import mark_of
+from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.repair import Problem
 from beacon_memory.storage.store import MemoryStore
 

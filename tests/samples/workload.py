@@ -22,7 +22,7 @@ from beacon_memory.documents import Label
 from beacon_memory.errors import DocumentNotFoundError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredKV, with_precision
+from beacon_memory.storage.files.stored_kv import StoredKV, with_precision
 from beacon_memory.storage.store import MemoryStore
 
 _, _KV = sample(dtype=torch.float32)

@@ -27,8 +27,9 @@ from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.catalog.catalog import PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredKV, read_header, read_kv_file
+from beacon_memory.storage.files.kv_file import read_header, read_kv_file
 from beacon_memory.storage.files.label_file import label_name
+from beacon_memory.storage.files.stored_kv import StoredKV
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.settings import Settings
 from beacon_memory.storage.store import MemoryStore

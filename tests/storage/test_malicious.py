@@ -27,7 +27,7 @@ from beacon_memory.errors import BeaconMemoryError, CorruptFileError, InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.kv_file import _hash, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import label_name, read_label
-from beacon_memory.storage.files.local import file_stem
+from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 

@@ -12,7 +12,8 @@ from beacon_memory.errors import CorruptFileError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import read_header, read_kv_file, stored_bytes
+from beacon_memory.storage.files.kv_file import read_header, read_kv_file
+from beacon_memory.storage.files.stored_kv import stored_bytes
 
 
 def as_first_format(header: DocumentHeader) -> DocumentHeader:

@@ -23,7 +23,7 @@ from upkeep_samples import (
 
 from beacon_memory.documents import Label
 from beacon_memory.errors import CorruptFileError, StoreError
-from beacon_memory.storage.files.local import file_stem
+from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.settings import Settings
 from beacon_memory.storage.store import MemoryStore

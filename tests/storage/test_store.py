@@ -19,8 +19,9 @@ from beacon_memory.errors import ConflictError, DocumentNotFoundError, InputErro
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.rows import Totals
 from beacon_memory.storage.files.header import WindowSpan
-from beacon_memory.storage.files.kv_file import read_kv_file, with_precision
+from beacon_memory.storage.files.kv_file import read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label
+from beacon_memory.storage.files.stored_kv import with_precision
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.settings import Settings
 from beacon_memory.storage.store import MemoryStore

@@ -19,7 +19,8 @@ from beacon_memory.documents import Label, Precision
 from beacon_memory.errors import ConflictError, CorruptFileError, DocumentNotFoundError, InputError
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
-from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, with_precision
+from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file
+from beacon_memory.storage.files.stored_kv import with_precision
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 

@@ -12,7 +12,7 @@ from store_samples import BYTES, files, labels, put, put_version, version
 from beacon_memory.documents import Label
 from beacon_memory.errors import QuotaError
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
-from beacon_memory.storage.files.kv_file import stored_bytes, with_precision
+from beacon_memory.storage.files.stored_kv import stored_bytes, with_precision
 from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
 

@@ -1,4 +1,4 @@
-"""The files of a store, in a folder or in object storage, each whole from the moment in which it is seen.
+"""The files of a store, in a folder or in a backend, each whole from the moment in which it is seen.
 
 Nothing here knows SQL: a file describes itself.
 """

@@ -1,10 +1,9 @@
-"""Small JSON files that carry their own hash, so that damage to them is noticed."""
+"""Small JSON files with a checksum of their own, so that damage to them is noticed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 
 from .durable import make_folder, sync_file
-from .local import TEMP_PREFIX
+from .names import new_temp
 
 __all__ = ["json_checksum", "read_checked", "stage_checked"]
 
@@ -22,7 +21,7 @@ _LONGEST = 64 << 20  # bytes
 
 
 def stage_checked(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
-    """Write and sync a temporary file into a folder; what: of which errors speak.
+    """Write fields with their checksum into a temporary file, and sync it; `what` is the subject of errors.
 
     Raises InputError for what would be too long to be read, StoreError if it cannot be written.
     """
@@ -31,7 +30,7 @@ def stage_checked(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
     if len(text) > _LONGEST:
         raise InputError(f"{what} would take {len(text):,} bytes; keep less in its metadata")
     make_folder(folder)
-    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    temp = new_temp(folder)
     try:
         temp.write_text(text, encoding="utf-8")
         sync_file(temp)
@@ -42,7 +41,7 @@ def stage_checked(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
 
 
 def read_checked(path: Path) -> dict[str, Any]:
-    """The fields of a file; raises FileNotFoundError, or CorruptFileError for what `stage_checked` did not write."""
+    """Read the fields of a file; raises FileNotFoundError, or CorruptFileError if they are not as written."""
     try:
         info = path.lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > _LONGEST:
@@ -58,5 +57,5 @@ def read_checked(path: Path) -> dict[str, Any]:
 
 
 def json_checksum(fields: object) -> str:
-    """The sha256 of something as JSON, in hexadecimal."""
+    """Return the sha256 of a value as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Folders and files that a power cut cannot take away again: what is created is synced, and so is its folder."""
+"""Write, rename and remove files of this machine so that a power cut cannot undo it: file and folder are synced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from beacon_memory.errors import StoreError
 
-__all__ = ["make_folder", "sync_file", "sync_folder"]
+__all__ = ["identity", "make_folder", "move_into_place", "sync_file", "sync_folder", "unlink"]
 
 
 def make_folder(folder: Path) -> None:
@@ -22,13 +22,51 @@ def make_folder(folder: Path) -> None:
         raise StoreError(f"the folder {folder} cannot be created: {error.strerror}; name another store") from error
 
 
+def move_into_place(temp: Path, path: Path, *, more: bool = False) -> None:
+    """Rename a synced temporary file, replacing the file of that name; raises StoreError.
+
+    more: another file is moved into the same folder right after, so the folder is synced only then.
+
+    Readers see the old file or the new one, whole. The temporary file is gone afterwards, even if this fails.
+    """
+    try:
+        make_folder(path.parent)
+        temp.replace(path)
+        if not more:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}; see to space and permissions") from error
+    finally:
+        unlink(temp)
+
+
+def unlink(path: Path) -> bool:
+    """Remove a file if it exists; returns False if it cannot be removed now."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of the file at a path, None if there is none; raises StoreError if it is out of reach."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be reached: {error.strerror}; see to its permissions") from error
+    return status.st_dev, status.st_ino
+
+
 def sync_file(path: Path) -> None:
-    """Return when the bytes of a file are on disk."""
+    """Wait until the bytes of a file are on disk."""
     _sync(path, os.O_RDWR)
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on disk, after a file was created, renamed or removed in it."""
+    """Wait until the names in a folder are on disk, after a file was created, renamed or removed in it."""
     if os.name == "posix":  # elsewhere a folder cannot be opened, and a rename is durable by itself
         _sync(folder, os.O_RDONLY)
 

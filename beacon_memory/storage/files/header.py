@@ -1,4 +1,4 @@
-"""What a stored document's file says of it."""
+"""The header of a K/V file: what it says of its document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DocumentHeader", "WindowSpan"]
 
 @dataclass(frozen=True, slots=True)
 class WindowSpan:
-    """One window of a document.
+    """Describe one window of a document.
 
     tokens: raw tokens in this window
     ratio:  raw tokens per slot; 0: the window is kept raw, one slot a token
@@ -38,13 +38,13 @@ class WindowSpan:
 
     @property
     def slots(self) -> int:
-        """Slots of a head that the window takes, the mean over all heads; its last, incomplete unit has one, too."""
+        """Count the slots of the window in each head, on average; its last, incomplete unit has one, too."""
         return -(-self.tokens // self.ratio) if self.ratio else self.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentHeader:
-    """What a file says of its document.
+    """Describe the document of a file.
 
     id, content_hash: the document, and the sha256 of its text in hexadecimal
     tokens:      raw tokens of the text
@@ -99,12 +99,12 @@ class DocumentHeader:
 
     @property
     def slots(self) -> int:
-        """Slots of a head, the mean over all heads, of all windows together."""
+        """Count the slots of all windows in each head, on average."""
         return sum(window.slots for window in self.windows)
 
     @property
     def ratios(self) -> tuple[int, ...]:
-        """The different ratios of the windows, ascending."""
+        """Return the different ratios of the windows, ascending."""
         return tuple(sorted({window.ratio for window in self.windows}))
 
     @classmethod

@@ -2,18 +2,8 @@
 
 A file is a safetensors file with the tensors of a memory, `keys` and `values` [entries, head_dim], `places` [entries]
 and `counts` [layers, kv_heads], the last two whole numbers, and `text`, the source text in UTF-8 [bytes]. Quantized
-keys and values have their scales beside them, see `QuantizedKV`. One metadata entry `beacon_memory` is a JSON object:
-
-    format    version of this form, an integer
-    header    a DocumentHeader
-    tensors   dtype and shape of each tensor under its name, `xxh3`, the XXH3 hash (128 bits) of all, and of quantized
-              ones `rotated`
-    sha256    of the three above, so that a damaged header is noticed whenever it is read
-
-Older files are still read. In format 3 nothing is rotated. In format 2 nothing is quantized, there is no text, windows
-have no span of their own, nothing says how tokens were chosen, and a `sha256` is in the place of `xxh3`. In format 1 a
-file is a stack of beacons, `keys` and `values` [layers, kv_heads, slots, head_dim], with one dtype and shape for both,
-and neither compression nor span in the header.
+keys and values have their scales beside them, see `QuantizedKV`. The metadata tells the rest: see `kv_formats`, which
+also says in what older formats differ.
 
 Files are never changed in place: `stage_kv_file` writes and syncs a temporary file, which `files` gives its name.
 """
@@ -26,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -39,51 +28,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from beacon_memory.documents import Precision, Text
+from beacon_memory.documents import Text
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.quantize import QuantizedKV, quantized
+from beacon_memory.kv.quantize import QuantizedKV
 
 from .checked_json import json_checksum
 from .durable import make_folder, sync_file
-from .header import DocumentHeader, WindowSpan
-from .local import TEMP_PREFIX
+from .header import DocumentHeader
+from .kv_formats import ENTRY, FORMAT_VERSION, LONGEST_ENTRY, LONGEST_HEADER, SCALES, corrupt, read_entry
+from .names import new_temp
+from .stored_kv import StoredKV, narrow, precision_of
 
 __all__ = [
-    "FORMAT_VERSION",
     "StoredFile",
-    "StoredKV",
-    "precision_of",
     "read_header",
     "read_kv_file",
     "stage_kv_file",
-    "stored_bytes",
-    "with_precision",
 ]
 
-FORMAT_VERSION = 4
-StoredKV = MemoryKV | QuantizedKV
-_ENTRY = "beacon_memory"
-_REMEDY = "run `beacon-memory verify` to list every damaged file, and `beacon-memory repair` to mend them"
-_LONGEST_HEADER = 32 << 20  # bytes; a window takes about a hundred
-_LONGEST_ENTRY = _LONGEST_HEADER // 4  # as JSON in JSON each quotation mark takes more
-_LONGEST_FLAW = 500  # characters of an error message: it may quote what somebody wrote to do harm
 _LARGEST_EMPTY = 1 << 24  # product of the other axes of a tensor without elements: more is a lie, and would cost memory
-_POSITIONS_16 = 1 << 15  # span up to which positions take two bytes
-_PLAIN = ("counts", "keys", "places", "values")
-_SCALES = ("key_scales", "key_zeros", "value_scales", "value_zeros")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredFile:
-    """What a file holds. text_bytes: the source text in UTF-8 [bytes]; None in files of a format that had none."""
+    """Hold the content of a file. text_bytes: the source text in UTF-8 [bytes]; None in files of a format without."""
 
     header: DocumentHeader
     kv: StoredKV
     text_bytes: Tensor | None
 
     def memory(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> MemoryKV:
-        """The K/V on a device, dequantized there; dtype: as stored, or float32 if they are quantized."""
+        """Return the K/V on a device, dequantized there; dtype: as stored, or float32 if they are quantized."""
         kv = self.kv.to(device)
         if isinstance(kv, QuantizedKV):
             return kv.dequantized(dtype or torch.float32)
@@ -91,7 +67,7 @@ class StoredFile:
 
     @property
     def text(self) -> str:
-        """The source text; raises CorruptFileError if the file has none that fits its header."""
+        """Return the source text; raises CorruptFileError if the file has none that fits its header."""
         if self.text_bytes is None:
             raise CorruptFileError(f"the file of {self.header.id!r} is of a format that does not keep the text")
         data = self.text_bytes.numpy().tobytes()
@@ -101,31 +77,6 @@ class StoredFile:
             return data.decode()
         except UnicodeDecodeError as error:
             raise CorruptFileError(f"the text in the file of {self.header.id!r} is not UTF-8: {error}") from None
-
-
-def precision_of(kv: StoredKV) -> Precision:
-    """Return the precision that K/V are kept in; raises InputError for a dtype that is none."""
-    if isinstance(kv, QuantizedKV):
-        return Precision(f"int{kv.bits}")
-    if not kv.keys.dtype.is_floating_point:
-        raise InputError(f"keys and values must be of floating point, or quantized, got {kv.keys.dtype}")
-    return Precision(str(kv.keys.dtype).removeprefix("torch."))
-
-
-def with_precision(kv: StoredKV, precision: Precision | str) -> StoredKV:
-    """Return K/V in another precision; raises InputError for one that would need what is no longer there."""
-    now, wanted = precision_of(kv), Precision(precision)
-    if now is wanted:
-        return kv
-    if now.quantized and wanted.bits > now.bits:
-        raise InputError(f"{now} K/V hold no more than that: to keep them as {wanted}, compress the document anew")
-    memory = kv.dequantized(torch.float32) if isinstance(kv, QuantizedKV) else kv
-    return quantized(memory, wanted.bits) if wanted.quantized else memory.to(dtype=getattr(torch, wanted))
-
-
-def stored_bytes(kv: StoredKV) -> int:
-    """Bytes that keys, values and positions take in a file."""
-    return kv.nbytes - kv.positions.nbytes + _narrow(kv).nbytes
 
 
 def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text) -> Path:
@@ -142,11 +93,11 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
     data = text.value.encode()
     scales, rotated = {}, {}
     if isinstance(kv, QuantizedKV):
-        scales, rotated = {name: getattr(kv, name) for name in _SCALES}, {"rotated": kv.rotated}
+        scales, rotated = {name: getattr(kv, name) for name in SCALES}, {"rotated": kv.rotated}
     tensors = {
         "keys": kv.keys,
         "values": kv.values,
-        "places": _narrow(kv),
+        "places": narrow(kv),
         "counts": kv.counts.to(torch.int32),
         "text": torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8),
         **scales,
@@ -160,12 +111,12 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
         "tensors": {**{name: _form(tensor) for name, tensor in tensors.items()}, "xxh3": _hash(tensors), **rotated},
     }
     entry = json.dumps({**described, "sha256": json_checksum(described)})
-    if len(entry) > _LONGEST_ENTRY:
+    if len(entry) > LONGEST_ENTRY:
         raise InputError(f"the header of {header.id!r} would take {len(entry)} bytes; split the document")
     make_folder(folder)
-    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    temp = new_temp(folder)
     try:
-        save_file(tensors, temp, metadata={_ENTRY: entry})
+        save_file(tensors, temp, metadata={ENTRY: entry})
         # safetensors creates files that only their owner may read; a store is as open as its folder
         temp.chmod(folder.stat().st_mode & 0o666)
         sync_file(temp)
@@ -178,14 +129,14 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
 
 
 def read_header(path: Path) -> DocumentHeader:
-    """Read what a file says of its document, not its tensors.
+    """Read the header of a file, not its tensors.
 
     This and `read_kv_file` raise CorruptFileError, naming the file and what is wrong, for anything that `stage_kv_file`
     did not write, and let FileNotFoundError through.
     """
     _require_file(path)
     with _opened(path) as file:
-        return _read_entry(path, file.metadata() or {})[0]
+        return read_entry(path, file.metadata() or {})[0]
 
 
 def read_kv_file(path: Path) -> StoredFile:
@@ -195,34 +146,34 @@ def read_kv_file(path: Path) -> StoredFile:
     """
     _require_file(path)
     with _opened(path) as file:
-        header, described = _read_entry(path, file.metadata() or {})
+        header, described = read_entry(path, file.metadata() or {})
         checks = {name: described.pop(name) for name in ("xxh3", "sha256") if name in described}
         rotated = described.pop("rotated", False)
         names = sorted(file.keys())
         if names != sorted(described):
-            raise _corrupt(
+            raise corrupt(
                 path, f"it holds {len(names)} tensors, but its header tells of {', '.join(sorted(described))}"
             )
         tensors = {name: file.get_tensor(name) for name in names}
     for name, tensor in tensors.items():
         if _form(tensor) != described[name]:
-            raise _corrupt(path, f"its {name} are {_form(tensor)}, not {described[name]}")
+            raise corrupt(path, f"its {name} are {_form(tensor)}, not {described[name]}")
         if not tensor.numel() and math.prod(filter(None, tensor.shape)) > _LARGEST_EMPTY:
-            raise _corrupt(path, f"its {name} have a shape that no model has: {list(tensor.shape)}")
+            raise corrupt(path, f"its {name} have a shape that no model has: {list(tensor.shape)}")
     if ("xxh3" in checks and checks["xxh3"] != _hash(tensors)) or (
         "sha256" in checks and checks["sha256"] != _digest(tensors)
     ):
-        raise _corrupt(path, "its tensors are not those that were written: their hash differs")
+        raise corrupt(path, "its tensors are not those that were written: their hash differs")
     text = tensors.pop("text", None)
     if text is not None and (text.dtype != torch.uint8 or text.ndim != 1):
-        raise _corrupt(path, f"its text is {_form(text)}, and no bytes")
+        raise corrupt(path, f"its text is {_form(text)}, and no bytes")
     try:
         kv = _kv(tensors, header.span, rotated)
         precision_of(kv)
     except InputError as error:
-        raise _corrupt(path, str(error)) from error
+        raise corrupt(path, str(error)) from error
     if flaw := _misfit(header, kv) or _misplaced(kv):
-        raise _corrupt(path, flaw)
+        raise corrupt(path, flaw)
     return StoredFile(header, kv, text)
 
 
@@ -234,14 +185,14 @@ def _require_file(path: Path) -> None:
         raise
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
-            raise _corrupt(path, "it is a link") from error
+            raise corrupt(path, "it is a link") from error
         raise StoreError(f"{path} cannot be opened: {error.strerror}; see to its permissions") from error
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise _corrupt(path, "it is no plain file")
+            raise corrupt(path, "it is no plain file")
         length = int.from_bytes(os.read(handle, 8), "little")
-        if length > _LONGEST_HEADER:
-            raise _corrupt(path, f"it claims a header of {length} bytes")
+        if length > LONGEST_HEADER:
+            raise corrupt(path, f"it claims a header of {length} bytes")
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; see to the disk") from error
     finally:
@@ -254,17 +205,17 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise _corrupt(path, f"it is not a whole safetensors file ({error})") from error
+        raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         if not path.exists():  # safe_open opens a file twice, the second time through torch: it vanished in between
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
         if isinstance(error, OSError):
             raise StoreError(f"{path} cannot be read: {error}; see to the disk") from error
-        raise _corrupt(path, f"torch cannot read it ({error})") from error
+        raise corrupt(path, f"torch cannot read it ({error})") from error
 
 
 def _kv(tensors: Mapping[str, Tensor], span: int, rotated: bool) -> StoredKV:
-    """The K/V that a file's tensors are. Raises InputError for tensors that cannot be any."""
+    """Make K/V of the tensors of a file; raises InputError for tensors that cannot be any."""
     if "counts" not in tensors:  # format 1
         return MemoryKV.of(BeaconKV(**tensors))
     if tensors["counts"].dtype != torch.int32 or tensors["places"].dtype not in (torch.int16, torch.int32):
@@ -272,7 +223,9 @@ def _kv(tensors: Mapping[str, Tensor], span: int, rotated: bool) -> StoredKV:
             f"its counts must be int32 and its places int16 or int32, got {tensors['counts'].dtype} and "
             f"{tensors['places'].dtype}"
         )
-    whole = {"counts": tensors["counts"].long(), "positions": _wide(tensors["places"])}
+    # by one thread, see `_misplaced`
+    positions = torch.from_numpy(tensors["places"].numpy().astype("int32", copy=False))
+    whole = {"counts": tensors["counts"].long(), "positions": positions}
     given = {name: tensor for name, tensor in tensors.items() if name != "places"}
     if "key_scales" not in tensors:
         return MemoryKV(**{**given, **whole}, span=span)
@@ -281,98 +234,23 @@ def _kv(tensors: Mapping[str, Tensor], span: int, rotated: bool) -> StoredKV:
     return QuantizedKV(**{**given, **whole}, bits=bits, span=span, dtype=torch.float32, rotated=rotated)
 
 
-def _wide(positions: Tensor) -> Tensor:
-    """Positions of a file as a memory has them; by one thread, see `_misplaced`."""
-    return torch.from_numpy(positions.numpy().astype("int32", copy=False))
-
-
-def _narrow(kv: StoredKV) -> Tensor:
-    """The positions as a file keeps them, under their older name `places`."""
-    return (
-        kv.positions.to(torch.int16) if kv.span <= _POSITIONS_16 and kv.positions.dtype == torch.int32 else kv.positions
-    )
-
-
-def _read_entry(path: Path, metadata: Mapping[str, str]) -> tuple[DocumentHeader, dict[str, Any]]:
-    """The header in a file's metadata and what it says of the tensors, its version and digest checked.
-
-    What it says is the `_form` of each tensor by name, and their hash as `xxh3` or `sha256`.
-    """
-    entry = _checked(path, metadata)
-    version = entry["format"]
-    try:
-        header, tensors = entry["header"], entry["tensors"]
-        if version == 1:
-            form = {"dtype": tensors["dtype"], "shape": tensors["shape"]}
-            header = {**header, "compression": "beacon", "span": form["shape"][2]}
-            described = {"keys": form, "values": form, "sha256": tensors["sha256"]}
-        elif version == 2:
-            described = {name: tensors[name] for name in (*_PLAIN, "sha256")}
-        else:
-            scales = _SCALES if "key_scales" in tensors else ()
-            rotated = ("rotated",) if scales and version > 3 else ()
-            described = {name: tensors[name] for name in (*_PLAIN, *scales, "text", "xxh3", *rotated)}
-        if version < 3:
-            header = {**header, "windows": _with_spans(header), "method": None}
-        return DocumentHeader.from_dict(header), described
-    except (AttributeError, IndexError, KeyError, TypeError, RecursionError, InputError, CorruptFileError) as error:
-        raise _corrupt(path, f"its header cannot be read ({error})") from error
-
-
-def _checked(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON object in a file's metadata, its version and digest checked."""
-    if _ENTRY not in metadata:
-        raise _corrupt(path, f"it has no metadata entry {_ENTRY!r}, so beacon_memory did not write it")
-    if len(metadata[_ENTRY]) > _LONGEST_ENTRY:
-        raise _corrupt(path, f"its metadata entry {_ENTRY!r} is longer than any of ours")
-    try:
-        entry = json.loads(metadata[_ENTRY])
-        sound = isinstance(entry, dict) and entry.pop("sha256", None) == json_checksum(entry)
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"its metadata entry {_ENTRY!r} is not JSON ({error})") from error
-    version = entry.get("format") if isinstance(entry, dict) else None
-    if type(version) is not int or version < 1:
-        raise _corrupt(path, f"its metadata entry {_ENTRY!r} states no format version")
-    if version > FORMAT_VERSION:
-        raise CorruptFileError(
-            f"{path} has format {version}, written by a newer beacon_memory; this one reads formats up to "
-            f"{FORMAT_VERSION}: upgrade beacon_memory, or add the document again with this version"
-        )
-    if not sound:
-        raise _corrupt(path, "its header is damaged: the digest of the header differs")
-    return dict(entry)
-
-
-def _with_spans(header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The windows of an older header, each with the span that it takes; of `hybrid` the last one has that of all."""
-    windows = [WindowSpan(**window, span=0) for window in header["windows"]]
-    by_compression = {"beacon": [one.slots for one in windows], "select": [one.tokens for one in windows]}
-    spans = by_compression.get(header["compression"], [0] * (len(windows) - 1) + [header["span"]] * bool(windows))
-    return [asdict(window) | {"span": span} for window, span in zip(windows, spans, strict=True)]
-
-
-def _corrupt(path: Path, flaw: str) -> CorruptFileError:
-    shown = "".join(char if char.isprintable() else "?" for char in flaw[:_LONGEST_FLAW])
-    return CorruptFileError(f"{path} cannot be used: {shown}; {_REMEDY}")
-
-
 def _form(tensor: Tensor) -> dict[str, Any]:
-    """What a file says of a tensor."""
+    """Describe a tensor as the metadata does."""
     return {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """The XXH3 hash of tensors: several times as fast as memory is read, and as good against all but an attacker."""
+    """Hash tensors with XXH3, which is fast and finds every accident; a sha256 would also find an attack."""
     return _feed(xxhash.xxh3_128(), tensors)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of tensors, which older files have."""
+    """Hash tensors with sha256, as older files have it."""
     return _feed(hashlib.sha256(), tensors)
 
 
 def _feed(hasher: Any, tensors: Mapping[str, Tensor]) -> str:
-    """A hash of tensors in the order of their names, all contiguous and on the CPU: dtypes, shapes and bytes."""
+    """Hash dtypes, shapes and bytes of tensors in the order of their names; all contiguous and on the CPU."""
     for _, tensor in sorted(tensors.items()):
         hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
@@ -380,7 +258,7 @@ def _feed(hasher: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _misfit(header: DocumentHeader, kv: StoredKV) -> str | None:
-    """What is wrong if a document of this header has other K/V than these. Reads none of them but the counts."""
+    """Say in what K/V differ from the header of their document, None if in nothing; reads the counts only."""
     if kv.keys.dtype != kv.values.dtype:
         return f"its keys and values must have one dtype, got {kv.keys.dtype} and {kv.values.dtype}"
     if kv.positions.dtype != torch.int32:
@@ -396,7 +274,7 @@ def _misfit(header: DocumentHeader, kv: StoredKV) -> str | None:
 
 
 def _misplaced(kv: StoredKV) -> str | None:
-    """What is wrong if a head has less than no entries, or an entry lies outside the span."""
+    """Say whether a head has fewer than no entries or an entry lies outside the span, None if neither."""
     if (kv.counts < 0).any():
         return f"one of its heads has {int(kv.counts.min())} entries"
     positions = (

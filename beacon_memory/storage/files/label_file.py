@@ -19,7 +19,7 @@ __all__ = ["StoredLabel", "label_name", "read_label", "stage_label"]
 
 @dataclass(frozen=True, slots=True)
 class StoredLabel:
-    """What is known of a document beside its K/V and text."""
+    """Hold the label of a document, with its id and time of creation."""
 
     id: str
     created_at: str
@@ -27,12 +27,12 @@ class StoredLabel:
 
 
 def label_name(file: str) -> str:
-    """The name of the label beside a K/V file."""
+    """Return the name of the label of a K/V file."""
     return file.removesuffix(".safetensors") + ".json"
 
 
 def stage_label(folder: Path, stored: StoredLabel) -> Path:
-    """Write and sync a temporary file into a folder; raises as `stage_checked`."""
+    """Write a label into a temporary file, and sync it; raises as `stage_checked`."""
     fields = {"id": stored.id, "created_at": stored.created_at, **asdict(stored.label)}
     return stage_checked(folder, fields, f"the label of {stored.id!r}")
 

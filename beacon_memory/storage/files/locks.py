@@ -1,4 +1,4 @@
-"""Who is at work in a store: writers side by side, or one that tidies up, alone.
+"""Locks of a store: many may write at a time, and one that tidies up is alone.
 
 The lock is the operating system's, on a file, so it is gone with the process that held it, however that ended. Locks
 between threads live in memory, which a forked process inherits without the threads that would release them.
@@ -50,14 +50,14 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold off whoever removes files without a row, from before a file is staged until its row is committed."""
+    """Hold the shared lock of writers, from before a file is staged until its row is committed: nobody tidies up."""
     with _locked(folder / _FILE, portalocker.LockFlags.SHARED, _WRITE_SECONDS, f"{folder} is being repaired"):
         yield
 
 
 @contextlib.contextmanager
 def tidying(folder: Path) -> Iterator[None]:
-    """While this is held nobody writes: a file that no row names now, none ever will.
+    """Hold the lock alone, so that nobody writes: a file that no row names now will never have one.
 
     Raises StoreError if writers leave no gap for 10 seconds.
     """
@@ -67,7 +67,7 @@ def tidying(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock that a file stands for, alone; what: said if others hold it for more than 120 seconds."""
+    """Hold the lock on a file alone; `what` begins the error if others hold it for more than 120 seconds."""
     with _locked(path, portalocker.LockFlags.EXCLUSIVE, _WRITE_SECONDS, what):
         yield
 

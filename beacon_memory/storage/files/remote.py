@@ -1,17 +1,11 @@
-"""The files of a store in object storage, such as S3, behind a cache on this machine.
+"""Object storage, such as S3, as a files backend.
 
-    <url>/.beacon-memory             the id of the one store that these files belong to
-    <url>/kv/<folder>/<file>         an object for each file
-    <cache>/kv/<folder>/<file>       the files that were used last, each with the time of its last use
-    <cache>/kv/.tmp...               being written or uploaded
-    <cache>/downloads/.tmp...        being downloaded
+    <url>/.beacon-memory         the id of the one store that these files belong to
+    <url>/kv/<folder>/<file>     an object for each file
 
-An object is seen whole or not at all, and a cached file is renamed into place, so no reader meets half a file. Any
-number of threads and processes may share a cache. It can be deleted at any time: all of it is remote, but for what is
-being published.
-
-Needs obstore (the `remote` extra), which reads credentials, region and endpoint from the environment, in variables
-AWS_..., GOOGLE_... or AZURE_...; AWS_ALLOW_HTTP=true allows a line without TLS.
+An object is seen whole or not at all. Needs obstore and tenacity (the `remote` extra). obstore reads credentials,
+region and endpoint from the environment, in variables AWS_..., GOOGLE_... or AZURE_...; AWS_ALLOW_HTTP=true allows a
+connection without TLS.
 """
 
 from __future__ import annotations
@@ -20,10 +14,7 @@ import contextlib
 import errno
 import functools
 import os
-import secrets
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
@@ -31,14 +22,11 @@ from urllib.parse import urlsplit
 
 from beacon_memory.errors import InputError, MissingDependencyError, StoreError
 
-from .durable import make_folder, sync_file
-from .local import FILE_NAME, TEMP_PREFIX, unlink
-
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-__all__ = ["RemoteFiles"]
+__all__ = ["ObjectStorage"]
 
 _CLAIM = ".beacon-memory"
 
@@ -59,7 +47,6 @@ _RETRIES: RetryConfig = {
 }
 _TRIES = 3
 _PAUSE_SECONDS = 1.0
-_STALE_SECONDS = 3600  # without a byte, after which nobody can still be downloading
 _CLIENT = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "15m"}  # timeout: of a piece or part as a whole
 # What users may set for the connection, as AWS_ALLOW_HTTP; obstore reads these only when it is given no client options
 _CLIENT_KEYS = (*_CLIENT, "allow_http", "allow_invalid_certificates", "root_certificate", "proxy_url", "proxy_excludes")
@@ -68,126 +55,102 @@ _ENVIRONMENT = {"s3": "AWS_", "gcs": "GOOGLE_", "azure": "AZURE_"}
 _Result = TypeVar("_Result")
 
 
-class RemoteFiles:
-    """Files in object storage; see Files. Network and server failures are repeated, then raise StoreError.
+class ObjectStorage:
+    """Keep files in object storage; a `FilesBackend`. Failures of network and server are retried, then StoreError.
 
-    url:         where they lie: s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file:///folder, which
-                 is not synced: a power cut may take what was published last
-    cache:       a folder of this machine for the files of this url alone
-    cache_bytes: what the cache may hold; the least recently used files give way, but for the one just published or
-                 fetched. What is being written or downloaded comes on top.
+    url: s3://bucket/prefix, gs://bucket/prefix or az://container/prefix
 
-    Raises InputError for a url that cannot be used, MissingDependencyError without obstore.
+    Raises InputError for a URL that cannot be used, MissingDependencyError without obstore.
     """
 
-    def __init__(self, url: str, cache: Path, cache_bytes: int) -> None:
-        if cache_bytes < 0:
-            raise InputError(f"cache_bytes is {cache_bytes}, but must be 0 or more")
+    def __init__(self, url: str) -> None:
         self._store = _open(url)
         self.url = url.rstrip("/")
-        self.cache = cache
-        self.cache_bytes = cache_bytes
-        self._downloads = cache / "downloads"
-        self._locks = tuple(threading.Lock() for _ in range(64))  # one for a name, shared by few others
 
-    @property
-    def staging(self) -> Path:
-        """See Files; in the cache, where the file stays when it is published."""
-        return self.cache / "kv"
+    def within(self, folder: str) -> ObjectStorage:
+        """Return the backend of a longer prefix."""
+        return ObjectStorage(f"{self.url}/{folder}")
 
-    def claim(self, owner: str) -> None:
-        """Reserve the url for the store whose id is `owner`; does nothing if it is already.
-
-        Raises StoreError if it belongs to another store: each would take the other's files for its own leftovers.
-        """
+    def claim(self, owner: str) -> str:
+        """Reserve the URL for a store unless one has reserved it already; returns the id of the one that has it."""
         holder = self._owner()
         if holder is None:
             self._try("claiming the url", functools.partial(self._create_claim, owner.encode()))
             holder = self._owner()  # another store may have been first
-        if holder != owner.encode():
-            raise StoreError(
-                f"{self.url} belongs to another store ({(holder or b'').decode(errors='replace')!r}, and this is "
-                f"{owner!r}): choose another url, or remove {self.url}/{_CLAIM} if that store is gone"
-            )
+        return (holder or b"").decode(errors="replace")
 
-    def publish(self, temp: Path, name: str, *, more: bool = False) -> None:  # noqa: ARG002  # lasts in any case
-        """See Files; the file stays in the cache. Raises StoreError; the object is then the old one, or none.
+    def publish(self, source: Path, name: str) -> None:
+        """Upload a file. If that fails, the old object is still there; the new one, if only the last answer was lost.
 
-        If only the last answer was lost, it may be the new one. A process that is killed meanwhile may leave parts of
-        an upload in the bucket, unseen: let a lifecycle rule of the bucket remove those that were never completed.
+        A process that is killed meanwhile may leave parts of an upload in the bucket, unseen: let a lifecycle rule of
+        the bucket remove uploads that were never completed.
         """
-        try:
-            path = self._path(name)
-            part = max(_PART_BYTES, -(-temp.stat().st_size // _MOST_PARTS))
-            put = functools.partial(self._store.put, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
-            self._try(f"uploading {name}", lambda: put(name, temp))
-            self._keep(temp, path)
-        finally:
-            unlink(temp)
+        part = max(_PART_BYTES, -(-source.stat().st_size // _MOST_PARTS))
+        put = functools.partial(self._store.put, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
+        self._try(f"uploading {name}", lambda: put(name, source))
 
-    def fetch(self, name: str) -> Path:
-        """See Files; downloads what is not in the cache. Raises FileNotFoundError or StoreError.
+    def fetch(self, name: str, target: Path) -> None:
+        """Download a file, piece by piece, each with tries of its own; raises FileNotFoundError or StoreError."""
+        with target.open("wb") as file:
+            size, version = 1, None  # until the first answer tells
+            while (start := file.tell()) < size:
+                meta = self._try(f"reading {name}", functools.partial(self._piece, name, file, start, version))
+                if meta is None:
+                    raise self._missing(name)
+                size, version = meta["size"], meta["e_tag"]
 
-        Another thread or process may need the room before the caller opens the file: then fetch it again. One that is
-        open stays readable.
-        """
-        path = self._path(name)
-        if not _used(path):
-            with self._locks[hash(name) % len(self._locks)]:
-                if not _used(path):  # another thread may have fetched it by now
-                    self._download(name, path)
-        return path
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Download a part of a file; raises FileNotFoundError or StoreError."""
 
-    def remove(self, name: str) -> bool:
-        """See Files."""
-        path = self._path(name)
-        try:
-            self._try(f"removing {name}", functools.partial(self._delete, name))
-        except StoreError:
-            return False
-        return unlink(path)
+        def part() -> bytes | None:
+            result = self._get(name, {"range": (start, start + length)})
+            return None if result is None else bytes(result.bytes())
 
-    def names(self) -> Iterator[str]:
-        """See Files; leaves out objects that no store would name so. Raises StoreError."""
-        yield from self._try("listing", self._list)
+        found = self._try(f"reading {name}", part)
+        if found is None:
+            raise self._missing(name)
+        return found
 
-    def temps(self) -> Iterator[Path]:
-        """See Files; what is being downloaded, for which nobody needs to write, is still somebody's."""
-        yield from sorted(self.staging.glob(f"{TEMP_PREFIX}*"))
-        for temp in sorted(self._downloads.glob(f"{TEMP_PREFIX}*")):
-            with contextlib.suppress(FileNotFoundError):  # it has just come to its end
-                if time.time() - temp.stat().st_mtime > _STALE_SECONDS:
-                    yield temp
+    def remove(self, name: str) -> None:
+        """Delete an object if it exists."""
+        self._try(f"removing {name}", functools.partial(self._delete, name))
 
-    def _path(self, name: str) -> Path:
-        if not FILE_NAME.fullmatch(name):
-            raise StoreError(f"{name!r} is no name of a store's file, as kv/0f/0f3a.safetensors would be; refused")
-        return self.cache / name
+    def sync(self, names: Iterable[str]) -> None:
+        """Do nothing: what object storage has answered lasts."""
+
+    def names(self) -> list[str]:
+        """List the names of all objects below `kv/`."""
+        return self._try("listing", self._list)
+
+    def _missing(self, name: str) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, "no such object", f"{self.url}/{name}")
 
     def _try(self, doing: str, act: Callable[[], _Result]) -> _Result:
-        """What `act` returns, which can be repeated from its start. Raises StoreError if that does not help."""
+        """Return what `act` returns, which can be repeated from its start; raises StoreError if that does not help."""
         from obstore.exceptions import BaseError, GenericError, InvalidPathError
+        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-        tries = 0
-        while True:
-            try:
-                return act()
-            except (BaseError, OSError) as error:
-                tries += 1
-                if tries >= _TRIES or not isinstance(error, (GenericError, OSError)):
-                    foreign = isinstance(error, InvalidPathError)
-                    advice = "remove that object" if foreign else "check url, credentials and network, and try again"
-                    raise StoreError(f"{self.url}: {doing} failed: {_cause(error)}; {advice}") from error
-            time.sleep(_PAUSE_SECONDS)
+        retrying = Retrying(
+            retry=retry_if_exception_type((GenericError, OSError)),
+            stop=stop_after_attempt(_TRIES),
+            wait=wait_fixed(_PAUSE_SECONDS),
+            reraise=True,
+        )
+        try:
+            return retrying(act)
+        except (BaseError, OSError) as error:
+            foreign = isinstance(error, InvalidPathError)
+            advice = "remove that object" if foreign else "check url, credentials and network, and try again"
+            raise StoreError(f"{self.url}: {doing} failed: {_cause(error)}; {advice}") from error
 
     def _get(self, name: str, options: GetOptions) -> GetResult | None:
-        """The answer to a request for an object, or None if there is no such object."""
+        """Request an object; returns None if there is none."""
         with contextlib.suppress(FileNotFoundError):
             return self._store.get(name, options=options)
         return None
 
     def _owner(self) -> bytes | None:
-        """Who claimed the url."""
+        """Return the id of the store that claimed the URL, None if none has."""
 
         def read() -> bytes | None:
             result = self._get(_CLAIM, {})
@@ -206,32 +169,13 @@ class RemoteFiles:
             self._store.delete(name)
 
     def _list(self) -> list[str]:
-        objects = (found for page in self._store.list("kv") for found in page)
-        return sorted(found["path"] for found in objects if FILE_NAME.fullmatch(found["path"]))
-
-    def _download(self, name: str, path: Path) -> None:
-        make_folder(self._downloads)
-        temp = self._downloads / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
-        try:
-            with temp.open("wb") as file:
-                self._receive(name, file)
-            sync_file(temp)  # or a power cut could leave an empty file under the name
-            if not _used(path):  # what another process put there meanwhile is as new, or newer
-                self._keep(temp, path)
-        finally:
-            unlink(temp)
-
-    def _receive(self, name: str, file: BinaryIO) -> None:
-        """Write an object into an empty file, piece by piece. Raises FileNotFoundError or StoreError."""
-        size, version = 1, None  # until the first answer tells
-        while (start := file.tell()) < size:
-            meta = self._try(f"reading {name}", functools.partial(self._piece, name, file, start, version))
-            if meta is None:
-                raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.url}/{name}")
-            size, version = meta["size"], meta["e_tag"]
+        return [found["path"] for page in self._store.list("kv") for found in page]
 
     def _piece(self, name: str, file: BinaryIO, start: int, version: str | None) -> ObjectMeta | None:
-        """Write the bytes from `start` on of that version of an object, or of any; None if there is no such object."""
+        """Write one piece of an object, from `start` on, into a file; returns None if there is no such object.
+
+        version: the one that must be read, so that all pieces are of one; None for any
+        """
         file.seek(start)
         file.truncate()  # what a try before left
         options: GetOptions = {"if_match": version} if version else {}
@@ -249,40 +193,23 @@ class RemoteFiles:
             raise OSError(f"the answer ended at byte {file.tell()} instead of {stop}")
         return result.meta
 
-    def _keep(self, temp: Path, path: Path) -> None:
-        """Take a file into the cache, and make room for it."""
-        make_folder(path.parent)
-        temp.replace(path)
-        files = []
-        for cached in self.cache.glob("kv/*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
-                status = cached.stat()
-                files.append((status.st_mtime_ns, status.st_size, cached))
-        held = sum(size for _, size, _ in files)
-        for _, size, cached in sorted(files):
-            if held <= self.cache_bytes:
-                break
-            if cached != path and unlink(cached):
-                held -= size
-
 
 def _open(url: str) -> ObjectStore:
-    """The place that a url names; asks nothing of it yet."""
+    """Return the store that a URL names, without asking it anything yet."""
     try:
+        import tenacity  # noqa: F401  # asked for at once rather than in the middle of a write
         from obstore import parse_scheme
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
         raise MissingDependencyError(
-            "a store in object storage needs obstore: pip install 'beacon-memory[remote]'"
+            "a store in object storage needs obstore and tenacity: pip install 'beacon-memory[remote]'"
         ) from error
     try:
         place = urlsplit(url)
         if place.password or place.query or place.fragment:  # not shown: they may be secrets
             raise InputError("the url of a store names a place only: give credentials in the environment")
         scheme = parse_scheme(url) if "://" in url else "none"
-        if scheme == "local":
-            return from_url(url, mkdir=True)
         if scheme == "memory":
             return from_url(url)
         if scheme in _ENVIRONMENT:
@@ -300,14 +227,5 @@ def _open(url: str) -> ObjectStore:
 
 
 def _cause(error: Exception) -> str:
-    """What obstore says of an error, without its rendering of the Rust object."""
+    """Return the message of obstore's error, without its rendering of the Rust object."""
     return str(error).partition("\n\nDebug source")[0].strip()
-
-
-def _used(path: Path) -> bool:
-    """Mark a cached file as used now; False if it is not there."""
-    try:
-        os.utime(path)
-    except FileNotFoundError:
-        return False
-    return True

@@ -23,7 +23,8 @@ from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.migrations import migrations
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import precision_of, read_kv_file
+from beacon_memory.storage.files.kv_file import read_kv_file
+from beacon_memory.storage.files.stored_kv import precision_of
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 

@@ -20,15 +20,9 @@ from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import (
-    FORMAT_VERSION,
-    precision_of,
-    read_header,
-    read_kv_file,
-    stage_kv_file,
-    stored_bytes,
-    with_precision,
-)
+from beacon_memory.storage.files.kv_file import read_header, read_kv_file, stage_kv_file
+from beacon_memory.storage.files.kv_formats import FORMAT_VERSION
+from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes, with_precision
 
 # What a file says of the tensors of `sample`, their hash apart.
 FORMS: dict[str, Any] = {
@@ -103,23 +97,6 @@ def test_a_file_is_read_onto_a_device_in_a_dtype(tmp_path: Path) -> None:
     write_kv_file(path, header, quantized)
     assert same(read_kv_file(path).memory(), quantized.dequantized(torch.float32))
     assert same(read_kv_file(path).memory(dtype=torch.float16), quantized.dequantized(torch.float16))
-
-
-@pytest.mark.parametrize(("now", "wanted"), [(now, wanted) for now in Precision for wanted in Precision])
-def test_kv_are_kept_in_any_precision_that_they_still_have(now: str, wanted: str) -> None:
-    kv = with_precision(sample(dtype=torch.float32)[1], now)
-    bits = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
-    if now.startswith("int") and bits[wanted] > bits[now]:
-        with pytest.raises(InputError, match=f"{now} K/V hold no more than that: to keep them as {wanted}, compress"):
-            with_precision(kv, wanted)
-        return
-    converted = with_precision(kv, wanted)
-    assert precision_of(converted) == wanted
-    assert (converted is kv) == (now == wanted)
-    assert torch.equal(converted.positions, kv.positions)
-    assert (stored_bytes(converted) < stored_bytes(kv)) == (bits[wanted] < bits[now])
-    with pytest.raises(InputError, match="precision='int2' must be one of"):
-        with_precision(kv, "int2")
 
 
 def test_slices_and_tensors_that_share_memory_are_written_as_they_look(tmp_path: Path) -> None:

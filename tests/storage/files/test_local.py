@@ -3,13 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from beacon_memory.errors import StoreError
-from beacon_memory.storage.files.local import LocalFiles, file_stem, hash_id, number_of, unlink
+from beacon_memory.storage.files import local
+from beacon_memory.storage.files.durable import unlink
+from beacon_memory.storage.files.local import LocalFiles
+from beacon_memory.storage.files.names import file_stem
 
-NAME = f"{file_stem('doc')}-0123456789ab.safetensors"
+NAME, OTHER = (f"{file_stem(id)}-0123456789ab.safetensors" for id in ("doc", "other"))
 
 
 @pytest.fixture
@@ -81,14 +82,12 @@ def test_what_a_crash_left_in_any_folder_is_found(files: LocalFiles) -> None:
     assert [*files.names()] == [NAME]
 
 
-@given(st.text(min_size=1), st.text(min_size=1))
-def test_ids_become_different_plain_names(one: str, other: str) -> None:
-    assert (hash_id(one) == hash_id(other)) == (one == other)
-    folder, _, stem = file_stem(one).removeprefix("kv/").partition("/")
-    assert stem == hash_id(one)
-    assert stem.startswith(folder)
-    assert int(stem, 16) < 16**32
-
-
-def test_the_number_of_a_file_is_that_of_its_label() -> None:
-    assert number_of(NAME) == number_of(NAME.replace("safetensors", "json")) == "0123456789ab"
+def test_folders_of_removed_files_are_synced(files: LocalFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (NAME, OTHER):
+        files.publish(stage(files, name), name)
+    synced: list[Path] = []
+    monkeypatch.setattr(local, "sync_folder", synced.append)
+    for name in (NAME, OTHER):
+        files.remove(name)
+    files.sync([NAME, NAME.replace("safetensors", "json"), OTHER, "kv/00/nowhere"])
+    assert sorted(synced) == sorted({(files.folder / name).parent for name in (NAME, OTHER)})

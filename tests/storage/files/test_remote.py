@@ -16,9 +16,10 @@ from s3_server import BUCKET, KEYS, Fault, Line, S3Server
 
 from beacon_memory.errors import InputError, MissingDependencyError, StoreError
 from beacon_memory.storage.files import remote
+from beacon_memory.storage.files.cached import CachedFiles
 from beacon_memory.storage.files.durable import make_folder
-from beacon_memory.storage.files.local import TEMP_PREFIX
-from beacon_memory.storage.files.remote import RemoteFiles
+from beacon_memory.storage.files.names import TEMP_PREFIX
+from beacon_memory.storage.files.remote import ObjectStorage
 
 NAME = "kv/0f/0f3a-1b.safetensors"
 BIG = bytes(range(256)) * 48_000  # 12 MB: three parts
@@ -56,11 +57,11 @@ def line(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 
 
 @pytest.fixture
-def files(line: Line, tmp_path: Path) -> RemoteFiles:
-    return RemoteFiles(URL, tmp_path / "cache", 10**9)
+def files(line: Line, tmp_path: Path) -> CachedFiles:
+    return CachedFiles(ObjectStorage(URL), tmp_path / "cache", 10**9)
 
 
-def publish(files: RemoteFiles, data: bytes, name: str = NAME) -> Path:
+def publish(files: CachedFiles, data: bytes, name: str = NAME) -> Path:
     make_folder(files.staging)
     temp = files.staging / f"{TEMP_PREFIX}-{threading.get_ident()}"
     temp.write_bytes(data)
@@ -68,17 +69,17 @@ def publish(files: RemoteFiles, data: bytes, name: str = NAME) -> Path:
     return temp
 
 
-def elsewhere(files: RemoteFiles, cache_bytes: int = 10**9) -> RemoteFiles:
+def elsewhere(files: CachedFiles, cache_bytes: int = 10**9) -> CachedFiles:
     """The same files from another machine."""
-    return RemoteFiles(files.url, files.cache.parent / "elsewhere", cache_bytes)
+    return CachedFiles(ObjectStorage(URL), files.cache.parent / "elsewhere", cache_bytes)
 
 
-def cached(files: RemoteFiles) -> list[str]:
+def cached(files: CachedFiles) -> list[str]:
     return sorted(path.relative_to(files.cache).as_posix() for path in files.cache.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("data", [b"a memory", BIG], ids=["small", "in parts"])
-def test_a_published_file_is_read_on_another_machine(files: RemoteFiles, server: S3Server, data: bytes) -> None:
+def test_a_published_file_is_read_on_another_machine(files: CachedFiles, server: S3Server, data: bytes) -> None:
     temp = publish(files, data)
     assert not temp.exists()
     assert server.objects() == {f"notes/2026/{NAME}": data}
@@ -93,7 +94,7 @@ def test_a_published_file_is_read_on_another_machine(files: RemoteFiles, server:
     assert server.objects() == {}
 
 
-def test_a_file_is_downloaded_once(files: RemoteFiles, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_downloaded_once(files: CachedFiles, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_PIECE_BYTES", 5_000_000)
     publish(files, BIG)
     publish(files, b"whatever", "kv/0f/other.safetensors")
@@ -107,7 +108,7 @@ def test_a_file_is_downloaded_once(files: RemoteFiles, line: Line, monkeypatch: 
     assert len(line.requests) == 3  # the three pieces
 
 
-def test_the_cache_needs_no_network(files: RemoteFiles, line: Line) -> None:
+def test_the_cache_needs_no_network(files: CachedFiles, line: Line) -> None:
     publish(files, b"a memory")
     line.close()
     assert files.fetch(NAME).read_bytes() == b"a memory"
@@ -121,11 +122,11 @@ def test_the_cache_needs_no_network(files: RemoteFiles, line: Line) -> None:
     assert cached(files) == [NAME]
 
 
-def test_what_is_not_there_is_reported_missing(files: RemoteFiles) -> None:
+def test_what_is_not_there_is_reported_missing(files: CachedFiles) -> None:
     with pytest.raises(FileNotFoundError, match=f"{URL}/{NAME}"):
         files.fetch(NAME)
     assert cached(files) == []
-    nowhere = RemoteFiles("s3://no-such-bucket/x", files.cache, 1)
+    nowhere = CachedFiles(ObjectStorage("s3://no-such-bucket/x"), files.cache, 1)
     with pytest.raises(StoreError, match="NoSuchBucket"):
         publish(nowhere, b"a memory")
     with pytest.raises(StoreError, match="NoSuchBucket"):
@@ -133,7 +134,7 @@ def test_what_is_not_there_is_reported_missing(files: RemoteFiles) -> None:
     assert cached(files) == []
 
 
-def test_a_replaced_label_is_the_new_one(files: RemoteFiles, server: S3Server) -> None:
+def test_a_replaced_label_is_the_new_one(files: CachedFiles, server: S3Server) -> None:
     for label in (b"{}", b'{"title": "b"}'):
         publish(files, label, "kv/0f/0f3a.json")
         assert files.fetch("kv/0f/0f3a.json").read_bytes() == label
@@ -141,16 +142,16 @@ def test_a_replaced_label_is_the_new_one(files: RemoteFiles, server: S3Server) -
 
 
 def test_a_slow_download_does_not_replace_what_was_published_meanwhile(
-    files: RemoteFiles, monkeypatch: pytest.MonkeyPatch
+    files: CachedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(elsewhere(files), b"old")
-    receive = files._receive
+    fetch = files.backend.fetch
 
-    def receive_slowly(*arguments: object) -> None:
-        receive(*arguments)  # type: ignore[arg-type]
-        publish(RemoteFiles(URL, files.cache, 10**9), b"new")
+    def fetch_slowly(name: str, target: Path) -> None:
+        fetch(name, target)
+        publish(CachedFiles(ObjectStorage(URL), files.cache, 10**9), b"new")
 
-    monkeypatch.setattr(files, "_receive", receive_slowly)
+    monkeypatch.setattr(files.backend, "fetch", fetch_slowly)
     assert files.fetch(NAME).read_bytes() == b"new"
     assert cached(files) == [NAME]
 
@@ -165,7 +166,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
-def test_a_broken_download_goes_on(files: RemoteFiles, line: Line, faults: list[Fault]) -> None:
+def test_a_broken_download_goes_on(files: CachedFiles, line: Line, faults: list[Fault]) -> None:
     publish(files, BIG)
     line.faults = list(faults)
     assert elsewhere(files).fetch(NAME).read_bytes() == BIG
@@ -173,7 +174,7 @@ def test_a_broken_download_goes_on(files: RemoteFiles, line: Line, faults: list[
 
 
 @pytest.mark.parametrize("fault", [Fault("busy"), Fault("answer", after=100_000)], ids=["busy", "cut"])
-def test_a_hopeless_download_ends_and_leaves_nothing(files: RemoteFiles, line: Line, fault: Fault) -> None:
+def test_a_hopeless_download_ends_and_leaves_nothing(files: CachedFiles, line: Line, fault: Fault) -> None:
     publish(files, BIG)
     other = elsewhere(files)
     line.requests.clear()
@@ -186,18 +187,19 @@ def test_a_hopeless_download_ends_and_leaves_nothing(files: RemoteFiles, line: L
     assert other.fetch(NAME).read_bytes() == BIG
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(files: CachedFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_PIECE_BYTES", 5_000_000)
     publish(files, BIG)
     other = elsewhere(files)
-    piece = other._piece
+    assert isinstance(other.backend, ObjectStorage)
+    piece = other.backend._piece
 
     def change(name: str, file: object, start: int, version: str | None) -> object:
         if start:
             publish(files, BIG[::-1])
         return piece(name, file, start, version)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(other, "_piece", change)
+    monkeypatch.setattr(other.backend, "_piece", change)
     with pytest.raises(StoreError, match="pre-conditions"):
         other.fetch(NAME)
     assert cached(other) == []
@@ -213,7 +215,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(files: RemoteFiles, mon
     ],
     ids=["cut", "busy", "first answer lost", "last answer lost"],
 )
-def test_a_broken_upload_goes_on(files: RemoteFiles, line: Line, server: S3Server, faults: list[Fault]) -> None:
+def test_a_broken_upload_goes_on(files: CachedFiles, line: Line, server: S3Server, faults: list[Fault]) -> None:
     line.faults = list(faults)
     publish(files, BIG)
     assert line.faults == []
@@ -224,7 +226,7 @@ def test_a_broken_upload_goes_on(files: RemoteFiles, line: Line, server: S3Serve
 @pytest.mark.parametrize("data", [b"a memory" * 100, BIG], ids=["small", "in parts"])
 @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "replaced"])
 def test_a_hopeless_upload_ends_and_changes_nothing(
-    files: RemoteFiles, line: Line, server: S3Server, data: bytes, old: bytes | None
+    files: CachedFiles, line: Line, server: S3Server, data: bytes, old: bytes | None
 ) -> None:
     if old:
         publish(files, old)
@@ -241,7 +243,7 @@ def test_a_hopeless_upload_ends_and_changes_nothing(
         assert files.fetch(NAME).read_bytes() == elsewhere(files).fetch(NAME).read_bytes() == old
 
 
-def test_listing_and_removing_outlast_lost_answers(files: RemoteFiles, line: Line, server: S3Server) -> None:
+def test_listing_and_removing_outlast_lost_answers(files: CachedFiles, line: Line, server: S3Server) -> None:
     publish(files, b"a memory")
     line.faults = [Fault("answer", "list-type", after=10)] * 2
     assert list(files.names()) == [NAME]
@@ -251,7 +253,7 @@ def test_listing_and_removing_outlast_lost_answers(files: RemoteFiles, line: Lin
     assert server.objects() == {}
 
 
-def test_the_least_recently_used_files_give_way(files: RemoteFiles, line: Line) -> None:
+def test_the_least_recently_used_files_give_way(files: CachedFiles, line: Line) -> None:
     names = [f"kv/{n}{n}/{n}" for n in range(5)]
     for n, name in enumerate(names):
         publish(files, bytes([n]) * 1000, name)
@@ -271,7 +273,7 @@ def test_the_least_recently_used_files_give_way(files: RemoteFiles, line: Line) 
     assert len(line.requests) == 1
 
 
-def test_a_file_larger_than_the_cache_is_kept_alone(files: RemoteFiles) -> None:
+def test_a_file_larger_than_the_cache_is_kept_alone(files: CachedFiles) -> None:
     small = elsewhere(files, 0)
     for name in ("kv/0f/a", "kv/0f/b"):
         publish(files, b"a memory", name)
@@ -281,9 +283,10 @@ def test_a_file_larger_than_the_cache_is_kept_alone(files: RemoteFiles) -> None:
 
 READ = """
 import sys
-from beacon_memory.storage.files.remote import RemoteFiles
+from beacon_memory.storage.files.cached import CachedFiles
+from beacon_memory.storage.files.remote import ObjectStorage
 from pathlib import Path
-files = RemoteFiles(sys.argv[1], Path(sys.argv[2]), 250_000)
+files = CachedFiles(ObjectStorage(sys.argv[1]), Path(sys.argv[2]), 250_000)
 for n in range(60):
     n = (n * int(sys.argv[3])) % 5
     while True:  # until nobody else needs the room between the two
@@ -296,7 +299,7 @@ for n in range(60):
 """
 
 
-def test_processes_and_threads_share_a_cache_that_is_too_small(files: RemoteFiles) -> None:
+def test_processes_and_threads_share_a_cache_that_is_too_small(files: CachedFiles) -> None:
     for n in range(5):
         publish(files, bytes([n]) * 100_000, f"kv/0f/{n}")
     small = elsewhere(files, 250_000)
@@ -324,9 +327,10 @@ EVIL += ["kv/0f/a\0b", "kv\\..\\..\\x", "kv/0f/C:x", "kv/0f/.tmp-1", "kv/0f/ä",
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_no_other_name_becomes_a_path(files: RemoteFiles, line: Line, tmp_path: Path, name: str) -> None:
+def test_no_other_name_becomes_a_path(files: CachedFiles, line: Line, tmp_path: Path, name: str) -> None:
     (tmp_path / "x").write_text("of somebody else")
-    for act in (files.fetch, files.remove, lambda name: publish(files, b"evil", name)):
+    assert not files.remove(name)
+    for act in (files.fetch, lambda name: publish(files, b"evil", name)):
         with pytest.raises(StoreError, match=re.escape(f"{name!r} is no name of a store's file")):
             act(name)
     assert line.requests == []
@@ -334,7 +338,7 @@ def test_no_other_name_becomes_a_path(files: RemoteFiles, line: Line, tmp_path: 
     assert (tmp_path / "x").read_text() == "of somebody else"
 
 
-def test_listing_leaves_out_what_no_store_wrote(files: RemoteFiles, server: S3Server) -> None:
+def test_listing_leaves_out_what_no_store_wrote(files: CachedFiles, server: S3Server) -> None:
     publish(files, b"a memory")
     for key in ("kv/0f/", "kv/0f/a\\b", "kv/0f/.hidden", "kv/ä ö", "kv/readme", "nested/kv/0f/a", "kv/0f/a/b", "x//y"):
         server.client.put_object(Bucket=BUCKET, Key=f"notes/2026/{key}", Body=b"")
@@ -347,23 +351,24 @@ def test_listing_leaves_out_what_no_store_wrote(files: RemoteFiles, server: S3Se
         server.client.delete_object(Bucket=BUCKET, Key=f"notes/2026/{key}")
 
 
-def test_an_empty_object_is_an_empty_file(files: RemoteFiles, server: S3Server) -> None:
+def test_an_empty_object_is_an_empty_file(files: CachedFiles, server: S3Server) -> None:
     server.client.put_object(Bucket=BUCKET, Key=f"notes/2026/{NAME}", Body=b"")
     assert files.fetch(NAME).read_bytes() == b""  # of which its reader says that it is damaged
 
 
 def test_temporary_files_of_crashes_are_found_while_others_download(
-    files: RemoteFiles, monkeypatch: pytest.MonkeyPatch
+    files: CachedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert list(files.temps()) == []
     publish(elsewhere(files), b"a memory")
-    piece, seen = files._piece, []
+    assert isinstance(files.backend, ObjectStorage)
+    piece, seen = files.backend._piece, []
 
     def look(*arguments: object) -> object:
         seen.extend([*files.cache.rglob(f"{TEMP_PREFIX}*"), *files.temps()])
         return piece(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(files, "_piece", look)
+    monkeypatch.setattr(files.backend, "_piece", look)
     files.fetch(NAME)
     (download,) = seen  # and not one of temps()
     download.touch()
@@ -372,7 +377,7 @@ def test_temporary_files_of_crashes_are_found_while_others_download(
     assert list(files.temps()) == [files.staging / f"{TEMP_PREFIX}-1", download]
 
 
-def test_a_url_belongs_to_one_store(files: RemoteFiles, line: Line, server: S3Server) -> None:
+def test_a_url_belongs_to_one_store(files: CachedFiles, line: Line, server: S3Server) -> None:
     line.faults = [Fault("answer", "PUT")]  # claimed, but nobody heard of it
     files.claim("store-a")
     files.claim("store-a")
@@ -380,11 +385,12 @@ def test_a_url_belongs_to_one_store(files: RemoteFiles, line: Line, server: S3Se
     assert list(files.names()) == []
     with pytest.raises(StoreError, match=rf"belongs to another store \('store-a', and this is 'b'\).*{URL}/\.beacon"):
         files.claim("b")
-    RemoteFiles(f"{URL}/b", files.cache, 1).claim("b")
+    CachedFiles(ObjectStorage(f"{URL}/b"), files.cache, 1).claim("b")
 
 
-def test_of_stores_that_claim_a_url_at_once_one_gets_it(files: RemoteFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = files._owner
+def test_of_stores_that_claim_a_url_at_once_one_gets_it(files: CachedFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(files.backend, ObjectStorage)
+    owner = files.backend._owner
     answers = iter([lambda: elsewhere(files).claim("first"), lambda: None])
 
     def ask() -> bytes | None:
@@ -392,25 +398,9 @@ def test_of_stores_that_claim_a_url_at_once_one_gets_it(files: RemoteFiles, monk
         next(answers)()
         return found
 
-    monkeypatch.setattr(files, "_owner", ask)
+    monkeypatch.setattr(files.backend, "_owner", ask)
     with pytest.raises(StoreError, match="belongs to another store"):
         files.claim("second")
-
-
-def test_a_folder_of_files_serves_as_well(tmp_path: Path) -> None:
-    files = RemoteFiles((tmp_path / "shared disk").as_uri(), tmp_path / "cache", 10**9)
-    files.claim("ours")
-    publish(files, BIG)
-    assert (tmp_path / "shared disk" / NAME).read_bytes() == BIG
-    other = elsewhere(files)
-    with pytest.raises(StoreError, match="belongs to another store"):
-        other.claim("theirs")
-    assert list(other.names()) == [NAME]
-    assert other.fetch(NAME).read_bytes() == BIG
-    assert other.remove(NAME)
-    assert other.remove(NAME)
-    with pytest.raises(FileNotFoundError):
-        other.fetch(NAME)
 
 
 @pytest.mark.parametrize(
@@ -419,19 +409,19 @@ def test_a_folder_of_files_serves_as_well(tmp_path: Path) -> None:
 )
 def test_a_url_that_names_no_object_storage_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(InputError, match=re.escape(f"url is {url!r}") + ".*give one such as s3://"):
-        RemoteFiles(url, tmp_path, 1)
+        ObjectStorage(url)
 
 
 @pytest.mark.parametrize("url", ["s3://key:hush@bucket/x", "az://box/x?sig=hush", "s3://bucket/x#hush"])
 def test_a_url_with_secrets_is_refused_without_showing_them(tmp_path: Path, url: str) -> None:
     with pytest.raises(InputError, match="credentials in the environment") as raised:
-        RemoteFiles(url, tmp_path, 1)
+        ObjectStorage(url)
     assert "hush" not in str(raised.value)
 
 
 def test_a_bound_below_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cache_bytes is -1"):
-        RemoteFiles("memory://", tmp_path, -1)
+        CachedFiles(ObjectStorage("memory://"), tmp_path, -1)
 
 
 def test_the_environment_says_if_the_line_may_be_open(
@@ -439,11 +429,11 @@ def test_the_environment_says_if_the_line_may_be_open(
 ) -> None:
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     with pytest.raises(StoreError, match="builder error"):
-        RemoteFiles(URL, tmp_path, 1).claim("ours")
+        ObjectStorage(URL).claim("ours")
     assert line.requests == []
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(MissingDependencyError, match=re.escape("pip install 'beacon-memory[remote]'")):
-        RemoteFiles(URL, tmp_path, 1)
+        ObjectStorage(URL)

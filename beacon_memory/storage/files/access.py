@@ -1,0 +1,44 @@
+"""How a store reads and writes its files: `LocalFiles` in its own folder, `CachedFiles` in a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["Files"]
+
+
+class Files(Protocol):
+    """Give a store its files by name, each whole from the moment in which it is seen."""
+
+    @property
+    def staging(self) -> Path:
+        """Return the folder of this machine in which files are written before they are published."""
+
+    def publish(self, temp: Path, name: str, *, more: bool = False) -> None:
+        """Give a staged and synced file its name, durably; replaces the file that has it. Raises StoreError.
+
+        more: another file is published into the same folder right after, and this one need not last until then.
+
+        The staged file is gone afterwards, even if this fails.
+        """
+
+    def fetch(self, name: str) -> Path:
+        """Return a path of this machine where a file can be read.
+
+        Raises FileNotFoundError here or when the path is opened, CorruptFileError for what is no name of a file, and
+        StoreError if a backend cannot be reached.
+        """
+
+    def remove(self, name: str) -> bool:
+        """Remove a file if it exists; returns False if it cannot be removed now. A power cut may bring it back."""
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until the removal of these files outlasts a power cut; raises StoreError."""
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all files, sorted."""
+
+    def temps(self) -> Iterator[Path]:
+        """Yield the temporary files that a crash left, provided that nobody is writing to the store."""

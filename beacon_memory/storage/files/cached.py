@@ -1,0 +1,164 @@
+"""The files of a store in a backend, such as object storage, behind a cache on this machine.
+
+    <cache>/kv/<folder>/<file>   the files that were used last, each with the time of its last use
+    <cache>/kv/.tmp...           being written or uploaded
+    <cache>/downloads/.tmp...    being downloaded
+
+A cached file is renamed into place, so no reader meets half a file. Any number of threads and processes may share a
+cache. It can be deleted at any time: the backend has all of it, except what is being published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from beacon_memory.errors import InputError, StoreError
+
+from .backend import FilesBackend
+from .durable import make_folder, sync_file, unlink
+from .names import FILE_NAME, TEMP_PREFIX, check_name, new_temp
+
+__all__ = ["CachedFiles"]
+
+_STALE_SECONDS = 3600  # without a byte, after which nobody can still be downloading
+
+
+class CachedFiles:
+    """Keep files in a backend and a cache: `Files` that are read from this machine. Raises StoreError if that fails.
+
+    cache:       a folder of this machine for the files of this backend alone
+    cache_bytes: what the cache may hold; the least recently used files make room, except the one that was just
+                 published or fetched. What is being written or downloaded comes on top.
+    """
+
+    def __init__(self, backend: FilesBackend, cache: Path, cache_bytes: int) -> None:
+        if cache_bytes < 0:
+            raise InputError(f"cache_bytes is {cache_bytes}, but must be 0 or more")
+        self.backend = backend
+        self.cache = cache
+        self.cache_bytes = cache_bytes
+        self._downloads = cache / "downloads"
+        self._locks = tuple(threading.Lock() for _ in range(64))  # one for a name, shared by few others
+
+    @property
+    def staging(self) -> Path:
+        """Return the folder to write in: in the cache, where the file stays when it is published."""
+        return self.cache / "kv"
+
+    def claim(self, owner: str) -> None:
+        """Reserve the backend's place for the store whose id is `owner`; does nothing if it is already.
+
+        Raises StoreError if it belongs to another store: each would take the other's files for its own leftovers.
+        """
+        with self._reporting("claiming the url"):
+            holder = self.backend.claim(owner)
+        if holder != owner:
+            raise StoreError(
+                f"{self.backend.url} belongs to another store ({holder!r}, and this is {owner!r}): choose another url "
+                f"or, if that store is gone, remove its claim, in a folder or bucket {self.backend.url}/.beacon-memory"
+            )
+
+    def publish(self, temp: Path, name: str, *, more: bool = False) -> None:  # noqa: ARG002  # lasts in any case
+        """Upload a staged file, and keep it in the cache; raises StoreError, and the old file is still there then."""
+        try:
+            path = self.cache / check_name(name)
+            with self._reporting(f"uploading {name}"):
+                self.backend.publish(temp, name)
+            self._keep(temp, path)
+        finally:
+            unlink(temp)
+
+    def fetch(self, name: str) -> Path:
+        """Return the path of a cached file, which is downloaded if need be; raises FileNotFoundError or StoreError.
+
+        Another thread or process may need the room before the caller opens the file: then fetch it again. One that is
+        open stays readable.
+        """
+        path = self.cache / check_name(name)
+        if not _used(path):
+            with self._locks[hash(name) % len(self._locks)]:
+                if not _used(path):  # another thread may have fetched it by now
+                    self._download(name, path)
+        return path
+
+    def remove(self, name: str) -> bool:
+        """Remove a file from backend and cache; returns False if it cannot be removed now."""
+        if not FILE_NAME.fullmatch(name):
+            return False
+        with contextlib.suppress(StoreError, OSError):
+            self.backend.remove(name)
+            return unlink(self.cache / name)
+        return False
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until the backend has made the removal of these files durable."""
+        with self._reporting("syncing"):
+            self.backend.sync(names)
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of all files, sorted; leaves out what no store would name so."""
+        with self._reporting("listing"):
+            found = sorted(name for name in self.backend.names() if FILE_NAME.fullmatch(name))
+        yield from found
+
+    def temps(self) -> Iterator[Path]:
+        """Yield what a crash left; a download takes no lock of a writer, so a recent one may still be going on."""
+        yield from sorted(self.staging.glob(f"{TEMP_PREFIX}*"))
+        for temp in sorted(self._downloads.glob(f"{TEMP_PREFIX}*")):
+            with contextlib.suppress(FileNotFoundError):  # it has just come to its end
+                if time.time() - temp.stat().st_mtime > _STALE_SECONDS:
+                    yield temp
+
+    @contextlib.contextmanager
+    def _reporting(self, doing: str) -> Iterator[None]:
+        """Turn an OSError of the backend into a StoreError that says where and while doing what."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{self.backend.url}: {doing} failed: {error}; see to the place, and try again") from error
+
+    def _download(self, name: str, path: Path) -> None:
+        make_folder(self._downloads)
+        temp = new_temp(self._downloads)
+        try:
+            try:
+                self.backend.fetch(name, temp)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise StoreError(f"{self.backend.url}: reading {name} failed: {error}; see to the place") from error
+            sync_file(temp)  # or a power cut could leave an empty file under the name
+            if not _used(path):  # what another process put there meanwhile is as new, or newer
+                self._keep(temp, path)
+        finally:
+            unlink(temp)
+
+    def _keep(self, temp: Path, path: Path) -> None:
+        """Move a file into the cache, and make room for it."""
+        make_folder(path.parent)
+        temp.replace(path)
+        files = []
+        for cached in self.cache.glob("kv/*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+                status = cached.stat()
+                files.append((status.st_mtime_ns, status.st_size, cached))
+        held = sum(size for _, size, _ in files)
+        for _, size, cached in sorted(files):
+            if held <= self.cache_bytes:
+                break
+            if cached != path and unlink(cached):
+                held -= size
+
+
+def _used(path: Path) -> bool:
+    """Note that a cached file is used now; returns False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,34 @@
+"""Marks of new files: an empty file in the staging folder, from before a file is published until its row is committed.
+
+A file with a mark and no row is what a crash left of a write, and may be removed. A file with neither has lost its row,
+with the catalog for instance, and gets a new one. Marks are not synced: if a power cut takes one, the file beside it is
+taken for a document that has lost its row. That is safe, since a file is only published when it is complete.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from beacon_memory.errors import StoreError
+
+from .access import Files
+from .durable import make_folder
+from .names import TEMP_PREFIX, number_of
+
+__all__ = ["lay_mark", "mark_of"]
+
+
+def mark_of(files: Files, name: str) -> Path:
+    """Return the path of the mark of a file, whether or not it exists."""
+    return files.staging / f"{TEMP_PREFIX}-{number_of(name)}"
+
+
+def lay_mark(files: Files, name: str) -> Path:
+    """Create the mark of a new file; raises StoreError."""
+    mark = mark_of(files, name)
+    make_folder(mark.parent)
+    try:
+        mark.touch()
+    except OSError as error:
+        raise StoreError(f"{mark} cannot be written: {error.strerror}; see to space and permissions") from error
+    return mark

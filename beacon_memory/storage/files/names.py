@@ -1,0 +1,46 @@
+"""Names of a store's files: paths below it with forward slashes, such as kv/0f/0f3a-0123456789ab.safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from pathlib import Path
+
+from beacon_memory.errors import CorruptFileError
+
+__all__ = ["FILE_NAME", "TEMP_PREFIX", "check_name", "file_stem", "hash_id", "new_temp", "number_of"]
+
+# Nothing else that a catalog or a bucket names becomes a path of this machine.
+FILE_NAME = re.compile(r"kv/\w[\w-]{0,63}/\w[\w.-]{0,199}", re.ASCII)
+TEMP_PREFIX = ".tmp"  # safetensors names its own temporary files so, too: one pattern finds what a crash left
+
+
+def check_name(name: str) -> str:
+    """Return a name that a store may have given a file; raises CorruptFileError for any other.
+
+    A catalog or a bucket that somebody else wrote may name any file of this machine, such as ../../etc/passwd.
+    """
+    if not FILE_NAME.fullmatch(name):
+        raise CorruptFileError(f"{name!r} is no name of a store's file, such as kv/0f/0f3a.safetensors; refused")
+    return name
+
+
+def hash_id(id: str) -> str:
+    """Hash an id, which is any text, into 32 hexadecimal digits for the name of a file or folder."""
+    return hashlib.sha256(id.encode()).hexdigest()[:32]
+
+
+def file_stem(id: str) -> str:
+    """Return the beginning of the names of all files of a document; a hyphen and a number follow it."""
+    return f"kv/{hash_id(id)[:2]}/{hash_id(id)}"
+
+
+def number_of(name: str) -> str:
+    """Return the number of a document's version from the name of its file: 12 characters in front of the ending."""
+    return name.rpartition(".")[0][-12:]
+
+
+def new_temp(folder: Path) -> Path:
+    """Return an unused path for a temporary file in a folder."""
+    return folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"

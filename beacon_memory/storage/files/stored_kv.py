@@ -1,0 +1,48 @@
+"""K/V as a file keeps them: plain or quantized, in which precision, and how large."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from beacon_memory.documents import Precision
+from beacon_memory.errors import InputError
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import QuantizedKV, quantized
+
+__all__ = ["StoredKV", "narrow", "precision_of", "stored_bytes", "with_precision"]
+
+StoredKV = MemoryKV | QuantizedKV
+_POSITIONS_16 = 1 << 15  # span up to which positions take two bytes
+
+
+def precision_of(kv: StoredKV) -> Precision:
+    """Return the precision of K/V; raises InputError for a dtype that is none."""
+    if isinstance(kv, QuantizedKV):
+        return Precision(f"int{kv.bits}")
+    if not kv.keys.dtype.is_floating_point:
+        raise InputError(f"keys and values must be of floating point, or quantized, got {kv.keys.dtype}")
+    return Precision(str(kv.keys.dtype).removeprefix("torch."))
+
+
+def with_precision(kv: StoredKV, precision: Precision | str) -> StoredKV:
+    """Convert K/V to another precision; raises InputError if they hold less than that, as int4 K/V for int8."""
+    now, wanted = precision_of(kv), Precision(precision)
+    if now is wanted:
+        return kv
+    if now.quantized and wanted.bits > now.bits:
+        raise InputError(f"{now} K/V hold no more than that: to keep them as {wanted}, compress the document anew")
+    memory = kv.dequantized(torch.float32) if isinstance(kv, QuantizedKV) else kv
+    return quantized(memory, wanted.bits) if wanted.quantized else memory.to(dtype=getattr(torch, wanted))
+
+
+def stored_bytes(kv: StoredKV) -> int:
+    """Count the bytes that keys, values and positions take in a file."""
+    return kv.nbytes - kv.positions.nbytes + narrow(kv).nbytes
+
+
+def narrow(kv: StoredKV) -> Tensor:
+    """Return the positions in the integers that a file keeps them in: 16 bits if the span allows it, else 32."""
+    if kv.span <= _POSITIONS_16 and kv.positions.dtype == torch.int32:
+        return kv.positions.to(torch.int16)
+    return kv.positions

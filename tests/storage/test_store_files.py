@@ -1,0 +1,175 @@
+"""A store whose files lie in a backend that somebody else wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kv_samples import same
+from repository import ROOT
+from store_samples import files, put
+
+from beacon_memory.errors import InputError, MissingDependencyError, StoreError
+from beacon_memory.storage.archive import export_documents, import_documents
+from beacon_memory.storage.files.names import number_of
+from beacon_memory.storage.store import MemoryStore
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The class of the example, of which no package tells."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "extend")
+    from files_backend import SQLiteFiles
+
+    return SQLiteFiles
+
+
+@pytest.fixture
+def backend(example: Any, tmp_path: Path) -> Any:
+    return example(f"sqlite://{tmp_path / 'place'}")
+
+
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "site" / "sqlite_files-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sqlite-files\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[beacon_memory.files]\nsqlite = files_backend:SQLiteFiles\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+
+def test_a_backend_of_ones_own_keeps_the_files(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        kv = put(store)
+        assert same(store.get("doc").kv, kv)
+        assert store.settings.files == backend.url
+        assert store.verify() == []
+    assert files(store) == []
+    assert sorted(Path(name).suffix for name in backend.names()) == ["", ".json", ".safetensors"]
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        assert same(store.get("doc").kv, kv)
+        store.update("doc", tags=["new"])
+        store.rename("doc", "other")
+        store.delete("other")
+        assert store.verify() == []
+    assert backend.names() == ["owner"]
+
+
+def test_an_installed_backend_is_found_by_the_url_that_the_store_remembers(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch)
+    with MemoryStore(tmp_path / "store", files=backend.url) as store:
+        kv = put(store)
+    with MemoryStore(tmp_path / "store") as store:
+        assert same(store.get("doc").kv, kv)
+        assert store.verify() == []
+    assert files(store) == []
+
+
+def test_a_store_whose_backend_is_missing_is_refused_and_left_as_it_is(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        kv = put(store)
+    with MemoryStore(tmp_path / "store") as store:
+        for act in (lambda: store.get("doc"), store.verify, store.repair, lambda: put(store, "new")):
+            with pytest.raises(MissingDependencyError, match=r"are in sqlite://.*, or pass the backend: MemoryStore\("):
+                act()
+    assert not list((tmp_path / "store").glob("damaged-*"))
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        assert [row.id for row in store.list()] == ["doc"]
+        assert same(store.get("doc").kv, kv)
+        assert store.verify() == []
+
+
+def test_a_store_is_not_opened_with_files_that_are_not_its_own(backend: Any, example: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        put(store)
+    other = example(f"sqlite://{tmp_path / 'other'}")
+    for given in (other, (tmp_path / "folder").as_uri()):
+        with MemoryStore(tmp_path / "store", files=given) as store:
+            for act in (lambda: store.get("doc"), store.repair, lambda: put(store, "new")):
+                with pytest.raises(StoreError, match=f"are {backend.url}, not in .*: open it without `files`"):
+                    act()
+    with MemoryStore(tmp_path / "local") as store:
+        put(store)
+    with (
+        MemoryStore(tmp_path / "local", files=backend) as store,
+        pytest.raises(StoreError, match="in its folder, not in sqlite://"),
+    ):
+        store.get("doc")
+    with MemoryStore(tmp_path / "local") as store:
+        assert store.verify() == []
+
+
+def test_an_empty_store_can_be_moved_to_a_backend(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store") as store:
+        store.configure(precision="float16")
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        with pytest.raises(StoreError, match="only an empty store"):
+            put(store)
+        store.configure(files=backend.url)
+        put(store)
+        assert store.settings.precision == "float16"
+    assert files(store) == []
+
+
+def test_a_namespace_keeps_its_files_apart_in_the_same_backend(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        kv, inner = put(store), put(store.within("alice"), "doc", "another text")
+        assert store.within("alice").settings.files.startswith(f"{backend.url}/namespaces/")
+        assert same(store.get("doc").kv, kv)
+        with MemoryStore(tmp_path / "store", "alice", files=backend) as alice:
+            assert same(alice.get("doc").kv, inner)
+            assert alice.verify() == store.verify() == []
+    with MemoryStore(tmp_path / "new", "bob", files=(tmp_path / "bobs").as_uri()) as bob:  # before the store itself
+        put(bob)
+        assert files(bob) == []
+
+
+def test_a_lost_catalog_comes_back_from_a_backend(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        kv = put(store)
+    for path in (tmp_path / "store").glob("catalog*"):
+        path.unlink()
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        store.repair()
+        assert same(store.get("doc").kv, kv)
+        assert store.verify() == []
+
+
+def test_a_removal_is_synced_before_the_catalog_forgets_it(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        put(store)
+        name = store.row("doc").file
+        number, seen = number_of(name), []
+        monkeypatch.setattr(
+            backend,
+            "sync",
+            lambda names: seen.append((names, number in store.catalog().unsettled(), name in backend.names())),
+        )
+        store.delete("doc")
+        assert seen == [([name], True, False)]
+        assert number not in store.catalog().unsettled()
+
+
+def test_an_archive_is_imported_into_a_backend(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "source") as source:
+        kv = put(source)
+        export_documents(source, tmp_path / "a.tar")
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        assert import_documents(store, tmp_path / "a.tar") == 1
+        assert same(store.get("doc").kv, kv)
+
+
+@pytest.mark.parametrize(
+    ("url", "flaw"),
+    [("ftp://host/x", "no backend for ftp:// is"), ("notes", "must be a URL"), ("C:\\notes", "must be a URL")],
+)
+def test_a_url_that_no_backend_can_use_is_refused_at_once(tmp_path: Path, url: str, flaw: str) -> None:
+    with pytest.raises(InputError, match=flaw):
+        MemoryStore(tmp_path / "store", files=url)
+    with MemoryStore(tmp_path / "store") as store, pytest.raises(InputError, match=flaw):
+        store.configure(files=url)
