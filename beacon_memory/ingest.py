@@ -298,6 +298,8 @@ class Ingestion:
             method=self.compressor.parameters(job.compression),
         )
         new = compressed.kv.to("cpu")
+        if job.precision == PrecisionRule.AUTO:
+            new = new.to(dtype=model.kv_dtype)  # which is coarser where the processor computes in float32 for speed
         kv: StoredKV = new
         if job.stored is not None and job.work.read is not None:
             start = job.work.read.span  # what stands before it stays as it was stored, bit for bit

@@ -312,6 +312,16 @@ def test_precision_is_chosen_for_a_document_or_for_the_store(memory: BeaconMemor
     assert "two" not in memory.store
 
 
+def test_what_is_computed_in_float32_for_speed_alone_is_kept_as_the_checkpoint_is(tmp_path: Path) -> None:
+    model = make_model()
+    model.base.config.dtype = torch.bfloat16  # as if it had been saved so, and the processor were slow in 16 bits
+    with BeaconMemory(tmp_path, model, reserve=100) as memory:
+        assert memory.add("plain", TEXT, ratio=2).precision == "bfloat16"
+        assert memory.append("plain", "It rained.").precision == "bfloat16"
+        assert memory.add("fine", TEXT, ratio=2, precision="float32").precision == "float32"
+        assert memory.ask("Who sold flour?", "plain", max_new_tokens=3).ids == ("plain",)
+
+
 def test_labels_are_set_with_documents_and_kept_by_new_texts(memory: BeaconMemory) -> None:
     document = Document("doc", TEXT, {"a": 1}, tags=["x"], pinned=True, expires_at="2999-01-01T00:00:00+01:00")
     memory.add_many([document], ratio=2)

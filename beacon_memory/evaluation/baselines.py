@@ -205,7 +205,11 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
     def raw(self, ids: Sequence[int], *, cut: bool = False) -> PrefixMemory:
         """Return the sink and the K/V of every token as a memory."""
         (memory,) = self.memories([ids], 0)
-        return PrefixMemory(self.composed([memory]), memory.nbytes, cut)
+        return PrefixMemory(self.composed([memory]), self.kept_bytes([memory]), cut)
+
+    def kept_bytes(self, memories: Sequence[MemoryKV]) -> int:
+        """Return the bytes of memories as a store keeps them, in the dtype of the checkpoint."""
+        return sum(memory.to(dtype=self.model.kv_dtype).nbytes for memory in memories)
 
 
 class NoText(PrefixBaseline):
@@ -291,7 +295,7 @@ class Compressed(PrefixBaseline):
         started = time.perf_counter()
         memories, seconds = self._timed(tuple(map(tuple, parts)))
         saved = max(0.0, seconds - (time.perf_counter() - started))
-        kv_bytes = sum(memory.nbytes for memory in memories)
+        kv_bytes = self.kept_bytes(memories)
         if self.bits is not None:
             stored = [quantized(memory, self.bits) for memory in memories]
             kv_bytes = sum(one.nbytes for one in stored)

@@ -87,5 +87,6 @@ def _with_calls_shown(model: BeaconModel, turns: Sequence[dict[str, Any]]) -> li
 
 
 def _rendered(model: BeaconModel, turns: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    given = {"tools": list(tools)} if tools else {}
-    return str(model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **given))
+    given: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    tokenizer: Any = model.tokenizer  # its types have no place for content of other kinds
+    return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False, **given))

@@ -64,14 +64,14 @@ def _is_faster_in_float32(model: PreTrainedModel) -> bool:
     """
     if model.dtype not in (torch.bfloat16, torch.float16) or _multiplies_in(model.dtype):
         return False
-    return 4 * model.num_parameters() < psutil.virtual_memory().available / 2
+    return bool(4 * model.num_parameters() < psutil.virtual_memory().available / 2)
 
 
 def _multiplies_in(dtype: torch.dtype) -> bool:
     """Return whether oneDNN, which torch computes with on processors, has kernels of a 16-bit dtype for this one."""
     if not torch.backends.mkldnn.is_available():
         return True  # then nothing is known, and the checkpoint's dtype is as good as another
-    ops = torch.ops.mkldnn
+    ops: Any = torch.ops.mkldnn
     supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
     return bool(supported())
 

@@ -75,7 +75,7 @@ class DocumentHeader:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.isascii():
                 raise InputError(f"{name} must be a text in ASCII, got {value!r}")
-        if not isinstance(self.compression, str) or not METHOD_NAME.fullmatch(self.compression):
+        if not METHOD_NAME.fullmatch(str(self.compression)):
             raise InputError(f"compression is {self.compression!r}, but must be the name of a method, such as 'select'")
         for name in ("tokens", "span"):
             _check_count(name, getattr(self, name))
