@@ -16,11 +16,15 @@ from .errors import *  # noqa: F403  # the exceptions are public, every one
 
 if TYPE_CHECKING:
     from .compression.compressor import BeaconCompressor as BeaconCompressor
+    from .compression.methods.method import CompressionMethod as CompressionMethod
+    from .compression.methods.scored import ReadWindow as ReadWindow
+    from .compression.methods.scored import ScoredMethod as ScoredMethod
     from .compression.sequence import BeaconSequence as BeaconSequence
     from .compression.work import Work as Work
     from .config import BeaconConfig as BeaconConfig
     from .documents import Document as Document
     from .documents import Label as Label
+    from .documents import Precision as Precision
     from .kv.memory_kv import BeaconKV as BeaconKV
     from .kv.memory_kv import MemoryKV as MemoryKV
     from .memory import BeaconMemory as BeaconMemory
@@ -48,6 +52,7 @@ _LAZY = {
     "BeaconMemory": "memory",
     "BeaconModel": "modeling.model",
     "BeaconSequence": "compression.sequence",
+    "CompressionMethod": "compression.methods.method",
     "Document": "documents",
     "FilesBackend": "storage.files.backend",
     "Label": "documents",
@@ -56,8 +61,11 @@ _LAZY = {
     "Passage": "picking",
     "Pick": "picking",
     "Picker": "picking",
+    "Precision": "documents",
     "Progress": "results",
     "Query": "picking",
+    "ReadWindow": "compression.methods.scored",
+    "ScoredMethod": "compression.methods.scored",
     "Session": "session",
     "Usage": "results",
     "Work": "compression.work",

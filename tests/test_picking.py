@@ -213,10 +213,10 @@ def test_example_of_a_picker_runs_from_outside_the_package(
 
 
 def test_picker_on_its_page_runs(model: BeaconModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "extending-pickers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "extending" / "pickers.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(code, "extending-pickers.md", "exec"), names)  # noqa: S102  # our own document
+    exec(compile(code, "pickers.md", "exec"), names)  # noqa: S102  # our own document
     memory = filled(tmp_path / "store", model, names["newest"])
     assert sorted(picked(memory)) == sorted(TEXTS)  # all of them are from today

@@ -14,8 +14,7 @@ import tempfile
 
 from torch import Tensor
 
-from beacon_memory import BeaconMemory
-from beacon_memory.compression.methods import ReadWindow, ScoredMethod
+from beacon_memory import BeaconMemory, ReadWindow, ScoredMethod
 from beacon_memory.compression.methods.registry import register
 
 
