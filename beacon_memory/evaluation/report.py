@@ -44,10 +44,12 @@ def read_result(file: Path) -> Result:
 def markdown(result: Result) -> str:
     """Return a result as markdown tables.
 
-    The first has the scores with their intervals, and the K/V and the time for an item. Others show the cost of
-    quantization and the scores by group, where there are any.
+    The first has the scores with their intervals, and the K/V and the time for an item. Others show the differences
+    from the full text and from retrieval, the cost of quantization and the scores by group, where there are any.
     """
     lines = _by_baseline([row for row in result.rows if not row.group])
+    if differences := _by_rival(result):
+        lines += ["", *differences]
     if costs := _by_precision(result):
         lines += ["", *costs]
     if groups := [row for row in result.rows if row.group]:
@@ -73,6 +75,35 @@ def _says_more(row: Row) -> bool:
     """Return whether `score` differs from every single metric, because items have different main metrics."""
     score = row.scores.get("score")
     return score is not None and score not in [row.scores[name] for name in row.scores if name != "score"]
+
+
+def _by_rival(result: Result) -> list[str]:
+    """Return a table of the differences from the full text, and from BM25 passages at the same ratio, item by item."""
+    scores = {
+        name: [one.scores["score"] for one in result.records if one.baseline == name and "score" in one.scores]
+        for name in _names(result.records)
+        if "@" not in name
+    }
+    rivals = {name: f"bm25:{name.partition(':')[2]}" for name in scores}
+    columns = {
+        "- full": {name: "full" for name in scores if name != "full" and scores.get("full")},
+        "- bm25 at the same R": {name: bm25 for name, bm25 in rivals.items() if name != bm25 and scores.get(bm25)},
+    }
+    columns = {head: pairs for head, pairs in columns.items() if pairs}
+    named = [name for name in scores if any(name in pairs for pairs in columns.values())]
+    if not named:
+        return []
+    lines = [_line(["score", *columns]), _line(["---"] * (1 + len(columns)))]
+    for name in named:
+        others = [pairs.get(name) for pairs in columns.values()]
+        cells = [
+            _difference([ours - theirs for ours, theirs in zip(scores[name], scores[other], strict=True)])
+            if other is not None
+            else ""
+            for other in others
+        ]
+        lines.append(_line([name, *cells]))
+    return lines
 
 
 def _by_group(rows: Sequence[Row]) -> list[str]:

@@ -111,6 +111,25 @@ class TestCostOfQuantizing:
         )
 
 
+class TestDifferences:
+    def test_are_from_the_full_text_and_from_passages_at_the_same_ratio_item_by_item(self) -> None:
+        scores = {"full": (0.5, 1.0), "bm25:4": (1.0, 1.0), "select:4": (0.5, 0.5), "select:8": (0.0, 0.0)}
+        records = [a_record(name, item, score) for name, both in scores.items() for item, score in zip("ab", both)]  # noqa: B905
+        shown = markdown(replace(a_result(a_row("full")), records=records)).splitlines()[4:]
+        assert [re.sub(r" \(.*?\)", "", line) for line in shown] == [
+            "| score | - full | - bm25 at the same R |",
+            "| --- | --- | --- |",
+            "| bm25:4 | +0.2500 |  |",
+            "| select:4 | -0.2500 | -0.5000 |",
+            "| select:8 | -0.7500 |  |",
+        ]
+        assert "-0.2500 (-0.5000 to +0.0000)" in shown[3]
+
+    def test_are_left_out_where_there_is_no_rival(self) -> None:
+        records = [a_record(name, "a", 0.5) for name in ("select:4", "bm25:8", "select:8@int8")]
+        assert "- full" not in markdown(replace(a_result(a_row("select:4")), records=records))
+
+
 class TestMarkdown:
     def test_one_line_for_each_baseline(self) -> None:
         shown = markdown(a_result(a_row("full"), a_row("beacon:4", kv_bytes=625_000, seconds=0.5)))
