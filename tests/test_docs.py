@@ -15,6 +15,7 @@ from typing import Any
 import langchain_beacon_memory
 import llama_index_beacon_memory
 import pytest
+import torch
 import typer
 from command_page import json_fields, sections
 from evaluation_samples import answer, baseline, saved_model
@@ -26,6 +27,9 @@ from beacon_memory import MemoryStore
 from beacon_memory.cli.main import app
 from beacon_memory.evaluation import baseline_names
 from beacon_memory.evaluation.metrics import LONGBENCH_METRICS, METRICS
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.kv.quantize import quantized
+from beacon_memory.storage.files.stored_kv import stored_bytes
 from beacon_memory.training import read_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +65,28 @@ def test_the_readme_names_every_room() -> None:
     assert tree is not None
     rooms = {f"{path.parent.name}/" for path in (ROOT / "beacon_memory").glob("*/__init__.py")}
     assert set(named_files(tree[1])) == rooms
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "head_dim", "cells"),
+    [
+        (name, int(layers), int(heads), int(head_dim), cells.strip(" |").split(" | "))
+        for name, layers, heads, head_dim, cells in re.findall(
+            r"^\| (\S+).*?: (\d+) layers, (\d+) KV heads of (\d+) (\|.*)$", README, re.MULTILINE
+        )
+    ],
+)
+def test_the_readme_says_what_a_document_takes(
+    name: str, layers: int, heads: int, head_dim: int, cells: list[str]
+) -> None:
+    def megabytes(slots: int, bits: int | None = None) -> str:
+        head = MemoryKV.of(BeaconKV(*torch.zeros(2, 1, 1, slots, head_dim, dtype=torch.bfloat16)))
+        kv = head if bits is None else quantized(head, bits)
+        return f"{layers * heads * stored_bytes(kv) / 1e6:.1f} MB"
+
+    token = 4 * layers * heads * head_dim  # bytes: key and value, 16 bits each
+    shown = [f"{token / 1e3:.1f} kB", f"{token / 1e3:.1f} MB", megabytes(250), megabytes(125), megabytes(125, 4)]
+    assert cells == shown, name
 
 
 def test_the_page_of_evaluation_names_what_there_is() -> None:

@@ -272,7 +272,7 @@ def test_row_without_the_method_s_parameters_is_told_by_its_file(model: BeaconMo
         memory.add("doc", TEXT[:70], ratio=2, compression="select")
         row = memory.show("doc")
         assert row.method == {"score": "repeat"}
-        memory.store.catalog().update(replace(row, method=None))
+        memory.store.parts.catalog().documents.update(replace(row, method=None))
         assert memory.add("doc", TEXT[:70], ratio=2, compression="select").status == "unchanged"
         with BeaconMemory(tmp_path / "store", model, score="expected", reserve=100) as other:
             assert other.add("doc", TEXT[:70], ratio=2, compression="select").status == "replaced"

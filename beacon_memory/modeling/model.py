@@ -67,6 +67,12 @@ def _make_dense(_module: nn.Module, args: tuple[Tensor]) -> Tensor:
     return args[0].clone(memory_format=torch.contiguous_format)
 
 
+def _leading_bos(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Return the bos token if a tokenizer puts it before every text, else an empty list."""
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    return [bos] if tokenizer is not None and bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
 class BeaconModel(nn.Module):
     """A stock causal language model with beacon projections and a beacon embedding.
 
@@ -80,6 +86,7 @@ class BeaconModel(nn.Module):
     adapter:  folder or hub name of the trained beacons, or `untrained`.
     lora:     folder of the LoRA that was merged into the base, if any.
     kv_shape: (layers, kv_heads, head_dim) of its K/V.
+    leading_bos: the bos token if the tokenizer puts it before every text, else nothing.
     salience: how informative tokens are, see TokenSalience.
 
     Raises UnsupportedModelError for a base model that cannot carry beacons. If the constructor fails, the base is left
@@ -113,6 +120,7 @@ class BeaconModel(nn.Module):
         self.adapter = UNTRAINED
         self.lora = lora
         self._tokenizer = tokenizer
+        self.leading_bos = _leading_bos(tokenizer)
         self._hooks: list[RemovableHandle] = []
         try:
             if lora is not None:
@@ -294,8 +302,9 @@ class BeaconModel(nn.Module):
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Return the dtype that K/V are kept in unless somebody asks for another: that of the checkpoint."""
-        return getattr(self.base.config, "dtype", None) or self.dtype
+        """Return the dtype that K/V are kept in unless another is asked for: the checkpoint's, if that takes less."""
+        saved: torch.dtype | None = getattr(self.base.config, "dtype", None)
+        return saved if saved is not None and saved.itemsize < self.dtype.itemsize else self.dtype
 
     @property
     def compression(self) -> str:
@@ -315,12 +324,6 @@ class BeaconModel(nn.Module):
         if self._tokenizer is None:
             raise InputError("this BeaconModel was made without a tokenizer, which reading text needs")
         return self._tokenizer
-
-    @cached_property
-    def leading_bos(self) -> list[int]:
-        """Return the bos token if the tokenizer puts it before every text, else an empty list."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("")["input_ids"][:1] == [bos] else []
 
     @property
     def sink_ids(self) -> list[int]:

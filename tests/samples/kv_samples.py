@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from kv_samples import TEXT, same, sample
+from beacon_memory.documents import Text
 from beacon_memory.storage import store
 from beacon_memory.storage.files import kv_file
 from beacon_memory.storage.files.kv_file import stage_kv_file

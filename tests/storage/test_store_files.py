@@ -14,6 +14,7 @@ from store_samples import files, put
 from beacon_memory.errors import InputError, MissingDependencyError, StoreError
 from beacon_memory.storage.archive import export_documents, import_documents
 from beacon_memory.storage.files.names import number_of
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 
@@ -44,7 +45,7 @@ def test_a_backend_of_ones_own_keeps_the_files(backend: Any, tmp_path: Path) -> 
         kv = put(store)
         assert same(store.get("doc").kv, kv)
         assert store.settings.files == backend.url
-        assert store.verify() == []
+        assert verify(store) == []
     assert files(store) == []
     assert sorted(Path(name).suffix for name in backend.names()) == ["", ".json", ".safetensors"]
     with MemoryStore(tmp_path / "store", files=backend) as store:
@@ -52,7 +53,7 @@ def test_a_backend_of_ones_own_keeps_the_files(backend: Any, tmp_path: Path) -> 
         store.update("doc", tags=["new"])
         store.rename("doc", "other")
         store.delete("other")
-        assert store.verify() == []
+        assert verify(store) == []
     assert backend.names() == ["owner"]
 
 
@@ -64,7 +65,7 @@ def test_an_installed_backend_is_found_by_the_url_that_the_store_remembers(
         kv = put(store)
     with MemoryStore(tmp_path / "store") as store:
         assert same(store.get("doc").kv, kv)
-        assert store.verify() == []
+        assert verify(store) == []
     assert files(store) == []
 
 
@@ -72,14 +73,14 @@ def test_a_store_whose_backend_is_missing_is_refused_and_left_as_it_is(backend: 
     with MemoryStore(tmp_path / "store", files=backend) as store:
         kv = put(store)
     with MemoryStore(tmp_path / "store") as store:
-        for act in (lambda: store.get("doc"), store.verify, store.repair, lambda: put(store, "new")):
+        for act in (lambda: store.get("doc"), lambda: verify(store), lambda: repair(store), lambda: put(store, "new")):
             with pytest.raises(MissingDependencyError, match=r"are in sqlite://.*, or pass the backend: MemoryStore\("):
                 act()
     assert not list((tmp_path / "store").glob("damaged-*"))
     with MemoryStore(tmp_path / "store", files=backend) as store:
         assert [row.id for row in store.list()] == ["doc"]
         assert same(store.get("doc").kv, kv)
-        assert store.verify() == []
+        assert verify(store) == []
 
 
 def test_a_store_is_not_opened_with_files_that_are_not_its_own(backend: Any, example: Any, tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_store_is_not_opened_with_files_that_are_not_its_own(backend: Any, exa
     other = example(f"sqlite://{tmp_path / 'other'}")
     for given in (other, (tmp_path / "folder").as_uri()):
         with MemoryStore(tmp_path / "store", files=given) as store:
-            for act in (lambda: store.get("doc"), store.repair, lambda: put(store, "new")):
+            for act in (lambda: store.get("doc"), lambda: repair(store), lambda: put(store, "new")):
                 with pytest.raises(StoreError, match=f"are {backend.url}, not in .*: open it without `files`"):
                     act()
     with MemoryStore(tmp_path / "local") as store:
@@ -99,7 +100,7 @@ def test_a_store_is_not_opened_with_files_that_are_not_its_own(backend: Any, exa
     ):
         store.get("doc")
     with MemoryStore(tmp_path / "local") as store:
-        assert store.verify() == []
+        assert verify(store) == []
 
 
 def test_an_empty_store_can_be_moved_to_a_backend(backend: Any, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_a_namespace_keeps_its_files_apart_in_the_same_backend(backend: Any, tmp
         assert same(store.get("doc").kv, kv)
         with MemoryStore(tmp_path / "store", "alice", files=backend) as alice:
             assert same(alice.get("doc").kv, inner)
-            assert alice.verify() == store.verify() == []
+            assert verify(alice) == verify(store) == []
     with MemoryStore(tmp_path / "new", "bob", files=(tmp_path / "bobs").as_uri()) as bob:  # before the store itself
         put(bob)
         assert files(bob) == []
@@ -133,9 +134,9 @@ def test_a_lost_catalog_comes_back_from_a_backend(backend: Any, tmp_path: Path) 
     for path in (tmp_path / "store").glob("catalog*"):
         path.unlink()
     with MemoryStore(tmp_path / "store", files=backend) as store:
-        store.repair()
+        repair(store)
         assert same(store.get("doc").kv, kv)
-        assert store.verify() == []
+        assert verify(store) == []
 
 
 def test_a_removal_is_synced_before_the_catalog_forgets_it(
@@ -148,11 +149,13 @@ def test_a_removal_is_synced_before_the_catalog_forgets_it(
         monkeypatch.setattr(
             backend,
             "sync",
-            lambda names: seen.append((names, number in store.catalog().unsettled(), name in backend.names())),
+            lambda names: seen.append(
+                (names, number in store.parts.catalog().file_names.unsettled(), name in backend.names())
+            ),
         )
         store.delete("doc")
         assert seen == [([name], True, False)]
-        assert number not in store.catalog().unsettled()
+        assert number not in store.parts.catalog().file_names.unsettled()
 
 
 def test_an_archive_is_imported_into_a_backend(backend: Any, tmp_path: Path) -> None:

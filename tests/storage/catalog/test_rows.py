@@ -19,7 +19,15 @@ _ANYTHING = st.text(alphabet=st.characters(exclude_categories=()))  # surrogates
 
 
 def labelled() -> DocumentRow:
-    return row("doc", "text", metadata={"a": [1, None]}, tags=("x", "y"), pinned=True, expires_at=LATER)
+    return row(
+        "doc",
+        "text",
+        metadata={"a": [1, None]},
+        tags=("x", "y"),
+        pinned=True,
+        expires_at=LATER,
+        method={"score": "repeat"},
+    )
 
 
 @given(
