@@ -190,11 +190,11 @@ def pick(picker: Picker, query: Query, limit: int = DEFAULT_LIMIT) -> list[Pick]
 def fitting(rows: Sequence[DocumentRow], optional: Collection[str], room: int) -> list[DocumentRow]:
     """Leave out documents that do not fit into `room` memory slots beside those in front of them.
 
-    optional: ids of those that may be left out; the first of them stays in any case, for an error to name its size.
+    optional: ids of those that may be left out. If all may, the first one stays, for an error to name its size.
     """
     room -= sum(row.slots for row in rows if row.id not in optional)
     kept: list[DocumentRow] = []
-    first = True
+    first = all(row.id in optional for row in rows)
     for row in rows:
         if row.id in optional:
             if row.slots > room and not first:
