@@ -30,6 +30,7 @@ from beacon_memory.evaluation.metrics import LONGBENCH_METRICS, METRICS
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import quantized
 from beacon_memory.storage.files.stored_kv import stored_bytes
+from beacon_memory.storage.repair import verify
 from beacon_memory.training import read_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -161,7 +162,7 @@ def test_what_the_page_of_security_runs_erases_a_removed_text_from_the_catalog(t
     left = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"quicksilv" not in left.lower()
     with MemoryStore(tmp_path) as store:
-        assert store.verify() == []
+        assert verify(store) == []
         assert [hit.document for hit in store.search("owls")] == ["kept"]
 
 
