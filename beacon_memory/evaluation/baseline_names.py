@@ -39,7 +39,7 @@ from .untouched import Untouched
 
 __all__ = ["baselines"]
 
-_PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R", *(f"{name}:R" for name in PRESSES))
+_PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R")
 _BITS = {one.value: one.bits for one in Precision if one.quantized}
 
 
@@ -69,7 +69,8 @@ def _compressed() -> tuple[str, ...]:
 
 
 def _names() -> tuple[str, ...]:
-    return (*_PLAIN, *(f"{name}{numbers}" for name in _compressed() for numbers in (":R", ":R:N")))
+    compressed = (f"{name}{numbers}" for name in _compressed() for numbers in (":R", ":R:N"))
+    return (*_PLAIN, *compressed, *(f"{name}:R" for name in PRESSES))
 
 
 def _parse(name: str) -> tuple[str, list[int], int | None]:
