@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from beacon_memory.evaluation.field import baselines
 from cli_samples import lines, runner
 from compressor_samples import WINDOW, model_of
 from repository import ROOT
@@ -20,6 +19,7 @@ from beacon_memory.compression.methods import CompressionMethod, ReadWindow, Sco
 from beacon_memory.compression.selection import read_raw
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
+from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Compressed
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel

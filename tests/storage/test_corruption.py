@@ -24,7 +24,7 @@ from beacon_memory.documents import Label
 from beacon_memory.errors import BeaconMemoryError, CorruptFileError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
-from beacon_memory.storage.catalog.catalog import PassageHit
+from beacon_memory.storage.catalog.full_text import PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import read_header, read_kv_file
