@@ -60,7 +60,7 @@ class _Question:
 class BeaconMemory:
     """Long-term memory of a local language model: each document is read once and answers from then on.
 
-    store:   folder of the documents; created when first written to.
+    store:   folder of the documents, created when first written to; or a MemoryStore, for one with files elsewhere.
     model:   folder or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
@@ -75,7 +75,7 @@ class BeaconMemory:
 
     def __init__(
         self,
-        store: str | os.PathLike[str],
+        store: str | os.PathLike[str] | MemoryStore,
         model: str | Path | BeaconModel | None = None,
         adapter: str | Path | None = None,
         *,
@@ -90,7 +90,8 @@ class BeaconMemory:
             raise InputError("adapter and device belong to a model that is still to be loaded, and this one is")
         check_score(score)
         self._picker = find_picker(picker)
-        self.store = MemoryStore(store, namespace)
+        opened = store if isinstance(store, MemoryStore) else MemoryStore(store)
+        self.store = opened.within(namespace) if namespace else opened
 
         def load() -> BeaconCompressor:
             loaded = model

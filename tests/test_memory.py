@@ -20,6 +20,7 @@ from beacon_memory import (
     DocumentNotFoundError,
     FingerprintMismatchError,
     InputError,
+    MemoryStore,
     Progress,
 )
 from beacon_memory.compression.methods.registry import BUILT_IN
@@ -51,6 +52,15 @@ def model() -> BeaconModel:
 @pytest.fixture
 def memory(model: BeaconModel, tmp_path: Path) -> BeaconMemory:
     return BeaconMemory(tmp_path / "store", model, reserve=100)
+
+
+def test_a_store_with_files_elsewhere_takes_the_place_of_a_folder(model: BeaconModel, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=(tmp_path / "files").as_uri()) as store:
+        memory = BeaconMemory(store, model, namespace="alice", reserve=100)
+        memory.add("roof", ROOF, ratio=4)
+        assert memory.ask("Who?", "roof", **SHORT).ids == ("roof",)
+        assert memory.store.settings.files.startswith((tmp_path / "files").as_uri())  # type: ignore[union-attr]
+        assert [row.id for row in BeaconMemory(store, model).list()] == []
 
 
 @every_compression
