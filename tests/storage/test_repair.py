@@ -27,6 +27,7 @@ from upkeep_samples import (
     unfinished_put,
 )
 
+from beacon_memory.documents import Text
 from beacon_memory.errors import CorruptFileError
 from beacon_memory.storage.catalog.rows import Totals
 from beacon_memory.storage.files.header import WindowSpan
@@ -366,7 +367,7 @@ def test_replaced_and_removed_files_need_no_repair_to_be_forgotten(store: Memory
         put(store, text=f"text {n}")
     store.delete("doc")
     assert store.parts.catalog().file_names.unsettled() == set()
-    with contextlib.suppress(KeyError), Publisher(store.parts).new_file(*sample(), TEXT):
+    with contextlib.suppress(KeyError), Publisher(store.parts).new_file(*sample(), Text(TEXT)):
         raise KeyError
     assert store.parts.catalog().file_names.unsettled() == set()
     assert files(store) == []
