@@ -72,7 +72,7 @@ def stock(name: str, attention: str = "sdpa") -> PreTrainedModel:
 def used(base: PreTrainedModel, settings: BeaconConfig) -> BeaconModel:
     """A model that has read a text and answered behind its memory."""
     model = BeaconModel(base, settings, tokenizer=tiny_tokenizer()).eval()
-    (compressed,) = BeaconCompressor(model).compress([Work(some_ids(11), [2, 4])], compression="beacon")
+    compressed = BeaconCompressor(model).compress_one(Work(some_ids(11), [2, 4]), compression="beacon")
     generate(model, [Request(compressed.kv, some_ids(3))], generation_config(model, None, {"max_new_tokens": 2}))
     return model
 
@@ -155,7 +155,7 @@ class TestAfterDetach:
         with pytest.raises(ModelError, match=r"detached from its base.*from_pretrained"):
             model(torch.tensor([some_ids(20)]))
         with pytest.raises(ModelError, match="detached"):
-            list(BeaconCompressor(model).compress([Work(some_ids(11), [2, 4])], compression="beacon"))
+            BeaconCompressor(model).compress_one(Work(some_ids(11), [2, 4]), compression="beacon")
         layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, some_ids(3))])], model.config)
         with pytest.raises(ModelError, match="detached"):
             model.run(layout, model.empty_kv(), [])
@@ -213,4 +213,4 @@ def test_a_copy_is_detached_alone() -> None:
     require_stock(other.base, stock("llama"))
     assert (attends(model.base), model.fingerprint) == before[:2]
     assert torch.equal(logits(model.base), before[2])
-    list(BeaconCompressor(model).compress([Work(some_ids(11), [2, 4])], compression="beacon"))
+    BeaconCompressor(model).compress_one(Work(some_ids(11), [2, 4]), compression="beacon")
