@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # Tests that run side by side (`pytest -n auto`) share the cores among them, with the processes that they start.
-_SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
-if _SIDE_BY_SIDE:
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
