@@ -13,18 +13,17 @@ from beacon_memory.documents import Label, Text, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import json_checksum
-from beacon_memory.storage.files.durable import make_folder, sync_file, sync_folder, unlink
+from beacon_memory.storage.files.durable import make_folder, move_into_place, sync_file, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, read_label, stage_label
 from beacon_memory.storage.files.locks import writing
 from beacon_memory.storage.files.names import new_temp
 
 from .archive_file import FORMAT, HEAD, MANIFEST, Member, add_file, add_json, checked_documents, corrupt, pieces
+from .reading import READ_TRIES
 from .store import MemoryStore
 
 __all__ = ["copy_documents", "export_documents", "import_documents"]
-
-_TRIES = 5  # times that a document may be replaced while it is being read
 
 OnDocument = Callable[[str], None]
 OnEvicted = Callable[[DocumentRow], None]
@@ -54,12 +53,11 @@ def export_documents(
             listed = [entry.listed for entry in entries]
             add_json(tar, MANIFEST, {"files": listed, "sha256": json_checksum(listed)})
         sync_file(temp)
-        temp.replace(path)
+        move_into_place(temp, path)
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         unlink(temp)
-    sync_folder(path.parent)
     return len(chosen)
 
 
@@ -131,12 +129,12 @@ def _put(store: MemoryStore, file: StoredFile, text: str, label: Label, created_
 
 def _read(store: MemoryStore, id: str) -> tuple[DocumentRow, StoredFile, str]:
     """Read row, file and text of one version of a document."""
-    for _ in range(_TRIES):
+    for _ in range(READ_TRIES):
         row, file = store.read(id)
         text = store.text(id)
         if store.row(id).file == row.file:
             return row, file, text
-    raise StoreError(f"document {id!r} was replaced {_TRIES} times while it was being read; try again")
+    raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
 
 
 @contextlib.contextmanager

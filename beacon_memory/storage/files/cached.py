@@ -115,10 +115,12 @@ class CachedFiles:
                     yield temp
 
     @contextlib.contextmanager
-    def _reporting(self, doing: str) -> Iterator[None]:
-        """Turn an OSError of the backend into a StoreError that says where and while doing what."""
+    def _reporting(self, doing: str, but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+        """Turn an OSError of the backend, `but` these, into a StoreError that says where and while doing what."""
         try:
             yield
+        except but:
+            raise
         except OSError as error:
             raise StoreError(f"{self.backend.url}: {doing} failed: {error}; see to the place, and try again") from error
 
@@ -126,12 +128,8 @@ class CachedFiles:
         make_folder(self._downloads)
         temp = new_temp(self._downloads)
         try:
-            try:
+            with self._reporting(f"reading {name}", but=(FileNotFoundError,)):
                 self.backend.fetch(name, temp)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                raise StoreError(f"{self.backend.url}: reading {name} failed: {error}; see to the place") from error
             sync_file(temp)  # or a power cut could leave an empty file under the name
             if not _used(path):  # what another process put there meanwhile is as new, or newer
                 self._keep(temp, path)
