@@ -29,6 +29,7 @@ __all__ = [
     "check_id",
     "choose_precision",
     "content_hash",
+    "given_of",
     "utc_now",
 ]
 
@@ -82,6 +83,11 @@ class Keep(Enum):
 KEEP: Final = Keep.KEEP  # stands for a value that shall stay as it is, where None is a value of its own
 
 
+def given_of(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the values that are given, by name: all but those that are KEEP."""
+    return {name: value for name, value in values.items() if value is not KEEP}
+
+
 @dataclass(frozen=True, slots=True)
 class Label:
     """The part of a document that can be changed without compressing it anew.
@@ -115,7 +121,7 @@ class Label:
     ) -> Label:
         """Return the same label with other values, where they are given."""
         given = {"metadata": metadata, "tags": tags, "pinned": pinned, "expires_at": expires_at}
-        return replace(self, **{name: value for name, value in given.items() if value is not KEEP})  # type: ignore[arg-type]  # by name
+        return replace(self, **given_of(given))  # type: ignore[arg-type]  # by name
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from beacon_memory.documents import KEEP, Keep, Precision, PrecisionRule
+from beacon_memory.documents import KEEP, Keep, Precision, PrecisionRule, given_of
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
@@ -67,7 +67,7 @@ class Settings:
     ) -> Settings:
         """Return the same settings with other values, where they are given."""
         given = {"precision": precision, "quota": quota, "files": files, "cache_bytes": cache_bytes}
-        return replace(self, **{name: value for name, value in given.items() if value is not KEEP})  # type: ignore[arg-type]  # by name
+        return replace(self, **given_of(given))  # type: ignore[arg-type]  # by name
 
     def write(self, catalog: Catalog) -> None:
         """Write these settings into a catalog."""
