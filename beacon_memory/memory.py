@@ -19,7 +19,7 @@ from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.generate import Generation, Request, generate, require_room
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
-from beacon_memory.generation.prompt import Messages, chat_prompt
+from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
@@ -28,6 +28,7 @@ from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
+from .conversation import Messages
 from .documents import Document
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
 from .ingest import Ingestion

@@ -7,14 +7,13 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from beacon_memory.conversation import Messages, checked_tools, turns_of
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
 from .tool_calls import OPENING, with_calls_as_text
 
-__all__ = ["Messages", "chat_prompt", "require_tools", "takes_tools"]
-
-Messages = str | Sequence[Mapping[str, Any]]
+__all__ = ["chat_prompt", "require_tools", "takes_tools"]
 
 _PROBE = {
     "type": "function",
@@ -40,9 +39,8 @@ def chat_prompt(
     tokenizer = model.tokenizer
     if tokenizer.chat_template is None:
         raise InputError("the model's tokenizer has no chat template: questions need a chat (instruct) model")
-    conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
-    if not conversation or not all(isinstance(m.get("content"), str) or m.get("tool_calls") for m in conversation):
-        raise InputError(f"messages={messages!r} must be a text, or dicts with 'role' and 'content' texts")
+    conversation = turns_of(messages)
+    tools = checked_tools(tools)
     if any(turn.get("tool_calls") for turn in conversation):
         conversation = _with_calls_shown(model, conversation)
     text = _rendered(model, conversation, tools)
