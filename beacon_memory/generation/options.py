@@ -86,7 +86,10 @@ def generation_config(
     _check_values(chosen)
     if unknown := chosen.keys() - _OPTIONS:
         named = ", ".join(f"{name}={chosen[name]!r}" for name in sorted(unknown))
-        raise InputError(f"unknown generation options, or none that a memory can be combined with: {named}")
+        raise InputError(
+            f"unknown generation options: {named}; known are those of transformers that decide which tokens come and "
+            "where an answer ends"
+        )
     own = {name: value for name, value in model.base.generation_config.to_dict().items() if name in _OPTIONS}
     try:
         settings = {**own, **chosen, "use_cache": True, "return_dict_in_generate": False}

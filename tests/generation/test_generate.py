@@ -297,9 +297,9 @@ def test_an_error_while_streaming_reaches_the_consumer() -> None:
         ({"do_sample": "no"}, "do_sample='no' must be True or False"),
         ({"eos_token_id": [2, "</s>"]}, "eos_token_id=.* must be the number of a token"),
         ({"validate": 5}, "validate=5"),
-        ({"use_cache": False}, "none that a memory can be combined with: use_cache=False"),
+        ({"use_cache": False}, "unknown generation options: use_cache=False; known are"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
-        ({"assistant_early_exit": 1, "top_p": 0.5}, "combined with: assistant_early_exit=1$"),
+        ({"assistant_early_exit": 1, "top_p": 0.5}, "options: assistant_early_exit=1;"),
         ({"watermarking_config": 5}, "cannot be used: .*"),
     ],
 )
