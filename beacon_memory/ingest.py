@@ -199,7 +199,7 @@ class Ingestion:
         was cut into other tokens than now.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
-        self.compressor.model.fingerprint.require(header.fingerprint, row.id)
+        self.compressor.model.require_made(header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
         before = self.store.text(row.id)
         whole = Text(before + text)

@@ -357,7 +357,7 @@ class BeaconMemory:
     def _load(self, row: DocumentRow) -> MemoryKV:
         model = self.model
         stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        model.fingerprint.require(stored.header.fingerprint, row.id)
+        model.require_made(stored.header.fingerprint, row.id, row.precision)
         return stored.kv
 
     def list(
