@@ -20,6 +20,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -101,6 +102,14 @@ class MemoryStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., MemoryStore], tuple[object, ...]]:
+        """Pickle where it lies: what comes out is a store of its own on the same folder."""
+        return partial(MemoryStore, files=self.parts.given), (self.root.absolute(), self.namespace)
+
+    def __deepcopy__(self, memo: object) -> MemoryStore:
+        """Return the store itself, which threads may share."""
+        return self
 
     def close(self) -> None:
         """Close the catalog; the next use opens it again."""

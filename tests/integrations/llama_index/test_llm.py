@@ -29,7 +29,8 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms import LLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
-from llama_index_beacon_memory import BeaconMemoryLLM
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index_beacon_memory import BeaconMemoryLLM, BeaconSynthesizer
 from llama_index_beacon_memory.messages import to_turns
 from llama_index_samples import ROOF, WELL, make_llm, model, saying
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -273,6 +274,18 @@ def test_beams_are_not_streamed_but_asked_for_in_one_piece(llm: BeaconMemoryLLM)
 def test_option_that_there_is_not_is_refused(llm: BeaconMemoryLLM) -> None:
     with pytest.raises(InputError, match="unknown generation options: top_q=1"):
         llm.chat(QUESTION, top_q=1)
+
+
+def test_arguments_of_the_chat_template_come_from_constructor_or_call(llm: BeaconMemoryLLM) -> None:
+    own = BeaconMemoryLLM(memory=llm.memory, generate_kwargs={"chat_template_kwargs": {"absent": 1}})
+    nodes = [NodeWithScore(node=TextNode(id_="roof", text=ROOF))]
+    for ask in (
+        lambda: llm.chat(QUESTION, chat_template_kwargs={"absent": 1}),
+        lambda: own.chat(QUESTION),
+        lambda: BeaconSynthesizer(own).synthesize("Who?", nodes),
+    ):
+        with pytest.raises(InputError, match="absent=1 is not known to the model's chat template"):
+            ask()
 
 
 def test_system_prompt_and_completion_to_prompt_are_used(llm: BeaconMemoryLLM) -> None:
