@@ -23,7 +23,7 @@ from beacon_memory.generation.prompt import Messages, chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.storage import repair
+from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
@@ -366,8 +366,12 @@ class BeaconMemory:
         return self.store.row(id)
 
     def remove(self, id: str) -> None:
-        """Forget a document; raises DocumentNotFoundError."""
+        """Forget a document; raises DocumentNotFoundError. Traces of it stay in the store until `erase`."""
         self.store.delete(id)
+
+    def erase(self, *ids: str) -> None:
+        """Remove documents with all traces of them, and of all that was removed before; see `storage.erasing.erase`."""
+        erasing.erase(self.store, ids)
 
     def verify(self) -> builtins.list[Problem]:
         """Return what is wrong with the store; see `storage.repair.verify`."""

@@ -332,6 +332,16 @@ def test_removed_document_is_gone(memory: BeaconMemory) -> None:
         memory.ask("Who?", "roof", **SHORT)
 
 
+def test_erased_document_leaves_no_words(memory: BeaconMemory) -> None:
+    for id in ("roof", "well"):
+        memory.add(id, ROOF + " Zymurgy is taught there.", ratio=4)
+    memory.remove("roof")
+    memory.erase("well")
+    assert memory.list() == []
+    left = b"".join(path.read_bytes() for path in memory.store.root.rglob("*") if path.is_file())
+    assert b"zymurg" not in left.lower()
+
+
 def test_bfloat16_memory_is_stored_in_bfloat16(tmp_path: Path) -> None:
     half = make_model()
     half.to(torch.bfloat16)
