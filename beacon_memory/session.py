@@ -15,6 +15,7 @@ from beacon_memory.storage.files.durable import move_into_place, unlink
 from beacon_memory.storage.files.locks import alone
 from beacon_memory.storage.files.names import hash_id
 
+from .conversation import turns_of
 from .documents import SESSION_TAG, Document, check_id, content_hash
 from .errors import CorruptFileError, DocumentNotFoundError, InputError
 from .memory import BeaconMemory
@@ -193,10 +194,10 @@ class Session:
 
 
 def _turn(turn: Mapping[str, str]) -> Turn:
-    kept = {"role": turn.get("role"), "content": turn.get("content")}
-    if not all(isinstance(value, str) for value in kept.values()):
-        raise InputError(f"a turn must have the texts 'role' and 'content', got {dict(turn)!r}")
-    return kept  # type: ignore[return-value]  # just checked
+    (checked,) = turns_of([turn])
+    if not isinstance(checked.get("content"), str):
+        raise InputError(f"a turn must have the texts 'role' and 'content', got {checked!r}")
+    return {"role": checked["role"], "content": checked["content"]}
 
 
 def _line(turn: Mapping[str, str]) -> str:

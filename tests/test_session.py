@@ -186,6 +186,19 @@ def test_clearing_forgets_everything(memory: BeaconMemory) -> None:
     session.clear()
 
 
+@pytest.mark.parametrize("turn", [{"role": "user", "content": "a \ud800"}, {"role": "\ud800", "content": "a"}])
+def test_turn_without_utf8_form_is_refused_and_the_session_goes_on(memory: BeaconMemory, turn: dict[str, str]) -> None:
+    session = Session(memory, "chat", recent=60)
+    session.add(exchange(1))
+    with pytest.raises(InputError, match=r"messages\[0\].*holds the lone surrogate"):
+        session.add([*exchange(2), turn])
+    with pytest.raises(InputError, match="lone surrogate"):
+        session.ask("\udfff", max_new_tokens=2)
+    assert session.turns == exchange(1)
+    session.add(exchange(3))
+    assert whole(session) == "".join(map(line, [*exchange(1), *exchange(3)]))
+
+
 def test_what_is_no_conversation_is_refused(memory: BeaconMemory) -> None:
     session = Session(memory, "chat")
     with pytest.raises(InputError, match="'role' and 'content'"):
