@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateError
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
-from .tool_calls import OPENING, with_calls_as_text
+from .tool_calls import OPENING, results_in_order, with_calls_as_text
 
 __all__ = ["Messages", "chat_prompt", "require_tools", "takes_tools"]
 
@@ -44,7 +44,7 @@ def chat_prompt(
     if not conversation or not all(isinstance(m.get("content"), str) or m.get("tool_calls") for m in conversation):
         raise InputError(f"messages={messages!r} must be a text, or dicts with 'role' and 'content' texts")
     if any(turn.get("tool_calls") for turn in conversation):
-        conversation = _with_calls_shown(model, conversation)
+        conversation = _with_calls_shown(model, results_in_order(conversation))
     text = _rendered(model, conversation, tools)
     if tools and text == _rendered(model, conversation):
         raise InputError(f"the model's chat template has no place for tools, {_ADVICE}")
@@ -75,9 +75,9 @@ def require_tools(model: BeaconModel) -> None:
         )
 
 
-def _with_calls_shown(model: BeaconModel, turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_calls_shown(model: BeaconModel, turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return turns whose tool calls reach the model: as they are if the template shows them, else as text."""
-    whole = [turn | {"content": turn.get("content") or ""} for turn in turns]
+    whole = [{**turn, "content": turn.get("content") or ""} for turn in turns]
     bare = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in whole]
     try:
         shown = _rendered(model, whole) != _rendered(model, bare)
