@@ -15,7 +15,7 @@ from beacon_memory.documents import check_utf8
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
-from .tool_calls import OPENING, with_calls_as_text
+from .tool_calls import OPENING, results_in_order, with_calls_as_text
 
 __all__ = ["chat_prompt", "require_tools", "takes_tools"]
 
@@ -53,7 +53,7 @@ def chat_prompt(
     given = _checked_arguments(model, {} if chat_template_kwargs is None else chat_template_kwargs)
     turns = _with_system_shown(model, turns, given)
     if any(turn.get("tool_calls") for turn in turns):
-        turns = _with_calls_shown(model, turns, given)
+        turns = _with_calls_shown(model, results_in_order(turns), given)
     if offered := checked_tools(tools):
         without = _rendered(model, turns, given)
         given["tools"] = offered

@@ -154,6 +154,16 @@ def test_arguments_that_cannot_take_effect_are_refused(arguments: Any, says: str
         chat_prompt(with_template(THINKING), "Who?", behind_memory=False, chat_template_kwargs=arguments)
 
 
+def test_results_of_tools_reach_the_model_in_the_order_of_their_calls() -> None:
+    model = with_template("{% for m in messages %}{{ m.content }} {{ m.tool_calls | length }}\n{% endfor %}")
+    calls = [call_of_turn(id, "look", {}) for id in ("1", "2", "3")]
+    asked = {"role": "assistant", "content": "Look.", "tool_calls": calls}
+    results = [{"role": "tool", "content": f"of {id}", "tool_call_id": id} for id in ("3", "9", "1", "2")]
+    then = [{"role": "assistant", "content": "So."}, {"role": "tool", "content": "b"}, {"role": "tool", "content": "a"}]
+    shown = model.tokenizer.decode(chat_prompt(model, [asked, *results, *then], behind_memory=False))
+    assert [line[:-2] for line in shown.splitlines()] == ["Look.", "of 1", "of 2", "of 3", "of 9", "So.", "b", "a"]
+
+
 def test_answer_is_split_into_texts_and_calls_in_their_order() -> None:
     block = '<tool_call>{"name": "f", "id": "7"}</tool_call>'
     text, call, between, unread, last = split_calls(f"One. {block} Two. <tool_call>f(1)</tool_call>{block[:-4]}")
