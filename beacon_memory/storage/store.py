@@ -202,7 +202,10 @@ class MemoryStore:
         return self.parts.catalog().documents.text(id)
 
     def search(self, query: str, limit: int = 10) -> builtins.list[PassageHit]:
-        """Return the passages of all documents that share words with `query`, best first; see `full_text.search`."""
+        """Return the passages of all documents that share words with `query`, best first; see `full_text.search`.
+
+        Raises CorruptFileError if the text of a document that was found is damaged.
+        """
         return self.parts.catalog().texts.search(query, limit)
 
     def get(
