@@ -89,9 +89,9 @@ def import_documents(
     there already and must not be replaced; then nothing has changed. What the store refuses, for want of room or quota,
     or since another one was stored under its id meanwhile, ends the import: documents before it stay.
     """
-    if not path.is_file():
-        raise StoreError(f"{path} is not there, or no file; name an archive that an export has written")
     try:
+        if not path.is_file():
+            raise StoreError(f"{path} is not there, or no file; name an archive that an export has written")
         file = path.open("rb")
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; see to its permissions") from error
