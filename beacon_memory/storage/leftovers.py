@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.durable import identity
 from beacon_memory.storage.files.label_file import label_name
 from beacon_memory.storage.files.marks import mark_of
 from beacon_memory.storage.files.names import number_of, stem_of, version_of
@@ -25,5 +26,5 @@ def unnamed_files(catalog: Catalog, files: Files) -> Iterator[tuple[str, bool]]:
     for name in named:
         latest[stem_of(name)] = max(latest.get(stem_of(name), 0), version_of(name))
     for name in sorted(set(files.names()) - named - {label_name(name) for name in named}):
-        left = number_of(name) in unsettled or mark_of(files, name).exists()
+        left = number_of(name) in unsettled or identity(mark_of(files, name)) is not None
         yield name, left or 0 < version_of(name) < latest.get(stem_of(name), 0)

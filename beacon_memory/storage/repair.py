@@ -33,7 +33,7 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
 from beacon_memory.storage.files.access import Files
-from beacon_memory.storage.files.durable import unlink
+from beacon_memory.storage.files.durable import identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.locks import tidying
@@ -104,7 +104,7 @@ def repair(store: MemoryStore) -> list[Problem]:
                 mend()
                 mended = True
         done.append(replace(problem, mended=mended))
-    if store.folder.exists():
+    if identity(store.folder):
         _settle(store)
     return [replace(problem, mended=problem.mended or _found_again(store, problem)) for problem in done]
 
@@ -145,7 +145,7 @@ def _put_aside(store: MemoryStore, path: Path) -> str:
 def _flaws(store: MemoryStore) -> list[str]:
     """Return what is wrong with a catalog, its single rows and texts apart."""
     try:
-        catalog = store.parts.catalog(create=store.folder.exists())  # one that was lost begins anew
+        catalog = store.parts.catalog(create=identity(store.folder) is not None)  # one that was lost begins anew
         found = find_flaws(catalog)
         for _ in catalog.documents.scan():
             pass
@@ -164,7 +164,7 @@ def _carried(store: MemoryStore) -> dict[str, Any]:
 
 def _look(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     """Yield all problems, each with a function that mends it, to be called before the next problem is asked for."""
-    if not store.folder.exists():
+    if not identity(store.folder):
         return
     try:
         yield from _look_at_all(store)
@@ -235,7 +235,7 @@ def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     """Look at the copy of the settings, which must agree with the catalog."""
     catalog, path = store.parts.catalog(), store.folder / COPY
     properties = dict(catalog.properties.all())
-    if read_copy(store.folder) != properties and (path.exists() or len(properties) > 1):  # more than the identity
+    if read_copy(store.folder) != properties and (identity(path) or len(properties) > 1):  # more than the identity
         message = "the copy of the settings is missing, damaged, or says something else than the catalog"
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
@@ -294,7 +294,7 @@ def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
         yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
     for path in files.temps():
-        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(unlink, path)
+        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(_unlink, path)
 
 
 def _id_in(files: Files, name: str) -> str | None:
@@ -382,6 +382,11 @@ def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
 def _remove(files: Files, name: str) -> None:
     if not files.remove(name):
         raise StoreError(f"{name} cannot be removed")
+
+
+def _unlink(path: Path) -> None:
+    if not unlink(path):
+        raise StoreError(f"{path} cannot be removed")
 
 
 def _found_again(store: MemoryStore, problem: Problem) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from beacon_memory.errors import StoreError
 
-from .durable import move_into_place, sync_folder, unlink
+from .durable import entries, move_into_place, sync_folder, unlink
 from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name
 
 __all__ = ["LocalFiles"]
@@ -55,14 +55,19 @@ class LocalFiles:
         self.sync([*EVERYWHERE, _STAGED])
 
     def names(self) -> Iterator[str]:
-        """Yield the names of all files, sorted."""
-        for path in sorted(self.folder.glob("kv/*/*")):
-            if not path.name.startswith(TEMP_PREFIX):
-                yield path.relative_to(self.folder).as_posix()
+        """Yield the names of all files, sorted; raises StoreError if they cannot be listed."""
+        for folder in self._folders():
+            for entry in entries(folder):
+                if not entry.name.startswith(TEMP_PREFIX):
+                    yield f"kv/{folder.name}/{entry.name}"
 
     def temps(self) -> Iterator[Path]:
-        """Yield the temporary files that a crash left, in any folder."""
-        yield from sorted(self.staging.rglob(f"{TEMP_PREFIX}*"))
+        """Yield the temporary files that a crash left, in any folder; raises StoreError if they cannot be listed."""
+        for folder in (self.staging, *self._folders()):
+            yield from (Path(one.path) for one in entries(folder) if one.name.startswith(TEMP_PREFIX))
+
+    def _folders(self) -> list[Path]:
+        return [Path(one.path) for one in entries(self.staging) if one.is_dir()]
 
     def _require_gone(self, left: list[str]) -> None:
         if left:
