@@ -9,8 +9,9 @@ from jinja2.exceptions import TemplateError
 
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.results import ToolCall
 
-from .tool_calls import OPENING, results_in_order, with_calls_as_text
+from .tool_calls import OPENING, call_of_turn, new_call_id, read_answer, results_in_order, with_calls_as_text
 
 __all__ = ["Messages", "chat_prompt", "require_tools", "takes_tools"]
 
@@ -24,7 +25,9 @@ _PROBE = {
         "parameters": {"type": "object", "properties": {"of": {"type": "string", "description": "Anything."}}},
     },
 }
-_ADVICE = "so tools cannot be used; take a model that was trained to call them, for example Qwen2.5-Instruct or Hermes"
+_ADVICE = (
+    "so tools cannot be used; take a model that was trained to call them, for example Qwen2.5-Instruct or Llama 3.2"
+)
 
 
 def chat_prompt(
@@ -55,14 +58,17 @@ def chat_prompt(
 
 
 def takes_tools(model: BeaconModel) -> bool:
-    """Tell whether the model can call tools: its chat template shows them, and says to call as `tool_calls` reads it.
+    """Tell whether the model can call tools: its chat template shows them, and calls in a form that `tool_calls` reads.
 
-    That is seen by what the template makes of a tool, since some refuse tools, and some write calls in another way.
+    That is seen by what the template makes of a tool and of a call, since some refuse tools, and some write calls in a
+    way of their own.
     """
     if model.tokenizer.chat_template is None:
         return False
+    asked = [{"role": "user", "content": "probe"}]
     try:
-        return OPENING in _rendered(model, [{"role": "user", "content": "probe"}], [_PROBE])
+        shown = _rendered(model, asked, [_PROBE])
+        return shown != _rendered(model, asked) and (OPENING in shown or _reads_own_calls(model, asked, shown))
     except TemplateError:  # it says itself that it has no place for tools
         return False
 
@@ -71,8 +77,20 @@ def require_tools(model: BeaconModel) -> None:
     """Raise InputError for a model that cannot call tools, see `takes_tools`."""
     if not takes_tools(model):
         raise InputError(
-            f"the model's chat template has no place for tools, or does not write calls as {OPENING}, {_ADVICE}"
+            f"the model's chat template has no place for tools, or writes calls in a form that is not read, {_ADVICE}"
         )
+
+
+def _reads_own_calls(model: BeaconModel, asked: Sequence[dict[str, Any]], prompt: str) -> bool:
+    """Tell whether a call as the template writes it is read as that call."""
+    tokenizer: Any = model.tokenizer
+    called = {"role": "assistant", "content": "", "tool_calls": [call_of_turn(new_call_id(), "probe", {"of": "this"})]}
+    whole = str(tokenizer.apply_chat_template([*asked, called], tools=[_PROBE], tokenize=False))
+    written = whole.removeprefix(prompt)
+    tokens, before = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (written, prompt))
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    parts = read_answer(tokenizer, text, tokens, prompt=before, tools=[_PROBE])
+    return [(one.name, one.arguments) for one in parts if isinstance(one, ToolCall)] == [("probe", {"of": "this"})]
 
 
 def _with_calls_shown(model: BeaconModel, turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
