@@ -21,6 +21,7 @@ from beacon_memory.generation.generate import Generation, Request, generate, req
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
 from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
+from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.storage import erasing, repair
@@ -49,13 +50,23 @@ class _Question:
     ids: tuple[str, ...]
     request: Request
     config: GenerationConfig
+    tools: Sequence[Mapping[str, Any]]
+    tokenizer: Any
     started: float
 
     def answer(self, generation: Generation) -> Answer:
         now = time.perf_counter()
+        parts = read_answer(
+            self.tokenizer,
+            generation.text,
+            generation.tokens,
+            prompt=self.request.prompt,
+            stops=self.config.stop_strings or (),
+            tools=self.tools,
+        )
         usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens))
         first = generation.first_token_at - self.started
-        return Answer(generation.text, self.ids, usage, first, now - self.started)
+        return Answer(generation.text, parts, self.ids, usage, first, now - self.started)
 
 
 class BeaconMemory:
@@ -236,7 +247,8 @@ class BeaconMemory:
                   they fit the model's positions together.
         optional: those of `ids` that may be left out, too, if they do not fit beside those in front of them.
         stop:     strings at which the answer ends. seed: of sampling.
-        tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them.
+        tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
+                  `Answer.parts` has the calls.
         chat_template_kwargs: what else the chat template knows, such as {"enable_thinking": False} for Qwen3.
         options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
 
@@ -296,7 +308,7 @@ class BeaconMemory:
         require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
         memories = [MemoryKV.of(self.compressor.sink), *(self._load(row) for row in rows)]
         request = Request(MemoryKV.concat(memories, room + slots), prompt)
-        return _Question(tuple(row.id for row in rows), request, config, started)
+        return _Question(tuple(row.id for row in rows), request, config, tools, model.tokenizer, started)
 
     def _chosen(
         self,
