@@ -73,7 +73,7 @@ class BeaconMemory:
     """Long-term memory of a local language model: each document is read once and answers from then on.
 
     store:   folder of the documents, created when first written to; or a MemoryStore, for one with files elsewhere.
-    model:   folder or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
+    model:   folder, GGUF file or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.

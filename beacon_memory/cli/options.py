@@ -80,7 +80,9 @@ Namespace = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(envvar="BEACON_MEMORY_MODEL", help="Base model: folder or hub name.", show_default="the embedded one"),
+    typer.Option(
+        envvar="BEACON_MEMORY_MODEL", help="Base model: folder, GGUF file or hub name.", show_default="the embedded one"
+    ),
 ]
 Adapter = Annotated[
     str | None,
