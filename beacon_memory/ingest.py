@@ -11,6 +11,7 @@ from typing import Any
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile, read_header
 from beacon_memory.storage.files.stored_kv import StoredKV
@@ -227,7 +228,7 @@ class Ingestion:
         ratios: Ratio = row.ratios[0]
         if len(row.ratios) > 1:
             try:
-                windows = read_header(self.store.files.fetch(row.file)).windows
+                windows = read_file(self.store.files, row.file, read_header).windows
             except (CorruptFileError, FileNotFoundError):
                 windows = ()
             count = -(-len(tokens.ids) // self.compressor.model.config.beacon_window)
@@ -274,7 +275,7 @@ class Ingestion:
             path = self.store.files.fetch(row.file)
             if row.method is not None and len(row.ratios) == 1:
                 return row.method == parameters and path.exists()
-            header = read_header(path)
+            header = read_file(self.store.files, row.file, read_header)
         except (FileNotFoundError, CorruptFileError):
             return False
         return header.method in (None, parameters) and [window.ratio for window in header.windows] == ratios

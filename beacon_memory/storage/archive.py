@@ -18,6 +18,7 @@ from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_
 from beacon_memory.storage.files.label_file import StoredLabel, read_label, stage_label
 from beacon_memory.storage.files.locks import writing
 from beacon_memory.storage.files.names import new_temp
+from beacon_memory.storage.files.stored_kv import not_finite
 
 from .archive_file import FORMAT, HEAD, MANIFEST, Member, add_file, add_json, checked_documents, corrupt, pieces
 from .reading import READ_TRIES
@@ -219,6 +220,8 @@ def _look_through(
         with _extracted(store, file, pair, path) as (stored, label):
             if label.id in ids:
                 raise corrupt(path, f"it holds {label.id!r} twice")
+            if flaw := not_finite(stored.kv):
+                raise corrupt(path, f"{label.id!r} cannot be stored: {flaw}")
             if max((window.stop for window in stored.header.windows), default=0) > len(stored.text):
                 raise corrupt(path, f"a window of {label.id!r} ends after its text")
         ids.add(label.id)

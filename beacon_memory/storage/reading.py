@@ -5,6 +5,7 @@ from __future__ import annotations
 from beacon_memory.errors import MismatchedFileError, MissingFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file
 
 from .parts import StoreParts
@@ -39,7 +40,7 @@ def read_document(
     missing = None
     for _ in range(READ_TRIES):
         try:
-            file = read_kv_file(parts.files.fetch(row.file))
+            file = read_file(parts.files, row.file, read_kv_file)
         except FileNotFoundError:
             now = find_row(parts.catalog(), id, fingerprint)
             if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now

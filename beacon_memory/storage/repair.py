@@ -32,7 +32,7 @@ from beacon_memory.errors import (
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
-from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.durable import identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
@@ -219,7 +219,7 @@ def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Itera
         yield Problem("damaged-row", row.id, None, row.message), partial(catalog.versions.forget, row)
         return
     try:
-        flaw = difference_of(row, read_kv_file(store.files.fetch(row.file)))
+        flaw = difference_of(row, read_file(store.files, row.file, read_kv_file))
     except FileNotFoundError:
         flaw = "is missing"
     except CorruptFileError as error:
@@ -244,7 +244,7 @@ def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
     if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
         return None  # files of a time before there were labels have none
     try:
-        stored = read_label(files.fetch(label_name(row.file)))
+        stored = read_file(files, label_name(row.file), read_label)
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
@@ -309,7 +309,7 @@ def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
 def _id_in(files: Files, name: str) -> str | None:
     """Return the id of the document that a file belongs to, None if it cannot be read."""
     with contextlib.suppress(StoreError, FileNotFoundError):
-        return read_header(files.fetch(name)).id
+        return read_file(files, name, read_header).id
     return None
 
 
@@ -377,12 +377,12 @@ def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
     """
     for name in reversed([name for name in names if name.endswith(".safetensors")]):
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
-            file = read_kv_file(files.fetch(name))
+            file = read_file(files, name, read_kv_file)
             if _stem(name) != file_stem(file.header.id):
                 continue
             stored = StoredLabel(file.header.id, file.header.created_at, Label())
             with contextlib.suppress(CorruptFileError, FileNotFoundError):
-                beside = read_label(files.fetch(label_name(name)))
+                beside = read_file(files, label_name(name), read_label)
                 stored = beside if beside.id == stored.id else stored
             return row_of(name, file, stored.label, stored.created_at), file
     raise CorruptFileError(f"none of {', '.join(names)} can be read")

@@ -47,7 +47,7 @@ from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
+from beacon_memory.storage.files.stored_kv import StoredKV, not_finite, precision_of, with_precision
 
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
@@ -271,6 +271,8 @@ class MemoryStore:
         if chosen is PrecisionRule.AUTO:
             chosen = settings.precision
         kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv
+        if flaw := not_finite(kv):
+            raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
         with self._publisher.new_file(header, kv, text) as new, new.catalog.transaction():
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)

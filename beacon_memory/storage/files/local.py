@@ -32,6 +32,10 @@ class LocalFiles:
         """Return the path of a file, which may be missing; raises CorruptFileError for what is no name of a file."""
         return self.folder / check_name(name)
 
+    def refresh(self, name: str) -> bool:  # noqa: ARG002  # of no file
+        """Return False: there is no other copy."""
+        return False
+
     def remove(self, name: str) -> bool:
         """Remove a file if it exists; returns False if it cannot be removed now."""
         return bool(FILE_NAME.fullmatch(name)) and unlink(self.folder / name)
