@@ -12,7 +12,7 @@ import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
 from typing import Final, NoReturn
 
@@ -31,6 +31,7 @@ __all__ = [
     "choose_precision",
     "content_hash",
     "given_of",
+    "utc_after",
     "utc_now",
 ]
 
@@ -209,6 +210,11 @@ def choose_precision(value: str) -> Precision | PrecisionRule:
 def utc_now() -> str:
     """Return the time in UTC as ISO 8601, to the millisecond; later times sort behind earlier ones."""
     return _utc(datetime.now(UTC))
+
+
+def utc_after(time: str) -> str:
+    """Return the time as `utc_now`, or a millisecond behind `time` if the clock does not say a later one."""
+    return max(utc_now(), _utc(datetime.fromisoformat(time) + timedelta(milliseconds=1)))
 
 
 def _utc(time: datetime) -> str:

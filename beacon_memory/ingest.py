@@ -223,7 +223,9 @@ class Ingestion:
 
     def _renew(self, row: DocumentRow, keep_version: bool) -> _Job:
         """Prepare a document to be compressed as before: at the same ratios, if its windows can still be told."""
-        text = Text(self.store.text(row.id))
+        # `repair` keeps no version: it has lost the file, and has looked whether the text is an old one
+        texts = self.store if keep_version else self.store.parts.catalog().documents
+        text = Text(texts.text(row.id))
         tokens = self.compressor.tokenize(text.value)
         ratios: Ratio = row.ratios[0]
         if len(row.ratios) > 1:

@@ -104,7 +104,7 @@ class TestList:
         for result in [*told, run("verify"), run("show", "\x1b[2J"), run("rename", evil, f"{evil}c")]:
             assert not set(result.stdout + result.stderr) & set("\x1b\x07\r\x9b\u202e")
         assert r"a\u001b]0;x\u0007\u001b[2J\u000ab\u000d\u202e\u009b31m" in told[0].stdout
-        assert [row["id"] for row in lines(told[2])][0] == lines(told[3])[0]["id"] == evil
+        assert lines(told[2])[0]["id"] == lines(told[3])[0]["id"] == evil
         assert lines(told[3])[0]["metadata"] == {evil: evil}
 
     @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ class Files(Protocol):
     def staging(self) -> Path:
         """Return the folder of this machine in which files are written before they are published."""
 
+    def make_staging(self) -> Path:
+        """Create that folder if it is missing, and return it; raises StoreError."""
+
     def publish(self, temp: Path, name: str, *, more: bool = False) -> None:
         """Give a staged and synced file its name, durably; replaces the file that has it. Raises StoreError.
 

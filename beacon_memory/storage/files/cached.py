@@ -20,7 +20,7 @@ from pathlib import Path
 from beacon_memory.errors import InputError, StoreError
 
 from .backend import FilesBackend
-from .durable import entries, identity, make_folder, sync_file, unlink
+from .durable import entries, identity, make_folder, refuse_links, sync_file, unlink
 from .names import FILE_NAME, TEMP_PREFIX, check_name, new_temp
 
 __all__ = ["CachedFiles"]
@@ -52,6 +52,10 @@ class CachedFiles:
         """Return the folder to write in: in the cache, where the file stays when it is published."""
         return self.cache / "kv"
 
+    def make_staging(self) -> Path:
+        """Create that folder if it is missing, and return it; raises StoreError."""
+        return self._folder(self.staging)
+
     def claim(self, owner: str) -> None:
         """Reserve the backend's place for the store whose id is `owner`; does nothing if it is already.
 
@@ -68,7 +72,7 @@ class CachedFiles:
     def publish(self, temp: Path, name: str, *, more: bool = False) -> None:  # noqa: ARG002  # lasts in any case
         """Upload a staged file, and keep it in the cache; raises StoreError, and the old file is still there then."""
         try:
-            path = self.cache / check_name(name)
+            path = self._path(name)
             with self._reporting(f"uploading {name}"):
                 self.backend.publish(temp, name)
                 self._keep(temp, path)
@@ -81,7 +85,7 @@ class CachedFiles:
         Another thread or process may need the room before the caller opens the file: then fetch it again. One that is
         open stays readable.
         """
-        path = self.cache / check_name(name)
+        path = self._path(name)
         if not _used(path):
             with self._locks[hash(name) % len(self._locks)]:
                 if not _used(path):  # another thread may have fetched it by now
@@ -90,18 +94,17 @@ class CachedFiles:
 
     def refresh(self, name: str) -> bool:
         """Download a file whose cached copy is damaged; True. Raises as `fetch`, and the copy is still there then."""
-        path = self.cache / check_name(name)
+        path = self._path(name)
         with self._locks[hash(name) % len(self._locks)]:
             self._download(name, path, identity(path))
         return True
 
     def remove(self, name: str) -> bool:
         """Remove a file from backend and cache; returns False if it cannot be removed now."""
-        if not FILE_NAME.fullmatch(name):
-            return False
         with contextlib.suppress(StoreError, OSError):
+            path = self._path(name)
             self.backend.remove(name)
-            return unlink(self.cache / name)
+            return unlink(path)
         return False
 
     def sync(self, names: Iterable[str]) -> None:
@@ -117,6 +120,8 @@ class CachedFiles:
 
     def temps(self) -> Iterator[Path]:
         """Yield what a crash left; a download takes no lock of a writer, so a recent one may still be going on."""
+        for folder in (self.staging, self._downloads):
+            refuse_links(self.cache.parent, folder)
         yield from (Path(one.path) for one in entries(self.staging) if one.name.startswith(TEMP_PREFIX))
         for temp in entries(self._downloads):
             with contextlib.suppress(FileNotFoundError):  # it has just come to its end
@@ -133,10 +138,21 @@ class CachedFiles:
         except OSError as error:
             raise StoreError(f"{self.backend.url}: {doing} failed: {error}; see to the place, and try again") from error
 
+    def _path(self, name: str) -> Path:
+        """Return the path that a file has in the cache; raises CorruptFileError as `fetch` does."""
+        path = self.cache / check_name(name)
+        refuse_links(self.cache.parent, path.parent)
+        return path
+
+    def _folder(self, folder: Path) -> Path:
+        """Create a folder of the cache if it is missing, and return it; raises StoreError."""
+        refuse_links(self.cache.parent, folder)
+        make_folder(folder, self.cache.parent)
+        return folder
+
     def _download(self, name: str, path: Path, damaged: tuple[int, int] | None = None) -> None:
         """Download a file; it takes the place of the `damaged` one that is cached, if there is one."""
-        make_folder(self._downloads)
-        temp = new_temp(self._downloads)
+        temp = new_temp(self._folder(self._downloads))
         try:
             with self._reporting(f"reading {name}", but=(FileNotFoundError,)):
                 self.backend.fetch(name, temp)
@@ -148,7 +164,7 @@ class CachedFiles:
 
     def _keep(self, temp: Path, path: Path) -> None:
         """Move a file into the cache, and make room for it."""
-        make_folder(path.parent)
+        self._folder(path.parent)
         self._room -= temp.stat().st_size  # of threads that count at once, one may be lost: looking finds it
         temp.replace(path)
         if self._room < 0:
@@ -161,7 +177,7 @@ class CachedFiles:
         """
         files = []
         for folder in entries(self.staging):
-            for cached in entries(Path(folder.path)) if folder.is_dir() else ():
+            for cached in entries(Path(folder.path)) if folder.is_dir(follow_symlinks=False) else ():
                 with contextlib.suppress(FileNotFoundError):  # another process makes room, too
                     status = cached.stat()
                     files.append((status.st_mtime_ns, status.st_size, Path(cached.path)))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from beacon_memory.errors import CorruptFileError
 
+from .durable import create_file
+
 __all__ = ["FILE_NAME", "TEMP_PREFIX", "check_name", "file_stem", "hash_id", "new_temp", "number_of"]
 
 # Nothing else that a catalog or a bucket names becomes a path of this machine.
@@ -42,5 +44,7 @@ def number_of(name: str) -> str:
 
 
 def new_temp(folder: Path) -> Path:
-    """Return an unused path for a temporary file in a folder."""
-    return folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    """Create an empty temporary file in a folder; raises StoreError."""
+    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    create_file(temp)
+    return temp
