@@ -51,9 +51,7 @@ def export_archive(
     with reported("nothing was written"):
         documents = open_store(store, namespace)
         with counting(len(doc) if doc else documents.totals().documents) as done:
-            count = export_documents(
-                documents, path, doc or None, on_document=lambda _: done(), on_gone=say_gone
-            )
+            count = export_documents(documents, path, doc or None, on_document=lambda _: done(), on_gone=say_gone)
         print_fields({"documents": count, "path": str(path)}, as_json)
 
 

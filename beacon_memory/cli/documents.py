@@ -23,6 +23,7 @@ from .terminal import (
     print_fields,
     print_json,
     print_rows,
+    print_text,
     remarks,
     reported,
     row_fields,
@@ -113,7 +114,7 @@ def show(
         elif as_json:
             print_json({"id": id, "text": documents.text(id)})
         else:
-            typer.echo(documents.text(id), nl=False)
+            print_text(documents.text(id))
 
 
 @app.command(rich_help_panel=_STORED)

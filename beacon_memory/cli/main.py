@@ -35,7 +35,7 @@ from .options import (
     open_memory,
     quiet,
 )
-from .terminal import answer_fields, compressing, note_usage, print_fields, print_json, reported, say
+from .terminal import answer_fields, compressing, note_usage, print_fields, print_json, print_text, reported, say
 
 if TYPE_CHECKING:
     from beacon_memory.memory import BeaconMemory
@@ -259,13 +259,13 @@ def ask(
                         typer.echo()
                         note_usage(piece)
                     else:
-                        typer.echo(piece, nl=False)
+                        print_text(piece)
                 return
             answer = memory.ask(question, doc or None, **options)
         if as_json:
             print_json(answer_fields(answer))
         else:
-            typer.echo(answer.text)
+            print_text(f"{answer.text}\n")
             note_usage(answer)
 
 

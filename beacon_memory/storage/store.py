@@ -34,6 +34,7 @@ from beacon_memory.documents import (
     Text,
     check_id,
     choose_precision,
+    utc_after,
     utc_now,
 )
 from beacon_memory.errors import ConflictError, CorruptFileError, InputError, StoreError
@@ -45,14 +46,13 @@ from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredFile
-from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
+from beacon_memory.storage.files.stored_kv import StoredKV, not_finite, precision_of, with_precision
 
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
 from .publishing import Publisher
-from .reading import READ_TRIES, find_row, read_document
+from .reading import READ_TRIES, find_row, read_document, require_file
 from .records import row_of
 from .settings import Settings, keep_copy
 
@@ -135,8 +135,7 @@ class MemoryStore:
         """
         with contextlib.ExitStack() as held:
             if files is not KEEP:  # whoever is writing goes on where it has begun, so wait for the end of it
-                held.enter_context(tidying(self.folder))
-                catalog = self.parts.catalog(create=True)
+                catalog = held.enter_context(self.parts.alone())
             else:
                 catalog = held.enter_context(self.parts.writing(create=True))
             held.enter_context(catalog.transaction())
@@ -198,15 +197,23 @@ class MemoryStore:
         )
 
     def text(self, id: str) -> str:
-        """Return the source text of a document; raises DocumentNotFoundError, or CorruptFileError if it is damaged."""
-        return self.parts.catalog().documents.text(id)
+        """Return the source text of a document; raises DocumentNotFoundError, or CorruptFileError if it is damaged.
+
+        It is damaged, too, if the K/V file that lay beside it is gone: then it may have been replaced or removed.
+        """
+        text = self.parts.catalog().documents.text(id)
+        require_file(self.parts, id)
+        return text
 
     def search(self, query: str, limit: int = 10) -> builtins.list[PassageHit]:
         """Return the passages of all documents that share words with `query`, best first; see `full_text.search`.
 
-        Raises CorruptFileError if the text of a document that was found is damaged.
+        Raises CorruptFileError if the text of a document that was found is damaged; see `text`.
         """
-        return self.parts.catalog().texts.search(query, limit)
+        hits = self.parts.catalog().texts.search(query, limit)
+        for id in dict.fromkeys(hit.document for hit in hits):
+            require_file(self.parts, id)
+        return hits
 
     def get(
         self,
@@ -271,6 +278,8 @@ class MemoryStore:
         if chosen is PrecisionRule.AUTO:
             chosen = settings.precision
         kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv
+        if flaw := not_finite(kv):
+            raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
         with self._publisher.new_file(header, kv, text) as new, new.catalog.transaction():
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
@@ -303,21 +312,13 @@ class MemoryStore:
 
         Raises DocumentNotFoundError, or InputError for a value that cannot be kept.
         """
-        published = False
-        with self.parts.writing() as catalog:
-            try:
-                with catalog.transaction():
-                    row = catalog.documents.require(id)
-                    label = row.label.changed(metadata, tags, pinned, expires_at)
-                    row = replace(row.labelled(label), updated_at=utc_now())
-                    catalog.documents.update(row)
-                    published = True
-                    self._publisher.write_label(row)
-            except BaseException:
-                if published:
-                    with contextlib.suppress(StoreError):
-                        self._publisher.write_label(catalog.documents.require(id))
-                raise
+        with self.parts.writing() as catalog, contextlib.ExitStack() as marked, catalog.transaction():
+            row = catalog.documents.require(id)
+            label = row.label.changed(metadata, tags, pinned, expires_at)
+            row = replace(row.labelled(label), updated_at=utc_after(row.updated_at))
+            marked.enter_context(self._publisher.new_label(catalog, row))  # until the transaction has ended
+            catalog.documents.update(row)
+            self._publisher.write_label(row)
         return row
 
     def rename(self, id: str, new_id: str) -> DocumentRow:

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ def test_whatever_call_fails_the_store_stays_as_it_was(
 
 def with_open_files(spare: int, act: Callable[[], object]) -> None:
     """Run an act in a process that may open only so many files more."""
-    handle, last = -1, max(map(int, os.listdir("/dev/fd")))
+    handle, last = -1, max(int(one.name) for one in Path("/dev/fd").iterdir())
     while handle <= last:  # lower numbers that are free would count, too
         handle = os.open(os.devnull, os.O_RDONLY)
     os.close(handle)
@@ -185,7 +186,7 @@ def test_too_many_open_files_are_no_damage(folder: Path, use: str, opened: bool)
             store.close()
         USES[use](store)
 
-    tried = [in_a_process(lambda spare=spare: with_open_files(spare, act)) for spare in range(16)]
+    tried = [in_a_process(partial(with_open_files, spare, act)) for spare in range(16)]
     assert tried[0] or use == "namespaces"
     assert not tried[-1]
     sound(store)
@@ -198,7 +199,8 @@ def test_too_many_open_files_are_no_damage(folder: Path, use: str, opened: bool)
 def test_a_change_for_which_too_many_files_are_open_changes_nothing(folder: Path, prepared: Prepared) -> None:
     for spare in range(0, 12, 2):
         store = copied(prepared.template, folder / "store")
-        failed = in_a_process(lambda spare=spare: with_open_files(spare, lambda: prepared.act(MemoryStore(store))))
+        act = partial(with_open_files, spare, partial(prepared.act, MemoryStore(store)))
+        failed = in_a_process(act)
         check(store, prepared, failed=failed)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-__all__ = ["Files"]
+from beacon_memory.errors import CorruptFileError
+
+__all__ = ["Files", "read_file"]
+
+_Read = TypeVar("_Read")
 
 
 class Files(Protocol):
@@ -15,6 +19,9 @@ class Files(Protocol):
     @property
     def staging(self) -> Path:
         """Return the folder of this machine in which files are written before they are published."""
+
+    def make_staging(self) -> Path:
+        """Create that folder if it is missing, and return it; raises StoreError."""
 
     def publish(self, temp: Path, name: str, *, more: bool = False) -> None:
         """Give a staged and synced file its name, durably; replaces the file that has it. Raises StoreError.
@@ -29,6 +36,12 @@ class Files(Protocol):
 
         Raises FileNotFoundError here or when the path is opened, CorruptFileError for what is no name of a file, and
         StoreError if a backend cannot be reached.
+        """
+
+    def refresh(self, name: str) -> bool:
+        """Take a file that was found damaged from the backend again; returns False if it is nowhere but here.
+
+        Raises as `fetch`.
         """
 
     def remove(self, name: str) -> bool:
@@ -48,3 +61,13 @@ class Files(Protocol):
 
     def temps(self) -> Iterator[Path]:
         """Yield the temporary files that a crash left, provided that nobody is writing to the store."""
+
+
+def read_file(files: Files, name: str, read: Callable[[Path], _Read]) -> _Read:
+    """Read a file by its name; if a copy on this machine is damaged, the file that it was made of. Raises as `read`."""
+    try:
+        return read(files.fetch(name))
+    except CorruptFileError:
+        if not files.refresh(name):
+            raise
+    return read(files.fetch(name))
