@@ -20,6 +20,7 @@ from .options import (
 )
 from .terminal import (
     document_fields,
+    print_as_it_is,
     print_fields,
     print_json,
     print_rows,
@@ -113,7 +114,7 @@ def show(
         elif as_json:
             print_json({"id": id, "text": documents.text(id)})
         else:
-            typer.echo(documents.text(id), nl=False)
+            print_as_it_is(documents.text(id))
 
 
 @app.command(rich_help_panel=_STORED)

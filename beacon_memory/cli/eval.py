@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from .options import Adapter, Device, Dtype, DtypeOption, Model
-from .terminal import remarks, reported
+from .terminal import print_line, remarks, reported
 
 if TYPE_CHECKING:
     from beacon_memory.evaluation.run import Result
@@ -232,7 +232,7 @@ def report(
     interrupted = "repeat the command to go on with the next task"
     with _evaluation("", seed, model, adapter, device, dtype, None, interrupted) as (evaluation, _):
         files = run_suite(evaluation, data, output, limit, lambda line: remarks().print(line, markup=False), only or ())
-        typer.echo(files[0])
+        print_line(str(files[0]))
 
 
 Done = Callable[["Result"], None]
@@ -272,7 +272,7 @@ def _evaluation(
 
             def done(result: Result) -> None:
                 bar.stop()
-                typer.echo(markdown(result))
+                print_line(markdown(result))
                 if output is not None:
                     write_result(result, output)
 

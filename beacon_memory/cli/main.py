@@ -34,7 +34,17 @@ from .options import (
     open_memory,
     quiet,
 )
-from .terminal import answer_fields, compressing, note_usage, print_fields, print_json, reported, say
+from .terminal import (
+    answer_fields,
+    compressing,
+    note_usage,
+    prepare_streams,
+    print_fields,
+    print_json,
+    print_line,
+    reported,
+    say,
+)
 
 if TYPE_CHECKING:
     from beacon_memory.memory import BeaconMemory
@@ -66,7 +76,7 @@ app.add_typer(evaluation.app, name="eval")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"beacon-memory {__version__}")
+        print_line(f"beacon-memory {__version__}")
         raise typer.Exit
 
 
@@ -250,16 +260,16 @@ def ask(
             if stream:
                 for piece in memory.stream(question, doc or None, **options):
                     if isinstance(piece, Answer):
-                        typer.echo()
+                        print_line()
                         note_usage(piece)
                     else:
-                        typer.echo(piece, nl=False)
+                        print_line(piece, end="")
                 return
             answer = memory.ask(question, doc or None, **options)
         if as_json:
             print_json(answer_fields(answer))
         else:
-            typer.echo(answer.text)
+            print_line(answer.text)
             note_usage(answer)
 
 
@@ -333,7 +343,7 @@ def bench(
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:
-            typer.echo(measure.table(figures))
+            print_line(measure.table(figures))
 
 
 @app.command()
@@ -366,9 +376,11 @@ def train(
         run = training.train  # refuses before anything is loaded if the extra is not installed
         quiet()
         adapter = run(settings, file.parent, data or file.parent, output, device)
-        print_json({"adapter": str(adapter)}) if as_json else typer.echo(adapter)
+        print_json({"adapter": str(adapter)}) if as_json else print_line(str(adapter))
 
 
 def main() -> None:
     """Run the command `beacon-memory`."""
-    app()
+    prepare_streams()
+    with reported():  # what happens outside of commands, as when the disk is full that help is written to
+        app()
