@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .options import Adapter, Device, Dtype, DtypeOption, Model
+from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given
 from .terminal import print_line, remarks, reported
 
 if TYPE_CHECKING:
@@ -39,12 +39,21 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", exists=True, dir_okay=False)]
+
+def _output(text: str) -> Path:
+    """Return the path of a file to write, which is found out now and not at the end of an evaluation."""
+    if path_given(text).is_dir():
+        raise typer.BadParameter(f"{text!r} is a folder.")
+    return Path(text)
+
+
+Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", parser=file_given, metavar="FILE")]
 Limit = Annotated[int | None, typer.Option(help="Most items, chosen at random.", min=1, show_default="all")]
 Texts = Annotated[int | None, typer.Option(help="Most texts, the first ones.", min=1, show_default="all")]
 Baselines = Annotated[str, typer.Option(help="Names separated by commas.")]
 Output = Annotated[
-    Path | None, typer.Option("--json", help="Write everything, single answers too, to this file.", dir_okay=False)
+    Path | None,
+    typer.Option("--json", help="Write everything, single answers too, to this file.", parser=_output, metavar="FILE"),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Where = Annotated[
@@ -211,8 +220,10 @@ def retention(
 
 @app.command()
 def report(
-    data: Annotated[Path, typer.Argument(help="Folder of evaluation data.", exists=True, file_okay=False)],
-    output: Annotated[Path, typer.Argument(help="Folder for tables, plots and JSON.")] = Path("docs/results"),
+    data: Annotated[Path, typer.Argument(help="Folder of evaluation data.", parser=folder_given)],
+    output: Annotated[Path, typer.Argument(help="Folder for tables, plots and JSON.", parser=path_given)] = Path(
+        "docs/results"
+    ),
     limit: Annotated[int, typer.Option(help="Most items of a task; some take a share of it.", min=1)] = 100,
     only: Annotated[list[str] | None, typer.Option(help="Run only this task; repeat it for several.")] = None,
     seed: Seed = 0,

@@ -31,7 +31,10 @@ from .options import (
     ScoreOption,
     Store,
     expiry,
+    folder_given,
+    name_given,
     open_memory,
+    path_given,
     quiet,
 )
 from .terminal import (
@@ -92,7 +95,8 @@ def _common(
 @app.command()
 def add(
     paths: Annotated[
-        list[str], typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.")
+        list[str],
+        typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.", parser=name_given),
     ],
     id: Annotated[str | None, typer.Option(help="Id of the document.", show_default="its path as given")] = None,
     ratio: Annotated[
@@ -195,7 +199,9 @@ def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
 @app.command()
 def append(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
-    path: Annotated[str, typer.Argument(help="Text file to append to the document; - for standard input.")],
+    path: Annotated[
+        str, typer.Argument(help="Text file to append to the document; - for standard input.", parser=name_given)
+    ],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
     ] = None,
@@ -348,15 +354,19 @@ def bench(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.")],
-    output: Annotated[Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.")],
+    recipe: Annotated[
+        str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.", parser=name_given)
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.", parser=path_given)
+    ],
     data: Annotated[
         Path | None,
         typer.Option(
             help="Folder of the data files that the recipe names.",
             show_default="the recipe's own folder",
-            exists=True,
-            file_okay=False,
+            parser=folder_given,
+            metavar="DIR",
         ),
     ] = None,
     device: Device = None,
