@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from beacon_memory.compression.ratio import AUTO_RATIOS
+from beacon_memory.generation.tool_calls import with_calls_as_text
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import read_checked, stage_checked
 from beacon_memory.storage.files.durable import move_into_place, unlink
 from beacon_memory.storage.files.locks import alone
 from beacon_memory.storage.files.names import hash_id
 
-from .documents import SESSION_TAG, Document, check_id, content_hash
+from .documents import SESSION_TAG, Document, check_id, check_utf8, content_hash
 from .errors import CorruptFileError, DocumentNotFoundError, InputError
 from .memory import BeaconMemory
 from .results import Answer
 
 __all__ = ["Session", "Turn"]
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -62,7 +64,7 @@ class Session:
 
     @property
     def turns(self) -> list[Turn]:
-        """Return the recent turns, as dicts with `role` and `content`, oldest first."""
+        """Return the recent turns as they were added, as dicts with `role`, `content` and the like, oldest first."""
         return self._read().turns
 
     @property
@@ -70,8 +72,13 @@ class Session:
         """Return the ids of the documents with the older turns, oldest first; load them before the recent turns."""
         return [row.id for row in self._rows(self._read())]
 
-    def add(self, turns: Sequence[Mapping[str, str]]) -> None:
-        """Add turns to the conversation, and fold older ones if there are too many. Added turns survive a crash."""
+    def add(self, turns: Sequence[Mapping[str, Any]]) -> None:
+        """Add turns to the conversation, and fold older ones if there are too many. Added turns survive a crash.
+
+        A turn has the texts `role` and `content`, and what else chat templates know or JSON can hold: `tool_calls`,
+        `tool_call_id`, `name`, ... All of it is kept until the turn is folded; folded are its role, its text and its
+        calls. Raises InputError for anything else; then nothing has changed.
+        """
         new = [_turn(turn) for turn in turns]
         with self._alone():
             state = self._read()
@@ -192,12 +199,21 @@ class Session:
         move_into_place(temp, self._path)
 
 
-def _turn(turn: Mapping[str, str]) -> Turn:
-    kept = {"role": turn.get("role"), "content": turn.get("content")}
-    if not all(isinstance(value, str) for value in kept.values()):
-        raise InputError(f"a turn must have the texts 'role' and 'content', got {dict(turn)!r}")
-    return kept  # type: ignore[return-value]  # just checked
+def _turn(turn: Mapping[str, Any]) -> Turn:
+    """Return a turn with all of its fields, as its file will give them back."""
+    try:
+        kept: Turn = json.loads(json.dumps(dict(turn)))
+        if kept.get("tool_calls"):  # templates take such a turn without a text
+            kept["content"] = kept.get("content") or ""
+        if not all(isinstance(kept[name], str) for name in ("role", "content")):
+            raise TypeError("one of them is no text")
+        _line(kept)
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        needed = "the texts 'role' and 'content', and no more than JSON and chat templates know"
+        raise InputError(f"a turn must have {needed}; {turn!r} has not: {error!r}") from error
+    check_utf8(kept, "the turn")
+    return kept
 
 
-def _line(turn: Mapping[str, str]) -> str:
-    return f"{turn['role'].capitalize()}: {turn['content']}\n"
+def _line(turn: Turn) -> str:
+    return f"{turn['role'].capitalize()}: {with_calls_as_text(turn)['content']}\n"

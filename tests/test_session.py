@@ -58,6 +58,48 @@ def test_old_turns_fold_and_nothing_is_lost(memory: BeaconMemory) -> None:
     assert memory.verify() == []
 
 
+def test_turns_come_back_with_all_of_their_fields_until_they_are_folded(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=400)
+    called = {"type": "function", "id": "7", "function": {"name": "look", "arguments": {"at": "</tool_call>"}}}
+    turns = [
+        {"role": "user", "content": "Look.", "name": "ada"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "Red.", "tool_call_id": "7", "seen": [1, None]},
+    ]
+    session.add(turns)
+    assert session.turns == turns
+    assert Session(memory, "chat").turns == turns
+    session.recent = 20
+    session.add(exchange(1))
+    assert memory.store.text("chat/1") == (
+        'User: Look.\nAssistant: <tool_call>\n{"name": "look", "arguments": {"at": "</tool_call>"}}\n</tool_call>\n'
+        "Tool: Red.\n" + "".join(map(line, exchange(1)))
+    )
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"content": "x"},
+        {"role": 1, "content": "x"},
+        {"role": "user", "content": "x", "seen": object()},
+        {"role": "user", "content": "x", "seen": {(1, 2): 3}},
+        {"role": "assistant", "content": "", "tool_calls": ["look"]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]},
+        "x",
+        None,
+    ],
+)
+def test_turn_that_cannot_be_kept_is_refused_and_changes_nothing(memory: BeaconMemory, turn: Any) -> None:
+    session = Session(memory, "chat")
+    session.add(exchange(1))
+    with pytest.raises(InputError, match="a turn must have the texts 'role' and 'content'"):
+        session.add([*exchange(2), turn])
+    assert session.turns == exchange(1)
+
+
 def test_a_fold_reads_no_more_in_a_long_conversation_than_in_a_short_one(
     memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +226,19 @@ def test_clearing_forgets_everything(memory: BeaconMemory) -> None:
     session.clear()
     assert (session.turns, session.ids, memory.list()) == ([], [], [])
     session.clear()
+
+
+@pytest.mark.parametrize("turn", [{"role": "user", "content": "a \ud800"}, {"role": "\ud800", "content": "a"}])
+def test_turn_without_utf8_form_is_refused_and_the_session_goes_on(memory: BeaconMemory, turn: dict[str, str]) -> None:
+    session = Session(memory, "chat", recent=60)
+    session.add(exchange(1))
+    with pytest.raises(InputError, match=r"the turn.*holds the lone surrogate"):
+        session.add([*exchange(2), turn])
+    with pytest.raises(InputError, match="lone surrogate"):
+        session.ask("\udfff", max_new_tokens=2)
+    assert session.turns == exchange(1)
+    session.add(exchange(3))
+    assert whole(session) == "".join(map(line, [*exchange(1), *exchange(3)]))
 
 
 def test_what_is_no_conversation_is_refused(memory: BeaconMemory) -> None:

@@ -19,6 +19,7 @@ from .terminal import (
     print_fields,
     reported,
     say_evicted,
+    say_gone,
 )
 
 __all__ = ["app"]
@@ -51,7 +52,7 @@ def export_archive(
     with reported("nothing was written"):
         documents = open_store(store, namespace)
         with counting(len(doc) if doc else documents.totals().documents) as done:
-            count = export_documents(documents, path, doc or None, lambda _: done())
+            count = export_documents(documents, path, doc or None, on_document=lambda _: done(), on_gone=say_gone)
         print_fields({"documents": count, "path": str(path)}, as_json)
 
 
@@ -115,6 +116,7 @@ def copy(
                 doc or None,
                 replace=replace,
                 on_document=lambda _: done(),
+                on_gone=say_gone,
                 on_evicted=lambda row: say_evicted(row.id),
             )
         print_fields({"documents": count, "path": str(target)}, as_json)

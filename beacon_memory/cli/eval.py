@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ app = typer.Typer(
     [bold]beacon:R:N[/bold], [bold]select:R:N[/bold], ...: the same, the text cut into N documents, composed
     [bold]select:R@int8[/bold], [bold]beacon:R@int4[/bold], ...: the same, the K/V quantized
     [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
+
+    With --json, answers are kept beside the file as they come: repeat an interrupted command, and it goes on.
 
     Needs the extra: pip install 'beacon-memory\\[eval]'.""",
     epilog="Example: beacon-memory eval qa --data qa.jsonl.gz --baselines full,none,beacon:4 --json out.json",
@@ -235,17 +238,18 @@ def report(
     """Run all tasks on a folder of data, write tables and plots, and print the page's name.
 
     Files, each optional: qa_dev, squad_articles, locomo, leval, kv_retrieval, paul_graham_essays and longbench, all
-    .jsonl.gz. A task is not run again if its JSON is there already, with the same settings and model. So after an
-    interruption, repeat the command.
+    .jsonl.gz. A task is not run again if its JSON is there already, with the same settings and model, nor an answer
+    that was given before an interruption: repeat the command, and it goes on.
     """
     from beacon_memory.evaluation.suite import run_suite
 
-    interrupted = "repeat the command to go on with the next task"
-    with _evaluation("", seed, model, adapter, device, dtype, None, interrupted) as (evaluation, _):
+    with _evaluation("", seed, model, adapter, device, dtype, None, _GOES_ON) as (evaluation, _):
         files = run_suite(evaluation, data, output, limit, lambda line: remarks().print(line, markup=False), only or ())
         print_line(str(files[0]))
 
 
+_SAID_EVERY = 30.0  # seconds
+_GOES_ON = "repeat the command to go on"
 Done = Callable[["Result"], None]
 Number = TypeVar("Number", int, float)
 
@@ -259,11 +263,11 @@ def _evaluation(
     device: str | None,
     dtype: Dtype,
     output: Path | None,
-    interrupted: str = "nothing was written",
+    interrupted: str | None = None,
 ) -> Iterator[tuple[Evaluation, Done]]:
     """Load the model and show progress; a result that is given to `done` is printed, and written to `output`."""
-    with reported(interrupted):
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    with reported(interrupted or (_GOES_ON if output else "nothing was written")):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
         from transformers.utils import logging
 
         from beacon_memory.evaluation.report import markdown, write_result
@@ -272,14 +276,21 @@ def _evaluation(
 
         logging.disable_progress_bar()
         loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype.value)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
-        with Progress(*columns, console=remarks(), transient=True, redirect_stdout=False) as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = remarks()
+        shown = console.is_terminal
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=not shown) as bar:
             bars: dict[str, TaskID] = {}
+            said = time.monotonic()
 
-            def advance(name: str) -> None:
+            def advance(name: str, total: int) -> None:
+                nonlocal said
                 if name not in bars:
-                    bars[name] = bar.add_task(name, total=None)
+                    bars[name] = bar.add_task(name, total=total)
                 bar.advance(bars[name])
+                if not shown and time.monotonic() - said > _SAID_EVERY:  # a file shows no bar
+                    said = time.monotonic()
+                    print_line(f"{name}: {bar.tasks[bars[name]].completed:.0f} of {total}", err=True)
 
             def done(result: Result) -> None:
                 bar.stop()
@@ -288,7 +299,7 @@ def _evaluation(
                     write_result(result, output)
 
             chosen = [name.strip() for name in names.split(",") if name.strip()]
-            yield Evaluation(loaded, chosen, seed, advance), done
+            yield Evaluation(loaded, chosen, seed, advance, output), done
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:

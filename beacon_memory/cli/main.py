@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -242,6 +243,10 @@ def ask(
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer at this text; repeat it for several.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What else the model's chat template knows: '{\"enable_thinking\": false}'."),
+    ] = None,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -261,6 +266,7 @@ def ask(
             raise InputError("--stream prints text and --json one object: choose one")
         options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
+        options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
         chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
         with chosen as memory:  # it notes uses when closed
             if stream:
@@ -277,6 +283,15 @@ def ask(
         else:
             print_line(answer.text)
             note_usage(answer)
+
+
+def _template_arguments(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
 
 
 @app.command()

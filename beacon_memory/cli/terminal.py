@@ -39,6 +39,7 @@ __all__ = [
     "row_fields",
     "say",
     "say_evicted",
+    "say_gone",
 ]
 
 _PIPE_COLUMNS = 10_000  # so that no line is broken in a pipe
@@ -193,6 +194,11 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
 def say_evicted(id: str) -> None:
     """Print that a document was evicted to keep a quota."""
     print_line(f"evicted {id}: unused for longest, and the quota is used up", err=True)
+
+
+def say_gone(id: str) -> None:
+    """Print that a document was left out, since somebody removed it meanwhile."""
+    print_line(f"left out {id}: it was removed, or has expired, before its turn", err=True)
 
 
 class CompressingBar:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from beacon_memory.documents import check_utf8
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
@@ -34,8 +35,9 @@ def generation_config(
     option, and for a value that cannot be used.
     """
     chosen = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **options}
-    if stop:
-        chosen["stop_strings"] = [stop] if isinstance(stop, str) else list(stop)
+    for stops in (chosen.pop("stop_strings", None), stop):
+        if stops is not None and (checked := _checked_stops(stops)):
+            chosen["stop_strings"] = checked
     if chosen.get("temperature") == 0:
         chosen |= {"temperature": None, "do_sample": False}
     elif any(chosen.get(name) is not None for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")):
@@ -54,4 +56,15 @@ def generation_config(
         raise InputError(f"these generation options cannot be used: {error}") from error
     if unknown:
         raise InputError(f"unknown generation options: {', '.join(f'{k}={v!r}' for k, v in unknown.items())}")
+    if isinstance(config.stop_strings, str):  # as a checkpoint's own settings may name one
+        config.stop_strings = [config.stop_strings]
     return config
+
+
+def _checked_stops(stop: object) -> list[str]:
+    """Return stop strings as a list; raises InputError for what is none."""
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(one, str) and one for one in stops):
+        raise InputError(f"stop={stop!r} must be a text, or texts, at which the answer ends; none of them empty")
+    check_utf8(stops, "stop")
+    return list(stops)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from beacon_memory.errors import InputError
@@ -18,6 +19,7 @@ __all__ = [
     "call_of_turn",
     "chosen_tools",
     "new_call_id",
+    "results_in_order",
     "split_calls",
     "text_before_calls",
     "with_calls_as_text",
@@ -76,6 +78,20 @@ def with_calls_as_text(turn: Mapping[str, Any]) -> dict[str, Any]:
     written = [write_call({"name": call["name"], "arguments": call.get("arguments", {})}) for call in calls]
     kept = {name: value for name, value in turn.items() if name != "tool_calls"}
     return kept | {"content": "\n".join(filter(None, [turn.get("content"), *written]))}
+
+
+def results_in_order(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return turns with the results of tools in the order of their calls: most templates show a model no ids."""
+    ordered: list[dict[str, Any]] = []
+    places: dict[Any, int] = {}
+    for results, group in groupby(turns, key=lambda turn: turn.get("role") == "tool"):
+        run = list(group)
+        if results:
+            run.sort(key=lambda turn: places.get(turn.get("tool_call_id"), len(places)))
+        else:
+            places = {call.get("id"): n for n, call in enumerate(run[-1].get("tool_calls") or ())}
+        ordered += run
+    return ordered
 
 
 def text_before_calls(text: str) -> str:

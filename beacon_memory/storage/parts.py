@@ -17,7 +17,7 @@ from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
-from beacon_memory.storage.files.durable import identity, make_folder
+from beacon_memory.storage.files.durable import entries, identity, make_folder
 from beacon_memory.storage.files.locks import renew_in_forks, writing
 from beacon_memory.storage.files.names import hash_id
 
@@ -160,7 +160,10 @@ class StoreParts:
 def namespace_names(root: Path) -> list[str]:
     """Return the names of all namespaces that were ever written to, sorted; "" is the one outside of all others."""
     found = [""] if identity(root / CATALOG) else []
-    for path in root.glob(f"namespaces/*/{CATALOG}"):
+    for folder in entries(root / "namespaces"):
+        path = Path(folder.path, CATALOG)
+        if not identity(path):
+            continue
         try:
             with contextlib.closing(Catalog(path)) as catalog:
                 name = catalog.properties.get("namespace")  # none if its first writer was killed

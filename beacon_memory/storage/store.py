@@ -18,7 +18,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -56,7 +56,7 @@ from .reading import READ_TRIES, find_row, read_document
 from .records import row_of
 from .settings import Settings, keep_copy
 
-__all__ = ["MemoryStore", "StoredDocument"]
+__all__ = ["MemoryStore", "StoredDocument", "taken"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,7 +202,10 @@ class MemoryStore:
         return self.parts.catalog().documents.text(id)
 
     def search(self, query: str, limit: int = 10) -> builtins.list[PassageHit]:
-        """Return the passages of all documents that share words with `query`, best first; see `full_text.search`."""
+        """Return the passages of all documents that share words with `query`, best first; see `full_text.search`.
+
+        Raises CorruptFileError if the text of a document that was found is damaged.
+        """
         return self.parts.catalog().texts.search(query, limit)
 
     def get(
@@ -241,6 +244,7 @@ class MemoryStore:
         precision: str = PrecisionRule.AUTO,
         created_at: str | None = None,
         replacing: str | None = None,
+        only_new: bool = False,
         keep_version: bool = False,
         on_evicted: Callable[[DocumentRow], None] = lambda _: None,
     ) -> DocumentRow:
@@ -251,6 +255,7 @@ class MemoryStore:
         precision:    a `Precision` to keep the K/V in; `as-is`: the one they are in; `auto`: what the settings say.
         created_at:   of a document that was created elsewhere, ISO 8601, UTC.
         replacing:    the K/V file that the document must still have, else ConflictError: it was changed meanwhile.
+        only_new:     refuse a document that is stored already, with an InputError.
         keep_version: keep the replaced K/V for readers whose model made them, see `drop_versions`.
         on_evicted:   called with each document that had to go for this one, see `Settings.quota`.
 
@@ -269,6 +274,8 @@ class MemoryStore:
         with self._publisher.new_file(header, kv, text) as new, new.catalog.transaction():
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
+            if only_new and old is not None:
+                raise taken([header.id])
             if replacing is not None and (old is None or old.file != replacing):
                 raise ConflictError(f"document {header.id!r} was changed or removed meanwhile; read it again")
             label = label or (old.label if old else Label())
@@ -376,6 +383,12 @@ class MemoryStore:
     def _text_of(self, id: str, file: StoredFile) -> str:
         """Return the text of a document's file; of an old format, which has none, that of the catalog."""
         return self.text(id) if file.text_bytes is None else file.text
+
+
+def taken(ids: Sequence[str]) -> InputError:
+    """Return the error for documents that are stored already and must not be replaced."""
+    named = ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    return InputError(f"{named} would replace stored documents: allow that with replace, or remove them first")
 
 
 def _supersede(catalog: Catalog, old: DocumentRow | None, row: DocumentRow, keep_version: bool) -> builtins.list[str]:

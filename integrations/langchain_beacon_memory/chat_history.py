@@ -23,8 +23,8 @@ _PREFIX = "session/"  # so that the id of a session is not by chance that of a d
 class BeaconChatMessageHistory(BaseChatMessageHistory):
     """Keep the messages of a session: old ones are folded into stored documents, recent ones stay as they are.
 
-    It is kept in the store from the first message on. What is kept of a message is its role, its text and its tool
-    calls.
+    It is kept in the store from the first message on. Recent messages come back as they were added, with all of their
+    fields (what JSON cannot hold, as text); of folded ones, role, text and tool calls are what the model remembers.
 
     session_id: any text. Whoever may choose it reads that conversation: take it, and the namespace, from what your
                 program knows of the user.

@@ -10,9 +10,9 @@ from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, InvalidToolCall, ToolCall, ToolCallChunk
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 
-from beacon_memory.generation.tool_calls import UnreadCall, new_call_id, split_calls, write_call
+from beacon_memory.generation.tool_calls import UnreadCall, new_call_id, split_calls
 
-__all__ = ["Parsed", "parse_calls", "require_call", "to_chunks", "to_text"]
+__all__ = ["Parsed", "parse_calls", "require_call", "to_chunks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,6 @@ def parse_calls(text: str) -> Parsed:
         else:
             calls.append(tool_call(name=part.name, args=part.arguments, id=part.id))
     return Parsed(content.strip(), calls, invalid)
-
-
-def to_text(call: ToolCall) -> str:
-    """Write a tool call as a model would have written it, with its id, so that it can be read again."""
-    return write_call({"name": call["name"], "arguments": call["args"], "id": call["id"]})
 
 
 def to_chunks(message: AIMessage) -> list[ToolCallChunk]:

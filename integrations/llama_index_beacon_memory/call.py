@@ -64,7 +64,8 @@ class Call:
     def fitting(self) -> list[str]:
         """Return those of the documents to load that fit the model beside better ones, question and answer."""
         with self.memory.in_namespace(self.namespace) as memory:
-            given = {name: self.options[name] for name in ("tools", "max_new_tokens")}
+            names = ("tools", "max_new_tokens", "chat_template_kwargs")
+            given = {name: self.options[name] for name in names if name in self.options}
             ids = list(dict.fromkeys([*(self.ids or ()), *self.conversations]))
             rows = [memory.show(id) for id in ids]
             optional = set(ids).difference(self.conversations)

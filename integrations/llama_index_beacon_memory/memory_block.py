@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.memory import BaseMemoryBlock
 
@@ -13,7 +13,7 @@ from beacon_memory import Session
 
 from . import handles
 from .llm import BeaconMemoryLLM
-from .messages import to_text_turns
+from .messages import from_session_turn, to_session_turns
 
 __all__ = ["BeaconMemoryBlock"]
 
@@ -72,10 +72,10 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         self.session(session_id).clear()
 
     def _fold(self, messages: list[ChatMessage], session_id: str | None) -> None:
-        if turns := to_text_turns(messages):
+        if turns := to_session_turns(messages):
             self.session(session_id).add(turns)
 
     def _messages(self, session_id: str | None) -> list[ChatMessage]:
         session = self.session(session_id)
         folded = [handles.issue(self.llm.memory.store, id) for id in session.ids]
-        return [*folded, *(ChatMessage(turn["content"], role=MessageRole(turn["role"])) for turn in session.turns)]
+        return [*folded, *map(from_session_turn, session.turns)]

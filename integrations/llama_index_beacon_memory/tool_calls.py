@@ -7,9 +7,9 @@ from typing import Any
 
 from llama_index.core.base.llms.types import TextBlock, ToolCallBlock
 
-from beacon_memory.generation.tool_calls import UnreadCall, split_calls, write_call
+from beacon_memory.generation.tool_calls import UnreadCall, split_calls
 
-__all__ = ["arguments_of", "parse", "to_text"]
+__all__ = ["arguments_of", "parse"]
 
 
 def parse(text: str) -> list[TextBlock | ToolCallBlock]:
@@ -25,11 +25,6 @@ def parse(text: str) -> list[TextBlock | ToolCallBlock]:
             calls.append(ToolCallBlock(tool_call_id=part.id, tool_name=part.name, tool_kwargs=part.arguments))
     content = content.strip()
     return [*([TextBlock(text=content)] if content or not calls else []), *calls]
-
-
-def to_text(call: ToolCallBlock) -> str:
-    """Write a tool call as a model would have written it."""
-    return write_call({"name": call.tool_name, "arguments": arguments_of(call)})
 
 
 def arguments_of(call: ToolCallBlock) -> Any:

@@ -198,6 +198,26 @@ def test_stop_string_ends_the_text_and_is_not_part_of_it() -> None:
     assert ended.text == whole.text[: whole.text.index(stop)].strip()
 
 
+def test_a_stop_string_is_a_text_that_is_not_empty() -> None:
+    model = make_model()
+    for stop in ("", [""], ["a", ""], 5, [5], b"a"):
+        for given in ({"stop": stop}, {"stop_strings": stop}):
+            with pytest.raises(InputError, match=r"stop=.* none of them empty"):
+                greedy(model, **given)
+    assert greedy(model, stop=[]).stop_strings is None
+    assert greedy(model, stop="a").stop_strings == greedy(model, stop_strings="a").stop_strings == ["a"]
+
+
+def test_a_stop_string_of_the_checkpoint_ends_the_text() -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    whole = generate(model, [request], greedy(model, max_new_tokens=40))[0][0]
+    stop = "".join(printable_part(model, whole.tokens))
+    model.base.generation_config.stop_strings = stop * 2  # a text, as its file may have it, and never generated
+    ((same,),) = generate(model, [request], greedy(model, max_new_tokens=40))
+    assert same.text == whole.text
+
+
 def test_tokens_end_with_the_end_of_sequence() -> None:
     model = make_model()
     request = Request(compressed(model, some_ids(40), 4), some_ids(5))

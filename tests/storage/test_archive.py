@@ -178,7 +178,7 @@ def test_an_export_that_fails_leaves_nothing(changing: MemoryStore, tmp_path: Pa
             changing,
             tmp_path / "new" / "a.tar",
             [IDS[0], "nobody"] if flaw == "unknown" else None,
-            interrupt if flaw == "interrupted" else lambda _: None,
+            on_document=interrupt if flaw == "interrupted" else lambda _: None,
         )
     assert not list((tmp_path / "new").glob("*"))
 
@@ -204,6 +204,68 @@ def test_an_archive_goes_into_another_namespace(source: MemoryStore, changing: M
     with changing.within("other") as other:
         assert import_documents(other, archive) == 3
         assert_same(source, other)
+
+
+def once(act: Callable[[], object]) -> Callable[[str], None]:
+    """Something to be told of each document, that acts when it is told of the first one."""
+    told: list[str] = []
+
+    def tell(id: str) -> None:
+        told.append(id)
+        if len(told) == 1:
+            act()
+
+    return tell
+
+
+@pytest.mark.parametrize("way", ["import", "copy"])
+def test_a_document_that_is_stored_meanwhile_is_not_replaced(
+    source: MemoryStore, target: MemoryStore, archive: Path, way: str
+) -> None:
+    with MemoryStore(target.root) as other:
+        beside = once(lambda: put(other, IDS[1], "another text"))
+        with pytest.raises(InputError, match=r"would replace stored documents: allow that with replace"):
+            if way == "import":
+                import_documents(target, archive, on_document=beside)
+            else:
+                copy_documents(source, target, on_document=beside)
+    assert [row.id for row in target.list()] == [IDS[0], IDS[1]]
+    assert target.text(IDS[1]) == "another text"
+    assert_same(source, target, IDS[:1])
+    assert not list(target.folder.rglob(".tmp*"))
+
+
+@pytest.mark.parametrize("way", ["export", "copy"])
+@pytest.mark.parametrize("named", [False, True])
+def test_documents_may_be_removed_and_renamed_before_their_turn(
+    changing: MemoryStore, target: MemoryStore, tmp_path: Path, way: str, named: bool
+) -> None:
+    def change() -> None:
+        with MemoryStore(changing.root) as other:
+            other.rename(IDS[1], "renamed")
+            other.delete(IDS[2])
+            put(other, "new")
+
+    gone: list[str] = []
+    chosen = IDS if named else None
+    if way == "export":
+        count = export_documents(changing, tmp_path / "a.tar", chosen, on_document=once(change), on_gone=gone.append)
+        assert import_documents(target, tmp_path / "a.tar") == count
+    else:
+        count = copy_documents(changing, target, chosen, on_document=once(change), on_gone=gone.append)
+    assert (count, gone) == (2, [IDS[2]])
+    assert {row.id for row in target.list()} == {IDS[0], "renamed"}
+    assert_same(changing, target, (IDS[0], "renamed"))
+
+
+def test_a_document_that_is_replaced_while_it_is_exported_is_whole(
+    changing: MemoryStore, target: MemoryStore, tmp_path: Path
+) -> None:
+    with MemoryStore(changing.root) as other:
+        export_documents(changing, tmp_path / "a.tar", on_document=once(lambda: put(other, IDS[1], "another text")))
+    import_documents(target, tmp_path / "a.tar")
+    assert target.text(IDS[1]) == "another text"
+    assert_same(changing, target)
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])

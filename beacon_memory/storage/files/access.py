@@ -37,6 +37,12 @@ class Files(Protocol):
     def sync(self, names: Iterable[str]) -> None:
         """Wait until the removal of these files outlasts a power cut; raises StoreError."""
 
+    def erase(self, names: Iterable[str]) -> None:
+        """Remove files and all temporary ones, wherever they are, so that no power cut brings them back.
+
+        Nobody may be writing. Raises StoreError if something is left.
+        """
+
     def names(self) -> Iterator[str]:
         """Yield the names of all files, sorted."""
 

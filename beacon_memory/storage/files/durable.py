@@ -1,4 +1,8 @@
-"""Write, rename and remove files of this machine so that a power cut cannot undo it: file and folder are synced."""
+"""Write, rename and remove files of this machine so that a power cut cannot undo it: file and folder are synced.
+
+What the machine refuses, for want of permission, room or open files, is raised as StoreError: it says nothing of what
+is in a file.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from pathlib import Path
 
 from beacon_memory.errors import StoreError
 
-__all__ = ["identity", "make_folder", "move_into_place", "sync_file", "sync_folder", "unlink"]
+__all__ = ["entries", "identity", "make_folder", "move_into_place", "sync_file", "sync_folder", "unlink"]
 
 
 def make_folder(folder: Path) -> None:
@@ -47,6 +51,17 @@ def unlink(path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List what is in a folder, sorted by name; [] if there is none. Raises StoreError if it cannot be listed."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StoreError(f"the folder {folder} cannot be read: {error.strerror}; see to its permissions") from error
 
 
 def identity(path: Path) -> tuple[int, int] | None:

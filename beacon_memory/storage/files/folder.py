@@ -88,5 +88,7 @@ class FolderBackend:
         self._files.sync(names)
 
     def names(self) -> Iterator[str]:
-        """Yield the names of all files."""
-        return self._files.names()
+        """Yield the names of all files, and of those that an upload which was killed left."""
+        yield from self._files.names()
+        for temp in self._files.temps():
+            yield temp.relative_to(self.folder).as_posix()

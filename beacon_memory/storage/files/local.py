@@ -7,10 +7,12 @@ from pathlib import Path
 
 from beacon_memory.errors import StoreError
 
-from .durable import move_into_place, sync_folder, unlink
-from .names import FILE_NAME, TEMP_PREFIX, check_name
+from .durable import entries, move_into_place, sync_folder, unlink
+from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name
 
 __all__ = ["LocalFiles"]
+
+_STAGED = "kv/any"  # a name in the folder that files are written in
 
 
 class LocalFiles:
@@ -45,12 +47,28 @@ class LocalFiles:
         except OSError as error:
             raise StoreError(f"{self.folder} cannot be synced: {error.strerror}; see to the disk") from error
 
+    def erase(self, names: Iterable[str]) -> None:
+        """Remove files, then all temporary ones, marks among them; raises StoreError if something is left."""
+        self._require_gone([name for name in names if not self.remove(name)])
+        self.sync(EVERYWHERE)
+        self._require_gone([str(temp) for temp in self.temps() if not unlink(temp)])
+        self.sync([*EVERYWHERE, _STAGED])
+
     def names(self) -> Iterator[str]:
-        """Yield the names of all files, sorted."""
-        for path in sorted(self.folder.glob("kv/*/*")):
-            if not path.name.startswith(TEMP_PREFIX):
-                yield path.relative_to(self.folder).as_posix()
+        """Yield the names of all files, sorted; raises StoreError if they cannot be listed."""
+        for folder in self._folders():
+            for entry in entries(folder):
+                if not entry.name.startswith(TEMP_PREFIX):
+                    yield f"kv/{folder.name}/{entry.name}"
 
     def temps(self) -> Iterator[Path]:
-        """Yield the temporary files that a crash left, in any folder."""
-        yield from sorted(self.staging.rglob(f"{TEMP_PREFIX}*"))
+        """Yield the temporary files that a crash left, in any folder; raises StoreError if they cannot be listed."""
+        for folder in (self.staging, *self._folders()):
+            yield from (Path(one.path) for one in entries(folder) if one.name.startswith(TEMP_PREFIX))
+
+    def _folders(self) -> list[Path]:
+        return [Path(one.path) for one in entries(self.staging) if one.is_dir()]
+
+    def _require_gone(self, left: list[str]) -> None:
+        if left:
+            raise StoreError(f"{self.folder}: {', '.join(left)} cannot be removed; see to permissions, and try again")
