@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.scoring import check_score
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BeaconMemory"]
 
+_Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
@@ -67,6 +69,11 @@ class _Question:
         usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens))
         first = generation.first_token_at - self.started
         return Answer(generation.text, parts, self.ids, usage, first, now - self.started)
+
+
+def _wherever(name: _Named) -> _Named | Path:
+    """Return the absolute path of a folder, which is the same one wherever this process goes before it is loaded."""
+    return Path(name).absolute() if name and isinstance(name, (str, Path)) and Path(name).is_dir() else name
 
 
 class BeaconMemory:
@@ -104,6 +111,7 @@ class BeaconMemory:
         self._picker = find_picker(picker)
         opened = store if isinstance(store, MemoryStore) else MemoryStore(store)
         self.store = opened.within(namespace) if namespace else opened
+        model, adapter = _wherever(model), _wherever(adapter)
 
         def load() -> BeaconCompressor:
             loaded = model

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer, train
+from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer, train
 
 from beacon_memory import (
     Added,
@@ -63,6 +63,20 @@ def test_a_store_with_files_elsewhere_takes_the_place_of_a_folder(model: BeaconM
         assert memory.ask("Who?", "roof", **SHORT).ids == ("roof",)
         assert memory.store.settings.files.startswith((tmp_path / "files").as_uri())  # type: ignore[union-attr]
         assert [row.id for row in BeaconMemory(store, model).list()] == []
+
+
+def test_model_and_adapter_are_the_folders_that_were_named_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_checkpoint(tmp_path / "base", tiny_base("llama", max_position_embeddings=1024))
+    BeaconModel.from_pretrained(tmp_path / "base").save_adapter(tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    memory = BeaconMemory("store", "base", "adapter", reserve=100)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    memory.add("roof", ROOF, ratio=4)
+    assert memory.model.adapter == str(tmp_path / "adapter")
+    assert (tmp_path / "store").is_dir()
 
 
 @every_compression

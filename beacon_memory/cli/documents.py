@@ -20,10 +20,10 @@ from .options import (
 )
 from .terminal import (
     document_fields,
+    print_as_it_is,
     print_fields,
     print_json,
     print_rows,
-    print_text,
     remarks,
     reported,
     row_fields,
@@ -114,7 +114,7 @@ def show(
         elif as_json:
             print_json({"id": id, "text": documents.text(id)})
         else:
-            print_text(documents.text(id))
+            print_as_it_is(documents.text(id))
 
 
 @app.command(rich_help_panel=_STORED)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .options import Adapter, Device, Dtype, DtypeOption, Model
-from .terminal import print_line, remarks, reported
+from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given
+from .terminal import print_line, print_text, remarks, reported
 
 if TYPE_CHECKING:
     from beacon_memory.evaluation.run import Result
@@ -42,12 +42,21 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", exists=True, dir_okay=False)]
+
+def _output(text: str) -> Path:
+    """Return the path of a file to write, which is found out now and not at the end of an evaluation."""
+    if path_given(text).is_dir():
+        raise typer.BadParameter(f"{text!r} is a folder.")
+    return Path(text)
+
+
+Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", parser=file_given, metavar="FILE")]
 Limit = Annotated[int | None, typer.Option(help="Most items, chosen at random.", min=1, show_default="all")]
 Texts = Annotated[int | None, typer.Option(help="Most texts, the first ones.", min=1, show_default="all")]
 Baselines = Annotated[str, typer.Option(help="Names separated by commas.")]
 Output = Annotated[
-    Path | None, typer.Option("--json", help="Write everything, single answers too, to this file.", dir_okay=False)
+    Path | None,
+    typer.Option("--json", help="Write everything, single answers too, to this file.", parser=_output, metavar="FILE"),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Where = Annotated[
@@ -214,8 +223,10 @@ def retention(
 
 @app.command()
 def report(
-    data: Annotated[Path, typer.Argument(help="Folder of evaluation data.", exists=True, file_okay=False)],
-    output: Annotated[Path, typer.Argument(help="Folder for tables, plots and JSON.")] = Path("docs/results"),
+    data: Annotated[Path, typer.Argument(help="Folder of evaluation data.", parser=folder_given)],
+    output: Annotated[Path, typer.Argument(help="Folder for tables, plots and JSON.", parser=path_given)] = Path(
+        "docs/results"
+    ),
     limit: Annotated[int, typer.Option(help="Most items of a task; some take a share of it.", min=1)] = 100,
     only: Annotated[list[str] | None, typer.Option(help="Run only this task; repeat it for several.")] = None,
     seed: Seed = 0,
@@ -234,7 +245,7 @@ def report(
 
     with _evaluation("", seed, model, adapter, device, dtype, None, _GOES_ON) as (evaluation, _):
         files = run_suite(evaluation, data, output, limit, lambda line: remarks().print(line, markup=False), only or ())
-        typer.echo(files[0])
+        print_line(str(files[0]))
 
 
 _SAID_EVERY = 30.0  # seconds
@@ -283,7 +294,7 @@ def _evaluation(
 
             def done(result: Result) -> None:
                 bar.stop()
-                typer.echo(markdown(result))
+                print_text(f"{markdown(result)}\n")
                 if output is not None:
                     write_result(result, output)
 
