@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.scoring import check_score
@@ -21,9 +21,10 @@ from beacon_memory.generation.generate import Generation, Request, generate, req
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
 from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
+from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import UNTRAINED, BeaconModel
-from beacon_memory.storage import repair
+from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BeaconMemory"]
 
+_Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
@@ -49,13 +52,28 @@ class _Question:
     ids: tuple[str, ...]
     request: Request
     config: GenerationConfig
+    tools: Sequence[Mapping[str, Any]]
+    tokenizer: Any
     started: float
 
     def answer(self, generation: Generation) -> Answer:
         now = time.perf_counter()
+        parts = read_answer(
+            self.tokenizer,
+            generation.text,
+            generation.tokens,
+            prompt=self.request.prompt,
+            stops=self.config.stop_strings or (),
+            tools=self.tools,
+        )
         usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens))
         first = generation.first_token_at - self.started
-        return Answer(generation.text, self.ids, usage, first, now - self.started)
+        return Answer(generation.text, parts, self.ids, usage, first, now - self.started)
+
+
+def _wherever(name: _Named) -> _Named | Path:
+    """Return the absolute path of what is there, and the same wherever this process goes before it is loaded."""
+    return Path(name).absolute() if name and isinstance(name, (str, Path)) and Path(name).exists() else name
 
 
 class BeaconMemory:
@@ -95,6 +113,7 @@ class BeaconMemory:
         self._picker = find_picker(picker)
         opened = store if isinstance(store, MemoryStore) else MemoryStore(store)
         self.store = opened.within(namespace) if namespace else opened
+        model, adapter = _wherever(model), _wherever(adapter)
 
         self._load_once = _Once(_Source(model, adapter, device, dtype, reserve, score))
 
@@ -234,7 +253,8 @@ class BeaconMemory:
                   they fit the model's positions together.
         optional: those of `ids` that may be left out, too, if they do not fit beside those in front of them.
         stop:     strings at which the answer ends. seed: of sampling.
-        tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them.
+        tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
+                  `Answer.parts` has the calls.
         chat_template_kwargs: what else the chat template knows, such as {"enable_thinking": False} for Qwen3.
         options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
 
@@ -294,7 +314,7 @@ class BeaconMemory:
         require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
         memories = [MemoryKV.of(self.compressor.sink), *(self._load(row) for row in rows)]
         request = Request(MemoryKV.concat(memories, room + slots), prompt)
-        return _Question(tuple(row.id for row in rows), request, config, started)
+        return _Question(tuple(row.id for row in rows), request, config, tools, model.tokenizer, started)
 
     def _chosen(
         self,
@@ -375,8 +395,12 @@ class BeaconMemory:
         return self.store.row(id)
 
     def remove(self, id: str) -> None:
-        """Forget a document; raises DocumentNotFoundError."""
+        """Forget a document; raises DocumentNotFoundError. Traces of it stay in the store until `erase`."""
         self.store.delete(id)
+
+    def erase(self, *ids: str) -> None:
+        """Remove documents with all traces of them, and of all that was removed before; see `storage.erasing.erase`."""
+        erasing.erase(self.store, ids)
 
     def verify(self) -> builtins.list[Problem]:
         """Return what is wrong with the store; see `storage.repair.verify`."""

@@ -65,6 +65,20 @@ def test_a_store_with_files_elsewhere_takes_the_place_of_a_folder(model: BeaconM
         assert [row.id for row in BeaconMemory(store, model).list()] == []
 
 
+def test_model_and_adapter_are_the_folders_that_were_named_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_checkpoint(tmp_path / "base", tiny_base("llama", max_position_embeddings=1024))
+    BeaconModel.from_pretrained(tmp_path / "base").save_adapter(tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    memory = BeaconMemory("store", "base", "adapter", reserve=100)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    memory.add("roof", ROOF, ratio=4)
+    assert memory.model.adapter == str(tmp_path / "adapter")
+    assert (tmp_path / "store").is_dir()
+
+
 @every_compression
 def test_added_document_is_described_as_it_is_stored(memory: BeaconMemory, compression: str) -> None:
     added = memory.add("roof", ROOF, {"year": 2024}, ratio=4, compression=compression)
@@ -354,6 +368,16 @@ def test_removed_document_is_gone(memory: BeaconMemory) -> None:
     assert memory.list() == []
     with pytest.raises(DocumentNotFoundError, match="roof"):
         memory.ask("Who?", "roof", **SHORT)
+
+
+def test_erased_document_leaves_no_words(memory: BeaconMemory) -> None:
+    for id in ("roof", "well"):
+        memory.add(id, ROOF + " Zymurgy is taught there.", ratio=4)
+    memory.remove("roof")
+    memory.erase("well")
+    assert memory.list() == []
+    left = b"".join(path.read_bytes() for path in memory.store.root.rglob("*") if path.is_file())
+    assert b"zymurg" not in left.lower()
 
 
 def test_bfloat16_memory_is_stored_in_bfloat16(tmp_path: Path) -> None:

@@ -25,12 +25,13 @@ from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
-from beacon_memory.storage.files.label_file import StoredLabel, label_name, stage_label
-from beacon_memory.storage.files.marks import lay_mark
+from beacon_memory.storage.files.label_file import label_name, stage_label
+from beacon_memory.storage.files.marks import lay_label_mark, lay_mark
 from beacon_memory.storage.files.names import file_stem, number_of
 from beacon_memory.storage.files.stored_kv import StoredKV
 
 from .parts import StoreParts
+from .records import label_of
 
 __all__ = ["NewFile", "Publisher"]
 
@@ -60,6 +61,7 @@ class Publisher:
         """Write a K/V file for a row that is committed inside; if anything raises there, the file is removed."""
         with self._parts.writing(create=True) as catalog:
             files = self._parts.files
+            files.make_staging()
             name = f"{file_stem(check_id(header.id))}-{catalog.file_names.take_number():012x}.safetensors"
             mark = lay_mark(files, name)
             new = NewFile(catalog, name)
@@ -75,10 +77,27 @@ class Publisher:
             unlink(mark)
             self.remove(new.superseded)
 
+    @contextlib.contextmanager
+    def new_label(self, catalog: Catalog, row: DocumentRow) -> Iterator[None]:
+        """Mark the label of a document as one that may not be its row's, until what is done inside is committed.
+
+        If anything raises, the label is written as the catalog has it.
+        """
+        mark = lay_label_mark(self._parts.files, row.file)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(StoreError):  # then the mark stays, and `repair` does
+                if (now := catalog.documents.get(row.id)) is not None:
+                    self.write_label(now)
+                unlink(mark)
+            raise
+        unlink(mark)
+
     def write_label(self, row: DocumentRow) -> None:
         """Write the label of a document into the file beside its K/V."""
         files = self._parts.files
-        temp = stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label))
+        temp = stage_label(files.staging, label_of(row))
         files.publish(temp, label_name(row.file))
 
     def remove(self, names: Sequence[str]) -> bool:

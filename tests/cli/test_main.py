@@ -317,6 +317,36 @@ def test_errors_are_one_line_and_exit_with_1(run: Run, arguments: list[str], mes
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["add", ""],
+        ["add", "a.txt", ""],
+        ["add", "a.txt", "--store", ""],
+        ["add", "a.txt", "--model", ""],
+        ["add", "a.txt", "--adapter", ""],
+        ["add", "a.txt", "--device", ""],
+        ["append", "a.txt", ""],
+        ["export", ""],
+        ["import", ""],
+        ["copy", ""],
+        ["train", "", "output"],
+        ["train", "default", ""],
+        ["train", "default", "output", "--data", ""],
+        ["eval", "qa", "--data", ""],
+        ["eval", "qa", "--data", "a.txt", "--json", ""],
+        ["eval", "report", ""],
+        ["eval", "report", ".", ""],
+    ],
+)
+def test_an_empty_name_is_wrong_usage_and_no_current_folder(run: Run, arguments: list[str]) -> None:
+    write("a.txt")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "it is empty, as if a variable were not set" in " ".join(result.stderr.replace("│", " ").split())
+    assert [path.name for path in Path.cwd().iterdir()] == ["a.txt"]
+
+
 def test_ask_prints_what_machines_need(run: Run) -> None:
     Path("roof.txt").write_text(ROOF, encoding="utf-8")
     run("add", "roof.txt", "--ratio", "4")

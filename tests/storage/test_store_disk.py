@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,64 @@ def test_whatever_call_fails_the_store_stays_as_it_was(
         # a label that was written before the failure cannot be taken back where nothing can be written any more
         check(failing_folder, prepared, failed=failed, excused=frozenset({"stale-label"} if lasting else ()))
     assert number > 1
+
+
+def with_open_files(spare: int, act: Callable[[], object]) -> None:
+    """Run an act in a process that may open only so many files more."""
+    handle, last = -1, max(int(one.name) for one in Path("/dev/fd").iterdir())
+    while handle <= last:  # lower numbers that are free would count, too
+        handle = os.open(os.devnull, os.O_RDONLY)
+    os.close(handle)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (handle + spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    act()
+
+
+def sound(store: MemoryStore) -> None:
+    assert verify(store) == repair(store) == []
+
+
+def _require(held: bool) -> None:
+    assert held
+
+
+USES = {
+    "everything": lambda store: everything(store.root),
+    "verify and repair": sound,
+    "namespaces": lambda store: _require(store.namespaces() == ["", "other"]),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux lets it")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("opened", [False, True])
+def test_too_many_open_files_are_no_damage(folder: Path, use: str, opened: bool) -> None:
+    store = MemoryStore(folder / "store")
+    two(store)
+    put("doc", "3")(store.within("other"))
+    store.configure(quota=10**9)
+    before = everything(store.root)
+
+    def act() -> None:
+        if not opened:
+            store.close()
+        USES[use](store)
+
+    tried = [in_a_process(partial(with_open_files, spare, act)) for spare in range(16)]
+    assert tried[0] or use == "namespaces"
+    assert not tried[-1]
+    sound(store)
+    assert everything(store.root) == before
+    store.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux lets it")
+@pytest.mark.parametrize("prepared", CHANGES, indirect=True)
+def test_a_change_for_which_too_many_files_are_open_changes_nothing(folder: Path, prepared: Prepared) -> None:
+    for spare in range(0, 12, 2):
+        store = copied(prepared.template, folder / "store")
+        act = partial(with_open_files, spare, partial(prepared.act, MemoryStore(store)))
+        failed = in_a_process(act)
+        check(store, prepared, failed=failed)
 
 
 def with_a_small_disk(mount_point: Path, act: Callable[[], object]) -> None:

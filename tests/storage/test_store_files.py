@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 from kv_samples import same
 from repository import ROOT
 from store_samples import files, put
+from upkeep_samples import flip
 
-from beacon_memory.errors import InputError, MissingDependencyError, StoreError
+from beacon_memory.errors import CorruptFileError, InputError, MissingDependencyError, MissingFileError, StoreError
 from beacon_memory.storage.archive import export_documents, import_documents
+from beacon_memory.storage.files.cached import CachedFiles
 from beacon_memory.storage.files.names import number_of
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
@@ -156,6 +159,56 @@ def test_a_removal_is_synced_before_the_catalog_forgets_it(
         store.delete("doc")
         assert seen == [([name], True, False)]
         assert number not in store.parts.catalog().file_names.unsettled()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_copy_in_the_cache_is_fetched_anew(backend: Any, tmp_path: Path, ending: str, damage: str) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        kv = put(store, tag="x")
+        (copy,) = (store.folder / "cache").rglob(f"*{ending}")
+        whole = copy.read_bytes()
+        changed = {"flipped": whole[:-1] + bytes([whole[-1] ^ 1]), "cut": whole[:-9], "empty": b""}
+        copy.write_bytes(changed[damage])
+        assert same(store.get("doc").kv, kv)
+        assert verify(store) == []
+        assert copy.read_bytes() == whole
+
+
+def test_a_damaged_copy_is_damage_if_the_backend_has_no_better_one(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        put(store)
+        name = store.row("doc").file
+        flip(store.folder / "cache" / name, -1)
+        source = tmp_path / "source"
+        source.write_bytes((store.folder / "cache" / name).read_bytes())
+        backend.publish(source, name)
+        with pytest.raises(CorruptFileError, match="hash differs"):
+            store.get("doc")
+        backend.remove(name)
+        with pytest.raises(MissingFileError):
+            store.get("doc")
+        assert [problem.kind for problem in verify(store)] == ["missing-file"]
+
+
+def test_few_of_many_downloads_look_through_the_cache(backend: Any, tmp_path: Path) -> None:
+    cache = CachedFiles(backend, tmp_path / "cache", 100_000)
+    source, watched, looks = tmp_path / "source", f"{cache.staging}", []
+    source.write_bytes(bytes(500))
+    for n in range(300):
+        backend.publish(source, f"kv/00/{n:03}")
+
+    def watch(event: str, told: tuple[object, ...]) -> None:
+        if event == "os.scandir" and str(told[0]) == watched:
+            looks.append(told)
+
+    sys.addaudithook(watch)
+    for n in range(300):
+        cache.fetch(f"kv/00/{n:03}")
+    watched = ""
+    assert 2 <= len(looks) < 40
+    assert 90_000 < sum(path.stat().st_size for path in cache.staging.glob("*/*")) <= 100_000
+    assert cache.fetch("kv/00/299").exists()
 
 
 def test_an_archive_is_imported_into_a_backend(backend: Any, tmp_path: Path) -> None:

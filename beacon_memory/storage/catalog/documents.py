@@ -15,7 +15,7 @@ from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputE
 
 from .connections import Connections
 from .rows import COLUMNS, DamagedRow, DocumentRow, from_record, printable, properties_of, to_record
-from .texts import Texts
+from .texts import Texts, damaged_text
 
 __all__ = ["Documents"]
 
@@ -96,7 +96,13 @@ class Documents:
                 values += one
             sql = f"{select} WHERE {' AND '.join(where)} ORDER BY {id} LIMIT ?"
             found = builtins.list(db.query(sql, [*values, -1 if limit is None else limit]))
-        return [from_record(record) for record in found]  # not while it is read: an error would keep it being read
+        rows = [from_record(record) for record in found]  # not while it is read: an error would keep it being read
+        for row in rows:
+            if wanted and not set(wanted) <= {*properties_of(row.metadata, row.tags)}:
+                raise CorruptFileError(
+                    f"what {row.id!r} is found by is not what its row says; `beacon-memory repair` makes it anew"
+                )
+        return rows
 
     def scan(self) -> Iterator[DocumentRow | DamagedRow]:
         """Yield the rows of all documents in the order of their ids, expired ones too, damaged or not."""
@@ -115,7 +121,7 @@ class Documents:
             row = self.require(id)
             text = self._texts.find(id, row.content_hash)
         if text is None:
-            raise CorruptFileError(f"the catalog's text of {id!r} is damaged; `beacon-memory repair` takes its file's")
+            raise damaged_text(id)
         return text
 
     def put(self, row: DocumentRow, text: Text) -> DocumentRow:

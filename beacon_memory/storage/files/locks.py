@@ -17,7 +17,7 @@ import portalocker
 
 from beacon_memory.errors import StoreError
 
-from .durable import make_folder
+from .durable import create_file, make_folder
 
 __all__ = ["alone", "renew_in_forks", "tidying", "writing"]
 
@@ -75,6 +75,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path, kind: portalocker.LockFlags, seconds: float, what: str) -> Iterator[None]:
     make_folder(path.parent)
+    create_file(path)
     flags = kind | portalocker.LockFlags.NON_BLOCKING
     lock = portalocker.Lock(path, "a", timeout=seconds, check_interval=_CHECK_SECONDS, flags=flags)
     try:

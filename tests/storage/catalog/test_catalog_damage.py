@@ -60,6 +60,9 @@ def test_a_changed_pin_is_noticed(tmp_path: Path) -> None:
         "DELETE FROM passages WHERE ordinal = 2",
         "DELETE FROM passages",
         "UPDATE passages SET document = 'other' WHERE ordinal = 1",
+        "UPDATE passages SET start = start + 1 WHERE ordinal = 1",
+        "UPDATE passages SET stop = stop + 256 WHERE ordinal = 2",
+        "UPDATE passages SET ordinal = 100 WHERE ordinal = (SELECT max(ordinal) FROM passages)",
     ],
 )
 def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
@@ -72,6 +75,35 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
     assert catalog.texts.find("doc", kept.content_hash) is None
     catalog.documents.put(kept, Text(LONG))
     assert catalog.documents.text("doc") == LONG
+    catalog.close()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE passages SET text = replace(text, 'tells', 'yells') WHERE ordinal = 1",  # another than is found first
+        "UPDATE passages SET text = replace(text, 'needle', 'noodle')",  # of which the index says so, too
+        "DROP TRIGGER passages_au; UPDATE passages SET text = replace(text, '7th', '8th')",  # behind the index
+        "UPDATE passages SET start = 7 WHERE document = 'doc' AND ordinal = 0",
+        "UPDATE passages SET stop = stop + 1 WHERE document = 'doc'",
+        "UPDATE passages SET document = 'other' WHERE document = 'doc'",
+        "UPDATE passages SET document = CAST(x'646fff' AS TEXT) WHERE document = 'doc'",
+        "UPDATE documents SET content_hash = 'x' WHERE id = 'doc'",
+    ],
+)
+def test_no_passage_of_a_damaged_text_is_found(tmp_path: Path, sql: str) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    add(catalog, "other", "")
+    kept = add(catalog, "doc", f"{LONG} needle")
+    add(catalog, "sound", "a boat")
+    assert catalog.texts.search("zebra", 100)
+    change(catalog, sql)
+    with pytest.raises(CorruptFileError, match=r"text of '.+' is damaged; `beacon-memory repair` takes its file's"):
+        catalog.texts.search("zebra", 100)
+    assert [hit.document for hit in catalog.texts.search("boat")] == ["sound"]
+    change(catalog, "DELETE FROM passages WHERE document != 'sound'")
+    catalog.documents.put(kept, Text(f"{LONG} needle"))
+    assert {hit.document for hit in catalog.texts.search("zebra", 100)} == {"doc"}
     catalog.close()
 
 
@@ -103,6 +135,16 @@ def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql
     assert catalog.documents.list(tags=["x"], metadata={"a": 1}) == [kept]
     assert (catalog.properties.count("documents"), catalog.properties.count("bytes")) == (1, kept.bytes)
     assert catalog.file_names.take_number() > number
+    catalog.close()
+
+
+def test_no_document_is_listed_by_a_label_that_its_row_has_not(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    kept = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
+    change(catalog, "INSERT INTO labels VALUES ('tag', 'y', 'doc')")
+    with pytest.raises(CorruptFileError, match="what 'doc' is found by is not what its row says"):
+        catalog.documents.list(tags=["y"])
+    assert catalog.documents.list(tags=["x"], metadata={"a": 1}) == [kept]
     catalog.close()
 
 
