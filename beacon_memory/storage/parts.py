@@ -128,11 +128,12 @@ class StoreParts:
             self.catalog(create=True)  # a new one remembers where the files are
         settings = self.settings
         place = settings.files, settings.cache_bytes
-        if self._files is None or self._files[0] != place:
+        opened = self._files  # another thread may open others meanwhile
+        if opened is None or opened[0] != place:
             catalog = self.catalog(create=settings.files is not None)
             owner = str(catalog.properties.get("identity"))
-            self._files = place, open_files(settings, self.folder, owner, self._backend)
-        return self._files[1]
+            opened = self._files = place, open_files(settings, self.folder, owner, self._backend)
+        return opened[1]
 
     def open_files(self, settings: Settings, catalog: Catalog) -> Files:
         """Open the files where new settings have them; raises if they cannot be there."""
@@ -145,8 +146,13 @@ class StoreParts:
         make_folder(self.folder, self.root)
 
     def _begin(self, catalog: Catalog) -> None:
-        """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace."""
+        """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace.
+
+        Nothing is written if somebody else has done so meanwhile: by now there may be other settings, and documents.
+        """
         with catalog.transaction():
+            if catalog.properties.get("namespace") is not None or catalog.properties.count("documents"):
+                return
             if kept := read_copy(self.folder):
                 for name, value in kept.items():
                     catalog.properties.set(name, value)
