@@ -85,7 +85,7 @@ class StoreParts:
             if self._catalog is None:
                 if not create and not begun:
                     return self._nothing
-                self._make_folder()
+                self.make_folder()
                 create_file(path)  # SQLite would let others read it; the log beside it has the same rights
                 self._catalog = Catalog(path)
                 self._opened = identity(path)
@@ -93,6 +93,11 @@ class StoreParts:
                 if not begun or killed_at_birth:
                     self._begin(self._catalog)
             return self._catalog
+
+    def make_folder(self) -> None:
+        """Create the folder if it is missing; raises StoreError."""
+        make_folder(self.root)
+        make_folder(self.folder, self.root)
 
     @contextlib.contextmanager
     def writing(self, *, create: bool = False) -> Iterator[Catalog]:
@@ -103,14 +108,14 @@ class StoreParts:
         if not create and not identity(self.folder):
             yield self._nothing
             return
-        self._make_folder()
+        self.make_folder()
         with writing(self.folder):
             yield self.catalog(create=create)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[Catalog]:
         """Wait until nobody writes, and let nobody write while the catalog that is yielded is changed."""
-        self._make_folder()
+        self.make_folder()
         with tidying(self.folder):
             yield self.catalog(create=True)
 
@@ -140,10 +145,6 @@ class StoreParts:
         if settings.files is not None and self._backend is None:
             check_scheme(settings.files)
         return open_files(settings, self.folder, str(catalog.properties.get("identity")), self._backend)
-
-    def _make_folder(self) -> None:
-        make_folder(self.root)
-        make_folder(self.folder, self.root)
 
     def _begin(self, catalog: Catalog) -> None:
         """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace.

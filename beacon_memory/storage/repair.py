@@ -22,6 +22,7 @@ from typing import Any, Literal
 from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
     BeaconMemoryError,
+    ConflictError,
     CorruptFileError,
     DocumentNotFoundError,
     InputError,
@@ -186,13 +187,16 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     for row in catalog.versions.scan():
         yield from _look_at_version(store, row)
     files = store.files
-    # nearly all labels are found sound here, so that few must be read again while all writers wait
+    # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
+    listed = set(files.names())
+    named = catalog.file_names.named()  # after the files, which are there before their rows
+    unnamed = listed - named - {label_name(name) for name in named}
     with tidying(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
-        yield from _look_at_unnamed(store)
+        yield from _look_at_unnamed(store, unnamed)
 
 
 def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
@@ -200,7 +204,7 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
-    except DocumentNotFoundError:  # removed or expired since the rows were listed
+    except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
         kinds: dict[type, ProblemKind] = {MissingFileError: "missing-file", MismatchedFileError: "mismatched-file"}
@@ -284,20 +288,21 @@ def _write_label(files: Files, row: DocumentRow) -> None:
     files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
-def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
-    """Look at the files that no row names, while nobody writes.
+def _look_at_unnamed(store: MemoryStore, unnamed: set[str]) -> Iterator[tuple[Problem, Mend]]:
+    """Look at files that no row named before, while nobody writes.
 
-    A file is a leftover if the catalog says so, if its mark does, or if its document has a later one. Any other was
-    written for a catalog that is no longer there, or after the backup that this one was restored from, or its row was
-    damaged: it gets a row again.
+    A file that is still there, and still has no row, is a leftover if the catalog says so, if its mark does, or if its
+    document has a later one. Any other was written for a catalog that is no longer there, or after the backup that this
+    one was restored from, or its row was damaged: it gets a row again.
     """
     catalog, files = store.parts.catalog(), store.files
-    named, unsettled = catalog.file_names.named(), catalog.file_names.unsettled()
+    named = {name for stem in map(_stem, unnamed) for name in catalog.file_names.beginning(stem)}
+    unsettled = catalog.file_names.unsettled()
     latest: dict[str, int] = {}
     for name in named:
         latest[_stem(name)] = max(latest.get(_stem(name), 0), _number(name))
     lost: dict[str, list[str]] = {}
-    for name in sorted(set(files.names()) - named - {label_name(name) for name in named}):
+    for name in sorted(files.present(unnamed) - named - {label_name(name) for name in named}):
         left = number_of(name) in unsettled or identity(mark_of(files, name)) is not None
         if left or 0 < _number(name) < latest.get(_stem(name), 0):
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
@@ -437,10 +442,11 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 
 def _settle(store: MemoryStore) -> None:
     """Let the catalog forget the numbers of files that are gone."""
-    with tidying(store.folder):
+    names = store.parts.catalog().file_names
+    if unsettled := names.unsettled():
         there = {number_of(name) for name in store.files.names()}
-        names = store.parts.catalog().file_names
-        names.settle(names.unsettled() - there)
+        with tidying(store.folder):  # who has just removed a file has made sure of it by then
+            names.settle(unsettled - there)
 
 
 def _stem(name: str) -> str:

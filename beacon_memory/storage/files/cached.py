@@ -112,6 +112,10 @@ class CachedFiles:
         with self._reporting("syncing"):
             self.backend.sync(names)
 
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Return those of these names that the backend has."""
+        return set(names) & set(self.names()) if names else set()
+
     def names(self) -> Iterator[str]:
         """Yield the names of all files, sorted; leaves out what no store would name so."""
         with self._reporting("listing"):
