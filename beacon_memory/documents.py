@@ -28,6 +28,7 @@ __all__ = [
     "PrecisionRule",
     "Text",
     "check_id",
+    "check_utf8",
     "choose_precision",
     "content_hash",
     "given_of",
@@ -186,6 +187,22 @@ def content_hash(text: str) -> str:
     return Text(text).sha256
 
 
+def check_utf8(value: object, what: str) -> None:
+    """Raise InputError for a text that UTF-8 cannot encode: `value` itself, or any in its dicts and lists.
+
+    JSON allows such texts, and neither a tokenizer nor a database takes them.
+    """
+    if isinstance(value, str):
+        _encode(value, what)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_utf8(key, f"a key of {what}")
+            check_utf8(item, f"{what}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            check_utf8(item, f"{what}[{index}]")
+
+
 def _check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
     """Return a copy of `metadata` as it will be read back; raises InputError naming the part that JSON cannot hold."""
     if not isinstance(metadata, Mapping):
@@ -256,7 +273,7 @@ def _encode(text: str, what: str) -> bytes:
     except UnicodeEncodeError as error:
         raise InputError(
             f"{what} holds the lone surrogate {text[error.start]!r} at character {error.start}, which has no UTF-8 "
-            "form; decode the source with errors='replace'"
+            "form; replace it, or decode the source with errors='replace'"
         ) from None
 
 

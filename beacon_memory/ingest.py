@@ -196,7 +196,8 @@ class Ingestion:
         """Prepare a document that a text is appended to: it is read again from the first window that changes.
 
         That is one that was not full, or whose tokens differ: the text is tokenized as a whole, since its end may merge
-        with what follows into other tokens. All windows change if the method has other parameters now.
+        with what follows into other tokens. All windows change if the method has other parameters now, or if the text
+        was cut into other tokens than now.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
         self.compressor.model.fingerprint.require(header.fingerprint, row.id)
@@ -206,6 +207,8 @@ class Ingestion:
         old, new = self.compressor.tokenize(before), self.compressor.tokenize(whole.value)
         same = next((n for n, (a, b) in enumerate(zip(old.ids, new.ids, strict=False)) if a != b), len(old.ids))
         windows = min(same, len(new.ids)) // window if (header.method or {}) == parameters else 0
+        if windows and header.windows[windows - 1].stop != new.offsets[windows * window - 1][1]:
+            windows = 0  # it was cut into tokens by other rules
         ratios = [one.ratio for one in header.windows][: -(-len(new.ids) // window)]
         ratios += [ratios[-1] if ratio is None else ratio] * (-(-len(new.ids) // window) - len(ratios))
         kept = file.memory().between(0, sum(one.span for one in header.windows[:windows]))

@@ -12,22 +12,24 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.generate import Generation, Request, generate, require_room
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
-from beacon_memory.generation.prompt import Messages, chat_prompt
+from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
+from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.storage import repair
+from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
+from .conversation import Messages
 from .documents import Document
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
 from .ingest import Ingestion
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BeaconMemory"]
 
+_Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
@@ -48,20 +52,35 @@ class _Question:
     ids: tuple[str, ...]
     request: Request
     config: GenerationConfig
+    tools: Sequence[Mapping[str, Any]]
+    tokenizer: Any
     started: float
 
     def answer(self, generation: Generation) -> Answer:
         now = time.perf_counter()
+        parts = read_answer(
+            self.tokenizer,
+            generation.text,
+            generation.tokens,
+            prompt=self.request.prompt,
+            stops=self.config.stop_strings or (),
+            tools=self.tools,
+        )
         usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens))
         first = generation.first_token_at - self.started
-        return Answer(generation.text, self.ids, usage, first, now - self.started)
+        return Answer(generation.text, parts, self.ids, usage, first, now - self.started)
+
+
+def _wherever(name: _Named) -> _Named | Path:
+    """Return the absolute path of a folder, which is the same one wherever this process goes before it is loaded."""
+    return Path(name).absolute() if name and isinstance(name, (str, Path)) and Path(name).is_dir() else name
 
 
 class BeaconMemory:
     """Long-term memory of a local language model: each document is read once and answers from then on.
 
     store:   folder of the documents, created when first written to; or a MemoryStore, for one with files elsewhere.
-    model:   folder or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
+    model:   folder, GGUF file or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
@@ -92,6 +111,7 @@ class BeaconMemory:
         self._picker = find_picker(picker)
         opened = store if isinstance(store, MemoryStore) else MemoryStore(store)
         self.store = opened.within(namespace) if namespace else opened
+        model, adapter = _wherever(model), _wherever(adapter)
 
         def load() -> BeaconCompressor:
             loaded = model
@@ -225,6 +245,7 @@ class BeaconMemory:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Answer:
         """Answer a question from the memory of some documents.
@@ -234,13 +255,15 @@ class BeaconMemory:
                   they fit the model's positions together.
         optional: those of `ids` that may be left out, too, if they do not fit beside those in front of them.
         stop:     strings at which the answer ends. seed: of sampling.
-        tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them.
+        tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
+                  `Answer.parts` has the calls.
+        chat_template_kwargs: what else the chat template knows, such as {"enable_thinking": False} for Qwen3.
         options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
 
         Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
         positions, or FingerprintMismatchError for a document that another model compressed.
         """
-        asked = self._question(question, ids, limit, optional, stop, tools, options)
+        asked = self._question(question, ids, limit, optional, stop, tools, chat_template_kwargs, options)
         ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
         return asked.answer(generation)
 
@@ -254,10 +277,11 @@ class BeaconMemory:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[str | Answer]:
         """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last."""
-        asked = self._question(question, ids, limit, optional, stop, tools, options)
+        asked = self._question(question, ids, limit, optional, stop, tools, chat_template_kwargs, options)
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked, seed)
@@ -274,6 +298,7 @@ class BeaconMemory:
         optional: Collection[str],
         stop: str | Sequence[str] | None,
         tools: Sequence[Mapping[str, Any]],
+        chat_template_kwargs: Mapping[str, Any] | None,
         options: Mapping[str, Any],
     ) -> _Question:
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
@@ -282,13 +307,16 @@ class BeaconMemory:
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
         new_tokens, slots = config.max_new_tokens or 0, self.compressor.sink.slots
-        prompt = chat_prompt(model, question, behind_memory=bool(slots) or ids != [], tools=tools)
+        behind = bool(slots) or ids != []
+        prompt = chat_prompt(
+            model, question, behind_memory=behind, tools=tools, chat_template_kwargs=chat_template_kwargs
+        )
         room = model.max_positions - slots - len(prompt) - new_tokens
         rows = self._chosen(question, ids, limit, optional, room)
         require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
         memories = [MemoryKV.of(self.compressor.sink), *(self._load(row) for row in rows)]
         request = Request(MemoryKV.concat(memories, room + slots), prompt)
-        return _Question(tuple(row.id for row in rows), request, config, started)
+        return _Question(tuple(row.id for row in rows), request, config, tools, model.tokenizer, started)
 
     def _chosen(
         self,
@@ -330,10 +358,13 @@ class BeaconMemory:
         question: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> int:
         """Return the memory slots that the model has left for documents beside a question and its answer."""
-        prompt = chat_prompt(self.model, question, behind_memory=True, tools=tools)
+        prompt = chat_prompt(
+            self.model, question, behind_memory=True, tools=tools, chat_template_kwargs=chat_template_kwargs
+        )
         return self.model.max_positions - self.compressor.sink.slots - len(prompt) - max_new_tokens
 
     def _picks(self, question: Messages, limit: int, fingerprint: str | None = None) -> builtins.list[Pick]:
@@ -366,8 +397,12 @@ class BeaconMemory:
         return self.store.row(id)
 
     def remove(self, id: str) -> None:
-        """Forget a document; raises DocumentNotFoundError."""
+        """Forget a document; raises DocumentNotFoundError. Traces of it stay in the store until `erase`."""
         self.store.delete(id)
+
+    def erase(self, *ids: str) -> None:
+        """Remove documents with all traces of them, and of all that was removed before; see `storage.erasing.erase`."""
+        erasing.erase(self.store, ids)
 
     def verify(self) -> builtins.list[Problem]:
         """Return what is wrong with the store; see `storage.repair.verify`."""

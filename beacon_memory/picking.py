@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from beacon_memory.storage.catalog.passages import split_passages
 
+from .conversation import Messages, turns_of
 from .documents import SESSION_TAG
 from .errors import ConfigError, DocumentNotFoundError, InputError
 
@@ -214,12 +215,13 @@ def excerpts(store: MemoryStore, picks: Iterable[Pick]) -> Iterator[tuple[Pick, 
         yield one, text[one.best.start : one.best.stop]
 
 
-def last_question(messages: str | Sequence[Mapping[str, Any]]) -> str:
-    """Return what to search for: the text of the user's last turn in a conversation, or of its last turn."""
-    if isinstance(messages, str):
-        return messages
-    turns = [turn for turn in messages if turn.get("role") == "user"] or messages
-    return str(turns[-1].get("content") or "") if turns else ""
+def last_question(messages: Messages) -> str:
+    """Return what to search for: the text of the user's last turn in a conversation, or of its last turn.
+
+    Raises InputError for what is no conversation.
+    """
+    turns = turns_of(messages)
+    return str(([turn for turn in turns if turn["role"] == "user"] or turns)[-1].get("content") or "")
 
 
 def _only_document(query: Query) -> list[Pick]:

@@ -117,6 +117,24 @@ def test_many_small_appends_come_to_the_same(memory: BeaconMemory, compression: 
     assert len(list((memory.store.folder / "kv").rglob("*.safetensors"))) == 2
 
 
+def test_a_document_whose_tokens_were_others_is_read_anew(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEXT[:20] + "</s>" + TEXT[20:200]
+    with monkeypatch.context() as patched:  # control tokens of a text were read as such once
+
+        def tokenized(tokenizer: Any, text: str) -> Any:
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            return encoded["input_ids"], encoded["offset_mapping"]
+
+        patched.setattr("beacon_memory.compression.compressor.text_tokens", tokenized)
+        assert memory.add("grown", text, ratio=4).tokens == 201
+    added = memory.append("grown", " More.")
+    whole = memory.add("whole", text + " More.", ratio=4)
+    assert added.tokens == whole.tokens == 210
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+
+
 def test_only_the_last_window_is_read_again(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.add("grown", TEXT[: 5 * WINDOW + 10], ratio=4, compression="beacon")
     before = kv_of(memory, "grown")

@@ -12,6 +12,7 @@ from .options import (
     Namespace,
     Store,
     open_store,
+    path_given,
 )
 from .terminal import (
     counting,
@@ -36,7 +37,7 @@ Docs = Annotated[
 
 @app.command("export", rich_help_panel=_STORE)
 def export_archive(
-    path: Annotated[Path, typer.Argument(help="Archive to write, a file that does not exist yet.")],
+    path: Annotated[Path, typer.Argument(help="Archive to write, a file that does not exist yet.", parser=path_given)],
     doc: Docs = None,
     store: Store = None,
     namespace: Namespace = "",
@@ -57,7 +58,7 @@ def export_archive(
 
 @app.command("import", rich_help_panel=_STORE)
 def import_archive(
-    path: Annotated[Path, typer.Argument(help="Archive that `export` wrote.")],
+    path: Annotated[Path, typer.Argument(help="Archive that `export` wrote.", parser=path_given)],
     replace: Replace = False,
     store: Store = None,
     namespace: Namespace = "",
@@ -87,7 +88,10 @@ def import_archive(
 @app.command(rich_help_panel=_STORE)
 def copy(
     target: Annotated[
-        Path, typer.Argument(help="Folder of the store to copy into; this one, to copy into another namespace.")
+        Path,
+        typer.Argument(
+            help="Folder of the store to copy into; this one, to copy into another namespace.", parser=path_given
+        ),
     ],
     doc: Docs = None,
     to_namespace: Annotated[str, typer.Option(help="Namespace to copy into.", show_default="none")] = "",

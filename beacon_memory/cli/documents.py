@@ -20,10 +20,10 @@ from .options import (
 )
 from .terminal import (
     document_fields,
+    print_as_it_is,
     print_fields,
     print_json,
     print_rows,
-    print_text,
     remarks,
     reported,
     row_fields,
@@ -114,7 +114,7 @@ def show(
         elif as_json:
             print_json({"id": id, "text": documents.text(id)})
         else:
-            print_text(documents.text(id))
+            print_as_it_is(documents.text(id))
 
 
 @app.command(rich_help_panel=_STORED)
@@ -131,6 +131,30 @@ def remove(ids: Ids, store: Store = None, namespace: Namespace = "", as_json: As
         for id in dict.fromkeys(ids):
             documents.delete(id)
             say(as_json, {"id": id, "status": "removed"})
+
+
+@app.command(rich_help_panel=_STORED)
+def erase(
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids of the documents.", metavar="id", show_default="only what was removed before"),
+    ] = None,
+    store: Store = None,
+    namespace: Namespace = "",
+    as_json: AsJson = False,
+) -> None:
+    """Remove documents with all traces of them, and of what was removed, replaced or pushed out before.
+
+    Of documents that remove forgets, words can stay in the catalog and its log for long. This writes the catalog anew.
+
+    With --json one object a line: id, status.
+    """
+    from beacon_memory.storage.erasing import erase as erase_from
+
+    with reported("repeat the command, without those ids that are gone"):
+        erase_from(open_store(store, namespace), ids or ())
+        for id in dict.fromkeys(ids or ()):
+            say(as_json, {"id": id, "status": "erased"})
 
 
 @app.command(rich_help_panel=_STORED)

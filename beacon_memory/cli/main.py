@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -31,10 +32,24 @@ from .options import (
     ScoreOption,
     Store,
     expiry,
+    folder_given,
+    name_given,
     open_memory,
+    path_given,
     quiet,
 )
-from .terminal import answer_fields, compressing, note_usage, print_fields, print_json, print_text, reported, say
+from .terminal import (
+    answer_fields,
+    compressing,
+    note_usage,
+    prepare_streams,
+    print_fields,
+    print_json,
+    print_line,
+    print_text,
+    reported,
+    say,
+)
 
 if TYPE_CHECKING:
     from beacon_memory.memory import BeaconMemory
@@ -66,7 +81,7 @@ app.add_typer(evaluation.app, name="eval")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"beacon-memory {__version__}")
+        print_line(f"beacon-memory {__version__}")
         raise typer.Exit
 
 
@@ -82,7 +97,8 @@ def _common(
 @app.command()
 def add(
     paths: Annotated[
-        list[str], typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.")
+        list[str],
+        typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.", parser=name_given),
     ],
     id: Annotated[str | None, typer.Option(help="Id of the document.", show_default="its path as given")] = None,
     ratio: Annotated[
@@ -185,7 +201,9 @@ def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
 @app.command()
 def append(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
-    path: Annotated[str, typer.Argument(help="Text file to append to the document; - for standard input.")],
+    path: Annotated[
+        str, typer.Argument(help="Text file to append to the document; - for standard input.", parser=name_given)
+    ],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
     ] = None,
@@ -226,6 +244,10 @@ def ask(
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer at this text; repeat it for several.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What else the model's chat template knows: '{\"enable_thinking\": false}'."),
+    ] = None,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -245,12 +267,13 @@ def ask(
             raise InputError("--stream prints text and --json one object: choose one")
         options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
+        options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
         chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
         with chosen as memory:  # it notes uses when closed
             if stream:
                 for piece in memory.stream(question, doc or None, **options):
                     if isinstance(piece, Answer):
-                        typer.echo()
+                        print_line()
                         note_usage(piece)
                     else:
                         print_text(piece)
@@ -261,6 +284,15 @@ def ask(
         else:
             print_text(f"{answer.text}\n")
             note_usage(answer)
+
+
+def _template_arguments(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
 
 
 @app.command()
@@ -333,20 +365,24 @@ def bench(
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:
-            typer.echo(measure.table(figures))
+            print_text(f"{measure.table(figures)}\n")
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.")],
-    output: Annotated[Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.")],
+    recipe: Annotated[
+        str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.", parser=name_given)
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.", parser=path_given)
+    ],
     data: Annotated[
         Path | None,
         typer.Option(
             help="Folder of the data files that the recipe names.",
             show_default="the recipe's own folder",
-            exists=True,
-            file_okay=False,
+            parser=folder_given,
+            metavar="DIR",
         ),
     ] = None,
     device: Device = None,
@@ -366,9 +402,11 @@ def train(
         run = training.train  # refuses before anything is loaded if the extra is not installed
         quiet()
         adapter = run(settings, file.parent, data or file.parent, output, device)
-        print_json({"adapter": str(adapter)}) if as_json else typer.echo(adapter)
+        print_json({"adapter": str(adapter)}) if as_json else print_line(str(adapter))
 
 
 def main() -> None:
     """Run the command `beacon-memory`."""
-    app()
+    prepare_streams()
+    with reported():  # what happens outside of commands, as when the disk is full that help is written to
+        app()

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from beacon_memory.errors import BeaconMemoryError
+from beacon_memory.errors import BeaconMemoryError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +29,8 @@ __all__ = [
     "counting",
     "document_fields",
     "note_usage",
+    "prepare_streams",
+    "print_as_it_is",
     "print_fields",
     "print_json",
     "print_line",
@@ -46,6 +47,7 @@ __all__ = [
 
 _LINES = "\n\t"
 _PIPE_COLUMNS = 10_000  # so that no line is broken in a pipe
+_STDERR = 2  # the last number of a standard stream
 # What moves the cursor, changes colours or turns the direction: an id may be any text, and so may what a model answers
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -55,6 +57,23 @@ def shown(text: str, keep: str = "") -> str:
     return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
 
+def prepare_streams() -> None:
+    """Let standard output and error take any text, and put the null device in the place of streams that are closed.
+
+    A character that their encoding lacks is written as an escape.
+    """
+    # the number of a closed stream goes to the next file that is opened, and whatever a library writes there with it
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # for good
+        else:
+            stream.reconfigure(errors="backslashreplace")
+
+
 def remarks() -> Console:
     """Return the console for remarks that are not part of a command's output: standard error."""
     from rich.console import Console
@@ -62,10 +81,10 @@ def remarks() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def print_line(text: str, *, err: bool = False) -> None:
+def print_line(text: str = "", *, keep: str = "", err: bool = False) -> None:
     """Print one line at once, see `shown`. Unlike `typer.echo`, this works while a progress bar is shown."""
     stream = sys.stderr if err else sys.stdout
-    stream.write(f"{shown(text)}\n")
+    stream.write(f"{shown(text, keep)}\n")
     stream.flush()
 
 
@@ -75,9 +94,30 @@ def print_text(text: str) -> None:
     sys.stdout.flush()
 
 
+def print_as_it_is(text: str) -> None:
+    """Print a text as `print_text` does; raises InputError if the output's encoding lacks one of its characters."""
+    try:
+        text.encode(_encoding())
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text holds {text[error.start]!a}, which {error.encoding}, the encoding of standard output, lacks; "
+            "set PYTHONIOENCODING=utf-8, or use --json"
+        ) from None
+    print_text(text)
+
+
 def print_json(fields: object) -> None:
-    """Print one JSON value on one line."""
-    print_line(json.dumps(fields, ensure_ascii=False))
+    """Print one JSON value on one line, with JSON's escapes for characters that the output's encoding lacks."""
+    line = json.dumps(fields, ensure_ascii=False)
+    try:
+        line.encode(_encoding())
+    except UnicodeEncodeError:
+        line = json.dumps(fields)
+    print_line(line)
+
+
+def _encoding() -> str:
+    return sys.stdout.encoding or "utf-8"
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
@@ -242,13 +282,13 @@ def reported(interrupted: str = "whatever was finished is stored") -> Iterator[N
     try:
         yield
     except BeaconMemoryError as error:
-        typer.echo(f"error: {shown(str(error), keep=_LINES)}", err=True)
-        raise typer.Exit(1) from error
+        print_line(f"error: {error}", keep=_LINES, err=True)
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; {interrupted}", err=True)
-        raise typer.Exit(130) from None
+        print_line(f"\ninterrupted; {interrupted}", keep=_LINES, err=True)
+        raise SystemExit(130) from None
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # else the program that reads the output has ended
-            typer.echo(f"error: {shown(str(error), keep=_LINES)}", err=True)
+            print_line(f"error: {error}", keep=_LINES, err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the rest of the output can be written
-        raise typer.Exit(1) from None
+        raise SystemExit(1) from None

@@ -79,8 +79,8 @@ def read_adapter(source: str | Path) -> Adapter:
 
 
 def base_name(base: str | Path) -> str:
-    """Return the name of a base model that can be shown to others: of a folder only its last part, not its path."""
-    return Path(base).name if Path(base).is_dir() else str(base)
+    """Return the name of a base model that can be shown to others: of a folder or file its last part, not its path."""
+    return Path(base).name if Path(base).exists() else str(base)
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:

@@ -140,7 +140,7 @@ class BeaconModel(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = "auto",
     ) -> BeaconModel:
-        """Load a base model, from a folder or the hub, and its beacons.
+        """Load a base model, from a folder, a GGUF file or the hub, and its beacons.
 
         base:    without one, the embedded default model and its adapter are loaded. Remote code is never executed.
         adapter: folder or hub name of the beacons. Without one, they come from the base checkpoint if it has the
@@ -149,7 +149,7 @@ class BeaconModel(nn.Module):
         dtype:   by default that of the checkpoint, or float32 on a processor that is slower with 16 bits, if there is
                  room.
 
-        Raises ModelError, AdapterError or UnsupportedModelError.
+        Raises ModelError, AdapterError, UnsupportedModelError or ConfigError.
         """
         if base is None:
             base, adapter = ensure_default_model(), adapter or default_adapter()

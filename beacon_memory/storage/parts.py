@@ -39,7 +39,9 @@ class StoreParts:
     def __init__(
         self, root: str | os.PathLike[str], namespace: str = "", given: FilesBackend | str | None = None
     ) -> None:
-        self.root = Path(root)
+        if not os.fspath(root):
+            raise InputError("a store needs a folder, got an empty path; the current folder is '.'")
+        self.root = Path(root).absolute()  # the same one wherever this process goes
         self.namespace = namespace if namespace == "" else check_id(namespace)
         self.folder = self.root / "namespaces" / hash_id(namespace) if namespace else self.root
         refuse_links(self.root, self.folder)

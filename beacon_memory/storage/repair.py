@@ -38,15 +38,18 @@ from beacon_memory.storage.files.durable import entries, identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.locks import tidying
-from beacon_memory.storage.files.marks import has_label_mark, mark_of
-from beacon_memory.storage.files.names import TEMP_PREFIX, file_stem, number_of
+from beacon_memory.storage.files.marks import has_label_mark
+from beacon_memory.storage.files.names import NUMBERED, TEMP_PREFIX, file_stem, number_of, stem_of, version_of
 
+from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
 from .records import difference_of, label_of, row_of
 from .settings import COPY, keep_copy, read_copy
 from .store import MemoryStore
 
-__all__ = ["Problem", "ProblemKind", "repair", "verify"]
+__all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
+
+PUT_ASIDE = "damaged-"  # begins the names of catalogs that could not be mended
 
 Mend = Callable[[], object] | None
 ProblemKind = Literal[
@@ -64,7 +67,6 @@ ProblemKind = Literal[
 RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  # kinds that only a model can mend
 
 _NAMED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{8,12}\.safetensors")  # those of older stores have 8
-_NUMBERED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-([0-9a-f]{12})\.(safetensors|json)")
 
 _STALE_SECONDS = 60  # after which a small file has got its name, or its writer is dead
 
@@ -132,7 +134,7 @@ def _put_aside(store: MemoryStore, path: Path) -> str:
     """Rename a catalog's files and let the store begin a new one; returns what was done, for the problem's message."""
     carried = read_copy(store.folder) | _carried(store)
     store.close()
-    aside = path.with_name(f"damaged-{int(time.time() * 1000)}.sqlite3")
+    aside = path.with_name(f"{PUT_ASIDE}{int(time.time() * 1000)}.sqlite3")
     for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
@@ -189,9 +191,7 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     files = store.files
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
-    listed = set(files.names())
-    named = catalog.file_names.named()  # after the files, which are there before their rows
-    unnamed = listed - named - {label_name(name) for name in named}
+    unnamed = suspected_files(catalog, files)
     with tidying(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
@@ -247,7 +247,7 @@ def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
 
 def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
     """Return what is wrong with a document's label file, which must agree with its row; None if nothing."""
-    if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
+    if isinstance(row, DamagedRow) or not NUMBERED.fullmatch(row.file):
         return None  # files of a time before there were labels have none
     try:
         stored = read_file(files, label_name(row.file), read_label)
@@ -288,27 +288,16 @@ def _write_label(files: Files, row: DocumentRow) -> None:
     files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
-def _look_at_unnamed(store: MemoryStore, unnamed: set[str]) -> Iterator[tuple[Problem, Mend]]:
-    """Look at files that no row named before, while nobody writes.
-
-    A file that is still there, and still has no row, is a leftover if the catalog says so, if its mark does, or if its
-    document has a later one. Any other was written for a catalog that is no longer there, or after the backup that this
-    one was restored from, or its row was damaged: it gets a row again.
-    """
+def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[Problem, Mend]]:
+    """Look at the files that no row names, while nobody writes: leftovers go, and others get a row again."""
     catalog, files = store.parts.catalog(), store.files
-    named = {name for stem in map(_stem, unnamed) for name in catalog.file_names.beginning(stem)}
-    unsettled = catalog.file_names.unsettled()
-    latest: dict[str, int] = {}
-    for name in named:
-        latest[_stem(name)] = max(latest.get(_stem(name), 0), _number(name))
     lost: dict[str, list[str]] = {}
-    for name in sorted(files.present(unnamed) - named - {label_name(name) for name in named}):
-        left = number_of(name) in unsettled or identity(mark_of(files, name)) is not None
-        if left or 0 < _number(name) < latest.get(_stem(name), 0):
+    for name, left in unnamed_files(catalog, files, suspected):
+        if left:
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
-        elif _NUMBERED.fullmatch(name):
-            lost.setdefault(_stem(name), []).append(name)
+        elif NUMBERED.fullmatch(name):
+            lost.setdefault(stem_of(name), []).append(name)
         elif _NAMED.fullmatch(name):
             message = f"{name} has no row, and no text to make one from, being of an older version"
             yield (
@@ -354,8 +343,8 @@ def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
     is needed to compress the text again, and what is wrong in it is overwritten then.
     """
     catalog, files = store.parts.catalog(), store.files
-    others = {name for name in files.names() if _stem(name) == file_stem(damaged.id)} - {damaged.file}
-    names = [*sorted(others, key=_number), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
+    others = {name for name in files.names() if stem_of(name) == file_stem(damaged.id)} - {damaged.file}
+    names = [*sorted(others, key=version_of), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
     file: StoredFile | None = None
     try:
         row, file = _best(files, names)
@@ -381,17 +370,17 @@ def _remake_text(store: MemoryStore, row: DocumentRow, file: StoredFile) -> None
 def _adopt(store: MemoryStore, names: list[str]) -> None:
     """Give lost files of one document a row again: the latest that can be read, unless there is a later one by now."""
     catalog, files = store.parts.catalog(), store.files
-    row, file = _best(files, sorted(names, key=_number))
+    row, file = _best(files, sorted(names, key=version_of))
     with catalog.transaction():
         now = catalog.documents.get(row.id)
-        if now is None or _number(now.file) < _number(row.file):
+        if now is None or version_of(now.file) < version_of(row.file):
             row = catalog.documents.put(row, Text(_text(catalog, file)))
-            catalog.properties.set("last", max(catalog.properties.count("last"), _number(row.file)))
+            catalog.properties.set("last", max(catalog.properties.count("last"), version_of(row.file)))
             _write_label(files, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row
     for name in names:
-        if _number(name) < _number(now.file):  # a later one cannot be read now, but perhaps some day
+        if version_of(name) < version_of(now.file):  # a later one cannot be read now, but perhaps some day
             files.remove(name)
 
 
@@ -412,7 +401,7 @@ def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
     for name in reversed([name for name in names if name.endswith(".safetensors")]):
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
             file = read_file(files, name, read_kv_file)
-            if _stem(name) != file_stem(file.header.id):
+            if stem_of(name) != file_stem(file.header.id):
                 continue
             stored = StoredLabel(file.header.id, file.header.created_at, Label())
             with contextlib.suppress(CorruptFileError, FileNotFoundError):
@@ -447,12 +436,3 @@ def _settle(store: MemoryStore) -> None:
         there = {number_of(name) for name in store.files.names()}
         with tidying(store.folder):  # who has just removed a file has made sure of it by then
             names.settle(unsettled - there)
-
-
-def _stem(name: str) -> str:
-    return name.partition("-")[0]
-
-
-def _number(name: str) -> int:
-    numbered = _NUMBERED.fullmatch(name)
-    return int(numbered[1], 16) if numbered else 0

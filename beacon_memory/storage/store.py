@@ -81,8 +81,8 @@ class MemoryStore:
     files:     where K/V files lie, if not in the folder: a URL, such as s3://bucket/prefix, or a `FilesBackend`. The
                store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
 
-    root is the folder of the whole store, folder that of the namespace; it is created by the first write, and before
-    that the store reads as empty. parts is for modules that check or mend a store.
+    root is the folder of the whole store, folder that of the namespace, both absolute. The first write
+    creates it, and before that the store reads as empty. parts is for modules that check or mend a store.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ _PREFIX = "session/"  # so that the id of a session is not by chance that of a d
 class BeaconChatMessageHistory(BaseChatMessageHistory):
     """Keep the messages of a session: old ones are folded into stored documents, recent ones stay as they are.
 
-    It is kept in the store from the first message on. What is kept of a message is its role, its text and its tool
-    calls.
+    It is kept in the store from the first message on. Recent messages come back as they were added, with all of their
+    fields (what JSON cannot hold, as text); of folded ones, role, text and tool calls are what the model remembers.
 
     session_id: any text. Whoever may choose it reads that conversation: take it, and the namespace, from what your
                 program knows of the user.
@@ -32,6 +32,9 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
     recent:     tokens of messages that stay as they are. When there are more, the oldest are folded until half is left.
     slots:      memory slots that the folded ones may take; beyond, the older are compressed more strongly, and in the
                 end the oldest are forgotten.
+    system:     tokens of system messages that stay in force in front of the recent ones, however old they are.
+
+    More on these bounds: `Session`. Messages that cannot be added leave the conversation as it was.
     """
 
     def __init__(
@@ -42,11 +45,12 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
         namespace: str | None = None,
         recent: int = 512,
         slots: int = 1024,
+        system: int = 512,
     ) -> None:
         super().__init__()
         self.session_id = session_id
         self.memory = memory if namespace is None else memory.within(namespace)
-        self.session = Session(self.memory, f"{_PREFIX}{session_id}", recent=recent, slots=slots)
+        self.session = Session(self.memory, f"{_PREFIX}{session_id}", recent=recent, slots=slots, system=system)
 
     @property
     def namespace(self) -> str:
@@ -60,7 +64,7 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # as in LangChain's own example
-        """The recent messages, oldest first."""
+        """The messages that are kept as they are: system messages that stay in force, then recent ones."""
         return from_session_turns(self.session.turns)
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:

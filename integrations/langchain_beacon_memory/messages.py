@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    ToolMessage,
+    convert_to_messages,
+    message_chunk_to_message,
+    message_to_dict,
+    messages_from_dict,
+)
 
 from beacon_memory import InputError
 from beacon_memory.generation.tool_calls import call_of_turn
-
-from .tool_calls import parse_calls, to_text
 
 __all__ = ["from_session_turns", "to_session_turn", "to_turns"]
 
@@ -36,32 +43,33 @@ def to_turns(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     return turns
 
 
-def to_session_turn(message: BaseMessage) -> dict[str, str]:
-    """Return a message as a session keeps it: role and text, with tool calls as part of the text."""
-    if isinstance(message, AIMessage):
-        written = [_text(message), *map(to_text, message.tool_calls)]
-        return {"role": "assistant", "content": "\n".join(filter(None, written))}
-    return {"role": _role(message), "content": _text(message)}
+def to_session_turn(message: BaseMessage) -> dict[str, Any]:
+    """Return a message as a session keeps it: as a chat template takes it, and whole, as `message`.
+
+    What JSON cannot hold of it, such as some artifacts of tools, is kept as text, and a chunk as a message.
+    """
+    (turn,) = to_turns([message])
+    whole = message_to_dict(message_chunk_to_message(message))
+    try:
+        return turn | {"message": json.loads(json.dumps(whole, default=str))}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"a {message.type} message cannot be kept as JSON: {error!r}") from error
 
 
-def from_session_turns(turns: Iterable[Mapping[str, str]]) -> list[BaseMessage]:
-    """Return the messages that `to_session_turn` made turns of; results of tools follow in the order of their calls."""
-    messages: list[BaseMessage] = []
-    waiting: deque[tuple[str | None, str]] = deque()  # id and name of each call whose result is still to come
-    for turn in turns:
-        role, content = turn["role"], turn["content"]
-        if role == "assistant":
-            parsed = parse_calls(content)
-            messages.append(AIMessage(parsed.content, tool_calls=parsed.calls))
-            waiting.extend((call["id"], call["name"]) for call in parsed.calls)
-        elif role == "tool":
-            id, name = waiting.popleft() if waiting else (None, None)
-            messages.append(ToolMessage(content, tool_call_id=id or "", name=name))
-        elif role in ("user", "system"):
-            messages.append(HumanMessage(content) if role == "user" else SystemMessage(content))
-        else:
-            messages.append(ChatMessage(content=content, role=role))
-    return messages
+def from_session_turns(turns: Iterable[Mapping[str, Any]]) -> list[BaseMessage]:
+    """Return the messages that `to_session_turn` made turns of, and those of turns that a program added itself."""
+    return [_message(turn) for turn in turns]
+
+
+def _message(turn: Mapping[str, Any]) -> BaseMessage:
+    if "message" in turn:
+        return messages_from_dict([turn["message"]])[0]
+    if turn["role"] not in _ROLES.values():
+        return ChatMessage(content=turn["content"], role=turn["role"])
+    given = {"tool_call_id": "", **turn} if turn["role"] == "tool" else dict(turn)
+    if calls := turn.get("tool_calls"):
+        given["tool_calls"] = [{"id": None, **call} for call in calls]
+    return convert_to_messages([given])[0]
 
 
 def _role(message: BaseMessage) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, InvalidToolCall, ToolCall, ToolCallChunk
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 
-from beacon_memory.generation.tool_calls import UnreadCall, new_call_id, split_calls, write_call
+from beacon_memory import ToolCall as AnsweredCall
+from beacon_memory import UnreadCall
+from beacon_memory.generation.tool_calls import new_call_id
 
-__all__ = ["Parsed", "parse_calls", "require_call", "to_chunks", "to_text"]
+__all__ = ["Parsed", "parse_calls", "require_call", "to_chunks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,12 @@ class Parsed:
     invalid: list[InvalidToolCall]
 
 
-def parse_calls(text: str) -> Parsed:
-    """Take the tool calls out of an answer."""
+def parse_calls(parts: Iterable[str | AnsweredCall | UnreadCall]) -> Parsed:
+    """Take the tool calls out of the parts of an answer."""
     content = ""
     calls: list[ToolCall] = []
     invalid: list[InvalidToolCall] = []
-    for part in split_calls(text):
+    for part in parts:
         if isinstance(part, str):
             content += part
         elif isinstance(part, UnreadCall):
@@ -37,11 +39,6 @@ def parse_calls(text: str) -> Parsed:
         else:
             calls.append(tool_call(name=part.name, args=part.arguments, id=part.id))
     return Parsed(content.strip(), calls, invalid)
-
-
-def to_text(call: ToolCall) -> str:
-    """Write a tool call as a model would have written it, with its id, so that it can be read again."""
-    return write_call({"name": call["name"], "arguments": call["args"], "id": call["id"]})
 
 
 def to_chunks(message: AIMessage) -> list[ToolCallChunk]:

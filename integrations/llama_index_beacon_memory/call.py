@@ -12,6 +12,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from beacon_memory import Answer, BeaconMemory
 from beacon_memory.generation.background import in_background
 from beacon_memory.generation.prompt import require_tools
+from beacon_memory.generation.tool_calls import certain_text
 from beacon_memory.picking import fitting
 
 from .messages import to_turns
@@ -36,10 +37,9 @@ class Call:
     conversations: list[str]
     options: dict[str, Any]
 
-    @property
-    def tools(self) -> bool:
-        """Whether the model may call any."""
-        return bool(self.options["tools"])
+    def certain(self, text: str) -> str:
+        """Return how much of an unfinished answer is certain to be text, and no call."""
+        return certain_text(self.memory.model.tokenizer, text, self.options["tools"])
 
     def ask(self) -> Answer:
         """Answer it, see `BeaconMemory.ask`."""
@@ -64,7 +64,8 @@ class Call:
     def fitting(self) -> list[str]:
         """Return those of the documents to load that fit the model beside better ones, question and answer."""
         with self.memory.in_namespace(self.namespace) as memory:
-            given = {name: self.options[name] for name in ("tools", "max_new_tokens")}
+            names = ("tools", "max_new_tokens", "chat_template_kwargs")
+            given = {name: self.options[name] for name in names if name in self.options}
             ids = list(dict.fromkeys([*(self.ids or ()), *self.conversations]))
             rows = [memory.show(id) for id in ids]
             optional = set(ids).difference(self.conversations)
@@ -73,7 +74,7 @@ class Call:
 
     def _asked(self, memory: BeaconMemory) -> dict[str, Any]:
         """Return the arguments of `BeaconMemory.ask`."""
-        if self.tools:
+        if self.options["tools"]:
             require_tools(memory.model)
         turns, found = to_turns(self.messages), []
         if self.ids is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.memory import BaseMemoryBlock
 
@@ -13,7 +13,7 @@ from beacon_memory import Session
 
 from . import handles
 from .llm import BeaconMemoryLLM
-from .messages import to_text_turns
+from .messages import from_session_turn, to_session_turns
 
 __all__ = ["BeaconMemoryBlock"]
 
@@ -22,7 +22,7 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     """Fold the messages that a `Memory` flushes into documents, and have the model answer behind them.
 
     They are appended to the last document until it is as long as a window of the model, then the next one begins: what
-    was folded before is not read again. The documents lie in the store and the namespace of `llm`, under the name of
+    was folded before is not read again. System messages stay in force as they are. The documents lie in the store and the namespace of `llm`, under the name of
     the block and the id of the session, and survive the program. What a block gives to its `Memory` are messages
     without text, with handles that `llm` understands, and every other `BeaconMemoryLLM` of this process on the same
     namespace.
@@ -39,11 +39,17 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         description="Memory slots that a conversation may take. When it needs more, its older documents are compressed "
         "more strongly, and when that goes no further the oldest is forgotten.",
     )
+    system: int = Field(
+        default=512,
+        ge=0,
+        description="Tokens of flushed system messages that stay in force: they are given back as they are.",
+    )
 
     def session(self, session_id: str | None = None) -> Session:
         """Return the conversation that is kept for a `Memory` with this session id."""
         id = self.name if session_id is None else f"{self.name}/{session_id}"
-        return Session(self.llm.memory, id, recent=1, slots=self.slots)  # one token: everything is folded
+        one = 1  # token: everything but system messages is folded
+        return Session(self.llm.memory, id, recent=one, slots=self.slots, system=self.system)
 
     async def aput(
         self,
@@ -64,7 +70,7 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         session_id: str | None = None,
         **block_kwargs: Any,  # noqa: ARG002  # the framework passes it
     ) -> list[ChatMessage]:
-        """Return handles of what was folded, and messages that an interrupted program did not come to fold."""
+        """Return handles of what was folded, system messages, and what an interrupted program did not come to fold."""
         return await asyncio.to_thread(self._messages, session_id)
 
     def clear(self, session_id: str | None = None) -> None:
@@ -72,10 +78,10 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         self.session(session_id).clear()
 
     def _fold(self, messages: list[ChatMessage], session_id: str | None) -> None:
-        if turns := to_text_turns(messages):
+        if turns := to_session_turns(messages):
             self.session(session_id).add(turns)
 
     def _messages(self, session_id: str | None) -> list[ChatMessage]:
         session = self.session(session_id)
         folded = [handles.issue(self.llm.memory.store, id) for id in session.ids]
-        return [*folded, *(ChatMessage(turn["content"], role=MessageRole(turn["role"])) for turn in session.turns)]
+        return [*folded, *map(from_session_turn, session.turns)]

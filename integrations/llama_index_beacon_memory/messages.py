@@ -1,8 +1,8 @@
-"""LlamaIndex's messages as turns of a chat template."""
+"""LlamaIndex's messages as turns of a chat template, and as turns of a session that can be read back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import (
@@ -18,9 +18,9 @@ from beacon_memory import InputError
 from beacon_memory.generation.tool_calls import call_of_turn
 
 from .handles import KEY
-from .tool_calls import arguments_of, to_text
+from .tool_calls import arguments_of
 
-__all__ = ["to_text_turns", "to_turns"]
+__all__ = ["from_session_turn", "to_session_turns", "to_turns"]
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -46,30 +46,35 @@ def to_turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         for block in message.blocks:
             if not isinstance(block, (TextBlock, *_NO_TEXT)):
                 raise InputError(f"the model reads text only; a {message.role.value} message has a {block.block_type}")
-        if KEY in message.additional_kwargs and not message.blocks:
-            continue
-        turn: dict[str, Any] = {"role": _role(message), "content": message.content or ""}
-        if calls := _calls(message):
-            turn["tool_calls"] = [call_of_turn(one.tool_call_id, one.tool_name, arguments_of(one)) for one in calls]
-        if turn["role"] == "tool":
-            turn["tool_call_id"] = str(message.additional_kwargs.get("tool_call_id", ""))
-        turns.append(turn)
+        if KEY not in message.additional_kwargs or message.blocks:
+            turns.append(_turn(message))
     return turns
 
 
-def to_text_turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Return messages as turns of text alone, tool calls written out; what holds neither is left out."""
-    texts = ((message, _with_calls(message)) for message in messages)
-    return [{"role": _role(message), "content": text} for message, text in texts if text]
+def to_session_turns(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages as a session keeps them; what holds neither text nor tool calls is left out."""
+    return [turn for turn in map(_turn, messages) if turn["content"] or "tool_calls" in turn]
 
 
-def _role(message: ChatMessage) -> str:
-    return _ROLES[message.role]
+def from_session_turn(turn: Mapping[str, Any]) -> ChatMessage:
+    """Return the message that a turn was made of: its role, text and tool calls, or the call that it answers."""
+    calls = [
+        ToolCallBlock(
+            tool_call_id=call["id"] or None,
+            tool_name=call["function"]["name"],
+            tool_kwargs=call["function"]["arguments"],
+        )
+        for call in turn.get("tool_calls", ())
+    ]
+    text = [TextBlock(text=turn["content"])] if turn["content"] or not calls else []
+    answered = {"tool_call_id": turn["tool_call_id"]} if "tool_call_id" in turn else {}
+    return ChatMessage(role=MessageRole(turn["role"]), blocks=[*text, *calls], additional_kwargs=answered)
 
 
-def _calls(message: ChatMessage) -> list[ToolCallBlock]:
-    return [block for block in message.blocks if isinstance(block, ToolCallBlock)]
-
-
-def _with_calls(message: ChatMessage) -> str:
-    return "\n".join(filter(None, [message.content, *map(to_text, _calls(message))]))
+def _turn(message: ChatMessage) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": _ROLES[message.role], "content": message.content or ""}
+    if calls := [block for block in message.blocks if isinstance(block, ToolCallBlock)]:
+        turn["tool_calls"] = [call_of_turn(one.tool_call_id, one.tool_name, arguments_of(one)) for one in calls]
+    if turn["role"] == "tool":
+        turn["tool_call_id"] = str(message.additional_kwargs.get("tool_call_id", ""))
+    return turn

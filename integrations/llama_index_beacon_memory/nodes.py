@@ -6,20 +6,22 @@ from llama_index.core.schema import BaseNode
 
 from beacon_memory import BeaconMemory
 
-__all__ = ["KEY", "document_id", "mark"]
+__all__ = ["KEY", "document_id", "marked"]
 
 KEY = "beacon_document_id"
 
 
-def mark(node: BaseNode, id: str) -> None:
-    """Note in a node's metadata which document holds its memory; nodes that are cut from it inherit that.
+def marked(node: BaseNode, id: str) -> BaseNode:
+    """Return a copy of a node whose metadata say which document holds its memory; nodes cut from it inherit that.
 
     Neither the embedding nor the prompt of a model sees it.
     """
-    node.metadata[KEY] = id
-    for keys in (node.excluded_embed_metadata_keys, node.excluded_llm_metadata_keys):
-        if KEY not in keys:
-            keys.append(KEY)
+    noted = {
+        "metadata": {**node.metadata, KEY: id},
+        "excluded_embed_metadata_keys": list(dict.fromkeys([*node.excluded_embed_metadata_keys, KEY])),
+        "excluded_llm_metadata_keys": list(dict.fromkeys([*node.excluded_llm_metadata_keys, KEY])),
+    }
+    return node.model_copy(update=noted)
 
 
 def document_id(memory: BeaconMemory, node: BaseNode) -> str | None:

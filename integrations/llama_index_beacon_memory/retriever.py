@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
+from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 
 from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
 from beacon_memory.picking import DEFAULT_LIMIT, Pick, excerpts, fitting
@@ -70,7 +70,7 @@ class BeaconRetriever(BaseRetriever):
         """Return the nodes of another retriever, which must have a memory, as far as their documents fit."""
         missing = [one.node for one in found if of_nodes.document_id(self._memory, one.node) is None]
         if missing and self._transform is not None:
-            self._transform([node.model_copy(deep=True) for node in missing])  # theirs stay as they are
+            self._transform(missing)
         ids = [self._document_id(one) for one in found]
         if self._max_slots is None:
             return found
@@ -88,7 +88,7 @@ class BeaconRetriever(BaseRetriever):
         return id
 
 
-def _node(pick: Pick, text: str) -> TextNode:
+def _node(pick: Pick, text: str) -> BaseNode:
     node = TextNode(
         id_=pick.id,
         text=text,
@@ -97,5 +97,4 @@ def _node(pick: Pick, text: str) -> TextNode:
         end_char_idx=pick.best.stop,
         relationships={NodeRelationship.SOURCE: RelatedNodeInfo(node_id=pick.id)},
     )
-    of_nodes.mark(node, pick.id)
-    return node
+    return of_nodes.marked(node, pick.id)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from llama_index.core.base.llms.types import TextBlock, ToolCallBlock
 
-from beacon_memory.generation.tool_calls import UnreadCall, split_calls, write_call
+from beacon_memory import ToolCall, UnreadCall
 
-__all__ = ["arguments_of", "parse", "to_text"]
+__all__ = ["arguments_of", "parse"]
 
 
-def parse(text: str) -> list[TextBlock | ToolCallBlock]:
+def parse(parts: Iterable[str | ToolCall | UnreadCall]) -> list[TextBlock | ToolCallBlock]:
     """Return an answer as blocks: its text, and its tool calls. One that cannot be read stays part of the text."""
     content = ""
     calls: list[ToolCallBlock] = []
-    for part in split_calls(text):
+    for part in parts:
         if isinstance(part, str):
             content += part
         elif isinstance(part, UnreadCall):
@@ -25,11 +26,6 @@ def parse(text: str) -> list[TextBlock | ToolCallBlock]:
             calls.append(ToolCallBlock(tool_call_id=part.id, tool_name=part.name, tool_kwargs=part.arguments))
     content = content.strip()
     return [*([TextBlock(text=content)] if content or not calls else []), *calls]
-
-
-def to_text(call: ToolCallBlock) -> str:
-    """Write a tool call as a model would have written it."""
-    return write_call({"name": call.tool_name, "arguments": arguments_of(call)})
 
 
 def arguments_of(call: ToolCallBlock) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +23,12 @@ __all__ = ["BeaconCompressionTransform"]
 class BeaconCompressionTransform(MemoryComponent, TransformComponent):
     """Compress each node, or document, into the store, under its `node_id`, and note that id in the node.
 
-    Nodes that are cut from it later (put this in front of a splitter) inherit the note and answer from the memory of
-    the whole document; behind a splitter, each piece has a memory of its own. A text that is stored already costs
-    nothing.
+    The nodes that are given stay as they are; the note is in copies. Nodes that are cut from these later (put this in
+    front of a splitter) inherit it and answer from the memory of the whole document; behind a splitter, each piece has
+    a memory of its own. A text that is stored already costs nothing.
+
+    An `IngestionCache` never stands in for it, since what it returned once says nothing of what the store holds now:
+    to a cache, no two runs of it are equal.
     """
 
     ratio: int | str | list[int] = Field(
@@ -47,19 +51,16 @@ class BeaconCompressionTransform(MemoryComponent, TransformComponent):
         return "BeaconCompressionTransform"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Return its fields, and all else that decides what a text becomes: an ingestion cache goes by it."""
-        compressor = self._memory.compressor
-        compression = compressor.compression(self.compression)
-        method = {"compression": compression, "reserve": compressor.reserve, **compressor.parameters(compression)}
+        """Return its fields, from which `from_dict` makes it again, and a mark that no cache has seen."""
         written = super().to_dict(**kwargs) | {"metadata_mode": self.metadata_mode.value}
-        return written | {"fingerprint": compressor.model.fingerprint.digest, "method": method}
+        return written | {"run": uuid.uuid4().hex}  # a cache's key holds this, and the texts, but neither ids nor store
 
     def __call__(
         self,
         nodes: Sequence[BaseNode],
         **kwargs: Any,  # noqa: ARG002  # the framework passes it
     ) -> Sequence[BaseNode]:
-        """Compress the nodes that have text, together; returns all of them."""
+        """Compress the nodes that have text, together; returns all in their order, these as copies with a note."""
         texts = {node.node_id: node.get_content(self.metadata_mode) for node in nodes}
         documents = [
             Document(node.node_id, texts[node.node_id], _plain(node.metadata))
@@ -67,10 +68,7 @@ class BeaconCompressionTransform(MemoryComponent, TransformComponent):
             if texts[node.node_id].strip()
         ]
         self._memory.add_many(documents, ratio=self.ratio, compression=self.compression, precision=self.precision)
-        for node in nodes:
-            if texts[node.node_id].strip():
-                of_nodes.mark(node, node.node_id)
-        return nodes
+        return [of_nodes.marked(node, node.node_id) if texts[node.node_id].strip() else node for node in nodes]
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress the nodes in a thread."""

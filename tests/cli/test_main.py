@@ -300,6 +300,9 @@ def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None
         (["add", "a.txt", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["ask", "Who?", "--doc", "absent"], "'absent'"),
         (["ask", "Who?", "--stream", "--json"], "choose one"),
+        (["ask", "Who?", "--chat-template-kwargs", "{"], "--chat-template-kwargs must be a JSON object, got '{'"),
+        (["ask", "Who?", "--chat-template-kwargs", "[]"], "chat_template_kwargs=[] must be a dict"),
+        (["ask", "Who?", "--chat-template-kwargs", '{"absent": 1}'], "absent=1 is not known to the model's chat templ"),
         (["ask", "Who?", "--picker", "absent"], "picker='absent' must be one of 'text'"),
         (["ask", "Who?", "--model", "absent/folder/of/a/model"], "cannot be loaded"),
         (["show", "absent"], "'absent'"),
@@ -312,6 +315,36 @@ def test_errors_are_one_line_and_exit_with_1(run: Run, arguments: list[str], mes
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["add", ""],
+        ["add", "a.txt", ""],
+        ["add", "a.txt", "--store", ""],
+        ["add", "a.txt", "--model", ""],
+        ["add", "a.txt", "--adapter", ""],
+        ["add", "a.txt", "--device", ""],
+        ["append", "a.txt", ""],
+        ["export", ""],
+        ["import", ""],
+        ["copy", ""],
+        ["train", "", "output"],
+        ["train", "default", ""],
+        ["train", "default", "output", "--data", ""],
+        ["eval", "qa", "--data", ""],
+        ["eval", "qa", "--data", "a.txt", "--json", ""],
+        ["eval", "report", ""],
+        ["eval", "report", ".", ""],
+    ],
+)
+def test_an_empty_name_is_wrong_usage_and_no_current_folder(run: Run, arguments: list[str]) -> None:
+    write("a.txt")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "it is empty, as if a variable were not set" in " ".join(result.stderr.replace("│", " ").split())
+    assert [path.name for path in Path.cwd().iterdir()] == ["a.txt"]
 
 
 def test_ask_prints_what_machines_need(run: Run) -> None:

@@ -17,6 +17,7 @@ from cli_samples import Run, lines, runner
 from command_page import json_fields
 from kv_samples import TEXT, sample
 from store_samples import files, put
+from traces import ID, put_secret, traces
 from typer.testing import Result
 
 from beacon_memory.documents import Label
@@ -217,6 +218,22 @@ def test_remove_tells_machines_what_the_page_says(run: Run, store: MemoryStore) 
     assert [list(one) for one in lines(run("remove", "c", "a", "--json"))] == [json_fields("remove")] * 2
     assert [row.id for row in store.list()] == ["b"]
     assert len(files(store)) == 1
+
+
+def test_erase_removes_documents_with_what_was_removed_before(run: Run, store: MemoryStore) -> None:
+    for id in "abc":
+        put(store, id)
+    put_secret(store)
+    assert [list(one) for one in lines(run("erase", "c", "a", "--json"))] == [json_fields("erase")] * 2
+    assert [row.id for row in store.list()] == [ID, "b"]
+    assert refused(run("erase", "b", "absent")).startswith("no document 'absent' is stored")
+    assert [row.id for row in store.list()] == [ID, "b"]
+    assert run("remove", ID).exit_code == 0
+    assert traces(store.root)
+    assert run("erase").stdout == ""
+    assert traces(store.root) == set()
+    assert run("erase", "b").stdout == "erased b\n"
+    assert store.list() == []
 
 
 def test_expire_frees_the_room_of_documents_whose_time_is_over(run: Run, store: MemoryStore) -> None:

@@ -32,6 +32,24 @@ def store(tmp_path: Path) -> MemoryStore:
     return MemoryStore(tmp_path / "store")
 
 
+def test_a_store_is_the_folder_that_was_named_when_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store = MemoryStore("store")
+    put(store, "one")
+    monkeypatch.chdir(tmp_path / "there")
+    put(store, "two")
+    put(store.within("alice"), "three")
+    store.close()
+    assert [row.id for row in store.list()] == ["one", "two"]
+    assert store.namespaces() == ["", "alice"]
+    assert store.root == tmp_path / "here" / "store"
+    assert [path.name for path in tmp_path.glob("*/*")] == ["store"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_stored_document_is_read_back_bit_for_bit(store: MemoryStore, dtype: torch.dtype) -> None:
     header, kv = sample(dtype=dtype)
@@ -123,7 +141,10 @@ def test_reading_a_store_that_is_not_there_leaves_nothing(store: MemoryStore) ->
     assert "doc" in store
 
 
-def test_a_store_needs_a_folder(tmp_path: Path) -> None:
+def test_a_store_needs_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="a store needs a folder, got an empty path"):
+        MemoryStore("")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is a file; a store needs a folder"):
         MemoryStore(tmp_path / "file")

@@ -53,6 +53,12 @@ class Files(Protocol):
     def present(self, names: Iterable[str]) -> set[str]:
         """Return those of these names that there is something of."""
 
+    def erase(self, names: Iterable[str]) -> None:
+        """Remove files and all temporary ones, wherever they are, so that no power cut brings them back.
+
+        Nobody may be writing. Raises StoreError if something is left.
+        """
+
     def names(self) -> Iterator[str]:
         """Yield the names of all files, sorted."""
 

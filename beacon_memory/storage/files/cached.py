@@ -21,7 +21,8 @@ from beacon_memory.errors import InputError, StoreError
 
 from .backend import FilesBackend
 from .durable import entries, identity, make_folder, refuse_links, sync_file, unlink
-from .names import FILE_NAME, TEMP_PREFIX, check_name, new_temp
+from .local import LocalFiles
+from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name, new_temp
 
 __all__ = ["CachedFiles"]
 
@@ -115,6 +116,21 @@ class CachedFiles:
     def present(self, names: Iterable[str]) -> set[str]:
         """Return those of these names that the backend has."""
         return set(names) & set(self.names()) if names else set()
+
+    def erase(self, names: Iterable[str]) -> None:
+        """Remove files from the backend, what its uploads left there, and all of this machine that it does not have.
+
+        Whoever is downloading a file begins again.
+        """
+        with self._reporting("erasing"):
+            left = [name for name in self.backend.names() if name.rpartition("/")[2].startswith(TEMP_PREFIX)]
+            for name in [*names, *left]:
+                self.backend.remove(name)
+            self.backend.sync([*EVERYWHERE, *left])
+        for temp in self._downloads.glob(f"{TEMP_PREFIX}*"):  # first: what is renamed from here now is in the cache
+            unlink(temp)
+        there, cached = set(self.names()), LocalFiles(self.cache)
+        cached.erase([name for name in cached.names() if name not in there])
 
     def names(self) -> Iterator[str]:
         """Yield the names of all files, sorted; leaves out what no store would name so."""

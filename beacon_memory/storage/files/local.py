@@ -9,9 +9,11 @@ from pathlib import Path
 from beacon_memory.errors import CorruptFileError, StoreError
 
 from .durable import entries, make_folder, move_into_place, refuse_links, sync_folder, unlink
-from .names import TEMP_PREFIX, check_name
+from .names import EVERYWHERE, TEMP_PREFIX, check_name
 
 __all__ = ["LocalFiles"]
+
+_STAGED = "kv/any"  # a name in the folder that files are written in
 
 
 class LocalFiles:
@@ -73,6 +75,13 @@ class LocalFiles:
         """Return those of these names that there is something of."""
         return {name for name in names if os.path.lexists(self.folder / name)}
 
+    def erase(self, names: Iterable[str]) -> None:
+        """Remove files, then all temporary ones, marks among them; raises StoreError if something is left."""
+        self._require_gone([name for name in names if not self.remove(name)])
+        self.sync(EVERYWHERE)
+        self._require_gone([str(temp) for temp in self.temps() if not unlink(temp)])
+        self.sync([*EVERYWHERE, _STAGED])
+
     def names(self) -> Iterator[str]:
         """Yield the names of all files, sorted; raises StoreError if they cannot be listed.
 
@@ -99,3 +108,7 @@ class LocalFiles:
         if self.staging.is_symlink():
             return []
         return [Path(one.path) for one in entries(self.staging) if one.is_dir()]
+
+    def _require_gone(self, left: list[str]) -> None:
+        if left:
+            raise StoreError(f"{self.folder}: {', '.join(left)} cannot be removed; see to permissions, and try again")

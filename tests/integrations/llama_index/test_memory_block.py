@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from event_loop import awake_during
 from llama_index.core.agent.workflow import FunctionAgent
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallBlock
+from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ToolCallBlock
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.memory import BaseMemoryBlock, InsertMethod, Memory, StaticMemoryBlock
 from llama_index_beacon_memory import BeaconMemoryBlock, BeaconMemoryLLM
 from llama_index_beacon_memory.handles import KEY
+from llama_index_beacon_memory.messages import to_session_turns
 from llama_index_samples import OWLS, ROOF, WELL, make_llm, saying
 
 from beacon_memory import DocumentNotFoundError, InputError
@@ -147,6 +148,21 @@ def test_messages_that_could_not_be_folded_are_given_as_they_are(llm: BeaconMemo
     assert (message.role, message.content) == (MessageRole.USER, ROOF)
     asyncio.run(block.aput([ChatMessage("I see.", role="assistant")], session_id="monday"))
     assert folded(block) == f"User: {ROOF}\nAssistant: I see.\n"
+
+
+def test_messages_that_could_not_be_folded_keep_their_calls(llm: BeaconMemoryLLM) -> None:
+    block = BeaconMemoryBlock(llm=llm, slots=1024)
+    called = ToolCallBlock(tool_call_id="7", tool_name="add", tool_kwargs={"a": "</tool_call>"})
+    quoting = ChatMessage('<tool_call>{"name": "add"}</tool_call> adds.', role="assistant")
+    said = [
+        ChatMessage(role="assistant", blocks=[TextBlock(text="So:"), called]),
+        ChatMessage("5", role="tool", additional_kwargs={"tool_call_id": "7"}),
+        quoting,
+    ]
+    unfolded = block.session("monday")
+    unfolded.recent = 1000
+    unfolded.add(to_session_turns(said))  # as after a crash between keeping and folding
+    assert asyncio.run(block.aget(session_id="monday")) == said
 
 
 def test_tool_calls_and_results_are_folded_as_text(llm: BeaconMemoryLLM) -> None:
