@@ -93,7 +93,7 @@ def import_documents(
         file = path.open("rb")
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; see to its permissions") from error
-    with file, writing(store.folder):  # nobody sweeps what is being extracted
+    with file:
         pairs = checked_documents(file, path)
         _look_through(store, file, pairs, path, replace)
         for pair in pairs:
@@ -257,10 +257,13 @@ def _extracted(
     store: MemoryStore, file: IO[bytes], pair: tuple[Member, Member], path: Path
 ) -> Iterator[tuple[StoredFile, StoredLabel]]:
     """Copy a document of an archive into temporary files, and read it from there."""
-    staging = store.files.make_staging()
+    store.parts.make_folder()
     temps: list[Path] = []
-    try:
-        temps.extend(new_temp(staging) for _ in pair)
+    with writing(store.folder), contextlib.ExitStack() as extracted:  # nobody sweeps what is being extracted
+        staging = store.files.make_staging()
+        for _ in pair:
+            temps.append(new_temp(staging))
+            extracted.callback(unlink, temps[-1])
         try:
             for temp, entry in zip(temps, pair, strict=True):
                 with temp.open("wb") as target:
@@ -275,6 +278,3 @@ def _extracted(
         if label.id != stored.header.id:
             raise corrupt(path, f"{pair[0].name} is of {stored.header.id!r}, but its label of {label.id!r}")
         yield stored, label
-    finally:
-        for temp in temps:
-            unlink(temp)

@@ -87,7 +87,7 @@ class StoreParts:
             if self._catalog is None:
                 if not create and not begun:
                     return self._nothing
-                self._make_folder()
+                self.make_folder()
                 create_file(path)  # SQLite would let others read it; the log beside it has the same rights
                 self._catalog = Catalog(path)
                 self._opened = identity(path)
@@ -95,6 +95,11 @@ class StoreParts:
                 if not begun or killed_at_birth:
                     self._begin(self._catalog)
             return self._catalog
+
+    def make_folder(self) -> None:
+        """Create the folder if it is missing; raises StoreError."""
+        make_folder(self.root)
+        make_folder(self.folder, self.root)
 
     @contextlib.contextmanager
     def writing(self, *, create: bool = False) -> Iterator[Catalog]:
@@ -105,14 +110,14 @@ class StoreParts:
         if not create and not identity(self.folder):
             yield self._nothing
             return
-        self._make_folder()
+        self.make_folder()
         with writing(self.folder):
             yield self.catalog(create=create)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[Catalog]:
         """Wait until nobody writes, and let nobody write while the catalog that is yielded is changed."""
-        self._make_folder()
+        self.make_folder()
         with tidying(self.folder):
             yield self.catalog(create=True)
 
@@ -130,11 +135,12 @@ class StoreParts:
             self.catalog(create=True)  # a new one remembers where the files are
         settings = self.settings
         place = settings.files, settings.cache_bytes
-        if self._files is None or self._files[0] != place:
+        opened = self._files  # another thread may open others meanwhile
+        if opened is None or opened[0] != place:
             catalog = self.catalog(create=settings.files is not None)
             owner = str(catalog.properties.get("identity"))
-            self._files = place, open_files(settings, self.folder, owner, self._backend)
-        return self._files[1]
+            opened = self._files = place, open_files(settings, self.folder, owner, self._backend)
+        return opened[1]
 
     def open_files(self, settings: Settings, catalog: Catalog) -> Files:
         """Open the files where new settings have them; raises if they cannot be there."""
@@ -142,13 +148,14 @@ class StoreParts:
             check_scheme(settings.files)
         return open_files(settings, self.folder, str(catalog.properties.get("identity")), self._backend)
 
-    def _make_folder(self) -> None:
-        make_folder(self.root)
-        make_folder(self.folder, self.root)
-
     def _begin(self, catalog: Catalog) -> None:
-        """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace."""
+        """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace.
+
+        Nothing is written if somebody else has done so meanwhile: by now there may be other settings, and documents.
+        """
         with catalog.transaction():
+            if catalog.properties.get("namespace") is not None or catalog.properties.count("documents"):
+                return
             if kept := read_copy(self.folder):
                 for name, value in kept.items():
                     catalog.properties.set(name, value)

@@ -3,13 +3,11 @@
 A K/V file is complete and on disk before a row names it, and is removed only after the commit of the row that took its
 place. So a crash leaves at worst files that no row names, which `repair` removes:
 
-    with publisher.new_file(header, kv, text) as new:  # the file is on disk
-        with new.catalog.transaction():
-            new.superseded += ...                      # files that no row names after the commit
-            new.catalog.documents.put(row, text)
-            publisher.write_label(row)
-                                                       # the commit is on disk
-    # superseded files are gone
+    with publisher.new_file(header, kv, text) as new:  # the file is on disk, and a transaction has begun
+        new.superseded += ...                          # files that no row names after the commit
+        new.catalog.documents.put(row, text)
+        publisher.write_label(row)
+    # the commit is on disk, superseded files are gone
 """
 
 from __future__ import annotations
@@ -19,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from beacon_memory.documents import Text, check_id
-from beacon_memory.errors import StoreError
+from beacon_memory.errors import ConflictError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
@@ -58,8 +57,12 @@ class Publisher:
 
     @contextlib.contextmanager
     def new_file(self, header: DocumentHeader, kv: StoredKV, text: Text) -> Iterator[NewFile]:
-        """Write a K/V file for a row that is committed inside; if anything raises there, the file is removed."""
+        """Write a K/V file, and begin a transaction for its row; if anything raises there, the file is removed.
+
+        Raises ConflictError if files have another place by then.
+        """
         with self._parts.writing(create=True) as catalog:
+            place = self._parts.settings.files
             files = self._parts.files
             files.make_staging()
             name = f"{file_stem(check_id(header.id))}-{catalog.file_names.take_number():012x}.safetensors"
@@ -67,11 +70,14 @@ class Publisher:
             new = NewFile(catalog, name)
             try:
                 files.publish(stage_kv_file(files.staging, header, kv, text), name, more=True)  # its label follows
-                yield new
+                with catalog.transaction():
+                    if self._parts.settings.files != place:
+                        raise ConflictError(f"the files of {self._parts.folder} have got another place; try again")
+                    yield new
             except BaseException:
                 with contextlib.suppress(StoreError):  # then the catalog cannot tell, and verify finds the file
                     # the failure may have followed the commit
-                    if name in catalog.file_names.named(header.id) or self.remove([name]):
+                    if name in catalog.file_names.named(header.id) or self._remove(files, [name]):
                         unlink(mark)
                 raise
             unlink(mark)
@@ -105,10 +111,12 @@ class Publisher:
 
         Raises nothing: the change that made the files superfluous is committed already.
         """
-        gone: list[str] = []
         with contextlib.suppress(StoreError):  # of a catalog that does not know where the files are
-            files = self._parts.files
-            gone.extend(name for name in names if files.remove(name) and files.remove(label_name(name)))
+            return self._remove(self._parts.files, names)
+        return not names
+
+    def _remove(self, files: Files, names: Sequence[str]) -> bool:
+        gone = [name for name in names if files.remove(name) and files.remove(label_name(name))]
         if gone:
             with contextlib.suppress(StoreError):  # then `repair` does
                 files.sync(gone)  # else a power cut could bring them back when nothing says any more that they must go

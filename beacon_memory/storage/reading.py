@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from beacon_memory.errors import MismatchedFileError, MissingFileError, StoreError
+from beacon_memory.errors import ConflictError, MismatchedFileError, MissingFileError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import read_file
-from beacon_memory.storage.files.durable import identity
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file
 
 from .parts import StoreParts
@@ -51,7 +50,7 @@ def read_document(
         if difference := difference_of(row, file):
             raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
         return row, file
-    raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
+    raise ConflictError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
 
 
 def require_file(parts: StoreParts, id: str) -> None:
@@ -63,7 +62,7 @@ def require_file(parts: StoreParts, id: str) -> None:
     if parts.settings.files is not None:
         return
     gone = None
-    while (row := parts.catalog().documents.get(id)) is not None and not identity(parts.files.fetch(row.file)):
+    while (row := parts.catalog().documents.get(id)) is not None and not parts.files.present([row.file]):
         if gone == row.file:  # twice: it was not replaced in between
             raise _missing(row)
         gone = row.file

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
     BeaconMemoryError,
+    ConflictError,
     CorruptFileError,
     DocumentNotFoundError,
     InputError,
@@ -40,7 +41,7 @@ from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.marks import has_label_mark
 from beacon_memory.storage.files.names import NUMBERED, TEMP_PREFIX, file_stem, number_of, stem_of, version_of
 
-from .leftovers import unnamed_files
+from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
 from .records import difference_of, label_of, row_of
 from .settings import COPY, keep_copy, read_copy
@@ -188,13 +189,14 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     for row in catalog.versions.scan():
         yield from _look_at_version(store, row)
     files = store.files
-    # nearly all labels are found sound here, so that few must be read again while all writers wait
+    # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
+    unnamed = suspected_files(catalog, files)
     with tidying(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
-        yield from _look_at_unnamed(store)
+        yield from _look_at_unnamed(store, unnamed)
 
 
 def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
@@ -202,7 +204,7 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
-    except DocumentNotFoundError:  # removed or expired since the rows were listed
+    except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
         kinds: dict[type, ProblemKind] = {MissingFileError: "missing-file", MismatchedFileError: "mismatched-file"}
@@ -286,11 +288,11 @@ def _write_label(files: Files, row: DocumentRow) -> None:
     files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
-def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[Problem, Mend]]:
     """Look at the files that no row names, while nobody writes: leftovers go, and others get a row again."""
     catalog, files = store.parts.catalog(), store.files
     lost: dict[str, list[str]] = {}
-    for name, left in unnamed_files(catalog, files):
+    for name, left in unnamed_files(catalog, files, suspected):
         if left:
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
@@ -429,7 +431,8 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 
 def _settle(store: MemoryStore) -> None:
     """Let the catalog forget the numbers of files that are gone."""
-    with tidying(store.folder):
+    names = store.parts.catalog().file_names
+    if unsettled := names.unsettled():
         there = {number_of(name) for name in store.files.names()}
-        names = store.parts.catalog().file_names
-        names.settle(names.unsettled() - there)
+        with tidying(store.folder):  # who has just removed a file has made sure of it by then
+            names.settle(unsettled - there)

@@ -289,7 +289,7 @@ class MemoryStore:
         kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv
         if flaw := not_finite(kv):
             raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
-        with self._publisher.new_file(header, kv, text) as new, new.catalog.transaction():
+        with self._publisher.new_file(header, kv, text) as new:
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
             if only_new and old is not None:
@@ -335,7 +335,7 @@ class MemoryStore:
         old, file = self.read(id)
         header = replace(file.header, id=check_id(new_id))
         text = Text(self._text_of(id, file))
-        with self._publisher.new_file(header, file.kv, text) as new, new.catalog.transaction():
+        with self._publisher.new_file(header, file.kv, text) as new:
             documents = new.catalog.documents
             new.superseded.extend(delete_expired(new.catalog)[1])
             if documents.get(new_id) is not None:

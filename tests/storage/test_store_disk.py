@@ -398,6 +398,7 @@ def test_a_store_that_may_not_be_entered_says_so(folder: Path) -> None:
 
 
 def test_one_file_that_may_not_be_read_is_named_and_keeps_no_other_from_being_read(folder: Path) -> None:
+    (folder / "store").mkdir()  # others may enter it
     with MemoryStore(folder / "store") as store:
         two(store)
         name = store.row("doc").file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,18 @@ from repository import ROOT
 from store_samples import files, put
 from upkeep_samples import flip
 
-from beacon_memory.errors import CorruptFileError, InputError, MissingDependencyError, MissingFileError, StoreError
+from beacon_memory.errors import (
+    ConflictError,
+    CorruptFileError,
+    InputError,
+    MissingDependencyError,
+    MissingFileError,
+    StoreError,
+)
 from beacon_memory.storage.archive import export_documents, import_documents
+from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.cached import CachedFiles
+from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.names import number_of
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
@@ -116,6 +125,68 @@ def test_an_empty_store_can_be_moved_to_a_backend(backend: Any, tmp_path: Path) 
         put(store)
         assert store.settings.precision == "float16"
     assert files(store) == []
+
+
+def while_it_is_born(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something when the next catalog has been created, before whoever opens it goes on."""
+
+    def opened(path: Path) -> Catalog:
+        monkeypatch.undo()
+        catalog = Catalog(path)
+        act()
+        return catalog
+
+    monkeypatch.setattr("beacon_memory.storage.parts.Catalog", opened)
+
+
+def test_a_catalog_that_another_process_has_begun_keeps_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act() -> None:
+        with MemoryStore(tmp_path / "store", "name") as other:
+            other.configure(files=(tmp_path / "place").as_uri())
+            put(other)
+
+    while_it_is_born(monkeypatch, act)
+    with MemoryStore(tmp_path / "store", "name") as store:
+        store.parts.catalog(create=True)  # as one who only reads it does
+        assert store.get("doc").row.id == "doc"
+        assert store.settings.files == (tmp_path / "place").as_uri()
+        assert verify(store) == []
+
+
+def test_files_stay_where_another_process_has_put_them_while_the_store_was_born(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    while_it_is_born(monkeypatch, lambda: put(MemoryStore(tmp_path / "store")))
+    with (
+        MemoryStore(tmp_path / "store", files=(tmp_path / "place").as_uri()) as store,
+        pytest.raises(StoreError, match="in its folder, not in file://"),
+    ):
+        put(store, "other")
+    with MemoryStore(tmp_path / "store") as store:
+        assert store.get("doc").row.id == "doc"
+        assert verify(store) == []
+
+
+@pytest.mark.parametrize("act", ["put", "rename"])
+def test_a_document_is_not_acknowledged_where_files_are_not_any_more(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    with MemoryStore(tmp_path / "store") as store:
+        put(store)
+
+        def moved(*given: Any) -> Path:
+            monkeypatch.undo()
+            store.parts.catalog().properties.set("files", (tmp_path / "place").as_uri())
+            return stage_kv_file(*given)
+
+        monkeypatch.setattr("beacon_memory.storage.publishing.stage_kv_file", moved)
+        with pytest.raises(ConflictError, match="have got another place; try again"):
+            put(store, "new") if act == "put" else store.rename("doc", "new")
+        store.parts.catalog().properties.set("files", None)
+        assert [row.id for row in store.list()] == ["doc"]
+        assert verify(store) == []
 
 
 def test_a_namespace_keeps_its_files_apart_in_the_same_backend(backend: Any, tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ class Files(Protocol):
     def sync(self, names: Iterable[str]) -> None:
         """Wait until the removal of these files outlasts a power cut; raises StoreError."""
 
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Return those of these names that there is something of."""
+
     def erase(self, names: Iterable[str]) -> None:
         """Remove files and all temporary ones, wherever they are, so that no power cut brings them back.
 

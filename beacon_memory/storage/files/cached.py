@@ -113,6 +113,10 @@ class CachedFiles:
         with self._reporting("syncing"):
             self.backend.sync(names)
 
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Return those of these names that the backend has."""
+        return set(names) & set(self.names()) if names else set()
+
     def erase(self, names: Iterable[str]) -> None:
         """Remove files from the backend, what its uploads left there, and all of this machine that it does not have.
 

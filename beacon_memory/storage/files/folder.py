@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 
 from beacon_memory.errors import InputError
 
-from .durable import entries, identity, make_folder, sync_file, unlink
+from .durable import entries, identity, make_folder, refuse_links, sync_file, unlink
 from .local import LocalFiles
 from .names import TEMP_PREFIX, new_temp
 
@@ -83,7 +83,9 @@ class FolderBackend:
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
-        self._files.fetch(name).unlink(missing_ok=True)
+        path = self.folder / name
+        refuse_links(self.folder, path.parent)
+        path.unlink(missing_ok=True)
 
     def sync(self, names: Iterable[str]) -> None:
         """Sync the folders of removed files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -69,6 +70,10 @@ class LocalFiles:
                     sync_folder(folder)
         except OSError as error:
             raise StoreError(f"{self.folder} cannot be synced: {error.strerror}; see to the disk") from error
+
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Return those of these names that there is something of."""
+        return {name for name in names if os.path.lexists(self.folder / name)}
 
     def erase(self, names: Iterable[str]) -> None:
         """Remove files, then all temporary ones, marks among them; raises StoreError if something is left."""
