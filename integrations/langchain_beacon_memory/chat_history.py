@@ -81,12 +81,13 @@ def behind_history(model: ChatBeaconMemory) -> Runnable[LanguageModelInput, AIMe
 
         RunnableWithMessageHistory(behind_history(model), lambda id: BeaconChatMessageHistory(id, memory))
 
-    It may also be the last part of a chain. Documents of the model itself are loaded in front.
+    It may also be the last part of a chain. Documents of the model itself are loaded in front, or those that it finds.
     """
 
-    def bound(_: Any, config: RunnableConfig) -> Any:
+    def bound(asked: LanguageModelInput, config: RunnableConfig) -> Any:
         history: BeaconChatMessageHistory = config["configurable"]["message_history"]
-        ids = [*(model.document_ids or ()), *history.document_ids]
-        return model.bind(document_ids=ids, namespace=history.namespace)
+        own, found = model.own_documents(model._convert_input(asked).to_messages(), history.namespace)
+        ids = list(dict.fromkeys([*own, *history.document_ids]))
+        return model.bind(document_ids=ids, optional=found, namespace=history.namespace)
 
     return RunnableLambda(bound, name="behind_history")
