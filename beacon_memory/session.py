@@ -107,9 +107,10 @@ class Session:
         """Return the ids of the documents with the older turns, oldest first; load them before the recent turns."""
         return [row.id for row in self._rows(self._read())]
 
-    def add(self, turns: Sequence[Mapping[str, str]]) -> None:
+    def add(self, turns: Sequence[Mapping[str, str]], *, fold: bool = True) -> None:
         """Add turns to the conversation, and fold older ones if there are too many. Added turns survive a crash.
 
+        fold: whether to fold now what is too much, which needs the model, or with turns that are added later.
         Raises what `BeaconMemory.add` raises, for example QuotaError if the store is full, or CapacityError if the
         model has no positions beside `reserve`; then the conversation is as it was.
         """
@@ -117,7 +118,11 @@ class Session:
         Text("".join(map(_line, new)))  # refuses what has no UTF-8 form, before it is part of anything
         with self._alone():
             before = self._read()
-            said, bounds = [*before.turns, *new], self._bounds()
+            said = [*before.turns, *new]
+            if not fold:
+                self._write(_State(said, before.parts))
+                return
+            bounds = self._bounds()
             stay = self._staying(said, bounds)
             left = [said[n] for n in stay]
             gone = [said[n] for n in sorted({*range(len(said))}.difference(stay))]
