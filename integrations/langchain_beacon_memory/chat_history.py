@@ -82,7 +82,7 @@ def behind_history(model: ChatBeaconMemory) -> Runnable[LanguageModelInput, AIMe
 
         RunnableWithMessageHistory(behind_history(model), lambda id: BeaconChatMessageHistory(id, memory))
 
-    It may also be the last part of a chain. Documents of the model itself are loaded in front.
+    It may also be the last part of a chain. Documents of the model itself are loaded in front, or those that it finds.
     """
     return RunnableLambda(_BehindHistory(model).bound, name="behind_history")
 
@@ -93,7 +93,8 @@ class _BehindHistory:
 
     model: ChatBeaconMemory
 
-    def bound(self, _: Any, config: RunnableConfig) -> Any:
+    def bound(self, asked: LanguageModelInput, config: RunnableConfig) -> Any:
         history: BeaconChatMessageHistory = config["configurable"]["message_history"]
-        ids = [*(self.model.document_ids or ()), *history.document_ids]
-        return self.model.bind(document_ids=ids, namespace=history.namespace)
+        own, found = self.model.own_documents(self.model._convert_input(asked).to_messages(), history.namespace)
+        ids = list(dict.fromkeys([*own, *history.document_ids]))
+        return self.model.bind(document_ids=ids, optional=found, namespace=history.namespace)

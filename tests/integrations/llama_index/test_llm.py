@@ -17,6 +17,8 @@ from typing import Any
 import llama_index_beacon_memory
 import pytest
 from event_loop import awake_during
+from llama_index.core.agent.react.formatter import ReActChatFormatter
+from llama_index.core.agent.react.types import ActionReasoningStep, ObservationReasoningStep
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ImageBlock,
@@ -202,6 +204,20 @@ def test_documents_are_picked_by_the_last_question_if_asked_for(llm: BeaconMemor
     messages = [ChatMessage("Is the well deep?"), ChatMessage("Yes.", role="assistant"), *QUESTION]
     assert llm.chat(messages, document_ids=None).raw["document_ids"] == ["roof"]
     assert llm.chat([ChatMessage("What is the time?")], document_ids=None).raw["document_ids"] == []
+
+
+def test_result_of_a_tool_is_not_taken_for_the_question(llm: BeaconMemoryLLM) -> None:
+    result = "The well behind the mill is forty feet deep."
+    call = ActionReasoningStep(thought="I look.", action="look_up", action_input={"place": "barn"})
+    reasoning = [call, ObservationReasoningStep(observation=result)]
+    reacting = ReActChatFormatter().format([], QUESTION, [*reasoning, *reasoning])
+    assert (reacting[-1].role, reacting[-1].content) == ("user", f"Observation: {result}")
+    block = ToolCallBlock(tool_call_id="1", tool_name="look_up", tool_kwargs={"place": "barn"})
+    calling = [*QUESTION, ChatMessage(role="assistant", blocks=[block]), ChatMessage(result, role="tool")]
+    for messages in (reacting, calling):
+        assert llm.chat(messages, document_ids=None).raw["document_ids"] == ["roof"]
+    said = [*QUESTION, ChatMessage("Ada.", role="assistant"), ChatMessage(f"Observation: {result}")]
+    assert llm.chat(said, document_ids=None).raw["document_ids"] == ["well"]  # the user's own words
 
 
 def test_namespace_is_a_field_and_may_be_given_with_a_call(llm: BeaconMemoryLLM) -> None:
