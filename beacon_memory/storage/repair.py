@@ -36,7 +36,7 @@ from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.durable import identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
-from beacon_memory.storage.files.locks import tidying
+from beacon_memory.storage.files.locks import looking, tidying
 from beacon_memory.storage.files.names import NUMBERED, file_stem, number_of, stem_of, version_of
 
 from .leftovers import unnamed_files
@@ -187,7 +187,7 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     files = store.files
     # nearly all labels are found sound here, so that few must be read again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
-    with tidying(store.folder):
+    with looking(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)

@@ -170,9 +170,11 @@ class CachedFiles:
 
 
 def _used(path: Path) -> bool:
-    """Note that a cached file is used now; returns False if it is not there."""
+    """Note that a cached file is used now, if that may be noted; returns False if it is not there."""
     try:
         os.utime(path)
     except FileNotFoundError:
         return False
+    except OSError:  # the folder may only be read
+        return path.exists()
     return True

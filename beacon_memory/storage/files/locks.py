@@ -11,15 +11,15 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import portalocker
 
 from beacon_memory.errors import StoreError
 
-from .durable import make_folder
+from .durable import identity, make_folder
 
-__all__ = ["alone", "renew_in_forks", "tidying", "writing"]
+__all__ = ["alone", "looking", "renew_in_forks", "tidying", "writing"]
 
 _FILE = "writers.lock"
 _TIDY_SECONDS = 10.0  # how long to wait for writers to finish
@@ -66,6 +66,24 @@ def tidying(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def looking(folder: Path) -> Iterator[None]:
+    """Hold the lock of `tidying` without leaving anything behind where nothing may be written.
+
+    A store that was never written to by this version, in such a folder, has no lock, and is looked at without.
+    """
+    path = folder / _FILE
+    there = identity(path) is not None
+    if os.access(path if there else folder, os.W_OK):
+        with tidying(folder):
+            yield
+    elif there:
+        with _locked(path, portalocker.LockFlags.EXCLUSIVE, _TIDY_SECONDS, f"{folder} is being written to", mode="r"):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
     """Hold the lock on a file alone; `what` begins the error if others hold it for more than 120 seconds."""
     with _locked(path, portalocker.LockFlags.EXCLUSIVE, _WRITE_SECONDS, what):
@@ -73,10 +91,12 @@ def alone(path: Path, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, kind: portalocker.LockFlags, seconds: float, what: str) -> Iterator[None]:
+def _locked(
+    path: Path, kind: portalocker.LockFlags, seconds: float, what: str, mode: Literal["a", "r"] = "a"
+) -> Iterator[None]:
     make_folder(path.parent)
     flags = kind | portalocker.LockFlags.NON_BLOCKING
-    lock = portalocker.Lock(path, "a", timeout=seconds, check_interval=_CHECK_SECONDS, flags=flags)
+    lock = portalocker.Lock(path, mode, timeout=seconds, check_interval=_CHECK_SECONDS, flags=flags)
     try:
         lock.acquire()
     except portalocker.LockException as error:
