@@ -300,7 +300,8 @@ def test_ratio_may_differ_from_window_to_window(memory: BeaconMemory) -> None:
     ("id", "text", "ratio", "error", "message"),
     [
         ("", ROOF, 4, InputError, "empty"),
-        ("roof", "", 4, InputError, "document 'roof': the document is empty"),
+        ("roof", "", 4, InputError, "document 'roof': the document is empty or blank"),
+        ("roof", " \n\u3000\t", 4, InputError, "document 'roof': the document is empty or blank"),
         ("roof", ROOF, "high", ConfigError, "ratio='high'"),
         ("roof", ROOF, -2, ConfigError, "-2"),
         ("roof", ROOF, [2, 4], ConfigError, "names 2 windows"),

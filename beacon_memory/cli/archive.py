@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .help import Commands
 from .options import (
     AsJson,
     Namespace,
@@ -24,7 +25,7 @@ from .terminal import (
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORE = "The store"
 

@@ -11,6 +11,7 @@ import typer
 from beacon_memory.documents import KEEP
 from beacon_memory.errors import CorruptFileError, InputError
 
+from .help import Commands
 from .options import (
     AsJson,
     Namespace,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORED = "What is stored"
 

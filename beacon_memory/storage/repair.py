@@ -37,7 +37,7 @@ from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.durable import entries, identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
-from beacon_memory.storage.files.locks import tidying
+from beacon_memory.storage.files.locks import looking, tidying
 from beacon_memory.storage.files.marks import has_label_mark
 from beacon_memory.storage.files.names import NUMBERED, TEMP_PREFIX, file_stem, number_of, stem_of, version_of
 
@@ -192,7 +192,7 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
     unnamed = suspected_files(catalog, files)
-    with tidying(store.folder):
+    with looking(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
