@@ -201,9 +201,19 @@ class MemoryStore:
         """Return the source text of a document; raises DocumentNotFoundError, or CorruptFileError if it is damaged."""
         return self.parts.catalog().documents.text(id)
 
-    def search(self, query: str, limit: int = 10) -> builtins.list[PassageHit]:
-        """Return the passages of all documents that share words with `query`, best first; see `full_text.search`."""
-        return self.parts.catalog().texts.search(query, limit)
+    def search(
+        self, query: str, limit: int = 10, *, per_text: int | None = None, conversations: bool = True
+    ) -> builtins.list[PassageHit]:
+        """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
+
+        per_text: at most so many passages of a text. Of documents with the same text, only the one whose row was
+                  written last is found.
+        conversations: whether to find what conversations were folded into, too.
+
+        What words are, and how many passages are looked at, see `full_text.search`. Raises InputError for another limit
+        than 1, 2, ...
+        """
+        return self.parts.catalog().texts.search(query, limit, per_text=per_text, conversations=conversations)
 
     def get(
         self,
