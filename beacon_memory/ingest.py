@@ -11,13 +11,22 @@ from typing import Any
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile, read_header
 from beacon_memory.storage.files.stored_kv import StoredKV
 from beacon_memory.storage.store import MemoryStore
 
 from .documents import Document, Label, Precision, PrecisionRule, Text, check_id
-from .errors import BeaconMemoryError, ConfigError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
+from .errors import (
+    BeaconMemoryError,
+    ConfigError,
+    ConflictError,
+    CorruptFileError,
+    DocumentNotFoundError,
+    InputError,
+    StoreError,
+)
 from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
@@ -174,6 +183,8 @@ class Ingestion:
         """Check a document before any work on it; returns `unchanged` if there is none."""
         check_id(document.id)
         text = Text(document.text)
+        if not text.value.strip():
+            raise InputError(f"document {document.id!r}: the document is empty or blank: there is nothing to compress")
         row = self._row(document.id)
         label = _label(document, row)
         tokens = self.compressor.tokenize(text.value)
@@ -195,16 +206,19 @@ class Ingestion:
         """Prepare a document that a text is appended to: it is read again from the first window that changes.
 
         That is one that was not full, or whose tokens differ: the text is tokenized as a whole, since its end may merge
-        with what follows into other tokens. All windows change if the method has other parameters now.
+        with what follows into other tokens. All windows change if the method has other parameters now, or if the text
+        was cut into other tokens than now.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
-        self.compressor.model.fingerprint.require(header.fingerprint, row.id)
+        self.compressor.model.require_made(header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
         before = self.store.text(row.id)
         whole = Text(before + text)
         old, new = self.compressor.tokenize(before), self.compressor.tokenize(whole.value)
         same = next((n for n, (a, b) in enumerate(zip(old.ids, new.ids, strict=False)) if a != b), len(old.ids))
         windows = min(same, len(new.ids)) // window if (header.method or {}) == parameters else 0
+        if windows and header.windows[windows - 1].stop != new.offsets[windows * window - 1][1]:
+            windows = 0  # it was cut into tokens by other rules
         ratios = [one.ratio for one in header.windows][: -(-len(new.ids) // window)]
         ratios += [ratios[-1] if ratio is None else ratio] * (-(-len(new.ids) // window) - len(ratios))
         kept = file.memory().between(0, sum(one.span for one in header.windows[:windows]))
@@ -222,12 +236,14 @@ class Ingestion:
 
     def _renew(self, row: DocumentRow, keep_version: bool) -> _Job:
         """Prepare a document to be compressed as before: at the same ratios, if its windows can still be told."""
-        text = Text(self.store.text(row.id))
+        # `repair` keeps no version: it has lost the file, and has looked whether the text is an old one
+        texts = self.store if keep_version else self.store.parts.catalog().documents
+        text = Text(texts.text(row.id))
         tokens = self.compressor.tokenize(text.value)
         ratios: Ratio = row.ratios[0]
         if len(row.ratios) > 1:
             try:
-                windows = read_header(self.store.files.fetch(row.file)).windows
+                windows = read_file(self.store.files, row.file, read_header).windows
             except (CorruptFileError, FileNotFoundError):
                 windows = ()
             count = -(-len(tokens.ids) // self.compressor.model.config.beacon_window)
@@ -274,7 +290,7 @@ class Ingestion:
             path = self.store.files.fetch(row.file)
             if row.method is not None and len(row.ratios) == 1:
                 return row.method == parameters and path.exists()
-            header = read_header(path)
+            header = read_file(self.store.files, row.file, read_header)
         except (FileNotFoundError, CorruptFileError):
             return False
         return header.method in (None, parameters) and [window.ratio for window in header.windows] == ratios

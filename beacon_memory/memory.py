@@ -12,23 +12,24 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.generate import Generation, Request, generate, require_room
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
-from beacon_memory.generation.prompt import Messages, chat_prompt
+from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.storage import repair
+from beacon_memory.modeling.model import UNTRAINED, BeaconModel
+from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
+from .conversation import Messages
 from .documents import Document
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
 from .ingest import Ingestion
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 __all__ = ["BeaconMemory"]
+
+_Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,17 +71,24 @@ class _Question:
         return Answer(generation.text, parts, self.ids, usage, first, now - self.started)
 
 
+def _wherever(name: _Named) -> _Named | Path:
+    """Return the absolute path of what is there, and the same wherever this process goes before it is loaded."""
+    return Path(name).absolute() if name and isinstance(name, (str, Path)) and Path(name).exists() else name
+
+
 class BeaconMemory:
     """Long-term memory of a local language model: each document is read once and answers from then on.
 
     store:   folder of the documents, created when first written to; or a MemoryStore, for one with files elsewhere.
-    model:   folder or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
+    model:   folder, GGUF file or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
     score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
              the name of an installed picker, or a `Picker`.
+
+    A copy shares model and store. Pickled, it holds the names of both, and opens them again.
 
     The model is loaded when it is first needed: listing, searching and removing do without. What needs no model at all
     is found at `store`: labels, renaming, settings, precision.
@@ -103,16 +113,13 @@ class BeaconMemory:
         self._picker = find_picker(picker)
         opened = store if isinstance(store, MemoryStore) else MemoryStore(store)
         self.store = opened.within(namespace) if namespace else opened
+        model, adapter = _wherever(model), _wherever(adapter)
 
-        def load() -> BeaconCompressor:
-            loaded = model
-            if not isinstance(loaded, BeaconModel):
-                loaded = BeaconModel.from_pretrained(loaded, adapter, device=device, dtype=dtype)
-            compressor = BeaconCompressor(loaded, reserve=reserve, score=score)
-            compressor.sink, loaded.fingerprint  # noqa: B018  # now, so that no answer waits for them
-            return compressor
+        self._load_once = _Once(_Source(model, adapter, device, dtype, reserve, score))
 
-        self._load_once = _Once(load)
+    def __deepcopy__(self, memo: object) -> BeaconMemory:
+        """Return a copy that shares model and store, as `within` does."""
+        return copy.copy(self)
 
     def __enter__(self) -> Self:
         return self
@@ -236,6 +243,7 @@ class BeaconMemory:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Answer:
         """Answer a question from the memory of some documents.
@@ -247,12 +255,13 @@ class BeaconMemory:
         stop:     strings at which the answer ends. seed: of sampling.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
                   `Answer.parts` has the calls.
+        chat_template_kwargs: what else the chat template knows, such as {"enable_thinking": False} for Qwen3.
         options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
 
         Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
         positions, or FingerprintMismatchError for a document that another model compressed.
         """
-        asked = self._question(question, ids, limit, optional, stop, tools, options)
+        asked = self._question(question, ids, limit, optional, stop, tools, chat_template_kwargs, options)
         ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
         return asked.answer(generation)
 
@@ -266,10 +275,11 @@ class BeaconMemory:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[str | Answer]:
         """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last."""
-        asked = self._question(question, ids, limit, optional, stop, tools, options)
+        asked = self._question(question, ids, limit, optional, stop, tools, chat_template_kwargs, options)
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked, seed)
@@ -286,6 +296,7 @@ class BeaconMemory:
         optional: Collection[str],
         stop: str | Sequence[str] | None,
         tools: Sequence[Mapping[str, Any]],
+        chat_template_kwargs: Mapping[str, Any] | None,
         options: Mapping[str, Any],
     ) -> _Question:
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
@@ -294,7 +305,10 @@ class BeaconMemory:
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
         new_tokens, slots = config.max_new_tokens or 0, self.compressor.sink.slots
-        prompt = chat_prompt(model, question, behind_memory=bool(slots) or ids != [], tools=tools)
+        behind = bool(slots) or ids != []
+        prompt = chat_prompt(
+            model, question, behind_memory=behind, tools=tools, chat_template_kwargs=chat_template_kwargs
+        )
         room = model.max_positions - slots - len(prompt) - new_tokens
         rows = self._chosen(question, ids, limit, optional, room)
         require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
@@ -327,9 +341,9 @@ class BeaconMemory:
 
             [pick.id for pick in memory.pick("Who pays the rent?")]
 
-        A document counts by its best passage, and must reach half the score of the best document. What conversations
-        were folded into (`Session`) is never chosen. A store of one document needs no passage. room: memory slots at
-        hand; documents that do not fit beside better ones are left out.
+        A document counts by its best passage, and must reach half the score of the best document. A text that is stored
+        under several ids counts once. What conversations were folded into (`Session`) is never chosen. A store of one
+        text needs no passage. room: memory slots at hand; documents that do not fit beside better ones are left out.
         """
         picks = self._picks(question, limit)
         if room is None:
@@ -342,10 +356,13 @@ class BeaconMemory:
         question: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> int:
         """Return the memory slots that the model has left for documents beside a question and its answer."""
-        prompt = chat_prompt(self.model, question, behind_memory=True, tools=tools)
+        prompt = chat_prompt(
+            self.model, question, behind_memory=True, tools=tools, chat_template_kwargs=chat_template_kwargs
+        )
         return self.model.max_positions - self.compressor.sink.slots - len(prompt) - max_new_tokens
 
     def _picks(self, question: Messages, limit: int, fingerprint: str | None = None) -> builtins.list[Pick]:
@@ -358,7 +375,7 @@ class BeaconMemory:
     def _load(self, row: DocumentRow) -> MemoryKV:
         model = self.model
         stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        model.fingerprint.require(stored.header.fingerprint, row.id)
+        model.require_made(stored.header.fingerprint, row.id, row.precision)
         return stored.kv
 
     def list(
@@ -378,8 +395,12 @@ class BeaconMemory:
         return self.store.row(id)
 
     def remove(self, id: str) -> None:
-        """Forget a document; raises DocumentNotFoundError."""
+        """Forget a document; raises DocumentNotFoundError. Traces of it stay in the store until `erase`."""
         self.store.delete(id)
+
+    def erase(self, *ids: str) -> None:
+        """Remove documents with all traces of them, and of all that was removed before; see `storage.erasing.erase`."""
+        erasing.erase(self.store, ids)
 
     def verify(self) -> builtins.list[Problem]:
         """Return what is wrong with the store; see `storage.repair.verify`."""
@@ -400,16 +421,52 @@ class BeaconMemory:
         return replace(problem, mended=True)
 
 
-class _Once:
-    """Makes something when it is first asked for, once for all threads."""
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the model and the compressor of a memory are made from."""
 
-    def __init__(self, make: Callable[[], BeaconCompressor]) -> None:
-        self._make = make
+    model: str | Path | BeaconModel | None
+    adapter: str | Path | None
+    device: str | torch.device | None
+    dtype: torch.dtype | str
+    reserve: int
+    score: str
+
+    def load(self) -> BeaconCompressor:
+        model = self.model
+        if not isinstance(model, BeaconModel):
+            model = BeaconModel.from_pretrained(model, self.adapter, device=self.device, dtype=self.dtype)
+        compressor = BeaconCompressor(model, reserve=self.reserve, score=self.score)
+        compressor.sink, model.fingerprint  # noqa: B018  # now, so that no answer waits for them
+        return compressor
+
+    def named(self) -> _Source:
+        """Return the same with a loaded model by its name; raises InputError for one without."""
+        if not isinstance(self.model, BeaconModel):
+            return self
+        name, adapter = str(self.model.base.config.name_or_path), self.model.adapter
+        if not name:
+            raise InputError(
+                "the model of this memory has no name under which another process could load it; load it with "
+                "BeaconModel.from_pretrained to pickle the memory"
+            )
+        dtype: torch.dtype | str = "auto" if self.model.kv_dtype != self.model.dtype else self.model.dtype
+        return replace(self, model=name, adapter=None if adapter in (UNTRAINED, name) else adapter, dtype=dtype)
+
+
+class _Once:
+    """Makes a compressor when it is first asked for, once for all threads. It is pickled by what it is made from."""
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
         self._made: BeaconCompressor | None = None
         self._lock = threading.Lock()
 
     def __call__(self) -> BeaconCompressor:
         with self._lock:
             if self._made is None:
-                self._made = self._make()
+                self._made = self._source.load()
             return self._made
+
+    def __reduce__(self) -> tuple[type[_Once], tuple[_Source]]:
+        return _Once, (self._source.named(),)

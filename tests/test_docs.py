@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
 import re
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,17 +18,14 @@ import typer
 from command_page import json_fields, sections
 from evaluation_samples import answer, baseline, saved_model
 from repository import ROOT
-from store_samples import put
 
 import beacon_memory
-from beacon_memory import MemoryStore
 from beacon_memory.cli.main import app
 from beacon_memory.evaluation import baseline_names
 from beacon_memory.evaluation.metrics import LONGBENCH_METRICS, METRICS
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import quantized
 from beacon_memory.storage.files.stored_kv import stored_bytes
-from beacon_memory.storage.repair import verify
 from beacon_memory.training import read_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -145,25 +140,6 @@ def test_the_messages_on_the_page_of_troubleshooting_are_those_of_the_code() -> 
     for fragment in quoted:
         pattern = re.compile(".*".join(re.escape(part.strip()) for part in fragment.split("…")))
         assert any(map(pattern.search, known)), f"no error says {fragment!r}"
-
-
-def test_what_the_page_of_security_runs_erases_a_removed_text_from_the_catalog(tmp_path: Path) -> None:
-    (sql,) = re.findall(r'^sqlite3 catalog.sqlite3 "(.*)"$', (ROOT / "SECURITY.md").read_text("utf-8"), re.MULTILINE)
-    with MemoryStore(tmp_path) as store:
-        put(store, "kept", "Two owls nest above the hayloft.")
-        put(store, "gone", "Nobody must learn of the quicksilver. " * 200)
-        store.delete("gone")
-    assert "quicksilv" in (tmp_path / "catalog.sqlite3").read_bytes().decode(
-        "latin-1"
-    )  # or the page promises too little
-    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3", isolation_level=None)) as catalog:
-        for statement in sql.split(";"):
-            catalog.execute(statement)
-    left = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"quicksilv" not in left.lower()
-    with MemoryStore(tmp_path) as store:
-        assert verify(store) == []
-        assert [hit.document for hit in store.search("owls")] == ["kept"]
 
 
 def test_the_changelog_names_the_format_of_files_and_every_step_of_the_catalog() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer, train
+from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer, train
 
 from beacon_memory import (
     Added,
@@ -61,6 +63,20 @@ def test_a_store_with_files_elsewhere_takes_the_place_of_a_folder(model: BeaconM
         assert memory.ask("Who?", "roof", **SHORT).ids == ("roof",)
         assert memory.store.settings.files.startswith((tmp_path / "files").as_uri())  # type: ignore[union-attr]
         assert [row.id for row in BeaconMemory(store, model).list()] == []
+
+
+def test_model_and_adapter_are_the_folders_that_were_named_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_checkpoint(tmp_path / "base", tiny_base("llama", max_position_embeddings=1024))
+    BeaconModel.from_pretrained(tmp_path / "base").save_adapter(tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    memory = BeaconMemory("store", "base", "adapter", reserve=100)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    memory.add("roof", ROOF, ratio=4)
+    assert memory.model.adapter == str(tmp_path / "adapter")
+    assert (tmp_path / "store").is_dir()
 
 
 @every_compression
@@ -158,10 +174,32 @@ def test_score_decides_which_tokens_are_kept_and_not_how_many(
 def test_another_model_recompresses_on_add_and_is_refused_on_ask(memory: BeaconMemory, tmp_path: Path) -> None:
     memory.add("roof", ROOF, ratio=4)
     other = BeaconMemory(tmp_path / "store", train(make_model(), seed=7), reserve=100)
-    with pytest.raises(FingerprintMismatchError, match=r"'roof'.*another adapter"):
+    with pytest.raises(FingerprintMismatchError, match=r"'roof'.*another adapter than the loaded model has; load"):
         other.ask("Who?", "roof", **SHORT)
     assert other.add("roof", ROOF, ratio=4).status == "replaced"
     other.ask("Who?", "roof", **SHORT)
+
+
+@pytest.mark.parametrize(("made", "asked"), [("bfloat16", "float16"), ("float16", "bfloat16"), ("float16", "float32")])
+def test_a_document_of_the_same_model_in_float16_is_refused_for_that_reason(
+    tmp_path: Path, made: str, asked: str
+) -> None:
+    base, adapter = tiny_checkpoint(tmp_path / "base", tiny_base("llama").bfloat16()), tmp_path / "adapter"
+    trained = tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tiny_tokenizer()).bfloat16()
+    with torch.no_grad():
+        for _, parameter in trained.named_beacon_parameters():
+            parameter.mul_(1e-6)
+    trained.save_adapter(adapter)
+
+    def opened(dtype: str) -> BeaconMemory:
+        return BeaconMemory(tmp_path / "store", base, adapter, device="cpu", dtype=dtype, reserve=100)
+
+    opened(made).add("roof", ROOF, ratio=4)
+    message = "another adapter .* or with the same in another dtype: one of the two was loaded in float16"
+    with pytest.raises(FingerprintMismatchError, match=message):
+        opened(asked).ask("Who?", "roof")
+    with pytest.raises(FingerprintMismatchError, match=message):
+        opened(asked).append("roof", "More.")
 
 
 def test_answer_is_the_stock_models_behind_sink_and_documents_in_the_order_given(memory: BeaconMemory) -> None:
@@ -262,7 +300,8 @@ def test_ratio_may_differ_from_window_to_window(memory: BeaconMemory) -> None:
     ("id", "text", "ratio", "error", "message"),
     [
         ("", ROOF, 4, InputError, "empty"),
-        ("roof", "", 4, InputError, "document 'roof': the document is empty"),
+        ("roof", "", 4, InputError, "document 'roof': the document is empty or blank"),
+        ("roof", " \n\u3000\t", 4, InputError, "document 'roof': the document is empty or blank"),
         ("roof", ROOF, "high", ConfigError, "ratio='high'"),
         ("roof", ROOF, -2, ConfigError, "-2"),
         ("roof", ROOF, [2, 4], ConfigError, "names 2 windows"),
@@ -332,6 +371,16 @@ def test_removed_document_is_gone(memory: BeaconMemory) -> None:
         memory.ask("Who?", "roof", **SHORT)
 
 
+def test_erased_document_leaves_no_words(memory: BeaconMemory) -> None:
+    for id in ("roof", "well"):
+        memory.add(id, ROOF + " Zymurgy is taught there.", ratio=4)
+    memory.remove("roof")
+    memory.erase("well")
+    assert memory.list() == []
+    left = b"".join(path.read_bytes() for path in memory.store.root.rglob("*") if path.is_file())
+    assert b"zymurg" not in left.lower()
+
+
 def test_bfloat16_memory_is_stored_in_bfloat16(tmp_path: Path) -> None:
     half = make_model()
     half.to(torch.bfloat16)
@@ -340,6 +389,40 @@ def test_bfloat16_memory_is_stored_in_bfloat16(tmp_path: Path) -> None:
     stored = memory.store.get("roof").kv
     assert (stored.keys.dtype, stored.positions.dtype) == (torch.bfloat16, torch.int32)
     assert memory.ask("Who?", "roof", **SHORT).usage.generated_tokens > 0
+
+
+def test_text_without_utf8_form_is_refused_wherever_it_comes_in(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    bad = "lone \ud800"
+    tool = {"type": "function", "function": {"name": "look", "description": bad}}
+    turns = [{"role": "user", "content": bad}]
+    calls = [{"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"at": [bad]}}}]}]
+    asked: list[Callable[[], Any]] = [
+        *(partial(ask, asked, "roof") for ask in (memory.ask, memory.stream) for asked in (bad, turns, calls)),
+        *(partial(ask, question) for ask in (memory.ask, memory.pick, memory.room) for question in (bad, turns)),
+        partial(memory.ask, "Who?", bad),
+        partial(memory.ask, "Who?", "roof", stop=[bad]),
+        partial(memory.ask, "Who?", "roof", stop_strings=bad),
+        partial(memory.ask, "Who?", "roof", tools=[tool]),
+        partial(memory.append, "roof", bad),
+    ]
+    for ask in asked:
+        with pytest.raises(InputError, match=r"lone surrogate '\\ud800' at character 5"):
+            ask()
+    assert memory.store.text("roof") == ROOF
+
+
+@pytest.mark.parametrize(
+    "question", [7, None, b"Who?", [], {}, ["Who?"], [{"content": "Who?"}], [{"role": 1, "content": "Who?"}]]
+)
+def test_what_is_no_question_is_refused(memory: BeaconMemory, question: Any) -> None:
+    memory.add("roof", ROOF, ratio=4)
+    for ask in (memory.ask, memory.pick, memory.room):
+        with pytest.raises(InputError, match="must be a text, or dicts with 'role' and 'content' texts"):
+            ask(question)
+    for tools in (7, [7], "look"):
+        with pytest.raises(InputError, match="must be JSON schemas of functions"):
+            memory.ask("Who?", "roof", tools=tools)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_options_that_ask_cannot_honour_are_refused(memory: BeaconMemory) -> None:

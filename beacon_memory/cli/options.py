@@ -33,8 +33,12 @@ __all__ = [
     "ScoreOption",
     "Store",
     "expiry",
+    "file_given",
+    "folder_given",
+    "name_given",
     "open_memory",
     "open_store",
+    "path_given",
     "quiet",
     "size",
 ]
@@ -68,9 +72,49 @@ def _installed(name: str) -> str:
     return name
 
 
+def name_given(text: str) -> str:
+    """Refuse an empty text where a name is needed: a script that names an unset variable passes it on."""
+    if not text:
+        raise typer.BadParameter("it is empty, as if a variable were not set.")
+    return text
+
+
+def path_given(text: str | Path) -> Path:
+    """Return a path; refuses an empty text, which Python takes for the current folder."""
+    if text == "":
+        raise typer.BadParameter("it is empty, as if a variable were not set; the current folder is '.'.")
+    return Path(text)
+
+
+def file_given(text: str | Path) -> Path:
+    """Return the path of a file to read."""
+    if _there(text).is_dir():
+        raise typer.BadParameter(f"{str(text)!r} is a folder.")
+    return Path(text)
+
+
+def folder_given(text: str | Path) -> Path:
+    """Return the path of a folder to read."""
+    if not _there(text).is_dir():
+        raise typer.BadParameter(f"{str(text)!r} is no folder.")
+    return Path(text)
+
+
+def _there(text: str | Path) -> Path:
+    if not (found := path_given(text)).exists():
+        raise typer.BadParameter(f"{str(text)!r} does not exist.")
+    return found
+
+
 Store = Annotated[
     Path | None,
-    typer.Option(envvar="BEACON_MEMORY_STORE", help="Folder of the store.", show_default="the user's data folder"),
+    typer.Option(
+        envvar="BEACON_MEMORY_STORE",
+        help="Folder of the store.",
+        show_default="the user's data folder",
+        parser=path_given,
+        metavar="DIR",
+    ),
 ]
 Namespace = Annotated[
     str,
@@ -80,13 +124,29 @@ Namespace = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(envvar="BEACON_MEMORY_MODEL", help="Base model: folder or hub name.", show_default="the embedded one"),
+    typer.Option(
+        envvar="BEACON_MEMORY_MODEL",
+        help="Base model: folder, GGUF file or hub name.",
+        show_default="the embedded one",
+        parser=name_given,
+        metavar="NAME",
+    ),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(envvar="BEACON_MEMORY_ADAPTER", help="Beacon adapter for it: folder or hub name."),
+    typer.Option(
+        envvar="BEACON_MEMORY_ADAPTER",
+        help="Beacon adapter for it: folder or hub name.",
+        parser=name_given,
+        metavar="NAME",
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cuda, cpu, ...", show_default="the fastest")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to compute: cuda, cpu, ...", show_default="the fastest", parser=name_given, metavar="NAME"
+    ),
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(

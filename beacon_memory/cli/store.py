@@ -10,6 +10,7 @@ import typer
 from beacon_memory.documents import KEEP, Precision
 from beacon_memory.errors import BeaconMemoryError
 
+from .help import Commands
 from .options import (
     PRECISION,
     Adapter,
@@ -31,6 +32,7 @@ from .terminal import (
     counting,
     print_fields,
     print_json,
+    print_line,
     remarks,
     reported,
     say,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORE = "The store"
 
@@ -77,7 +79,7 @@ def namespaces(store: Store = None, as_json: AsJson = False) -> None:
             if as_json:
                 print_json({"namespace": name, **asdict(kept)})
             else:
-                typer.echo(f"{name or '(none)'}: {kept.documents:,} documents, {kept.bytes / 1e6:,.1f} MB")
+                print_line(f"{name or '(none)'}: {kept.documents:,} documents, {kept.bytes / 1e6:,.1f} MB")
 
 
 @app.command(rich_help_panel=_STORE)
@@ -221,7 +223,7 @@ def _tell(problems: list[Problem], as_json: bool) -> None:
         if as_json:
             print_json(asdict(problem))
         else:
-            typer.echo(f"{problem.kind}{' (mended)' if problem.mended else ''}: {problem.message}")
+            print_line(f"{problem.kind}{' (mended)' if problem.mended else ''}: {problem.message}")
 
 
 @app.command(rich_help_panel=_STORE)

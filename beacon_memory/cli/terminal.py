@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from beacon_memory.errors import BeaconMemoryError
+from beacon_memory.errors import BeaconMemoryError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,18 +29,49 @@ __all__ = [
     "counting",
     "document_fields",
     "note_usage",
+    "prepare_streams",
+    "print_as_it_is",
     "print_fields",
     "print_json",
     "print_line",
     "print_rows",
+    "print_text",
     "remarks",
     "reported",
     "row_fields",
     "say",
     "say_evicted",
+    "say_gone",
+    "shown",
 ]
 
+_LINES = "\n\t"
 _PIPE_COLUMNS = 10_000  # so that no line is broken in a pipe
+_STDERR = 2  # the last number of a standard stream
+# What moves the cursor, changes colours or turns the direction: an id may be any text, and so may what a model answers
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def shown(text: str, keep: str = "") -> str:
+    r"""Return a text with its control characters, but those to keep, as JSON escapes: \u001b."""
+    return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
+
+
+def prepare_streams() -> None:
+    """Let standard output and error take any text, and put the null device in the place of streams that are closed.
+
+    A character that their encoding lacks is written as an escape.
+    """
+    # the number of a closed stream goes to the next file that is opened, and whatever a library writes there with it
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # for good
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def remarks() -> Console:
@@ -50,16 +81,43 @@ def remarks() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def print_line(text: str, *, err: bool = False) -> None:
-    """Print one line at once. Unlike `typer.echo`, this works while a progress bar is shown."""
+def print_line(text: str = "", *, keep: str = "", err: bool = False) -> None:
+    """Print one line at once, see `shown`. Unlike `typer.echo`, this works while a progress bar is shown."""
     stream = sys.stderr if err else sys.stdout
-    stream.write(f"{text}\n")
+    stream.write(f"{shown(text, keep)}\n")
     stream.flush()
 
 
+def print_text(text: str) -> None:
+    """Print a text of any lines: into a pipe as it is, on a terminal see `shown`."""
+    sys.stdout.write(shown(text, keep=_LINES) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def print_as_it_is(text: str) -> None:
+    """Print a text as `print_text` does; raises InputError if the output's encoding lacks one of its characters."""
+    try:
+        text.encode(_encoding())
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text holds {text[error.start]!a}, which {error.encoding}, the encoding of standard output, lacks; "
+            "set PYTHONIOENCODING=utf-8, or use --json"
+        ) from None
+    print_text(text)
+
+
 def print_json(fields: object) -> None:
-    """Print one JSON value on one line."""
-    print_line(json.dumps(fields, ensure_ascii=False))
+    """Print one JSON value on one line, with JSON's escapes for characters that the output's encoding lacks."""
+    line = json.dumps(fields, ensure_ascii=False)
+    try:
+        line.encode(_encoding())
+    except UnicodeEncodeError:
+        line = json.dumps(fields)
+    print_line(line)
+
+
+def _encoding() -> str:
+    return sys.stdout.encoding or "utf-8"
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
@@ -77,7 +135,7 @@ def note_usage(answer: Answer) -> None:
     """Print the documents that an answer comes from, and its costs."""
     usage = answer.usage
     remarks().print(
-        f"from {', '.join(answer.ids)}: {usage.slots:,} slots, {usage.prompt_tokens} prompt and "
+        f"from {shown(', '.join(answer.ids))}: {usage.slots:,} slots, {usage.prompt_tokens} prompt and "
         f"{usage.generated_tokens} generated tokens, first token after {answer.time_to_first_token:.2f} s",
         style="dim",
         markup=False,
@@ -113,7 +171,14 @@ def print_rows(rows: Sequence[DocumentRow]) -> None:
         ratios = "/".join(map(str, row.ratios))
         size, stored = f"{row.bytes / 1e6:.1f} MB", row.updated_at[:16].replace("T", " ")
         table.add_row(
-            escape(row.id), row.compression, row.precision, f"{row.tokens:,}", f"{row.slots:,}", ratios, size, stored
+            escape(shown(row.id)),
+            row.compression,
+            row.precision,
+            f"{row.tokens:,}",
+            f"{row.slots:,}",
+            ratios,
+            size,
+            stored,
         )
     Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS).print(table)
 
@@ -124,8 +189,8 @@ def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
         print_json(fields)
         return
     for name, value in fields.items():
-        shown = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
-        typer.echo(f"{name:12} {shown}")
+        told = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
+        print_line(f"{name:12} {told}")
 
 
 def say(as_json: bool, fields: Mapping[str, Any]) -> None:
@@ -153,6 +218,11 @@ def say(as_json: bool, fields: Mapping[str, Any]) -> None:
 def say_evicted(id: str) -> None:
     """Print that a document was evicted to keep a quota."""
     print_line(f"evicted {id}: unused for longest, and the quota is used up", err=True)
+
+
+def say_gone(id: str) -> None:
+    """Print that a document was left out, since somebody removed it meanwhile."""
+    print_line(f"left out {id}: it was removed, or has expired, before its turn", err=True)
 
 
 class CompressingBar:
@@ -212,13 +282,13 @@ def reported(interrupted: str = "whatever was finished is stored") -> Iterator[N
     try:
         yield
     except BeaconMemoryError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        print_line(f"error: {error}", keep=_LINES, err=True)
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; {interrupted}", err=True)
-        raise typer.Exit(130) from None
+        print_line(f"\ninterrupted; {interrupted}", keep=_LINES, err=True)
+        raise SystemExit(130) from None
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # else the program that reads the output has ended
-            typer.echo(f"error: {error}", err=True)
+            print_line(f"error: {error}", keep=_LINES, err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the rest of the output can be written
-        raise typer.Exit(1) from None
+        raise SystemExit(1) from None

@@ -16,6 +16,7 @@ from beacon_memory.errors import CapacityError, ConfigError, InputError
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.modeling.layout import slots_of
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.text_tokens import text_tokens
 
 from .methods.method import CompressionMethod, MakeMethod, Plan
 from .methods.registry import find, package_of
@@ -62,9 +63,11 @@ class BeaconCompressor:
         return self._sink
 
     def tokenize(self, text: str) -> TokenizedText:
-        """Return the token ids of a text. Where the model has no sink, a bos token leads, if its tokenizer sets one."""
-        encoded = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+        """Return the token ids of a text, none of them a control token.
+
+        Where the model has no sink, a bos token leads, if its tokenizer sets one.
+        """
+        ids, offsets = text_tokens(self.model.tokenizer, text)
         if not self.model.sink_ids and ids:
             bos = self.model.leading_bos
             return TokenizedText([*bos, *ids], [(0, 0)] * len(bos) + offsets)

@@ -14,6 +14,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
+from beacon_memory.documents import check_utf8
 from beacon_memory.errors import InputError
 
 from .metrics import LEVAL_JUDGED, LEVAL_METRICS, LONGBENCH_METRICS, METRICS
@@ -245,6 +246,7 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row]]:
                     raise InputError(f"{path}, line {number}: not JSON: {error}") from error
                 if not isinstance(row, dict):
                     raise InputError(f"{path}, line {number}: {row!r} is not a JSON object")
+                check_utf8(row, f"{path}, line {number}: the row")
                 yield f"{path}, line {number}", row
     except FileNotFoundError as error:
         raise InputError(f"the data file {path} does not exist") from error

@@ -7,6 +7,8 @@ from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
+from beacon_memory.modeling.text_tokens import text_tokens
+
 __all__ = ["Passages", "chunks", "cut_middle", "passage_ids", "split_documents", "token_ids"]
 
 Passages = Sequence[Sequence[int]]
@@ -14,9 +16,8 @@ CHUNK = 64  # tokens, about, of a piece of a passage
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text without special tokens, with no warning if it is long."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    """Return the token ids of a text, none of them a special one."""
+    return text_tokens(tokenizer, text)[0]
 
 
 def passage_ids(tokenizer: PreTrainedTokenizerBase, context: Sequence[str]) -> list[list[int]]:

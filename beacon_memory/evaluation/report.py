@@ -9,20 +9,22 @@ from statistics import fmean
 
 from beacon_memory.errors import InputError
 
+from .journal import Record, journal_file
 from .metrics import Interval, bootstrap
 from .plots import draw_heat_map, draw_ratios
-from .run import Record, Result, Row
+from .run import Result, Row
 
 __all__ = ["markdown", "read_result", "write_report", "write_result"]
 
 
 def write_result(result: Result, file: Path) -> None:
-    """Write a result, with all records, as JSON. Raises InputError if the file cannot be written."""
+    """Write a result, with all records, as JSON, and remove its journal. Raises InputError if that cannot be done."""
     half = file.with_name(f"{file.name}.part")  # so that nobody reads half a result
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         half.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         half.replace(file)
+        journal_file(file).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"the result cannot be written to {file}: {error.strerror}; name another file") from error
 

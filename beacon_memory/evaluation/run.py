@@ -20,31 +20,15 @@ from beacon_memory.modeling.model import BeaconModel
 
 from .baselines import BATCH, Baseline
 from .items import Item
+from .journal import Journal, Record
 from .metrics import METRICS, Interval, bootstrap, paired_difference
 
 __all__ = ["Progress", "Record", "Result", "Row", "run_continuations", "run_items"]
 
 # Figures depend on the versions of these.
 PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The result of one baseline on one item.
-
-    scores: by metric, from 0 to 1; `score` is the item's main one. For a continuation: `nll`, in nats per token.
-    kv_bytes, seconds, cut: see Outcome; for a continuation only the seconds are measured.
-    """
-
-    baseline: str
-    item: str
-    group: str
-    prediction: str
-    scores: Mapping[str, float]
-    kv_bytes: int
-    seconds: float
-    cut: bool = False
+# Called after each answer with the name of its baseline, and how many answers that will give.
+Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,37 +73,52 @@ def run_items(
     model: BeaconModel,
     *,
     max_new_tokens: int,
-    progress: Progress = lambda _: None,
+    output: Path | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Result:
     """Let each baseline answer all items, and score the answers.
 
-    progress: called after each answer with the name of the baseline. Raises InputError if there are no items.
+    output: see `Journal`: a run that was interrupted goes on where it stopped. Raises InputError if there are no items.
     """
     if not items:
         raise InputError(f"task {task!r} has no items: none fits {dict(settings)}")
-    records = []
+    provenance = _provenance(model)
+    journal = _journal(output, task, settings, provenance)
+    records: list[Record] = []
     batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
     for _, reading_alike in groupby(baselines, key=lambda baseline: baseline.reading):
         group = list(reading_alike)
         for batch, baseline in product(batches, group):
-            for item, outcome in zip(batch, baseline.answer(batch, max_new_tokens), strict=True):
-                scores = {name: METRICS[name](outcome.text, item.answers) for name in item.metrics}
-                records.append(
-                    Record(
-                        baseline=baseline.name,
-                        item=item.id,
-                        group=item.group,
-                        prediction=outcome.text,
-                        scores={"score": scores[item.metrics[0]], **scores},
-                        kv_bytes=outcome.kv_bytes,
-                        seconds=outcome.seconds,
-                        cut=outcome.cut,
-                    )
-                )
-                progress(baseline.name)
+            done = journal.of(baseline.name, [item.id for item in batch])
+            if done is None:
+                done = _answered(baseline, batch, max_new_tokens)
+                journal.add(done)
+            records += done
+            for _ in done:
+                progress(baseline.name, len(items))
         for baseline in group:
             baseline.forget()
-    return Result(task, dict(settings), _provenance(model), _summary(records), records)
+    return Result(task, dict(settings), provenance, _summary(records), records)
+
+
+def _answered(baseline: Baseline, batch: Sequence[Item], max_new_tokens: int) -> list[Record]:
+    """Return the scored answers of a baseline to a batch of items."""
+    records = []
+    for item, outcome in zip(batch, baseline.answer(batch, max_new_tokens), strict=True):
+        scores = {name: METRICS[name](outcome.text, item.answers) for name in item.metrics}
+        records.append(
+            Record(
+                baseline=baseline.name,
+                item=item.id,
+                group=item.group,
+                prediction=outcome.text,
+                scores={"score": scores[item.metrics[0]], **scores},
+                kv_bytes=outcome.kv_bytes,
+                seconds=outcome.seconds,
+                cut=outcome.cut,
+            )
+        )
+    return records
 
 
 def run_continuations(
@@ -129,7 +128,8 @@ def run_continuations(
     settings: Mapping[str, Any],
     model: BeaconModel,
     *,
-    progress: Progress = lambda _: None,
+    output: Path | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Result:
     """Score how well each baseline predicts the continuation of a text.
 
@@ -137,23 +137,36 @@ def run_continuations(
 
     If `full` and `none` are among the baselines, and the text helps at all, each row also has `gap closed`: the share
     of the difference between these two that a baseline makes up, (nll of none - nll) / (nll of none - nll of full), on
-    means over texts. Raises InputError if there are no texts, or for a baseline that needs a question.
+    means over texts. output: see `Journal`.
+
+    Raises InputError if there are no texts, or for a baseline that needs a question.
     """
     if not texts:
         raise InputError(f"task {task!r} has no texts: none is as long as {dict(settings)} asks for")
     if asking := [baseline.name for baseline in baselines if baseline.asks_first]:
         raise InputError(f"task {task!r} asks no questions, which {', '.join(asking)} must know: leave them out")
-    records = []
+    provenance = _provenance(model)
+    journal = _journal(output, task, settings, provenance)
+    records: list[Record] = []
     for baseline in baselines:
         for name, context, continuation in texts:
-            started = time.perf_counter()
-            nll = baseline.score(context, continuation)
-            seconds = time.perf_counter() - started
-            records.append(Record(baseline.name, name, "", "", {"nll": nll}, 0, seconds))
-            progress(baseline.name)
+            done = journal.of(baseline.name, [name])
+            if done is None:
+                started = time.perf_counter()
+                nll = baseline.score(context, continuation)
+                seconds = time.perf_counter() - started
+                done = [Record(baseline.name, name, "", "", {"nll": nll}, 0, seconds)]
+                journal.add(done)
+            records += done
+            progress(baseline.name, len(texts))
         baseline.forget()
     rows = _with_gap_closed(_summary(records), records)
-    return Result(task, dict(settings), _provenance(model), rows, records)
+    return Result(task, dict(settings), provenance, rows, records)
+
+
+def _journal(output: Path | None, task: str, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> Journal:
+    """Open the journal of a run; on which machine it began does not matter."""
+    return Journal(output, {"task": task, "settings": dict(settings)} | {**provenance, "machine": None})
 
 
 def _summary(records: Sequence[Record]) -> list[Row]:

@@ -115,7 +115,7 @@ def run_suite(
             say(f"{task.name}: left out, {file.name} is not there")
         else:
             say(f"{task.name}: {len(task.names)} baselines")
-            result = task.run(replace(evaluation, names=task.names), file, limit)
+            result = task.run(replace(evaluation, names=task.names, output=kept), file, limit)
             result = replace(result, settings={**result.settings, "limit": limit})
             write_result(result, kept)
             results.append(result)

@@ -23,7 +23,8 @@ class Evaluation:
 
     names:    names of the baselines, see `baseline_names`.
     seed:     seed of all random choices.
-    progress: called after each item with the name of the baseline.
+    progress: see `Progress`.
+    output:   the file that the result will be written to, if any; see `Journal`.
 
     Every task raises InputError for data that cannot be used, for data of which no item is left, and for an unknown
     baseline.
@@ -32,7 +33,8 @@ class Evaluation:
     model: BeaconModel
     names: Sequence[str]
     seed: int = 0
-    progress: Progress = lambda _: None
+    progress: Progress = lambda *_: None
+    output: Path | None = None
 
     def qa(
         self, data: Path, *, context_tokens: int, limit: int | None, where: Mapping[str, str], task: str = "qa"
@@ -96,6 +98,7 @@ class Evaluation:
             texts,
             self._settings(data, settings),
             self.model,
+            output=self.output,
             progress=self.progress,
         )
 
@@ -109,6 +112,7 @@ class Evaluation:
             self._settings(data, {**settings, "max_new_tokens": max_new_tokens}),
             self.model,
             max_new_tokens=max_new_tokens,
+            output=self.output,
             progress=self.progress,
         )
 

@@ -1,21 +1,24 @@
-"""Prompts in a model's chat template, and whether it has a place for tools."""
+"""Prompts in a model's chat template, and whether it has a place for tools.
+
+Control tokens come from the template alone: what a message says of them stays text.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from beacon_memory.conversation import Messages, checked_tools, turns_of
+from beacon_memory.documents import check_utf8
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.results import ToolCall
 
 from .tool_calls import OPENING, call_of_turn, new_call_id, read_answer, results_in_order, with_calls_as_text
 
-__all__ = ["Messages", "chat_prompt", "require_tools", "takes_tools"]
-
-Messages = str | Sequence[Mapping[str, Any]]
+__all__ = ["chat_prompt", "require_tools", "takes_tools"]
 
 _PROBE = {
     "type": "function",
@@ -31,27 +34,35 @@ _ADVICE = (
 
 
 def chat_prompt(
-    model: BeaconModel, messages: Messages, *, behind_memory: bool, tools: Sequence[Mapping[str, Any]] = ()
+    model: BeaconModel,
+    messages: Messages,
+    *,
+    behind_memory: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of a conversation, or of one question, in the model's chat template, ready to be answered.
 
-    Behind a memory, the bos token that a template may set is left out: it stands in front of the memory. `tool_calls`
-    of a turn become part of its text where the template does not show them.
+    Behind a memory, the bos token that a template may set is left out: it stands in front of the memory. Where the
+    template does not show them, `tool_calls` of a turn become part of its text, and a first turn of the system part of
+    the user's turn behind it.
     tools: JSON schemas of functions that the model may call. Raises InputError for a model whose template has no place
-    for them.
+    for them, and for a conversation that the template refuses.
+    chat_template_kwargs: what else the template knows, such as enable_thinking=False; InputError for other names.
     """
-    tokenizer = model.tokenizer
-    if tokenizer.chat_template is None:
+    if model.tokenizer.chat_template is None:
         raise InputError("the model's tokenizer has no chat template: questions need a chat (instruct) model")
-    conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
-    if not conversation or not all(isinstance(m.get("content"), str) or m.get("tool_calls") for m in conversation):
-        raise InputError(f"messages={messages!r} must be a text, or dicts with 'role' and 'content' texts")
-    if any(turn.get("tool_calls") for turn in conversation):
-        conversation = _with_calls_shown(model, results_in_order(conversation))
-    text = _rendered(model, conversation, tools)
-    if tools and text == _rendered(model, conversation):
-        raise InputError(f"the model's chat template has no place for tools, {_ADVICE}")
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    turns = [turn | {"content": turn.get("content") or ""} for turn in turns_of(messages)]
+    given = _checked_arguments(model, {} if chat_template_kwargs is None else chat_template_kwargs)
+    turns = _with_system_shown(model, turns, given)
+    if any(turn.get("tool_calls") for turn in turns):
+        turns = _with_calls_shown(model, results_in_order(turns), given)
+    if offered := checked_tools(tools):
+        without = _rendered(model, turns, given)
+        given["tools"] = offered
+        if _rendered(model, turns, given) == without:
+            raise InputError(f"the model's chat template has no place for tools, {_ADVICE}")
+    ids: list[int] = _applied(model, turns, given, sanitize_control_tokens=True)
     if behind_memory and model.leading_bos and ids[:1] == model.leading_bos:
         return ids[1:]
     return ids
@@ -67,9 +78,9 @@ def takes_tools(model: BeaconModel) -> bool:
         return False
     asked = [{"role": "user", "content": "probe"}]
     try:
-        shown = _rendered(model, asked, [_PROBE])
-        return shown != _rendered(model, asked) and (OPENING in shown or _reads_own_calls(model, asked, shown))
-    except TemplateError:  # it says itself that it has no place for tools
+        shown = _rendered(model, asked, {"tools": [_PROBE]})
+        return shown != _rendered(model, asked, {}) and (OPENING in shown or _reads_own_calls(model, asked, shown))
+    except InputError:  # it says itself that it has no place for tools
         return False
 
 
@@ -85,7 +96,7 @@ def _reads_own_calls(model: BeaconModel, asked: Sequence[dict[str, Any]], prompt
     """Tell whether a call as the template writes it is read as that call."""
     tokenizer: Any = model.tokenizer
     called = {"role": "assistant", "content": "", "tool_calls": [call_of_turn(new_call_id(), "probe", {"of": "this"})]}
-    whole = str(tokenizer.apply_chat_template([*asked, called], tools=[_PROBE], tokenize=False))
+    whole = _rendered(model, [*asked, called], {"tools": [_PROBE]}, add_generation_prompt=False)
     written = whole.removeprefix(prompt)
     tokens, before = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (written, prompt))
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -93,18 +104,61 @@ def _reads_own_calls(model: BeaconModel, asked: Sequence[dict[str, Any]], prompt
     return [(one.name, one.arguments) for one in parts if isinstance(one, ToolCall)] == [("probe", {"of": "this"})]
 
 
-def _with_calls_shown(model: BeaconModel, turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _checked_arguments(model: BeaconModel, given: object) -> dict[str, Any]:
+    """Return arguments of the chat template; raises InputError for those that it does not know, or must not be given.
+
+    Jinja ignores what a template does not use, so a name that is misspelt would go unnoticed.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(f"chat_template_kwargs={given!r} must be a dict of what the chat template knows")
+    check_utf8(given, "chat_template_kwargs")
+    template = str(model.tokenizer.chat_template)
+    taken = {"messages", *inspect.signature(model.tokenizer.apply_chat_template).parameters}
+    for name, value in given.items():
+        if name in taken or not re.search(rf"\b{re.escape(str(name))}\b", template):
+            why = "is set already" if name in taken else "is not known to the model's chat template"
+            raise InputError(f"chat_template_kwargs: {name}={value!r} {why}; leave it out")
+    return dict(given)
+
+
+def _with_calls_shown(
+    model: BeaconModel, turns: list[dict[str, Any]], given: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Return turns whose tool calls reach the model: as they are if the template shows them, else as text."""
-    whole = [{**turn, "content": turn.get("content") or ""} for turn in turns]
-    bare = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in whole]
+    bare = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in turns]
     try:
-        shown = _rendered(model, whole) != _rendered(model, bare)
-    except TemplateError:
+        shown = _rendered(model, turns, given) != _rendered(model, bare, given)
+    except InputError:
         shown = False
-    return whole if shown else [with_calls_as_text(turn) for turn in whole]
+    return turns if shown else [with_calls_as_text(turn) for turn in turns]
 
 
-def _rendered(model: BeaconModel, turns: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    given: dict[str, Any] = {"tools": list(tools)} if tools else {}
+def _with_system_shown(
+    model: BeaconModel, turns: list[dict[str, Any]], given: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return turns whose first one, if the system's, reaches the model: as it is, or in front of the user's text.
+
+    Some templates refuse a turn of the system, and some leave it out.
+    """
+    if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+        return turns
+    system, user = (str(turn["content"]) for turn in turns[:2])
+    try:
+        shown = system.strip() in _rendered(model, turns[:2], given)
+    except InputError:
+        shown = False
+    return turns if shown else [turns[1] | {"content": f"{system}\n\n{user}".lstrip()}, *turns[2:]]
+
+
+def _rendered(model: BeaconModel, turns: Sequence[dict[str, Any]], given: Mapping[str, Any], **how: Any) -> str:
+    return str(_applied(model, turns, given, tokenize=False, **how))
+
+
+def _applied(model: BeaconModel, turns: Sequence[dict[str, Any]], given: Mapping[str, Any], **how: Any) -> Any:
+    """Apply the chat template; raises InputError with what it says if it refuses the conversation."""
     tokenizer: Any = model.tokenizer  # its types have no place for content of other kinds
-    return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False, **given))
+    how = {"add_generation_prompt": True, "return_dict": False, **how}
+    try:
+        return tokenizer.apply_chat_template(list(turns), **how, **given)
+    except Exception as error:  # a template is a program of its own
+        raise InputError(f"the model's chat template refuses this conversation: {error}") from error

@@ -145,9 +145,9 @@ def with_calls_as_text(turn: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"content": "\n".join(filter(None, [turn.get("content"), *written]))}
 
 
-def results_in_order(turns: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def results_in_order(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return turns with the results of tools in the order of their calls: most templates show a model no ids."""
-    ordered: list[Mapping[str, Any]] = []
+    ordered: list[dict[str, Any]] = []
     places: dict[Any, int] = {}
     for results, group in groupby(turns, key=lambda turn: turn.get("role") == "tool"):
         run = list(group)

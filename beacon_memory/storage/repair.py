@@ -22,6 +22,7 @@ from typing import Any, Literal
 from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
     BeaconMemoryError,
+    ConflictError,
     CorruptFileError,
     DocumentNotFoundError,
     InputError,
@@ -32,20 +33,23 @@ from beacon_memory.errors import (
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
-from beacon_memory.storage.files.access import Files
-from beacon_memory.storage.files.durable import unlink
+from beacon_memory.storage.files.access import Files, read_file
+from beacon_memory.storage.files.durable import entries, identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
-from beacon_memory.storage.files.locks import tidying
-from beacon_memory.storage.files.marks import mark_of
-from beacon_memory.storage.files.names import file_stem, number_of
+from beacon_memory.storage.files.locks import looking, tidying
+from beacon_memory.storage.files.marks import has_label_mark
+from beacon_memory.storage.files.names import NUMBERED, TEMP_PREFIX, file_stem, number_of, stem_of, version_of
 
+from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
-from .records import difference_of, row_of
+from .records import difference_of, label_of, row_of
 from .settings import COPY, keep_copy, read_copy
 from .store import MemoryStore
 
-__all__ = ["Problem", "ProblemKind", "repair", "verify"]
+__all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
+
+PUT_ASIDE = "damaged-"  # begins the names of catalogs that could not be mended
 
 Mend = Callable[[], object] | None
 ProblemKind = Literal[
@@ -63,7 +67,8 @@ ProblemKind = Literal[
 RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  # kinds that only a model can mend
 
 _NAMED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{8,12}\.safetensors")  # those of older stores have 8
-_NUMBERED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-([0-9a-f]{12})\.(safetensors|json)")
+
+_STALE_SECONDS = 60  # after which a small file has got its name, or its writer is dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ def repair(store: MemoryStore) -> list[Problem]:
                 mend()
                 mended = True
         done.append(replace(problem, mended=mended))
-    if store.folder.exists():
+    if identity(store.folder):
         _settle(store)
     return [replace(problem, mended=problem.mended or _found_again(store, problem)) for problem in done]
 
@@ -129,7 +134,7 @@ def _put_aside(store: MemoryStore, path: Path) -> str:
     """Rename a catalog's files and let the store begin a new one; returns what was done, for the problem's message."""
     carried = read_copy(store.folder) | _carried(store)
     store.close()
-    aside = path.with_name(f"damaged-{int(time.time() * 1000)}.sqlite3")
+    aside = path.with_name(f"{PUT_ASIDE}{int(time.time() * 1000)}.sqlite3")
     for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
@@ -144,7 +149,7 @@ def _put_aside(store: MemoryStore, path: Path) -> str:
 def _flaws(store: MemoryStore) -> list[str]:
     """Return what is wrong with a catalog, its single rows and texts apart."""
     try:
-        catalog = store.parts.catalog(create=store.folder.exists())  # one that was lost begins anew
+        catalog = store.parts.catalog(create=identity(store.folder) is not None)  # one that was lost begins anew
         found = find_flaws(catalog)
         for _ in catalog.documents.scan():
             pass
@@ -163,7 +168,7 @@ def _carried(store: MemoryStore) -> dict[str, Any]:
 
 def _look(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     """Yield all problems, each with a function that mends it, to be called before the next problem is asked for."""
-    if not store.folder.exists():
+    if not identity(store.folder):
         return
     try:
         yield from _look_at_all(store)
@@ -184,13 +189,14 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     for row in catalog.versions.scan():
         yield from _look_at_version(store, row)
     files = store.files
-    # nearly all labels are found sound here, so that few must be read again while all writers wait
+    # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
-    with tidying(store.folder):
+    unnamed = suspected_files(catalog, files)
+    with looking(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
-        yield from _look_at_unnamed(store)
+        yield from _look_at_unnamed(store, unnamed)
 
 
 def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
@@ -198,13 +204,13 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
-    except DocumentNotFoundError:  # removed or expired since the rows were listed
+    except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
         kinds: dict[type, ProblemKind] = {MissingFileError: "missing-file", MismatchedFileError: "mismatched-file"}
         yield Problem(kinds.get(type(error), "damaged-file"), id, row.file, str(error)), None
     try:
-        store.text(id)
+        store.parts.catalog().documents.text(id)
     except DocumentNotFoundError:
         return
     except CorruptFileError as error:
@@ -219,7 +225,7 @@ def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Itera
         yield Problem("damaged-row", row.id, None, row.message), partial(catalog.versions.forget, row)
         return
     try:
-        flaw = difference_of(row, read_kv_file(store.files.fetch(row.file)))
+        flaw = difference_of(row, read_file(store.files, row.file, read_kv_file))
     except FileNotFoundError:
         flaw = "is missing"
     except CorruptFileError as error:
@@ -234,22 +240,29 @@ def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     """Look at the copy of the settings, which must agree with the catalog."""
     catalog, path = store.parts.catalog(), store.folder / COPY
     properties = dict(catalog.properties.all())
-    if read_copy(store.folder) != properties and (path.exists() or len(properties) > 1):  # more than the identity
+    if read_copy(store.folder) != properties and (identity(path) or len(properties) > 1):  # more than the identity
         message = "the copy of the settings is missing, damaged, or says something else than the catalog"
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
 
 def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
     """Return what is wrong with a document's label file, which must agree with its row; None if nothing."""
-    if isinstance(row, DamagedRow) or not _NUMBERED.fullmatch(row.file):
+    if isinstance(row, DamagedRow) or not NUMBERED.fullmatch(row.file):
         return None  # files of a time before there were labels have none
     try:
-        stored = read_label(files.fetch(label_name(row.file)))
+        stored = read_file(files, label_name(row.file), read_label)
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
         return str(error)
-    return None if stored == StoredLabel(row.id, row.created_at, row.label) else "says something else than the catalog"
+    if replace(stored, updated_at="") == replace(label_of(row), updated_at=""):
+        return None
+    return "is newer than the catalog" if _is_newer(files, stored, row) else "says something else than the catalog"
+
+
+def _is_newer(files: Files, stored: StoredLabel, row: DocumentRow) -> bool:
+    """Tell whether a label was committed, but its row is one of before: the catalog has lost its last commits."""
+    return stored.id == row.id and stored.updated_at > row.updated_at and not has_label_mark(files, row.file)
 
 
 def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]]:
@@ -257,33 +270,34 @@ def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]
     row = store.parts.catalog().documents.get(id)
     if row is not None and (flaw := _label_flaw(store.files, row)):
         name = label_name(row.file)
-        yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_write_label, store.files, row)
+        yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_settle_label, store, row)
+
+
+def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
+    """Let row and label file of a document say the same: what the file says if it is newer, else what the row says."""
+    with contextlib.suppress(CorruptFileError, FileNotFoundError):
+        stored = read_file(store.files, label_name(row.file), read_label)
+        if _is_newer(store.files, stored, row):
+            row = replace(row.labelled(stored.label), created_at=stored.created_at, updated_at=stored.updated_at)
+            store.parts.catalog().documents.update(row)
+            return
+    _write_label(store.files, row)
 
 
 def _write_label(files: Files, row: DocumentRow) -> None:
-    files.publish(stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label)), label_name(row.file))
+    files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
-def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
-    """Look at the files that no row names, while nobody writes.
-
-    A file is a leftover if the catalog says so, if its mark does, or if its document has a later one. Any other was
-    written for a catalog that is no longer there, or after the backup that this one was restored from, or its row was
-    damaged: it gets a row again.
-    """
+def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[Problem, Mend]]:
+    """Look at the files that no row names, while nobody writes: leftovers go, and others get a row again."""
     catalog, files = store.parts.catalog(), store.files
-    named, unsettled = catalog.file_names.named(), catalog.file_names.unsettled()
-    latest: dict[str, int] = {}
-    for name in named:
-        latest[_stem(name)] = max(latest.get(_stem(name), 0), _number(name))
     lost: dict[str, list[str]] = {}
-    for name in sorted(set(files.names()) - named - {label_name(name) for name in named}):
-        left = number_of(name) in unsettled or mark_of(files, name).exists()
-        if left or 0 < _number(name) < latest.get(_stem(name), 0):
+    for name, left in unnamed_files(catalog, files, suspected):
+        if left:
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
-        elif _NUMBERED.fullmatch(name):
-            lost.setdefault(_stem(name), []).append(name)
+        elif NUMBERED.fullmatch(name):
+            lost.setdefault(stem_of(name), []).append(name)
         elif _NAMED.fullmatch(name):
             message = f"{name} has no row, and no text to make one from, being of an older version"
             yield (
@@ -302,14 +316,23 @@ def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
         name = documents[-1]
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
         yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
-    for path in files.temps():
-        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(unlink, path)
+    for path in (*files.temps(), *_left_behind(store.folder)):
+        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(_unlink, path)
+
+
+def _left_behind(folder: Path) -> Iterator[Path]:
+    """Yield temporary files of settings and sessions: not all who write those hold a lock, but it takes a moment."""
+    for place in (folder, folder / "sessions"):
+        for one in entries(place) if not place.is_symlink() or place == folder else ():
+            with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                if one.name.startswith(TEMP_PREFIX) and time.time() - one.stat().st_mtime > _STALE_SECONDS:
+                    yield Path(one.path)
 
 
 def _id_in(files: Files, name: str) -> str | None:
     """Return the id of the document that a file belongs to, None if it cannot be read."""
     with contextlib.suppress(StoreError, FileNotFoundError):
-        return read_header(files.fetch(name)).id
+        return read_file(files, name, read_header).id
     return None
 
 
@@ -320,8 +343,8 @@ def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
     is needed to compress the text again, and what is wrong in it is overwritten then.
     """
     catalog, files = store.parts.catalog(), store.files
-    others = {name for name in files.names() if _stem(name) == file_stem(damaged.id)} - {damaged.file}
-    names = [*sorted(others, key=_number), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
+    others = {name for name in files.names() if stem_of(name) == file_stem(damaged.id)} - {damaged.file}
+    names = [*sorted(others, key=version_of), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
     file: StoredFile | None = None
     try:
         row, file = _best(files, names)
@@ -347,17 +370,17 @@ def _remake_text(store: MemoryStore, row: DocumentRow, file: StoredFile) -> None
 def _adopt(store: MemoryStore, names: list[str]) -> None:
     """Give lost files of one document a row again: the latest that can be read, unless there is a later one by now."""
     catalog, files = store.parts.catalog(), store.files
-    row, file = _best(files, sorted(names, key=_number))
+    row, file = _best(files, sorted(names, key=version_of))
     with catalog.transaction():
         now = catalog.documents.get(row.id)
-        if now is None or _number(now.file) < _number(row.file):
+        if now is None or version_of(now.file) < version_of(row.file):
             row = catalog.documents.put(row, Text(_text(catalog, file)))
-            catalog.properties.set("last", max(catalog.properties.count("last"), _number(row.file)))
+            catalog.properties.set("last", max(catalog.properties.count("last"), version_of(row.file)))
             _write_label(files, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row
     for name in names:
-        if _number(name) < _number(now.file):  # a later one cannot be read now, but perhaps some day
+        if version_of(name) < version_of(now.file):  # a later one cannot be read now, but perhaps some day
             files.remove(name)
 
 
@@ -377,12 +400,12 @@ def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
     """
     for name in reversed([name for name in names if name.endswith(".safetensors")]):
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
-            file = read_kv_file(files.fetch(name))
-            if _stem(name) != file_stem(file.header.id):
+            file = read_file(files, name, read_kv_file)
+            if stem_of(name) != file_stem(file.header.id):
                 continue
             stored = StoredLabel(file.header.id, file.header.created_at, Label())
             with contextlib.suppress(CorruptFileError, FileNotFoundError):
-                beside = read_label(files.fetch(label_name(name)))
+                beside = read_file(files, label_name(name), read_label)
                 stored = beside if beside.id == stored.id else stored
             return row_of(name, file, stored.label, stored.created_at), file
     raise CorruptFileError(f"none of {', '.join(names)} can be read")
@@ -391,6 +414,11 @@ def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
 def _remove(files: Files, name: str) -> None:
     if not files.remove(name):
         raise StoreError(f"{name} cannot be removed")
+
+
+def _unlink(path: Path) -> None:
+    if not unlink(path):
+        raise StoreError(f"{path} cannot be removed")
 
 
 def _found_again(store: MemoryStore, problem: Problem) -> bool:
@@ -403,16 +431,8 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 
 def _settle(store: MemoryStore) -> None:
     """Let the catalog forget the numbers of files that are gone."""
-    with tidying(store.folder):
+    names = store.parts.catalog().file_names
+    if unsettled := names.unsettled():
         there = {number_of(name) for name in store.files.names()}
-        names = store.parts.catalog().file_names
-        names.settle(names.unsettled() - there)
-
-
-def _stem(name: str) -> str:
-    return name.partition("-")[0]
-
-
-def _number(name: str) -> int:
-    numbered = _NUMBERED.fullmatch(name)
-    return int(numbered[1], 16) if numbered else 0
+        with tidying(store.folder):  # who has just removed a file has made sure of it by then
+            names.settle(unsettled - there)

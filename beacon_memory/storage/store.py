@@ -18,8 +18,9 @@ from __future__ import annotations
 import builtins
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -34,6 +35,7 @@ from beacon_memory.documents import (
     Text,
     check_id,
     choose_precision,
+    utc_after,
     utc_now,
 )
 from beacon_memory.errors import ConflictError, CorruptFileError, InputError, StoreError
@@ -45,18 +47,17 @@ from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredFile
-from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
+from beacon_memory.storage.files.stored_kv import StoredKV, not_finite, precision_of, with_precision
 
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
 from .publishing import Publisher
-from .reading import READ_TRIES, find_row, read_document
+from .reading import READ_TRIES, find_row, read_document, require_file
 from .records import row_of
 from .settings import Settings, keep_copy
 
-__all__ = ["MemoryStore", "StoredDocument"]
+__all__ = ["MemoryStore", "StoredDocument", "taken"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,8 +82,8 @@ class MemoryStore:
     files:     where K/V files lie, if not in the folder: a URL, such as s3://bucket/prefix, or a `FilesBackend`. The
                store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
 
-    root is the folder of the whole store, folder that of the namespace; it is created by the first write, and before
-    that the store reads as empty. parts is for modules that check or mend a store.
+    root is the folder of the whole store, folder that of the namespace, both absolute. The first write
+    creates it, and before that the store reads as empty. parts is for modules that check or mend a store.
     """
 
     def __init__(
@@ -101,6 +102,14 @@ class MemoryStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., MemoryStore], tuple[object, ...]]:
+        """Pickle where it lies: what comes out is a store of its own on the same folder."""
+        return partial(MemoryStore, files=self.parts.given), (self.root.absolute(), self.namespace)
+
+    def __deepcopy__(self, memo: object) -> MemoryStore:
+        """Return the store itself, which threads may share."""
+        return self
 
     def close(self) -> None:
         """Close the catalog; the next use opens it again."""
@@ -135,8 +144,7 @@ class MemoryStore:
         """
         with contextlib.ExitStack() as held:
             if files is not KEEP:  # whoever is writing goes on where it has begun, so wait for the end of it
-                held.enter_context(tidying(self.folder))
-                catalog = self.parts.catalog(create=True)
+                catalog = held.enter_context(self.parts.alone())
             else:
                 catalog = held.enter_context(self.parts.writing(create=True))
             held.enter_context(catalog.transaction())
@@ -198,12 +206,30 @@ class MemoryStore:
         )
 
     def text(self, id: str) -> str:
-        """Return the source text of a document; raises DocumentNotFoundError, or CorruptFileError if it is damaged."""
-        return self.parts.catalog().documents.text(id)
+        """Return the source text of a document; raises DocumentNotFoundError, or CorruptFileError if it is damaged.
 
-    def search(self, query: str, limit: int = 10) -> builtins.list[PassageHit]:
-        """Return the passages of all documents that share words with `query`, best first; see `full_text.search`."""
-        return self.parts.catalog().texts.search(query, limit)
+        It is damaged, too, if the K/V file that lay beside it is gone: then it may have been replaced or removed.
+        """
+        text = self.parts.catalog().documents.text(id)
+        require_file(self.parts, id)
+        return text
+
+    def search(
+        self, query: str, limit: int = 10, *, per_text: int | None = None, conversations: bool = True
+    ) -> builtins.list[PassageHit]:
+        """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
+
+        per_text: at most so many passages of a text. Of documents with the same text, only the one whose row was
+                  written last is found.
+        conversations: whether to find what conversations were folded into, too.
+
+        What words are, and how many passages are looked at, see `full_text.search`. Raises InputError for another limit
+        than 1, 2, ..., and CorruptFileError if the text of a document that was found is damaged; see `text`.
+        """
+        hits = self.parts.catalog().texts.search(query, limit, per_text=per_text, conversations=conversations)
+        for id in dict.fromkeys(hit.document for hit in hits):
+            require_file(self.parts, id)
+        return hits
 
     def get(
         self,
@@ -241,6 +267,7 @@ class MemoryStore:
         precision: str = PrecisionRule.AUTO,
         created_at: str | None = None,
         replacing: str | None = None,
+        only_new: bool = False,
         keep_version: bool = False,
         on_evicted: Callable[[DocumentRow], None] = lambda _: None,
     ) -> DocumentRow:
@@ -251,6 +278,7 @@ class MemoryStore:
         precision:    a `Precision` to keep the K/V in; `as-is`: the one they are in; `auto`: what the settings say.
         created_at:   of a document that was created elsewhere, ISO 8601, UTC.
         replacing:    the K/V file that the document must still have, else ConflictError: it was changed meanwhile.
+        only_new:     refuse a document that is stored already, with an InputError.
         keep_version: keep the replaced K/V for readers whose model made them, see `drop_versions`.
         on_evicted:   called with each document that had to go for this one, see `Settings.quota`.
 
@@ -266,9 +294,13 @@ class MemoryStore:
         if chosen is PrecisionRule.AUTO:
             chosen = settings.precision
         kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv
-        with self._publisher.new_file(header, kv, text) as new, new.catalog.transaction():
+        if flaw := not_finite(kv):
+            raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
+        with self._publisher.new_file(header, kv, text) as new:
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
+            if only_new and old is not None:
+                raise taken([header.id])
             if replacing is not None and (old is None or old.file != replacing):
                 raise ConflictError(f"document {header.id!r} was changed or removed meanwhile; read it again")
             label = label or (old.label if old else Label())
@@ -296,21 +328,13 @@ class MemoryStore:
 
         Raises DocumentNotFoundError, or InputError for a value that cannot be kept.
         """
-        published = False
-        with self.parts.writing() as catalog:
-            try:
-                with catalog.transaction():
-                    row = catalog.documents.require(id)
-                    label = row.label.changed(metadata, tags, pinned, expires_at)
-                    row = replace(row.labelled(label), updated_at=utc_now())
-                    catalog.documents.update(row)
-                    published = True
-                    self._publisher.write_label(row)
-            except BaseException:
-                if published:
-                    with contextlib.suppress(StoreError):
-                        self._publisher.write_label(catalog.documents.require(id))
-                raise
+        with self.parts.writing() as catalog, contextlib.ExitStack() as marked, catalog.transaction():
+            row = catalog.documents.require(id)
+            label = row.label.changed(metadata, tags, pinned, expires_at)
+            row = replace(row.labelled(label), updated_at=utc_after(row.updated_at))
+            marked.enter_context(self._publisher.new_label(catalog, row))  # until the transaction has ended
+            catalog.documents.update(row)
+            self._publisher.write_label(row)
         return row
 
     def rename(self, id: str, new_id: str) -> DocumentRow:
@@ -318,7 +342,7 @@ class MemoryStore:
         old, file = self.read(id)
         header = replace(file.header, id=check_id(new_id))
         text = Text(self._text_of(id, file))
-        with self._publisher.new_file(header, file.kv, text) as new, new.catalog.transaction():
+        with self._publisher.new_file(header, file.kv, text) as new:
             documents = new.catalog.documents
             new.superseded.extend(delete_expired(new.catalog)[1])
             if documents.get(new_id) is not None:
@@ -376,6 +400,12 @@ class MemoryStore:
     def _text_of(self, id: str, file: StoredFile) -> str:
         """Return the text of a document's file; of an old format, which has none, that of the catalog."""
         return self.text(id) if file.text_bytes is None else file.text
+
+
+def taken(ids: Sequence[str]) -> InputError:
+    """Return the error for documents that are stored already and must not be replaced."""
+    named = ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    return InputError(f"{named} would replace stored documents: allow that with replace, or remove them first")
 
 
 def _supersede(catalog: Catalog, old: DocumentRow | None, row: DocumentRow, keep_version: bool) -> builtins.list[str]:

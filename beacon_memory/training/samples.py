@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from beacon_memory.errors import ConfigError, InputError
 from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.text_tokens import text_tokens
 
 from .recipe import DataSource, Recipe, Stage
 from .rows import Context, Rows, contexts_by_title, load_rows, texts
@@ -118,8 +119,7 @@ class SampleSet(Dataset[Sample]):
         return len(text) >= CHARS_PER_TOKEN * self._shortest or len(self._tokens(text)) >= self._shortest
 
     def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return text_tokens(self.model.tokenizer, text)[0]
 
     def _text(self, rng: random.Random, text: str) -> Sample:
         """Draw a part of a text; the tokens after it are predicted from its memory."""

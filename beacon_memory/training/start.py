@@ -16,6 +16,7 @@ from beacon_memory.modeling.adapter import Adapter, read_adapter
 from beacon_memory.modeling.default_model import default_adapter, ensure_default_model
 from beacon_memory.modeling.loading import load_base
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.text_tokens import text_tokens
 
 from .lora import inject_lora, lora_parameters
 from .recipe import Recipe, SalienceRecipe
@@ -91,13 +92,13 @@ def token_salience(tokenizer: PreTrainedTokenizerBase, recipe: SalienceRecipe, f
         rows = load_rows(source, folder)
         if source.kind == "text":
             for text in texts(rows, source.where):
-                count(counts, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                count(counts, text_tokens(tokenizer, text)[0])
             continue
         for context in (one for title in contexts_by_title(rows, source.where).values() for one in title):
-            encoded = tokenizer(context.text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-            count(counts, encoded["input_ids"])
-            count(seen, encoded["input_ids"])
-            count(answering, _in_answers(context, encoded["input_ids"], encoded["offset_mapping"]))
+            ids, offsets = text_tokens(tokenizer, context.text)
+            count(counts, ids)
+            count(seen, ids)
+            count(answering, _in_answers(context, ids, offsets))
     information = -((counts + 1) / (counts + 1).sum()).log()
     if not (recipe.answer_weight and answering.sum()):
         return information

@@ -49,7 +49,7 @@ class SQLiteFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with contextlib.closing(sqlite3.connect(self.folder / "files.sqlite3", timeout=60)) as db, db:
-                db.execute("CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, data BLOB)")
+                db.executescript("PRAGMA secure_delete = ON; CREATE TABLE IF NOT EXISTS files (name PRIMARY KEY, data)")
                 return db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise StoreError(f"{self.url}: {error}") from error

@@ -10,6 +10,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from beacon_memory import Answer, BeaconMemory
+from beacon_memory.modeling.text_tokens import text_tokens
 
 __all__ = ["BeaconLanguageModel", "response_metadata", "usage_metadata"]
 
@@ -80,7 +81,7 @@ class BeaconLanguageModel(BaseModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the tokens of a text, by the model's own tokenizer."""
-        return list(self.memory.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return text_tokens(self.memory.model.tokenizer, text)[0]
 
 
 def usage_metadata(answer: Answer) -> UsageMetadata:

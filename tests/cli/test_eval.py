@@ -199,9 +199,17 @@ def test_after_ctrl_c_it_says_what_is_there(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr("beacon_memory.evaluation.tasks.run_items", interrupt)
     asked = run("kv", "--data", file("kv_retrieval"))
     assert (asked.exit_code, asked.stderr.strip()) == (130, "interrupted; nothing was written")
+    asked = run("kv", "--data", file("kv_retrieval"), "--json", "out.json")
+    assert (asked.exit_code, asked.stderr.strip()) == (130, "interrupted; repeat the command to go on")
     reported = run("report", "data")
     assert reported.exit_code == 130
-    assert "interrupted; repeat the command to go on with the next task" in reported.stderr
+    assert "interrupted; repeat the command to go on" in reported.stderr
+
+
+def test_in_a_file_progress_is_lines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beacon_memory.cli.eval._SAID_EVERY", 0.0)
+    asked = run("kv", "--data", file("kv_retrieval"), "--baselines", "none", "--limit", "2")
+    assert asked.stderr.splitlines() == ["none: 1 of 2", "none: 2 of 2"]
 
 
 def test_plain_json_lines_are_read_too(run: Run) -> None:

@@ -17,6 +17,7 @@ from cli_samples import Run, lines, runner
 from command_page import json_fields
 from kv_samples import TEXT, sample
 from store_samples import files, put
+from traces import ID, put_secret, traces
 from typer.testing import Result
 
 from beacon_memory.documents import Label
@@ -97,6 +98,16 @@ class TestList:
         put(store, "long/" * 100)
         assert "long/" * 100 in run("list").stdout
 
+    def test_shows_control_characters_as_escapes(self, run: Run, store: MemoryStore) -> None:
+        evil = "a\x1b]0;x\x07\x1b[2J\nb\r\u202e\x9b31m"
+        label(store, evil, tags=(evil,), metadata={evil: evil})
+        told = [run(*command, *json) for json in ([], ["--json"]) for command in (["list"], ["show", evil])]
+        for result in [*told, run("verify"), run("show", "\x1b[2J"), run("rename", evil, f"{evil}c")]:
+            assert not set(result.stdout + result.stderr) & set("\x1b\x07\r\x9b\u202e")
+        assert r"a\u001b]0;x\u0007\u001b[2J\u000ab\u000d\u202e\u009b31m" in told[0].stdout
+        assert lines(told[2])[0]["id"] == lines(told[3])[0]["id"] == evil
+        assert lines(told[3])[0]["metadata"] == {evil: evil}
+
     @pytest.mark.parametrize(
         ("where", "message"),
         [
@@ -118,6 +129,19 @@ def test_show_tells_machines_what_the_page_says(run: Run, store: MemoryStore) ->
     for_people = run("show", "a").stdout
     assert 'metadata     {"year": 2031}\n' in for_people
     assert "pinned       false\nexpires_at   none\n" in for_people
+
+
+def test_a_terminal_is_not_given_the_control_characters_of_a_text(run: Run, store: MemoryStore) -> None:
+    text = "one\n\ttwo \x1b[2J\x9b31m\n"
+    put(store, text=text)
+    assert run("show", "doc", "--text").stdout == text
+    main, side = pty.openpty()
+    command = [*COMMAND, "show", "doc", "--text", "--store", str(store.root)]
+    assert subprocess.run(command, stdout=side, check=True).returncode == 0
+    os.close(side)
+    told = os.read(main, 10_000).decode()
+    os.close(main)
+    assert told.replace("\r", "") == "one\n\ttwo \\u001b[2J\\u009b31m\n".replace("\t", told[5 : told.index("two")])
 
 
 def test_output_that_cannot_be_written_is_an_error_in_one_line(run: Run, store: MemoryStore) -> None:
@@ -194,6 +218,22 @@ def test_remove_tells_machines_what_the_page_says(run: Run, store: MemoryStore) 
     assert [list(one) for one in lines(run("remove", "c", "a", "--json"))] == [json_fields("remove")] * 2
     assert [row.id for row in store.list()] == ["b"]
     assert len(files(store)) == 1
+
+
+def test_erase_removes_documents_with_what_was_removed_before(run: Run, store: MemoryStore) -> None:
+    for id in "abc":
+        put(store, id)
+    put_secret(store)
+    assert [list(one) for one in lines(run("erase", "c", "a", "--json"))] == [json_fields("erase")] * 2
+    assert [row.id for row in store.list()] == [ID, "b"]
+    assert refused(run("erase", "b", "absent")).startswith("no document 'absent' is stored")
+    assert [row.id for row in store.list()] == [ID, "b"]
+    assert run("remove", ID).exit_code == 0
+    assert traces(store.root)
+    assert run("erase").stdout == ""
+    assert traces(store.root) == set()
+    assert run("erase", "b").stdout == "erased b\n"
+    assert store.list() == []
 
 
 def test_expire_frees_the_room_of_documents_whose_time_is_over(run: Run, store: MemoryStore) -> None:

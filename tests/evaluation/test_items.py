@@ -258,7 +258,7 @@ READERS: list[tuple[Callable[[Path], Any], dict[str, Any]]] = [
 class TestErrors:
     """Each lora, given a good row and a bad one."""
 
-    @pytest.mark.parametrize("bad", [b'{"text": ', b"\xff", b"[1]", b"", b"{}"])
+    @pytest.mark.parametrize("bad", [b'{"text": ', b"\xff", b"[1]", b"", b"{}", b'{"text": "\\ud800"}'])
     @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
     def test_a_bad_row_is_named(
         self, read: Callable[[Path], Any], row: dict[str, Any], tmp_path: Path, name: str, bad: bytes

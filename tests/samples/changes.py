@@ -9,6 +9,7 @@ from pathlib import Path
 from crashing import copied, everything
 from workload import document, label
 
+from beacon_memory.storage.erasing import erase
 from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
 
@@ -81,6 +82,9 @@ CHANGES = {
     "drop_versions": Change(recompressed, MemoryStore.drop_versions),
 }
 
+# If erasing fails, the documents may be gone all the same; after a crash they are there or gone.
+CRASHING = {**CHANGES, "erase": Change(recompressed, lambda store: erase(store, ["doc"]))}
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -93,8 +97,8 @@ class Prepared:
 
 
 def prepare(folder: Path, name: str) -> Prepared:
-    """One of CHANGES, prepared in a folder."""
-    change = CHANGES[name]
+    """One of CRASHING, prepared in a folder."""
+    change = CRASHING[name]
     template, done = folder / "template", folder / "done"
     with MemoryStore(template) as store:
         change.prepare(store)

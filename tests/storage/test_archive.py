@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from kv_samples import TEXT, same, sample
 from store_samples import put
 
-from beacon_memory.documents import Label
+from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
     BeaconMemoryError,
     CorruptFileError,
@@ -28,6 +30,7 @@ from beacon_memory.errors import (
     StoreError,
 )
 from beacon_memory.storage.archive import copy_documents, export_documents, import_documents
+from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
@@ -178,7 +181,7 @@ def test_an_export_that_fails_leaves_nothing(changing: MemoryStore, tmp_path: Pa
             changing,
             tmp_path / "new" / "a.tar",
             [IDS[0], "nobody"] if flaw == "unknown" else None,
-            interrupt if flaw == "interrupted" else lambda _: None,
+            on_document=interrupt if flaw == "interrupted" else lambda _: None,
         )
     assert not list((tmp_path / "new").glob("*"))
 
@@ -204,6 +207,68 @@ def test_an_archive_goes_into_another_namespace(source: MemoryStore, changing: M
     with changing.within("other") as other:
         assert import_documents(other, archive) == 3
         assert_same(source, other)
+
+
+def once(act: Callable[[], object]) -> Callable[[str], None]:
+    """Something to be told of each document, that acts when it is told of the first one."""
+    told: list[str] = []
+
+    def tell(id: str) -> None:
+        told.append(id)
+        if len(told) == 1:
+            act()
+
+    return tell
+
+
+@pytest.mark.parametrize("way", ["import", "copy"])
+def test_a_document_that_is_stored_meanwhile_is_not_replaced(
+    source: MemoryStore, target: MemoryStore, archive: Path, way: str
+) -> None:
+    with MemoryStore(target.root) as other:
+        beside = once(lambda: put(other, IDS[1], "another text"))
+        move = (
+            partial(import_documents, target, archive) if way == "import" else partial(copy_documents, source, target)
+        )
+        with pytest.raises(InputError, match=r"would replace stored documents: allow that with replace"):
+            move(on_document=beside)
+    assert [row.id for row in target.list()] == [IDS[0], IDS[1]]
+    assert target.text(IDS[1]) == "another text"
+    assert_same(source, target, IDS[:1])
+    assert not list(target.folder.rglob(".tmp*"))
+
+
+@pytest.mark.parametrize("way", ["export", "copy"])
+@pytest.mark.parametrize("named", [False, True])
+def test_documents_may_be_removed_and_renamed_before_their_turn(
+    changing: MemoryStore, target: MemoryStore, tmp_path: Path, way: str, named: bool
+) -> None:
+    def change() -> None:
+        with MemoryStore(changing.root) as other:
+            other.rename(IDS[1], "renamed")
+            other.delete(IDS[2])
+            put(other, "new")
+
+    gone: list[str] = []
+    chosen = IDS if named else None
+    if way == "export":
+        count = export_documents(changing, tmp_path / "a.tar", chosen, on_document=once(change), on_gone=gone.append)
+        assert import_documents(target, tmp_path / "a.tar") == count
+    else:
+        count = copy_documents(changing, target, chosen, on_document=once(change), on_gone=gone.append)
+    assert (count, gone) == (2, [IDS[2]])
+    assert {row.id for row in target.list()} == {IDS[0], "renamed"}
+    assert_same(changing, target, (IDS[0], "renamed"))
+
+
+def test_a_document_that_is_replaced_while_it_is_exported_is_whole(
+    changing: MemoryStore, target: MemoryStore, tmp_path: Path
+) -> None:
+    with MemoryStore(changing.root) as other:
+        export_documents(changing, tmp_path / "a.tar", on_document=once(lambda: put(other, IDS[1], "another text")))
+    import_documents(target, tmp_path / "a.tar")
+    assert target.text(IDS[1]) == "another text"
+    assert_same(changing, target)
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
@@ -448,10 +513,23 @@ def bad_documents() -> dict[str, Members]:
         "newer format": document(1, with_entry(whole, {**entry, "format": 99}), LABEL),
         "label of another": document(1, whole, {**LABEL, "id": "another"}),
         "label of nonsense": document(1, whole, {**LABEL, "tags": 5}),
+        "label of too many tags": document(1, whole, {**LABEL, "tags": [f"{n}" for n in range(10_001)]}),
+        "label of too many metadata": document(1, whole, {**LABEL, "metadata": {f"{n}": n for n in range(10_001)}}),
+        "label that is nested too deeply": document(
+            1, whole, {**LABEL, "metadata": {"a": json.loads("[" * 700 + "]" * 700)}}
+        ),
+        "K/V that are no numbers": document(1, _not_a_number(), LABEL),
         "label without a field": document(1, whole, {"format": 1, "id": "doc"}),
         "window behind the text": document(1, far, LABEL),
         "the first one again": [],
     }
+
+
+def _not_a_number() -> bytes:
+    header, kv = sample()
+    kv.keys[0, 0] = float("nan")
+    with tempfile.TemporaryDirectory() as folder:
+        return stage_kv_file(Path(folder), header, kv, Text(TEXT)).read_bytes()
 
 
 def _ending_at(entry: dict[str, Any], stop: int) -> list[dict[str, Any]]:

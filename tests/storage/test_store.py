@@ -32,6 +32,24 @@ def store(tmp_path: Path) -> MemoryStore:
     return MemoryStore(tmp_path / "store")
 
 
+def test_a_store_is_the_folder_that_was_named_when_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store = MemoryStore("store")
+    put(store, "one")
+    monkeypatch.chdir(tmp_path / "there")
+    put(store, "two")
+    put(store.within("alice"), "three")
+    store.close()
+    assert [row.id for row in store.list()] == ["one", "two"]
+    assert store.namespaces() == ["", "alice"]
+    assert store.root == tmp_path / "here" / "store"
+    assert [path.name for path in tmp_path.glob("*/*")] == ["store"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_stored_document_is_read_back_bit_for_bit(store: MemoryStore, dtype: torch.dtype) -> None:
     header, kv = sample(dtype=dtype)
@@ -65,7 +83,7 @@ def test_a_document_lies_in_a_file_that_tells_all_of_it(store: MemoryStore) -> N
     file = read_kv_file(store.folder / row.file)
     assert (file.header, file.text) == (header, TEXT)
     assert same(file.kv, kv)
-    assert read_label(store.folder / label_name(row.file)) == StoredLabel("doc", LONG_AGO, label)
+    assert read_label(store.folder / label_name(row.file)) == StoredLabel("doc", LONG_AGO, label, row.updated_at)
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -123,7 +141,10 @@ def test_reading_a_store_that_is_not_there_leaves_nothing(store: MemoryStore) ->
     assert "doc" in store
 
 
-def test_a_store_needs_a_folder(tmp_path: Path) -> None:
+def test_a_store_needs_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="a store needs a folder, got an empty path"):
+        MemoryStore("")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is a file; a store needs a folder"):
         MemoryStore(tmp_path / "file")
@@ -252,6 +273,33 @@ def test_what_is_replaced_must_be_what_was_read(store: MemoryStore) -> None:
         store.put(header, kv, TEXT, replacing=second.file)
     assert not files(store)
     assert verify(store) == []
+
+
+@pytest.mark.parametrize(("value", "precision"), [(float("nan"), "auto"), (float("inf"), "int8"), (1e6, "float16")])
+def test_kv_that_are_not_finite_are_refused(store: MemoryStore, value: float, precision: str) -> None:
+    kept = put(store)
+    header, kv = sample(dtype=torch.float32)
+    kv.values[3, 1] = value
+    with pytest.raises(InputError, match=r"value.* hold NaN or infinity; compress it anew|to inf cannot be quantized"):
+        store.put(header, kv, TEXT, precision=precision)
+    if value == 1e6:
+        store.configure(precision="float16")
+        with pytest.raises(InputError, match="kept in float16, hold NaN or infinity"):
+            store.put(header, kv, TEXT)
+    assert same(store.get("doc").kv, kept)
+    assert verify(store) == []
+
+
+def test_what_must_be_new_replaces_nothing(store: MemoryStore) -> None:
+    header, kv = sample()
+    store.put(header, kv, TEXT, only_new=True)
+    with pytest.raises(InputError, match="'doc' would replace stored documents"):
+        store.put(*sample(text="another"), "another", only_new=True)
+    assert store.text("doc") == TEXT
+    assert verify(store) == []
+    store.update("doc", expires_at=LONG_AGO)
+    store.put(*sample(text="another"), "another", only_new=True)
+    assert store.text("doc") == "another"
 
 
 def test_a_reader_waits_for_no_writer(store: MemoryStore) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from changes import CHANGES, Prepared, prepare, put, two
+from changes import CRASHING, Prepared, prepare, put, two
 from crashing import changing_steps, copied, copies_between, everything, fork, killed_at, wait
 from workload import Entry, State, after, history, look, outcomes, work
 
@@ -73,7 +73,7 @@ def check(folder: Path, prepared: Prepared, *, repaired: bool) -> None:
         mend(folder)
 
 
-@pytest.mark.parametrize("prepared", CHANGES, indirect=True)
+@pytest.mark.parametrize("prepared", CRASHING, indirect=True)
 def test_a_process_killed_at_any_step_leaves_the_old_or_the_new(folder: Path, prepared: Prepared) -> None:
     steps, count = changing_steps(copied(prepared.template, folder / "scanned"), prepared.act)
     assert steps
@@ -85,7 +85,7 @@ def test_a_process_killed_at_any_step_leaves_the_old_or_the_new(folder: Path, pr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="traces a process as Linux lets it")
-@pytest.mark.parametrize("prepared", CHANGES, indirect=True)
+@pytest.mark.parametrize("prepared", CRASHING, indirect=True)
 def test_after_any_system_call_the_files_are_those_of_the_old_or_the_new(folder: Path, prepared: Prepared) -> None:
     traced = copied(prepared.template, folder / "traced")
     seen = 0

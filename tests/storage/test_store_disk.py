@@ -14,14 +14,17 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from changes import CHANGES, Prepared, prepare, put, two
 from crashing import copied, everything, fork, wait
+from store_samples import change as change_catalog
 from workload import State, look
 
 from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage.files import locks
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
@@ -145,6 +148,64 @@ def test_whatever_call_fails_the_store_stays_as_it_was(
     assert number > 1
 
 
+def with_open_files(spare: int, act: Callable[[], object]) -> None:
+    """Run an act in a process that may open only so many files more."""
+    handle, last = -1, max(int(one.name) for one in Path("/dev/fd").iterdir())
+    while handle <= last:  # lower numbers that are free would count, too
+        handle = os.open(os.devnull, os.O_RDONLY)
+    os.close(handle)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (handle + spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    act()
+
+
+def sound(store: MemoryStore) -> None:
+    assert verify(store) == repair(store) == []
+
+
+def _require(held: bool) -> None:
+    assert held
+
+
+USES = {
+    "everything": lambda store: everything(store.root),
+    "verify and repair": sound,
+    "namespaces": lambda store: _require(store.namespaces() == ["", "other"]),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux lets it")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("opened", [False, True])
+def test_too_many_open_files_are_no_damage(folder: Path, use: str, opened: bool) -> None:
+    store = MemoryStore(folder / "store")
+    two(store)
+    put("doc", "3")(store.within("other"))
+    store.configure(quota=10**9)
+    before = everything(store.root)
+
+    def act() -> None:
+        if not opened:
+            store.close()
+        USES[use](store)
+
+    tried = [in_a_process(partial(with_open_files, spare, act)) for spare in range(16)]
+    assert tried[0] or use == "namespaces"
+    assert not tried[-1]
+    sound(store)
+    assert everything(store.root) == before
+    store.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux lets it")
+@pytest.mark.parametrize("prepared", CHANGES, indirect=True)
+def test_a_change_for_which_too_many_files_are_open_changes_nothing(folder: Path, prepared: Prepared) -> None:
+    for spare in range(0, 12, 2):
+        store = copied(prepared.template, folder / "store")
+        act = partial(with_open_files, spare, partial(prepared.act, MemoryStore(store)))
+        failed = in_a_process(act)
+        check(store, prepared, failed=failed)
+
+
 def with_a_small_disk(mount_point: Path, act: Callable[[], object]) -> None:
     """Run an act in a process that sees a disk of 1 MB in memory there; skips the test where none can be mounted."""
     mount_point.mkdir()
@@ -262,6 +323,7 @@ def reads_and_does_not_write(folder: Path) -> None:
         assert store.totals().documents == 2
         assert store.namespaces() == [""]
         assert store.get("doc").row.tags == ("tag1",)
+        assert verify(store) == []
         for write in (
             lambda: put("new", "2")(store),
             lambda: put("doc", "2")(store),
@@ -272,7 +334,6 @@ def reads_and_does_not_write(folder: Path) -> None:
             lambda: store.delete("doc"),
             store.expire,
             lambda: store.configure(quota=10),
-            lambda: verify(store),  # must hold off writers, and so leave a lock
             lambda: repair(store),
         ):
             assert refused(write)
@@ -308,6 +369,59 @@ def test_a_store_that_may_only_be_read_is_read_and_refuses_to_be_written(folder:
     assert verify(store) == []
 
 
+@pytest.mark.parametrize("locked", [True, False])
+def test_verify_finds_in_a_store_that_may_only_be_read_what_it_finds_in_any(folder: Path, locked: bool) -> None:
+    with MemoryStore(folder / "store") as store:
+        two(store)
+        kv = store.folder / store.row("doc").file
+    kv.write_bytes(kv.read_bytes()[:-1])
+    kv.with_suffix(".json").unlink()
+    change_catalog(store, "INSERT INTO passages_fts(passages_fts) VALUES ('delete-all')")
+    found = verify(store)
+    store.close()
+    assert {problem.kind for problem in found} == {"damaged-catalog", "damaged-file", "stale-label"}
+    if not locked:
+        (store.folder / "writers.lock").unlink()
+    before = {path: path.read_bytes() for path in store.folder.rglob("*") if path.is_file()}
+    protect(store.folder)
+
+    def act() -> None:
+        assert verify(MemoryStore(store.folder)) == found
+
+    as_somebody(act)
+    assert {path: path.read_bytes() for path in store.folder.rglob("*") if path.is_file()} == before
+
+
+def test_verify_of_a_store_that_may_only_be_read_waits_for_writers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_TIDY_SECONDS", 0.1)
+    with MemoryStore(folder / "store") as store:
+        two(store)
+    (store.folder / "writers.lock").chmod(0o444)
+
+    def act() -> None:
+        with pytest.raises(StoreError, match="is being written to"):
+            verify(MemoryStore(store.folder))
+
+    with locks.writing(store.folder):
+        store.folder.chmod(0o555)
+        as_somebody(act)
+
+
+def test_a_store_whose_cache_may_only_be_read_is_read(folder: Path) -> None:
+    with MemoryStore(folder / "store", files=(folder / "files").as_uri()) as store:
+        two(store)
+    protect(folder)
+
+    def act() -> None:
+        ours = MemoryStore(store.folder)
+        assert (look(ours, "kept"), look(ours, "doc")) == (State("0", "0"), State("1", "1"))
+        assert verify(ours) == []
+
+    as_somebody(act)
+
+
 def test_a_store_that_may_not_be_entered_says_so(folder: Path) -> None:
     with MemoryStore(folder / "store") as store:
         two(store)
@@ -339,6 +453,7 @@ def test_a_store_that_may_not_be_entered_says_so(folder: Path) -> None:
 
 
 def test_one_file_that_may_not_be_read_is_named_and_keeps_no_other_from_being_read(folder: Path) -> None:
+    (folder / "store").mkdir()  # others may enter it
     with MemoryStore(folder / "store") as store:
         two(store)
         name = store.row("doc").file

@@ -22,7 +22,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from .connections import Connections
+from beacon_memory.errors import StoreError
+from beacon_memory.storage.files.durable import sync_file
+
+from .connections import BUSY_SECONDS, Connections
 from .documents import Documents
 from .file_names import FileNames
 from .migrations import migrate
@@ -66,6 +69,29 @@ class Catalog:
         """
         with self.connections.transaction():
             yield
+
+    def wipe(self) -> None:
+        """Write the whole database anew, and empty its log, so that nothing is left of rows that were removed.
+
+        The index is made anew, since it keeps the words of removed texts until it happens to be merged; FTS5's
+        `secure-delete` would not, but SQLite before 3.42 cannot read an index that was written with it. VACUUM, since
+        pages keep copies of what they once held.
+
+        Takes as much room once more. Raises StoreError if others read from the log for more than 30 seconds.
+        """
+        with self.transaction(), self.connections.use() as db:
+            db.execute("INSERT INTO passages_fts(passages_fts) VALUES('rebuild')")
+        with self.connections.use() as db:
+            db.execute("VACUUM")
+            busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        if busy:
+            raise StoreError(
+                f"{self.path}: another process has been reading for {BUSY_SECONDS:.0f} s, so that its log, which holds "
+                f"what was removed, cannot be emptied; try again"
+            )
+        log = Path(f"{self.path}-wal")
+        if log.exists():
+            sync_file(log)  # SQLite does not: a power cut could fill it again
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

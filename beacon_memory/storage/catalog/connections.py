@@ -176,6 +176,8 @@ class Connections:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA cell_size_check = ON")
             db.execute("PRAGMA cache_size = -16384")  # 16 MB: one page of a list looks at hundreds of an index
+            # what is removed is overwritten, however this SQLite was compiled
+            db.execute("PRAGMA secure_delete = ON")
             # FULL: a file is unlinked only when the commit that replaced it is on disk
             db.execute("PRAGMA synchronous = FULL")
             _enable_wal(db)

@@ -15,7 +15,7 @@ from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputE
 
 from .connections import Connections
 from .rows import COLUMNS, DamagedRow, DocumentRow, from_record, printable, properties_of, to_record
-from .texts import Texts
+from .texts import Texts, damaged_text
 
 __all__ = ["Documents"]
 
@@ -96,7 +96,13 @@ class Documents:
                 values += one
             sql = f"{select} WHERE {' AND '.join(where)} ORDER BY {id} LIMIT ?"
             found = builtins.list(db.query(sql, [*values, -1 if limit is None else limit]))
-        return [from_record(record) for record in found]  # not while it is read: an error would keep it being read
+        rows = [from_record(record) for record in found]  # not while it is read: an error would keep it being read
+        for row in rows:
+            if wanted and not set(wanted) <= {*properties_of(row.metadata, row.tags)}:
+                raise CorruptFileError(
+                    f"what {row.id!r} is found by is not what its row says; `beacon-memory repair` makes it anew"
+                )
+        return rows
 
     def scan(self) -> Iterator[DocumentRow | DamagedRow]:
         """Yield the rows of all documents in the order of their ids, expired ones too, damaged or not."""
@@ -115,7 +121,7 @@ class Documents:
             row = self.require(id)
             text = self._texts.find(id, row.content_hash)
         if text is None:
-            raise CorruptFileError(f"the catalog's text of {id!r} is damaged; `beacon-memory repair` takes its file's")
+            raise damaged_text(id)
         return text
 
     def put(self, row: DocumentRow, text: Text) -> DocumentRow:
@@ -133,18 +139,21 @@ class Documents:
             _write(db, row)
             if old is None or old[0] != row.content_hash or self._texts.find(row.id, row.content_hash) is None:
                 self._texts.write(row.id, text.value)
+            self._texts.set_kind(row.id, row.tags)
         return row
 
     def update(self, row: DocumentRow) -> None:
         """Write the row of a document whose text stays."""
         with self._connections.transaction() as db:
             _write(db, row)
+            self._texts.set_kind(row.id, row.tags)
 
     def rename(self, id: str, row: DocumentRow) -> None:
         """Put `row`, with an id that is free, in the place of a document's row; its kept versions are removed."""
         with self._connections.transaction() as db:
             _write(db, row)
             db.execute("UPDATE passages SET document = ? WHERE document = ?", [row.id, id])
+            self._texts.set_kind(row.id, row.tags)
             db.execute("DELETE FROM documents WHERE id = ?", [id])
 
     def delete(self, id: str) -> builtins.list[str]:

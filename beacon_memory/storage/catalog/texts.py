@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
-from beacon_memory.documents import utc_now
+from sqlite_utils import Database
+
+from beacon_memory.documents import SESSION_TAG, utc_now
+from beacon_memory.errors import CorruptFileError
 
 from .connections import Connections
-from .full_text import PassageHit, search
+from .full_text import CONVERSATION, PassageHit, search
 from .passages import split_passages
+from .rows import printable
+from .words import indexed_form
 
-__all__ = ["Texts"]
+__all__ = ["Texts", "damaged_text", "misindexed"]
+
+_BATCH = 1000  # passages that are read together
+_INDEXED = """
+    SELECT id, text, indexed_form, kind, EXISTS (
+        SELECT 1 FROM labels WHERE labels.document = passages.document AND name = 'tag' AND value = ?
+    )
+    FROM passages WHERE id > ? ORDER BY id LIMIT ?
+"""
 
 
 class Texts:
@@ -20,21 +34,78 @@ class Texts:
         self._connections = connections
 
     def find(self, id: str, content_hash: str) -> str | None:
-        """Return the text that is kept of a document if it has this hash, whether it has a row or not, else None."""
+        """Return the text that is kept of a document, whether it has a row or not; None if it is damaged.
+
+        It is sound if it has this hash, and its passages say where in it they stand.
+        """
         with self._connections.use() as db:
-            passages = "SELECT CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
-            text = b"".join(passage or b"" for (passage,) in db.execute(passages, [id]))
-        return text.decode() if hashlib.sha256(text).hexdigest() == content_hash else None
+            select = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
+            passages = db.execute(select, [id]).fetchall()
+        text = b"".join(passage or b"" for *_, passage in passages)
+        if hashlib.sha256(text).hexdigest() != content_hash:
+            return None
+        stop = 0
+        for number, (*place, passage) in enumerate(passages):
+            start, stop = stop, stop + len((passage or b"").decode(errors="replace"))
+            if place != [number, start, stop]:
+                return None
+        return text.decode()
 
     def write(self, id: str, text: str) -> None:
         """Write the text of a document in place of the one it has."""
-        passages = [(id, n, start, stop, text[start:stop]) for n, (start, stop) in enumerate(split_passages(text))]
-        insert = "INSERT INTO passages (document, ordinal, start, stop, text) VALUES (?, ?, ?, ?, ?)"
+        cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text)]
+        passages = [(id, n, *cut, indexed_form(cut[2])) for n, cut in enumerate(cuts)]
+        columns = "document, ordinal, start, stop, text, indexed_form"
+        insert = f"INSERT INTO passages ({columns}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608  # our own names
         with self._connections.transaction() as db:
             db.execute("DELETE FROM passages WHERE document = ?", [id])
             db.conn.executemany(insert, passages)
 
-    def search(self, query: str, limit: int = 10) -> list[PassageHit]:
-        """Return the passages that share words with `query`, best first; see `full_text.search`."""
+    def set_kind(self, id: str, tags: Iterable[str]) -> None:
+        """Note whether a document with these tags is a conversation, for `search`."""
+        kind = CONVERSATION if SESSION_TAG in tags else None
+        with self._connections.transaction() as db:
+            db.execute("UPDATE passages SET kind = ? WHERE document = ? AND kind IS NOT ?", [kind, id, kind])
+
+    def search(
+        self, query: str, limit: int = 10, *, per_text: int | None = None, conversations: bool = True
+    ) -> list[PassageHit]:
+        """Return the passages that share words with `query`, best first; see `full_text.search`.
+
+        Raises CorruptFileError if the text of a document that was found is damaged.
+        """
         with self._connections.reading() as db:
-            return search(db, query, limit, utc_now())
+            hits = search(db, query, limit, utc_now(), per_text=per_text, conversations=conversations)
+            for id in dict.fromkeys(hit.document for hit in hits):
+                if not self._is_sound(db, id):
+                    raise damaged_text(id)
+        return hits
+
+    def _is_sound(self, db: Database, id: str) -> bool:
+        """Tell whether the text of a document that passages name is the one that its row names."""
+        if printable(id) != id:  # no id at all
+            return False
+        row = db.execute("SELECT content_hash FROM documents WHERE id = ?", [id]).fetchone()
+        return row is not None and self.find(id, row[0]) is not None
+
+
+def damaged_text(id: str) -> CorruptFileError:
+    """Return the error for a document whose text is not the one that was stored."""
+    return CorruptFileError(
+        f"the catalog's text of {printable(id)!r} is damaged; `beacon-memory repair` takes its file's"
+    )
+
+
+def misindexed(db: Database) -> Iterator[tuple[str | None, str | None, int]]:
+    """Yield the `indexed_form` and `kind` that passages should have, with their ids, where they have others.
+
+    Passages that were yielded may be written before the next one is asked for.
+    """
+    after = -1
+    while batch := db.execute(_INDEXED, [SESSION_TAG, after, _BATCH]).fetchall():
+        for id, text, form, kind, tagged in batch:
+            right = indexed_form(text) if isinstance(text, str) else None  # what is damaged may be no text
+            right_kind = CONVERSATION if tagged else None
+            if (form, kind) != (right, right_kind):
+                yield right, right_kind, id
+        after = batch[-1][0]

@@ -73,13 +73,16 @@ class FilesBackend(Protocol):
         """
 
     def remove(self, name: str) -> None:
-        """Remove a file; does nothing if there is none."""
+        """Remove a file, so that nothing of it is left in the place; does nothing if there is none."""
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until the removal of these files outlasts a power cut."""
 
     def names(self) -> Iterable[str]:
-        """List the names of all files, in any order. Others that lie in the place may be among them."""
+        """List the names of all files, in any order. Others that lie in the place may be among them.
+
+        What an upload that was killed left is removed by `erase` if it is listed, and its name begins with .tmp.
+        """
 
 
 def url_of(files: FilesBackend | str) -> str:

@@ -41,7 +41,10 @@ def stage_checked(folder: Path, fields: Mapping[str, Any], what: str) -> Path:
 
 
 def read_checked(path: Path) -> dict[str, Any]:
-    """Read the fields of a file; raises FileNotFoundError, or CorruptFileError if they are not as written."""
+    """Read the fields of a file; raises FileNotFoundError, or CorruptFileError if they are not as written.
+
+    Raises StoreError if the machine cannot read it.
+    """
     try:
         info = path.lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > _LONGEST:
@@ -51,7 +54,9 @@ def read_checked(path: Path) -> dict[str, Any]:
             raise ValueError("its hash differs")
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}; see to its permissions") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(f"{path} is damaged ({error}); `beacon-memory repair` writes it anew") from error
     return fields
 

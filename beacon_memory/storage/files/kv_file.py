@@ -34,7 +34,7 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 
 from .checked_json import json_checksum
-from .durable import make_folder, sync_file
+from .durable import identity, make_folder, share_file, sync_file
 from .header import DocumentHeader
 from .kv_formats import ENTRY, FORMAT_VERSION, LONGEST_ENTRY, LONGEST_HEADER, SCALES, corrupt, read_entry
 from .names import new_temp
@@ -47,6 +47,8 @@ __all__ = [
     "stage_kv_file",
 ]
 
+# What safetensors and torch raise for these is of types of their own, and names the error of the machine in words
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _LARGEST_EMPTY = 1 << 24  # product of the other axes of a tensor without elements: more is a lie, and would cost memory
 
 
@@ -117,8 +119,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
     temp = new_temp(folder)
     try:
         save_file(tensors, temp, metadata={ENTRY: entry})
-        # safetensors creates files that only their owner may read; a store is as open as its folder
-        temp.chmod(folder.stat().st_mode & 0o666)
+        share_file(temp)  # a file of safetensors' own has taken the place of the one with the right permissions
         sync_file(temp)
     except BaseException as error:
         temp.unlink(missing_ok=True)
@@ -204,13 +205,13 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
-        raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        if not path.exists():  # safe_open opens a file twice, the second time through torch: it vanished in between
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        if not identity(path):  # safe_open opens a file twice, the second time through torch: it vanished in between
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-        if isinstance(error, OSError):
-            raise StoreError(f"{path} cannot be read: {error}; see to the disk") from error
+        if isinstance(error, OSError) or any(os.strerror(one) in str(error) for one in _OF_THE_MACHINE):
+            raise StoreError(f"{path} cannot be read: {error}; see to the disk and the machine's limits") from error
+        if isinstance(error, SafetensorError):
+            raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
         raise corrupt(path, f"torch cannot read it ({error})") from error
 
 

@@ -9,10 +9,27 @@ from pathlib import Path
 
 from beacon_memory.errors import CorruptFileError
 
-__all__ = ["FILE_NAME", "TEMP_PREFIX", "check_name", "file_stem", "hash_id", "new_temp", "number_of"]
+from .durable import create_file
+
+__all__ = [
+    "EVERYWHERE",
+    "FILE_NAME",
+    "NUMBERED",
+    "TEMP_PREFIX",
+    "check_name",
+    "file_stem",
+    "hash_id",
+    "new_temp",
+    "number_of",
+    "stem_of",
+    "version_of",
+]
 
 # Nothing else that a catalog or a bucket names becomes a path of this machine.
 FILE_NAME = re.compile(r"kv/\w[\w-]{0,63}/\w[\w.-]{0,199}", re.ASCII)
+NUMBERED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-([0-9a-f]{12})\.(safetensors|json)")
+# A name in each folder that files lie in: who syncs all of these has synced whatever was removed.
+EVERYWHERE = tuple(f"kv/{number:02x}/any" for number in range(256))
 TEMP_PREFIX = ".tmp"  # safetensors names its own temporary files so, too: one pattern finds what a crash left
 
 
@@ -41,6 +58,19 @@ def number_of(name: str) -> str:
     return name.rpartition(".")[0][-12:]
 
 
+def stem_of(name: str) -> str:
+    """Return the beginning of a file's name that all files of its document have; see `file_stem`."""
+    return name.partition("-")[0]
+
+
+def version_of(name: str) -> int:
+    """Return the number of a document's version from the name of its file, 0 if it has none: a later one is higher."""
+    numbered = NUMBERED.fullmatch(name)
+    return int(numbered[1], 16) if numbered else 0
+
+
 def new_temp(folder: Path) -> Path:
-    """Return an unused path for a temporary file in a folder."""
-    return folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    """Create an empty temporary file in a folder; raises StoreError."""
+    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    create_file(temp)
+    return temp

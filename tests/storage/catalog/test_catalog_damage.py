@@ -60,6 +60,9 @@ def test_a_changed_pin_is_noticed(tmp_path: Path) -> None:
         "DELETE FROM passages WHERE ordinal = 2",
         "DELETE FROM passages",
         "UPDATE passages SET document = 'other' WHERE ordinal = 1",
+        "UPDATE passages SET start = start + 1 WHERE ordinal = 1",
+        "UPDATE passages SET stop = stop + 256 WHERE ordinal = 2",
+        "UPDATE passages SET ordinal = 100 WHERE ordinal = (SELECT max(ordinal) FROM passages)",
     ],
 )
 def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
@@ -76,6 +79,35 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE passages SET text = replace(text, 'tells', 'yells') WHERE ordinal = 1",  # another than is found first
+        "UPDATE passages SET text = replace(text, 'needle', 'noodle')",  # of which the index says so, too
+        "DROP TRIGGER passages_au; UPDATE passages SET text = replace(text, '7th', '8th')",  # behind the index
+        "UPDATE passages SET start = 7 WHERE document = 'doc' AND ordinal = 0",
+        "UPDATE passages SET stop = stop + 1 WHERE document = 'doc'",
+        "UPDATE passages SET document = 'other' WHERE document = 'doc'",
+        "UPDATE passages SET document = CAST(x'646fff' AS TEXT) WHERE document = 'doc'",
+        "UPDATE documents SET content_hash = 'x' WHERE id = 'doc'",
+    ],
+)
+def test_no_passage_of_a_damaged_text_is_found(tmp_path: Path, sql: str) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    add(catalog, "other", "")
+    kept = add(catalog, "doc", f"{LONG} needle")
+    add(catalog, "sound", "a boat")
+    assert catalog.texts.search("zebra", 100)
+    change(catalog, sql)
+    with pytest.raises(CorruptFileError, match=r"text of '.+' is damaged; `beacon-memory repair` takes its file's"):
+        catalog.texts.search("zebra", 100)
+    assert [hit.document for hit in catalog.texts.search("boat")] == ["sound"]
+    change(catalog, "DELETE FROM passages WHERE document != 'sound'")
+    catalog.documents.put(kept, Text(f"{LONG} needle"))
+    assert {hit.document for hit in catalog.texts.search("zebra", 100)} == {"doc"}
+    catalog.close()
+
+
+@pytest.mark.parametrize(
     ("sql", "message"),
     [
         ("UPDATE properties SET value = 99 WHERE name = 'documents'", "the numbers of documents and bytes"),
@@ -87,6 +119,11 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
         ("UPDATE labels SET value = '2' WHERE value = '1'", "what documents are found by"),
         ("INSERT INTO labels VALUES ('tag', 'y', 'doc')", "what documents are found by"),
         ("INSERT INTO passages_fts(passages_fts) VALUES ('delete-all')", "full-text index does not fit"),
+        (
+            "UPDATE passages SET indexed_form = 'about pears'",
+            "what passages are found by is not what they are",
+        ),
+        ("UPDATE passages SET kind = 'conversation'", "what passages are found by is not what they are"),
         ("DROP TRIGGER passages_au; UPDATE passages SET text = 'about pears'", "full-text index does not fit"),
     ],
 )
@@ -101,8 +138,19 @@ def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql
     mend_catalog(catalog, {})
     assert find_flaws(catalog) == []
     assert catalog.documents.list(tags=["x"], metadata={"a": 1}) == [kept]
+    assert len(catalog.texts.search("apples", conversations=False)) == ("pears" not in sql or "indexed_form" in sql)
     assert (catalog.properties.count("documents"), catalog.properties.count("bytes")) == (1, kept.bytes)
     assert catalog.file_names.take_number() > number
+    catalog.close()
+
+
+def test_no_document_is_listed_by_a_label_that_its_row_has_not(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    kept = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
+    change(catalog, "INSERT INTO labels VALUES ('tag', 'y', 'doc')")
+    with pytest.raises(CorruptFileError, match="what 'doc' is found by is not what its row says"):
+        catalog.documents.list(tags=["y"])
+    assert catalog.documents.list(tags=["x"], metadata={"a": 1}) == [kept]
     catalog.close()
 
 

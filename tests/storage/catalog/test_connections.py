@@ -54,6 +54,11 @@ def test_a_thread_uses_one_connection_inside_of_itself(pool: Connections) -> Non
         assert later is db
 
 
+def test_what_is_removed_is_overwritten(pool: Connections) -> None:
+    with pool.use() as db:
+        assert db.execute("PRAGMA secure_delete").fetchone() == (1,)
+
+
 def test_threads_use_a_connection_each(pool: Connections) -> None:
     barrier = threading.Barrier(4)
     used = []

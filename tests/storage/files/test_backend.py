@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +11,16 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 from s3_server import BUCKET, KEYS, S3Server
+from traces import ID, WORDS, put_secret, traces
 
 from beacon_memory.errors import InputError, MissingDependencyError, StoreError
+from beacon_memory.storage.erasing import erase
 from beacon_memory.storage.files.backend import GROUP, FilesBackend, check_scheme, open_backend
 from beacon_memory.storage.files.cached import CachedFiles
 from beacon_memory.storage.files.folder import FolderBackend
 from beacon_memory.storage.files.names import file_stem, new_temp
 from beacon_memory.storage.files.remote import ObjectStorage
+from beacon_memory.storage.store import MemoryStore
 
 NAME, OTHER = (f"{file_stem(id)}-0123456789ab.safetensors" for id in ("doc", "other"))
 DATA = bytes(range(256)) * 40
@@ -135,6 +139,27 @@ class TestBackend:
             told = set(pool.map(lambda owner: open_backend(url).claim(owner), "abcd"))
         assert len(told) == 1
         assert backend.claim("e") == told.pop() != "e"
+
+    def test_nothing_is_left_of_an_erased_document(
+        self, url: str, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        def found() -> set[str]:
+            for name, data in request.getfixturevalue("s3").objects().items() if url.startswith("s3:") else ():
+                objects = tmp_path / "objects" / name
+                objects.parent.mkdir(parents=True, exist_ok=True)
+                objects.write_bytes(data)
+            seen = traces(tmp_path)
+            shutil.rmtree(tmp_path / "objects", ignore_errors=True)
+            return seen
+
+        with MemoryStore(tmp_path / "store", files=url) as store:
+            put_secret(store, "other")
+            put_secret(store)
+            store.delete("other")
+            shutil.rmtree(store.folder / "cache")  # what is found now is in the catalog or the place
+            assert set(WORDS) <= found()
+            erase(store, [ID])
+            assert found() == set()
 
     def test_files_behind_a_cache_are_read_on_this_machine(self, backend: FilesBackend, tmp_path: Path) -> None:
         files = CachedFiles(backend, tmp_path / "cache", 10**9)
