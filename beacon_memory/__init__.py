@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .results import Added as Added
     from .results import Answer as Answer
     from .results import Progress as Progress
+    from .results import ToolCall as ToolCall
+    from .results import UnreadCall as UnreadCall
     from .results import Usage as Usage
     from .session import Session as Session
     from .storage.files.backend import FilesBackend as FilesBackend
@@ -67,6 +69,8 @@ _LAZY = {
     "ReadWindow": "compression.methods.scored",
     "ScoredMethod": "compression.methods.scored",
     "Session": "session",
+    "ToolCall": "results",
+    "UnreadCall": "results",
     "Usage": "results",
     "Work": "compression.work",
 }

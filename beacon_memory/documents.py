@@ -6,12 +6,13 @@ Nothing here imports torch or SQL, so that the file format, the catalog and the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
 from typing import Final, NoReturn
 
@@ -31,6 +32,7 @@ __all__ = [
     "choose_precision",
     "content_hash",
     "given_of",
+    "utc_after",
     "utc_now",
 ]
 
@@ -75,6 +77,10 @@ class PrecisionRule(StrEnum):
     AS_IS = "as-is"
 
 
+_MOST = 10_000  # tags of a document, and of entries of its metadata: each is an entry of an index, too
+_DEEPEST = 100  # levels of metadata; some thousand would be too many to be copied, or read back
+
+
 class Keep(Enum):
     """The type of KEEP."""
 
@@ -93,8 +99,8 @@ def given_of(values: Mapping[str, object]) -> dict[str, object]:
 class Label:
     """The part of a document that can be changed without compressing it anew.
 
-    metadata:   whatever JSON can hold, under text keys.
-    tags:       words to find the document by; kept sorted, each once.
+    metadata:   whatever JSON can hold, under up to 10,000 text keys, nested up to 100 levels deep.
+    tags:       words to find the document by, up to 10,000; kept sorted, each once.
     pinned:     whether a quota must never evict the document.
     expires_at: when the document ceases to be there, as ISO 8601 with an offset, kept in UTC; None for never.
 
@@ -202,10 +208,10 @@ def _check_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(metadata, Mapping):
         raise InputError(f"metadata must be a dict with text keys, got {metadata!r} of type {type(metadata).__name__}")
     try:
-        _check_json(dict(metadata), "metadata")
+        if len(metadata) > _MOST:
+            raise InputError(f"metadata has {len(metadata):,} keys, and {_MOST:,} are the most; put some into one list")
+        _check_json(dict(metadata), "metadata", _DEEPEST)
         copy: dict[str, object] = json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except RecursionError:
-        raise InputError("metadata is nested too deeply, or contains itself; flatten it") from None
     except ValueError as error:
         if isinstance(error, InputError):
             raise
@@ -223,6 +229,11 @@ def utc_now() -> str:
     return _utc(datetime.now(UTC))
 
 
+def utc_after(time: str) -> str:
+    """Return the time as `utc_now`, or a millisecond behind `time` if the clock does not say a later one."""
+    return max(utc_now(), _utc(datetime.fromisoformat(time) + timedelta(milliseconds=1)))
+
+
 def _utc(time: datetime) -> str:
     return time.astimezone(UTC).isoformat(timespec="milliseconds")
 
@@ -232,7 +243,9 @@ def _check_tags(tags: Iterable[str]) -> tuple[str, ...]:
         raise InputError(f"tags must be several texts, got the one text {tags!r}; write [{tags!r}]")
     if not isinstance(tags, Iterable):
         raise InputError(f"tags must be several texts, got {tags!r}")
-    given: tuple[object, ...] = tuple(tags)
+    given: tuple[object, ...] = tuple(itertools.islice(tags, _MOST + 1))
+    if len(given) > _MOST:
+        raise InputError(f"a document can have {_MOST:,} tags, got more; keep what is not to be found in its metadata")
     for tag in given:
         if not isinstance(tag, str) or not tag:
             raise InputError(f"a tag must be a text that is not empty, got {tag!r}")
@@ -264,8 +277,13 @@ def _encode(text: str, what: str) -> bytes:
         ) from None
 
 
-def _check_json(value: object, where: str) -> None:
-    """Raise InputError, naming the place, where json.dumps would fail or silently change what it is given."""
+def _check_json(value: object, where: str, depth: int) -> None:
+    """Raise InputError, naming the place, where json.dumps would fail or silently change what it is given.
+
+    depth: levels that may still follow.
+    """
+    if depth < 0:
+        raise InputError(f"metadata is nested more than {_DEEPEST} levels deep, or contains itself; flatten it")
     match value:
         case None | bool() | int() | str():
             return
@@ -273,13 +291,13 @@ def _check_json(value: object, where: str) -> None:
             return
         case list() | tuple():
             for index, item in enumerate(value):
-                _check_json(item, f"{where}[{index}]")
+                _check_json(item, f"{where}[{index}]", depth - 1)
             return
         case dict():
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise InputError(f"{where} has the key {key!r} of type {type(key).__name__}; keys must be texts")
-                _check_json(item, f"{where}[{key!r}]")
+                _check_json(item, f"{where}[{key!r}]", depth - 1)
             return
     raise InputError(
         f"{where} is {value!r} of type {type(value).__name__}, which JSON cannot hold; use None, bool, int, "

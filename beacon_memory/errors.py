@@ -38,8 +38,18 @@ __all__ = [
 ]
 
 
+_LONGEST = 2000  # characters of a message: it may quote what somebody gave, such as an id of any length
+
+
 class BeaconMemoryError(Exception):
     """Base class of all errors of this package."""
+
+    def __str__(self) -> str:
+        """Return the message; of one that is too long to be read, beginning and end."""
+        message = super().__str__()
+        if len(message) <= _LONGEST:
+            return message
+        return f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 4 :]}"
 
 
 class ConfigError(BeaconMemoryError, ValueError):

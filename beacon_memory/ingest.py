@@ -11,6 +11,7 @@ from typing import Any
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile, read_header
 from beacon_memory.storage.files.stored_kv import StoredKV
@@ -209,7 +210,7 @@ class Ingestion:
         was cut into other tokens than now.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
-        self.compressor.model.fingerprint.require(header.fingerprint, row.id)
+        self.compressor.model.require_made(header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
         before = self.store.text(row.id)
         whole = Text(before + text)
@@ -235,12 +236,14 @@ class Ingestion:
 
     def _renew(self, row: DocumentRow, keep_version: bool) -> _Job:
         """Prepare a document to be compressed as before: at the same ratios, if its windows can still be told."""
-        text = Text(self.store.text(row.id))
+        # `repair` keeps no version: it has lost the file, and has looked whether the text is an old one
+        texts = self.store if keep_version else self.store.parts.catalog().documents
+        text = Text(texts.text(row.id))
         tokens = self.compressor.tokenize(text.value)
         ratios: Ratio = row.ratios[0]
         if len(row.ratios) > 1:
             try:
-                windows = read_header(self.store.files.fetch(row.file)).windows
+                windows = read_file(self.store.files, row.file, read_header).windows
             except (CorruptFileError, FileNotFoundError):
                 windows = ()
             count = -(-len(tokens.ids) // self.compressor.model.config.beacon_window)
@@ -287,7 +290,7 @@ class Ingestion:
             path = self.store.files.fetch(row.file)
             if row.method is not None and len(row.ratios) == 1:
                 return row.method == parameters and path.exists()
-            header = read_header(path)
+            header = read_file(self.store.files, row.file, read_header)
         except (FileNotFoundError, CorruptFileError):
             return False
         return header.method in (None, parameters) and [window.ratio for window in header.windows] == ratios

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["Added", "Answer", "Progress", "Status", "Usage"]
+__all__ = ["Added", "Answer", "Progress", "Status", "ToolCall", "UnreadCall", "Usage"]
 
 Status = Literal["added", "replaced", "unchanged", "appended", "recompressed"]
 
@@ -54,14 +54,35 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool: an id of its own, the tool's name, and the arguments."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadCall:
+    """A call that cannot be read: what stands between the tags, all of it with the tags, and why."""
+
+    inside: str
+    text: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer, with the documents that it was given from.
 
+    text: as the model wrote it, calls of tools included.
+    parts: the texts and calls that it is made of, in their order; without tools it is all text.
     ids: documents in the order in which they were loaded.
     time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.
     """
 
     text: str
+    parts: tuple[str | ToolCall | UnreadCall, ...]
     ids: tuple[str, ...]
     usage: Usage
     time_to_first_token: float

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from beacon_memory.compression.ratio import AUTO_RATIOS
 from beacon_memory.generation.tool_calls import with_calls_as_text
+from beacon_memory.modeling.layout import slots_of
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import read_checked, stage_checked
 from beacon_memory.storage.files.durable import move_into_place, unlink
@@ -18,7 +20,7 @@ from beacon_memory.storage.files.locks import alone
 from beacon_memory.storage.files.names import hash_id
 
 from .documents import SESSION_TAG, Document, check_id, check_utf8, content_hash
-from .errors import CorruptFileError, DocumentNotFoundError, InputError
+from .errors import CapacityError, CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from .memory import BeaconMemory
 from .results import Answer
 
@@ -26,20 +28,49 @@ __all__ = ["Session", "Turn"]
 
 Turn = dict[str, Any]
 
+_logger = logging.getLogger(__name__)
+_STANDING = "system"  # the role of turns that stay in force
+
 
 @dataclass(slots=True)
 class _State:
     """The part of a session that is kept in its own file, beside its documents.
 
-    turns:   recent turns, which are not folded yet.
+    turns:   turns that are kept as text: system turns that stay in force, then recent ones.
     parts:   numbers of the first and the last of its documents.
-    folding: set while turns are folded: how many turns, the number of the document that they go into, and the sha256 of
-             its text after that. After a crash, this hash tells whether the document has the turns already.
+    folding: set while turns are folded: which turns stay, what `parts` will be, and the sha256 of the text of the last
+             document, which is stored last. After a crash, this hash tells whether all is folded. Older files have the
+             number of turns that go, and the number of the last document.
     """
 
     turns: list[Turn] = field(default_factory=list)
     parts: tuple[int, int] = (1, 0)
-    folding: tuple[int, int, str] | None = None
+    folding: tuple[list[int], tuple[int, int], str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """The tokens of recent turns and of system turns, and the slots of documents, that a model has positions for."""
+
+    recent: int
+    system: int
+    slots: int
+
+
+@dataclass(slots=True)
+class _Part:
+    """A document of a session, as it shall be.
+
+    number:   the last part of its id. tokens, slots, ratio: of its memory.
+    text:     of one that is still to be stored. appended: the end of the text, where the rest is stored already.
+    """
+
+    number: int
+    tokens: int
+    slots: int
+    ratio: int
+    text: str = ""
+    appended: str = ""
 
 
 class Session:
@@ -48,23 +79,29 @@ class Session:
     recent: how many tokens of turns are kept as text. When there are more, the oldest turns are folded until half of
             that is left: their text is appended to a document, `<id>/1`, tagged `session`. When this document has as
             many tokens as a window of the model, or as `slots`, the next one, `<id>/2`, begins. So folding takes no
-            longer in a long conversation than in a short one.
+            longer in a long conversation than in a short one. What takes more than `slots` becomes several documents,
+            compressed as strongly as it takes for all of them to fit.
     slots:  how many memory slots these documents may take. When they need more, one document is compressed twice as
             strongly, older ones sooner. If that one cannot be compressed further, the oldest is removed.
+    system: how many tokens of system turns stay in force: they are not folded but stand in front of the recent turns,
+            each text once. Those that do not fit beside newer ones are folded as others are.
 
-    Several threads and processes may use the same session. Raises InputError for bounds below 1.
+    If the model has fewer positions than these three and `reserve` take together, all three shrink in proportion.
+    Several threads and processes may use the same session. Raises InputError for bounds below 1, or `system` below 0.
     """
 
-    def __init__(self, memory: BeaconMemory, id: str, *, recent: int = 512, slots: int = 1024) -> None:
-        if recent < 1 or slots < 1:
-            raise InputError(f"recent={recent} and slots={slots} must be at least 1")
+    def __init__(
+        self, memory: BeaconMemory, id: str, *, recent: int = 512, slots: int = 1024, system: int = 512
+    ) -> None:
+        if recent < 1 or slots < 1 or system < 0:
+            raise InputError(f"recent={recent} and slots={slots} must be at least 1, and system={system} at least 0")
         self.memory = memory
         self.id = check_id(id)
-        self.recent, self.slots = recent, slots
+        self.recent, self.slots, self.system = recent, slots, system
 
     @property
     def turns(self) -> list[Turn]:
-        """Return the recent turns as they were added, as dicts with `role`, `content` and the like, oldest first."""
+        """Return the turns that are kept as text, as they were added: system turns, then recent ones, oldest first."""
         return self._read().turns
 
     @property
@@ -72,19 +109,33 @@ class Session:
         """Return the ids of the documents with the older turns, oldest first; load them before the recent turns."""
         return [row.id for row in self._rows(self._read())]
 
-    def add(self, turns: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, turns: Sequence[Mapping[str, Any]], *, fold: bool = True) -> None:
         """Add turns to the conversation, and fold older ones if there are too many. Added turns survive a crash.
 
         A turn has the texts `role` and `content`, and what else chat templates know or JSON can hold: `tool_calls`,
         `tool_call_id`, `name`, ... All of it is kept until the turn is folded; folded are its role, its text and its
-        calls. Raises InputError for anything else; then nothing has changed.
+        calls.
+        fold: whether to fold now what is too much, which needs the model, or with turns that are added later.
+
+        Raises InputError for anything else, and what `BeaconMemory.add` raises, for example QuotaError if the store is
+        full, or CapacityError if the model has no positions beside `reserve`; then the conversation is as it was.
         """
         new = [_turn(turn) for turn in turns]
         with self._alone():
-            state = self._read()
-            state.turns += new
-            self._write(state)
-            self._fold(state)
+            before = self._read()
+            said = [*before.turns, *new]
+            if not fold:
+                self._write(_State(said, before.parts))
+                return
+            bounds = self._bounds()
+            stay = self._staying(said, bounds)
+            left = [said[n] for n in stay]
+            gone = [said[n] for n in sorted({*range(len(said))}.difference(stay))]
+            text = "".join(_line(turn) for turn in gone if not (_stands(turn) and turn in left))
+            if text:
+                self._fold(before, _State(said, before.parts), stay, text, bounds.slots)
+            else:
+                self._write(_State(left, before.parts))
 
     def ask(self, question: str, **options: Any) -> Answer:
         """Answer a question from the whole conversation, and add both to it. For `options` see `BeaconMemory.ask`."""
@@ -97,9 +148,7 @@ class Session:
     def clear(self) -> None:
         """Remove the conversation and its documents."""
         with self._alone():
-            for row in self.memory.list(prefix=f"{self.id}/", tags=[SESSION_TAG]):
-                if row.id.rpartition("/")[0] == self.id:
-                    self._forget(row.id)
+            self._keep((1, 0))
             unlink(self._path)
 
     @property
@@ -124,51 +173,148 @@ class Session:
                 found.append(self.memory.show(self._id(part)))
         return [row for row in found if SESSION_TAG in row.tags]
 
-    def _fold(self, state: _State) -> None:
-        sizes = [len(self.memory.compressor.tokenize(_line(turn)).ids) for turn in state.turns]
-        if sum(sizes) <= self.recent:
-            return
-        count = next(n for n in range(1, len(sizes) + 1) if sum(sizes[n:]) <= self.recent // 2)
-        while count < len(sizes) and state.turns[count]["role"] != "user":
-            count += 1  # so that the turns that are left begin with a question
-        folded = "".join(map(_line, state.turns[:count]))
-        rows = self._rows(state)
-        first, part = state.parts
-        if rows and rows[-1].id == self._id(part) and rows[-1].tokens < min(self._window, self.slots):
-            before = self._text(part)
-        else:
-            before, part = "", part + 1
-            while self._id(part) in self.memory.store:  # a document that is not part of the session
-                part += 1
-        state.folding = (count, part, content_hash(before + folded))
-        self._write(state)
-        if before:
-            self.memory.append(self._id(part), folded)
-        else:
-            self.memory.add_many([Document(self._id(part), folded, tags=[SESSION_TAG])], ratio=AUTO_RATIOS[0])
-        state = _State(state.turns[count:], (first, part))
-        self._write(state)
-        self._bound(state)
+    def _bounds(self) -> _Bounds:
+        """Return the bounds of this session, as far as the model has positions for them."""
+        model = self.memory.model
+        free = model.max_positions - model.config.beacon_sink_size - self.memory.compressor.reserve
+        if free < 1:  # nothing can be folded; so much the longer are turns kept
+            return _Bounds(self.recent, self.system, 0)
+        share = min(1.0, free / (self.recent + self.system + self.slots))
+        return _Bounds(int(self.recent * share), int(self.system * share), int(self.slots * share))
 
-    def _bound(self, state: _State) -> None:
-        """Compress or remove documents until they take no more than `slots` memory slots."""
-        rows = self._rows(state)
-        while sum(row.slots for row in rows) > self.slots:
+    def _staying(self, turns: Sequence[Turn], bounds: _Bounds) -> list[int]:
+        """Return which turns stay as text: system turns that stay in force, and recent turns."""
+        sizes = [self._count(_line(turn)) for turn in turns]
+        front = next((n for n, turn in enumerate(turns) if not _stands(turn)), len(turns))
+        recent = front
+        if sum(sizes[front:]) > bounds.recent:
+            recent = next(n for n in range(front, len(turns) + 1) if sum(sizes[n:]) <= bounds.recent // 2)
+            while recent < len(turns) and turns[recent]["role"] != "user":
+                recent += 1  # so that the turns that are left begin with a question
+        elif sum(sizes[:front]) <= bounds.system:
+            return [*range(len(turns))]
+        standing: dict[str, int] = {}
+        room = bounds.system
+        for n in reversed(range(recent)):
+            text = turns[n]["content"]
+            if _stands(turns[n]) and text not in standing and sizes[n] <= room:
+                standing[text] = n
+                room -= sizes[n]
+        return [*sorted(standing.values()), *range(recent, len(turns))]
+
+    def _fold(self, before: _State, state: _State, stay: list[int], text: str, slots: int) -> None:
+        """Fold a text, so that of the turns of `state` those of `stay` are left. If that fails, `before` holds."""
+        rows = {int(row.id.rpartition("/")[2]): row for row in self._rows(before)}
+        stored = [_Part(n, row.tokens, row.slots, max(row.ratios)) for n, row in rows.items()]
+        parts = self._bounded([*stored, *self._new(stored, before.parts[1], text, slots)], slots)
+        new = [part for part in parts if part.text]
+        last = new[-1]
+        left = _State([state.turns[n] for n in stay], (parts[0].number, last.number))
+        state.folding = (stay, left.parts, content_hash(last.text))
+        try:
+            for part in parts:  # what is stored already, first: the conversation stays the same by that
+                if not part.text and part.ratio > max(rows[part.number].ratios):
+                    self.memory.add(self._id(part.number), self._text(part.number), ratio=part.ratio)
+            self._write(state)
+            for part in new:
+                self._store(part)
+        except BaseException:
+            if self._text(last.number) != last.text:
+                for part in new:
+                    if not part.appended:
+                        self._forget(self._id(part.number))
+                self._write(before) if before != _State() else unlink(self._path)
+            raise
+        try:  # the turns are folded; what is left to do is done with the next fold, if not now
+            self._write(left)
+            self._keep(left.parts)
+        except StoreError as error:
+            _logger.warning("the session %r could not be tidied up, the next fold does it: %s", self.id, error)
+
+    def _new(self, stored: Sequence[_Part], number: int, text: str, slots: int) -> list[_Part]:
+        """Return the documents that a text becomes; the last stored one comes again if it grows by it.
+
+        number: of the last document that there was, whether or not it is still stored. Raises CapacityError if there
+        are no slots.
+        """
+        if slots < 1:
+            model, reserve = self.memory.model, self.memory.compressor.reserve
+            raise CapacityError(
+                f"the model has {model.max_positions} positions, and reserve={reserve} leaves too few of them for the "
+                f"older turns of the session {self.id!r}; open the BeaconMemory with a smaller reserve"
+            )
+        size, ratio = min(self._window, slots), AUTO_RATIOS[0]
+        last = stored[-1] if stored and stored[-1].number == number else None
+        if last is not None and last.tokens < size and last.ratio == ratio:
+            whole = self._text(number) + text
+            if self._fits(tokens := self._count(whole), ratio, slots):
+                return [_Part(number, tokens, self._slots(tokens, ratio), ratio, whole, appended=text)]
+        texts = [text] if self._fits(self._count(text), ratio, slots) else [*self._pieces(text, size)]
+        counts = [self._count(piece) for piece in texts]
+        usable = [one for one in AUTO_RATIOS if one <= self._window]
+        ratio = next((one for one in usable if sum(self._slots(n, one) for n in counts) <= slots), usable[-1])
+        parts = []
+        for tokens, piece in zip(counts, texts, strict=True):
+            number += 1
+            while self._id(number) in self.memory.store and SESSION_TAG not in self.memory.show(self._id(number)).tags:
+                number += 1  # a document that is not part of the session
+            parts.append(_Part(number, tokens, self._slots(tokens, ratio), ratio, piece))
+        return parts
+
+    def _bounded(self, parts: Sequence[_Part], slots: int) -> list[_Part]:
+        """Return the documents that are left, compressed so strongly that they take no more than `slots`."""
+        kept = list({part.number: part for part in parts}.values())
+        while sum(part.slots for part in kept) > slots and len(kept) > 1:
             # the last document is still growing, so others come first
-            row = max(rows[:-1] or rows, key=lambda row: row.slots * (len(rows) - rows.index(row)))
-            stronger = [ratio for ratio in AUTO_RATIOS if max(row.ratios) < ratio <= self._window]
-            text = self.memory.store.text(row.id)
+            part = kept[max(range(len(kept) - 1), key=lambda n: kept[n].slots * (len(kept) - n))]
+            stronger = [ratio for ratio in AUTO_RATIOS if part.ratio < ratio <= self._window]
             if stronger:
-                self.memory.add(row.id, text, ratio=stronger[0])
-            elif len(rows) > 1:
-                self._forget(rows[0].id)
+                part.ratio, part.slots = stronger[0], self._slots(part.tokens, stronger[0])
             else:
-                half = text[text.find("\n", len(text) // 2) + 1 :] or text[len(text) // 2 :]
-                self.memory.add(row.id, half, ratio=max(row.ratios))
-            rows = self._rows(state)
-        if rows and rows[0].id != self._id(state.parts[0]):
-            first = int(rows[0].id.rpartition("/")[2])
-            self._write(_State(state.turns, (first, state.parts[1])))
+                del kept[0]
+        return kept
+
+    def _pieces(self, text: str, size: int) -> Iterator[str]:
+        """Cut a text into pieces of about `size` tokens at most, at the end of a line or word where there is one."""
+        while text:
+            stop = min(len(text), 8 * size)  # characters, of which a token seldom has more
+            offsets = self.memory.compressor.tokenize(text[:stop]).offsets
+            if len(offsets) > size:
+                stop = max(1, offsets[size][0])
+            if stop < len(text):
+                ends = (text.rfind(end, stop // 2, stop) + 1 for end in ("\n", " "))
+                stop = next(filter(None, ends), stop)
+            yield text[:stop]
+            text = text[stop:]
+
+    def _fits(self, tokens: int, ratio: int, slots: int) -> bool:
+        """Tell whether a document of so many tokens may be one, in these slots and for the model."""
+        try:
+            self.memory.compressor.ratios(tokens, ratio)
+        except CapacityError:
+            return False
+        return self._slots(tokens, ratio) <= slots
+
+    def _slots(self, tokens: int, ratio: int) -> int:
+        full, rest = divmod(tokens, self._window)
+        return full * slots_of(self._window, ratio) + slots_of(rest, ratio)
+
+    def _count(self, text: str) -> int:
+        return len(self.memory.compressor.tokenize(text).ids)
+
+    def _store(self, part: _Part) -> None:
+        if part.appended:
+            self.memory.append(self._id(part.number), part.appended)
+        else:
+            document = Document(self._id(part.number), part.text, tags=[SESSION_TAG])
+            self.memory.add_many([document], ratio=part.ratio)
+
+    def _keep(self, parts: tuple[int, int]) -> None:
+        """Remove all documents of the session but those from the first to the last of `parts`."""
+        for row in self.memory.list(prefix=f"{self.id}/", tags=[SESSION_TAG]):
+            id, _, number = row.id.rpartition("/")
+            if id == self.id and number.isdecimal() and not parts[0] <= int(number) <= parts[1]:
+                self._forget(row.id)
 
     def _forget(self, id: str) -> None:
         with contextlib.suppress(DocumentNotFoundError):
@@ -185,13 +331,15 @@ class Session:
         try:
             fields = read_checked(self._path)
             turns, (first, last) = [_turn(turn) for turn in fields["turns"]], fields["parts"]
-            count, part, expected = fields["folding"] or (0, last, "")
+            stay, parts, expected = fields["folding"] or ([], last, "")
+            left = turns[stay:] if isinstance(stay, int) else [turns[n] for n in stay]
+            folded = (first, parts) if isinstance(parts, int) else (parts[0], parts[1])
         except FileNotFoundError:
             return _State()
-        except (CorruptFileError, ValueError, KeyError, TypeError, InputError) as error:
+        except (CorruptFileError, ValueError, LookupError, TypeError, InputError) as error:
             raise CorruptFileError(f"{self._path} is no session ({error}); remove it, or call clear()") from error
-        if expected and content_hash(self._text(part)) == expected:
-            return _State(turns[count:], (first, part))
+        if expected and content_hash(self._text(folded[1])) == expected:
+            return _State(left, folded)
         return _State(turns, (first, last))
 
     def _write(self, state: _State) -> None:
@@ -213,6 +361,10 @@ def _turn(turn: Mapping[str, Any]) -> Turn:
         raise InputError(f"a turn must have {needed}; {turn!r} has not: {error!r}") from error
     check_utf8(kept, "the turn")
     return kept
+
+
+def _stands(turn: Turn) -> bool:
+    return bool(turn["role"] == _STANDING)
 
 
 def _line(turn: Turn) -> str:

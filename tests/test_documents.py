@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -16,7 +19,16 @@ from beacon_memory.documents import (
     content_hash,
     utc_now,
 )
-from beacon_memory.errors import InputError
+from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError, MissingDependencyError
+
+
+@pytest.mark.parametrize("kind", [BeaconMemoryError, InputError, DocumentNotFoundError, MissingDependencyError])
+def test_a_message_that_quotes_too_much_is_cut(kind: type[BeaconMemoryError]) -> None:
+    assert str(kind("no room; remove something")) == "no room; remove something"
+    message = str(kind(f"no document {'x' * 10**6!r} is stored; list() shows the ids there are"))
+    assert len(message) < 2000
+    assert message.startswith("no document 'xxx")
+    assert message.endswith("xxx' is stored; list() shows the ids there are")
 
 
 def test_metadata_are_copied() -> None:
@@ -32,6 +44,13 @@ def _loop() -> dict[str, object]:
     return loop
 
 
+def _nested(levels: int) -> dict[str, object]:
+    value: object = 1
+    for level in range(levels - 1):
+        value = [value] if level % 2 else {"a": value}
+    return {"a": value}
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -44,11 +63,19 @@ def _loop() -> dict[str, object]:
         ([("a", 1)], "must be a dict"),
         ("text", "must be a dict"),
         (_loop(), "contains itself"),
+        (_nested(101), "nested more than 100 levels deep"),
+        (_nested(100_000), "nested more than 100 levels deep"),
+        ({str(n): n for n in range(10_001)}, "10,001 keys, and 10,000 are the most"),
     ],
 )
 def test_metadata_that_json_cannot_hold_are_refused(metadata: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Label(metadata)
+
+
+def test_metadata_of_any_depth_that_is_allowed_can_be_copied() -> None:
+    label = Label(_nested(100))
+    assert asdict(deepcopy(label))["metadata"] == _nested(100)
 
 
 def test_tags_are_sorted_and_kept_once() -> None:
@@ -66,6 +93,7 @@ def test_tags_are_sorted_and_kept_once() -> None:
         (["\ud800"], "a tag holds the lone surrogate"),
         (None, "tags must be several texts, got None"),
         (7, "tags must be several texts, got 7"),
+        (map(str, itertools.count()), "a document can have 10,000 tags, got more"),
     ],
 )
 def test_what_are_no_tags_is_refused(tags: Any, message: str) -> None:

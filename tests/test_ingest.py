@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from store_samples import kept_text
 from tiny_models import tiny_model, tiny_tokenizer, train
 
 from beacon_memory import (
@@ -481,7 +482,7 @@ def test_repair_says_what_it_cannot_mend(memory: BeaconMemory, tmp_path: Path) -
     (problem,) = small.repair()
     assert not problem.mended
     assert "could not be compressed anew" in problem.message
-    assert memory.store.text("doc") == TEXT * 2
+    assert kept_text(memory.store) == TEXT * 2
 
 
 def test_store_that_nothing_can_be_written_to_still_answers(memory: BeaconMemory, monkeypatch: Any) -> None:

@@ -34,6 +34,8 @@ PUBLIC = {
     "ReadWindow",
     "ScoredMethod",
     "Session",
+    "ToolCall",
+    "UnreadCall",
     "Usage",
     "Work",
     "__version__",

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
-from beacon_memory import BeaconMemory, CorruptFileError, DocumentNotFoundError, InputError, Session
+from beacon_memory import (
+    BeaconMemory,
+    CapacityError,
+    CorruptFileError,
+    Document,
+    DocumentNotFoundError,
+    InputError,
+    QuotaError,
+    Session,
+)
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
+from beacon_memory.documents import content_hash
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.storage.files.checked_json import stage_checked
+from beacon_memory.storage.files.durable import move_into_place
 
 
 @pytest.fixture(scope="module")
@@ -134,33 +149,197 @@ def test_conversation_outlives_the_process(memory: BeaconMemory, model: BeaconMo
         assert Session(again.within("alice"), "chat").turns == []
 
 
-@pytest.mark.parametrize("step", range(1, 5))
-def test_fold_that_was_interrupted_is_neither_lost_nor_doubled(
-    memory: BeaconMemory, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = Session(memory, "chat", recent=60)
-    session.add(exchange(0))
-    steps = 0
+def before_each_step(session: Session, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `act` called before each step of a fold."""
 
-    def dying(work: Any) -> Any:
+    def watched(step: Any) -> Any:
         def wrapped(*args: Any, **options: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps == step:
-                raise KeyboardInterrupt
-            return work(*args, **options)
+            act()
+            return step(*args, **options)
 
         return wrapped
 
+    monkeypatch.setattr(Session, "_write", watched(Session._write))
+    for name in ("add_many", "append", "remove"):
+        monkeypatch.setattr(session.memory, name, watched(getattr(session.memory, name)))
+
+
+ADDED = pytest.mark.parametrize(
+    ("words", "slots"),
+    [(1, 100), (40, 100), (40, 20)],
+    ids=["a document grows", "new documents", "new documents, and others have to go"],
+)
+
+
+@ADDED
+def test_killed_fold_is_neither_lost_nor_doubled(
+    memory: BeaconMemory, model: BeaconModel, tmp_path: Path, words: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(memory, "chat", recent=60, slots=slots)
+    for n in range(4):
+        session.add(exchange(n))
+    before = whole(session)
+    new = [{"role": "user", "content": "word " * words}, *exchange(6), *exchange(7)]
+    added = "".join(map(line, new))
+    killed: list[Path] = []
+
+    def photograph() -> None:
+        killed.append(tmp_path / f"killed {len(killed)}")
+        shutil.copytree(memory.store.root, killed[-1])
+
     with monkeypatch.context() as patched:
-        patched.setattr(Session, "_write", dying(Session._write))
-        patched.setattr(memory, "add_many", dying(memory.add_many))
-        with pytest.raises(KeyboardInterrupt):
-            session.add([*exchange(1), *exchange(2)])
-    said = exchange(0) if step == 1 else [*exchange(0), *exchange(1), *exchange(2)]
-    assert whole(session) == "".join(map(line, said))
-    session.add(exchange(3))
-    assert whole(session) == "".join(map(line, [*said, *exchange(3)]))
+        before_each_step(session, photograph, patched)
+        session.add(new)
+    assert (before + added).endswith(whole(session))
+    complete = []
+    for folder in killed:
+        with BeaconMemory(folder, model, reserve=100) as again:
+            found = Session(again, "chat", recent=60, slots=slots)
+            text = whole(found)
+            complete.append(text.endswith(added))
+            assert text == before or (before + added).endswith(text)
+            assert sum(again.show(id).slots for id in found.ids) <= slots
+            found.add([*exchange(8), *exchange(9), *exchange(10)])
+            assert (text + "".join(map(line, [*exchange(8), *exchange(9), *exchange(10)]))).endswith(whole(found))
+            assert [row.id for row in again.list()] == sorted(found.ids)
+    assert complete == sorted(complete)
+    assert {*complete} == {False, True}
+
+
+@ADDED
+def test_fold_that_fails_leaves_the_conversation_as_it_was(
+    memory: BeaconMemory, words: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(memory, "chat", recent=60, slots=slots)
+    for n in range(4):
+        session.add(exchange(n))
+    new = [{"role": "user", "content": "word " * words}, *exchange(6), *exchange(7)]
+
+    def kept() -> Any:
+        return session.turns, session.ids, {row.id: memory.store.text(row.id) for row in memory.list()}
+
+    before, said = kept(), whole(session)
+    for number in itertools.count():
+        calls = itertools.count()
+
+        def fail(calls: Iterator[int] = calls, number: int = number) -> None:
+            if next(calls) == number:
+                raise (QuotaError("full"), KeyboardInterrupt())[number % 2]
+
+        with monkeypatch.context() as patched:
+            before_each_step(session, fail, patched)
+            with contextlib.suppress(QuotaError, KeyboardInterrupt):
+                session.add(new)
+        if kept() != before:
+            break
+    assert number >= 2  # written, and stored: only now is it too late for the conversation to stay as it was
+    said += "".join(map(line, new))
+    assert said.endswith(whole(session))
+    session.add(exchange(8))
+    assert (said + "".join(map(line, exchange(8)))).endswith(whole(session))
+
+
+def test_first_turns_that_cannot_be_folded_leave_nothing_behind(model: BeaconModel, tmp_path: Path) -> None:
+    with BeaconMemory(tmp_path, model, reserve=2048) as memory:
+        session = Session(memory, "chat", recent=20)
+        with pytest.raises(CapacityError, match="2048 positions, and reserve=2048 leaves too few of them"):
+            session.add(exchange(1))
+        assert (session.turns, session.ids, memory.list()) == ([], [], [])
+        assert [*(memory.store.folder / "sessions").glob("*.json")] == []
+
+
+def test_fold_that_an_older_version_did_not_finish_is_finished(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=1000)
+    turns = [*exchange(1), *exchange(2)]
+    folded = "".join(map(line, exchange(1)))
+    state = {"id": "chat", "turns": turns, "parts": (1, 0), "folding": (2, 1, content_hash(folded))}
+    move_into_place(stage_checked(session._path.parent, state, "it"), session._path)
+    assert (session.turns, session.ids) == (turns, [])
+    memory.add_many([Document("chat/1", folded, tags=["session"])], ratio=2)
+    assert (session.turns, session.ids) == (exchange(2), ["chat/1"])
+
+
+def test_long_message_becomes_several_documents(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=64, slots=240)
+    session.add(exchange(0))
+    words = " ".join(f"word{n}" for n in range(600))
+    with pytest.raises(CapacityError):
+        memory.add("whole", words, ratio=2)
+    session.add([{"role": "user", "content": words}, {"role": "assistant", "content": "Done."}])
+    assert whole(session) == "".join(
+        map(line, [*exchange(0), {"role": "user", "content": words}, {"role": "assistant", "content": "Done."}])
+    )
+    rows = [memory.show(id) for id in session.ids]
+    assert sum(row.slots for row in rows) <= 240
+    assert max(row.tokens for row in rows) <= 32
+    assert [max(row.ratios) for row in rows] == sorted((max(row.ratios) for row in rows), reverse=True)
+    assert all(memory.store.text(row.id)[-1].isspace() for row in rows)  # no word is cut
+    assert session.ask("What?", max_new_tokens=2).ids == tuple(session.ids)
+    session.add(exchange(1))
+    assert "Assistant: Done.\nUser: What?" in whole(session)
+
+
+def test_of_a_message_that_is_longer_than_all_slots_the_end_is_kept(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=64, slots=20)
+    session.add([*exchange(0), {"role": "user", "content": "x" * 1500 + "y" * 300}])
+    assert sum(memory.show(id).slots for id in session.ids) <= 20
+    text = whole(session)
+    assert 310 < len(text) < 700
+    assert text.endswith("y" * 300 + "\n")
+
+
+def test_conversation_goes_on_with_a_model_of_few_positions(tmp_path: Path) -> None:
+    small = tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tiny_tokenizer(), max_position_embeddings=512)
+    with BeaconMemory(tmp_path, small, reserve=80) as memory:
+        session = Session(memory, "chat")
+        for n in range(8):
+            session.ask(f"question {n}", max_new_tokens=4)
+            session.add([{"role": "user", "content": "word " * 20 * n}, *exchange(n)])
+        assert len(session.ids) > 1
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def test_system_turns_stay_in_force(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=60)
+    session.add([system("Be brief."), *exchange(0)])
+    for n in range(1, 8):
+        session.add(exchange(n))
+        assert session.turns[0] == system("Be brief.")
+    session.add([system("Speak French."), *exchange(8)])
+    for n in range(9, 14):
+        session.add([system("Be brief."), *exchange(n)])  # said again and again, it stands there once
+    assert session.turns[:2] == [system("Speak French."), system("Be brief.")]
+    assert all(turn["role"] != "system" for turn in session.turns[2:])
+    folded = "".join(map(memory.store.text, session.ids))
+    assert "System" not in folded
+    assert all(f"question {n}\n" in whole(session) for n in range(14))
+    asked = [*session.turns, {"role": "user", "content": "Who?"}]
+    expected = memory.ask(asked, session.ids, max_new_tokens=4).text
+    assert session.ask("Who?", max_new_tokens=4).text == expected
+
+
+@pytest.mark.parametrize("recent", [1, 60])
+def test_system_turns_that_do_not_fit_beside_newer_ones_are_folded(memory: BeaconMemory, recent: int) -> None:
+    session = Session(memory, "chat", recent=recent, system=40)
+    session.add([system("old " * 8), *exchange(0), system("new " * 4), *exchange(1), *exchange(2), *exchange(3)])
+    assert session.turns[0] == system("new " * 4)
+    assert [turn["role"] for turn in session.turns].count("system") == 1
+    assert "System: old old" in memory.store.text("chat/1")
+    session.add([system("long " * 100)])
+    session.add([*exchange(4), *exchange(5)])
+    assert session.turns[0] == system("new " * 4)
+    assert "System: long" in whole(session)
+    for n in range(20):
+        session.add([system(f"It is {n} o'clock.")])
+    assert sum(len(line(turn)) for turn in session.turns) <= 40 + recent
+    assert session.turns[-1] == system("It is 19 o'clock.")
+    none = Session(memory, "none", recent=1, system=0)
+    none.add([system("Be brief."), *exchange(0)])
+    assert none.turns == []
+    assert "System: Be brief." in memory.store.text("none/1")
 
 
 def test_memory_stays_within_its_slots(memory: BeaconMemory) -> None:
@@ -245,8 +424,12 @@ def test_what_is_no_conversation_is_refused(memory: BeaconMemory) -> None:
     session = Session(memory, "chat")
     with pytest.raises(InputError, match="'role' and 'content'"):
         session.add([{"role": "user"}])
+    with pytest.raises(InputError, match="lone surrogate"):
+        session.add([{"role": "user", "content": "half a \ud83d"}])
     with pytest.raises(InputError, match="recent=0"):
         Session(memory, "chat", recent=0)
+    with pytest.raises(InputError, match="system=-1"):
+        Session(memory, "chat", system=-1)
     session.add(exchange(1))
     (path,) = (memory.store.folder / "sessions").glob("*.json")
     path.write_text(path.read_text().replace("answer 1", "answer 2"))

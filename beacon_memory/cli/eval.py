@@ -10,7 +10,7 @@ import typer
 
 from .help import Commands
 from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given
-from .terminal import print_line, remarks, reported
+from .terminal import print_line, print_text, remarks, reported
 
 if TYPE_CHECKING:
     from beacon_memory.evaluation.run import Result
@@ -294,7 +294,7 @@ def _evaluation(
 
             def done(result: "Result") -> None:
                 bar.stop()
-                print_line(markdown(result))
+                print_text(f"{markdown(result)}\n")
                 if output is not None:
                     write_result(result, output)
 

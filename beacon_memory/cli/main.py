@@ -45,6 +45,7 @@ from .terminal import (
     print_fields,
     print_json,
     print_line,
+    print_text,
     reported,
     say,
 )
@@ -270,13 +271,13 @@ def ask(
                         print_line()
                         note_usage(piece)
                     else:
-                        print_line(piece, end="")
+                        print_text(piece)
                 return
             answer = memory.ask(question, doc or None, **options)
         if as_json:
             print_json(answer_fields(answer))
         else:
-            print_line(answer.text)
+            print_text(f"{answer.text}\n")
             note_usage(answer)
 
 
@@ -359,7 +360,7 @@ def bench(
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:
-            print_line(measure.table(figures))
+            print_text(f"{measure.table(figures)}\n")
 
 
 @app.command()

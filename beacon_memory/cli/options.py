@@ -126,7 +126,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         envvar="BEACON_MEMORY_MODEL",
-        help="Base model: folder or hub name.",
+        help="Base model: folder, GGUF file or hub name.",
         show_default="the embedded one",
         parser=name_given,
         metavar="NAME",

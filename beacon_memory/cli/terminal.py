@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,16 +35,26 @@ __all__ = [
     "print_json",
     "print_line",
     "print_rows",
+    "print_text",
     "remarks",
     "reported",
     "row_fields",
     "say",
     "say_evicted",
     "say_gone",
+    "shown",
 ]
 
+_LINES = "\n\t"
 _PIPE_COLUMNS = 10_000  # so that no line is broken in a pipe
 _STDERR = 2  # the last number of a standard stream
+# What moves the cursor, changes colours or turns the direction: an id may be any text, and so may what a model answers
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def shown(text: str, keep: str = "") -> str:
+    r"""Return a text with its control characters, but those to keep, as JSON escapes: \u001b."""
+    return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
 
 def prepare_streams() -> None:
@@ -70,15 +81,21 @@ def remarks() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def print_line(text: str = "", *, end: str = "\n", err: bool = False) -> None:
-    """Print one line at once. Unlike `typer.echo`, this works while a progress bar is shown, and in any encoding."""
+def print_line(text: str = "", *, keep: str = "", err: bool = False) -> None:
+    """Print one line at once, see `shown`. Unlike `typer.echo`, this works while a progress bar is shown."""
     stream = sys.stderr if err else sys.stdout
-    stream.write(f"{text}{end}")
+    stream.write(f"{shown(text, keep)}\n")
     stream.flush()
 
 
+def print_text(text: str) -> None:
+    """Print a text of any lines: into a pipe as it is, on a terminal see `shown`."""
+    sys.stdout.write(shown(text, keep=_LINES) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
 def print_as_it_is(text: str) -> None:
-    """Print a text without adding or changing a character; raises InputError if the output's encoding lacks one."""
+    """Print a text as `print_text` does; raises InputError if the output's encoding lacks one of its characters."""
     try:
         text.encode(_encoding())
     except UnicodeEncodeError as error:
@@ -86,7 +103,7 @@ def print_as_it_is(text: str) -> None:
             f"the text holds {text[error.start]!a}, which {error.encoding}, the encoding of standard output, lacks; "
             "set PYTHONIOENCODING=utf-8, or use --json"
         ) from None
-    print_line(text, end="")
+    print_text(text)
 
 
 def print_json(fields: object) -> None:
@@ -118,7 +135,7 @@ def note_usage(answer: Answer) -> None:
     """Print the documents that an answer comes from, and its costs."""
     usage = answer.usage
     remarks().print(
-        f"from {', '.join(answer.ids)}: {usage.slots:,} slots, {usage.prompt_tokens} prompt and "
+        f"from {shown(', '.join(answer.ids))}: {usage.slots:,} slots, {usage.prompt_tokens} prompt and "
         f"{usage.generated_tokens} generated tokens, first token after {answer.time_to_first_token:.2f} s",
         style="dim",
         markup=False,
@@ -154,7 +171,14 @@ def print_rows(rows: Sequence[DocumentRow]) -> None:
         ratios = "/".join(map(str, row.ratios))
         size, stored = f"{row.bytes / 1e6:.1f} MB", row.updated_at[:16].replace("T", " ")
         table.add_row(
-            escape(row.id), row.compression, row.precision, f"{row.tokens:,}", f"{row.slots:,}", ratios, size, stored
+            escape(shown(row.id)),
+            row.compression,
+            row.precision,
+            f"{row.tokens:,}",
+            f"{row.slots:,}",
+            ratios,
+            size,
+            stored,
         )
     Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS).print(table)
 
@@ -165,8 +189,8 @@ def print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
         print_json(fields)
         return
     for name, value in fields.items():
-        shown = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
-        print_line(f"{name:12} {shown}")
+        told = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
+        print_line(f"{name:12} {told}")
 
 
 def say(as_json: bool, fields: Mapping[str, Any]) -> None:
@@ -258,13 +282,13 @@ def reported(interrupted: str = "whatever was finished is stored") -> Iterator[N
     try:
         yield
     except BeaconMemoryError as error:
-        print_line(f"error: {error}", err=True)
+        print_line(f"error: {error}", keep=_LINES, err=True)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        print_line(f"\ninterrupted; {interrupted}", err=True)
+        print_line(f"\ninterrupted; {interrupted}", keep=_LINES, err=True)
         raise SystemExit(130) from None
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # else the program that reads the output has ended
-            print_line(f"error: {error}", err=True)
+            print_line(f"error: {error}", keep=_LINES, err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the rest of the output can be written
         raise SystemExit(1) from None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from beacon_memory.errors import CapacityError
+from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
@@ -77,7 +77,8 @@ def generate(
     """Generate for all requests in one batch; returns for each a list of `config.num_return_sequences` texts.
 
     streamer: receives the tokens as they come. cancelled: generation stops when this event is set.
-    Raises CapacityError, before any work is done, if a request does not fit the model's positions.
+    Raises CapacityError, before any work is done, if a request does not fit the model's positions, and InputError for
+    options that transformers refuses.
     """
     for request in requests:
         require_room(model, request.memory.span, len(request.prompt), config.max_new_tokens or 0)
@@ -96,16 +97,19 @@ def generate(
     if copies > 1:
         cache.batch_repeat_interleave(copies)
     timer = _FirstTokenTimer(cancelled)
-    with _seeded(seed, model.device), torch.inference_mode():
-        output = model.base.generate(  # type: ignore[operator]
-            input_ids=prompts,
-            attention_mask=prompt_mask.to(model.device),
-            past_key_values=cache,
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([timer]),
-            tokenizer=tokenizer,
-            streamer=streamer,
-        )
+    try:
+        with _seeded(seed, model.device), torch.inference_mode():
+            output = model.base.generate(  # type: ignore[operator]
+                input_ids=prompts,
+                attention_mask=prompt_mask.to(model.device),
+                past_key_values=cache,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([timer]),
+                tokenizer=tokenizer,
+                streamer=streamer,
+            )
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # options that are looked at only here
+        raise InputError(f"transformers cannot generate with these options: {error}") from error
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     texts = [_finish(model, row, ends, config.stop_strings or [], timer.first) for row in output[:, longest:].tolist()]
     each = config.num_return_sequences or 1

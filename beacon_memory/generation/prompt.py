@@ -14,8 +14,9 @@ from beacon_memory.conversation import Messages, checked_tools, turns_of
 from beacon_memory.documents import check_utf8
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.results import ToolCall
 
-from .tool_calls import OPENING, results_in_order, with_calls_as_text
+from .tool_calls import OPENING, call_of_turn, new_call_id, read_answer, results_in_order, with_calls_as_text
 
 __all__ = ["chat_prompt", "require_tools", "takes_tools"]
 
@@ -27,7 +28,9 @@ _PROBE = {
         "parameters": {"type": "object", "properties": {"of": {"type": "string", "description": "Anything."}}},
     },
 }
-_ADVICE = "so tools cannot be used; take a model that was trained to call them, for example Qwen2.5-Instruct or Hermes"
+_ADVICE = (
+    "so tools cannot be used; take a model that was trained to call them, for example Qwen2.5-Instruct or Llama 3.2"
+)
 
 
 def chat_prompt(
@@ -66,14 +69,17 @@ def chat_prompt(
 
 
 def takes_tools(model: BeaconModel) -> bool:
-    """Tell whether the model can call tools: its chat template shows them, and says to call as `tool_calls` reads it.
+    """Tell whether the model can call tools: its chat template shows them, and calls in a form that `tool_calls` reads.
 
-    That is seen by what the template makes of a tool, since some refuse tools, and some write calls in another way.
+    That is seen by what the template makes of a tool and of a call, since some refuse tools, and some write calls in a
+    way of their own.
     """
     if model.tokenizer.chat_template is None:
         return False
+    asked = [{"role": "user", "content": "probe"}]
     try:
-        return OPENING in _rendered(model, [{"role": "user", "content": "probe"}], {"tools": [_PROBE]})
+        shown = _rendered(model, asked, {"tools": [_PROBE]})
+        return shown != _rendered(model, asked, {}) and (OPENING in shown or _reads_own_calls(model, asked, shown))
     except InputError:  # it says itself that it has no place for tools
         return False
 
@@ -82,8 +88,20 @@ def require_tools(model: BeaconModel) -> None:
     """Raise InputError for a model that cannot call tools, see `takes_tools`."""
     if not takes_tools(model):
         raise InputError(
-            f"the model's chat template has no place for tools, or does not write calls as {OPENING}, {_ADVICE}"
+            f"the model's chat template has no place for tools, or writes calls in a form that is not read, {_ADVICE}"
         )
+
+
+def _reads_own_calls(model: BeaconModel, asked: Sequence[dict[str, Any]], prompt: str) -> bool:
+    """Tell whether a call as the template writes it is read as that call."""
+    tokenizer: Any = model.tokenizer
+    called = {"role": "assistant", "content": "", "tool_calls": [call_of_turn(new_call_id(), "probe", {"of": "this"})]}
+    whole = _rendered(model, [*asked, called], {"tools": [_PROBE]}, add_generation_prompt=False)
+    written = whole.removeprefix(prompt)
+    tokens, before = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (written, prompt))
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    parts = read_answer(tokenizer, text, tokens, prompt=before, tools=[_PROBE])
+    return [(one.name, one.arguments) for one in parts if isinstance(one, ToolCall)] == [("probe", {"of": "this"})]
 
 
 def _checked_arguments(model: BeaconModel, given: object) -> dict[str, Any]:
@@ -132,14 +150,15 @@ def _with_system_shown(
     return turns if shown else [turns[1] | {"content": f"{system}\n\n{user}".lstrip()}, *turns[2:]]
 
 
-def _rendered(model: BeaconModel, turns: Sequence[dict[str, Any]], given: Mapping[str, Any]) -> str:
-    return str(_applied(model, turns, given, tokenize=False))
+def _rendered(model: BeaconModel, turns: Sequence[dict[str, Any]], given: Mapping[str, Any], **how: Any) -> str:
+    return str(_applied(model, turns, given, tokenize=False, **how))
 
 
 def _applied(model: BeaconModel, turns: Sequence[dict[str, Any]], given: Mapping[str, Any], **how: Any) -> Any:
     """Apply the chat template; raises InputError with what it says if it refuses the conversation."""
     tokenizer: Any = model.tokenizer  # its types have no place for content of other kinds
+    how = {"add_generation_prompt": True, "return_dict": False, **how}
     try:
-        return tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False, **how, **given)
+        return tokenizer.apply_chat_template(list(turns), **how, **given)
     except Exception as error:  # a template is a program of its own
         raise InputError(f"the model's chat template refuses this conversation: {error}") from error

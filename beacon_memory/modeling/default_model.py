@@ -12,9 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from importlib.util import find_spec
@@ -25,6 +23,8 @@ from zipfile import ZipFile
 import platformdirs
 
 from beacon_memory.errors import MissingDependencyError, ModelError
+
+from .gguf_file import GGUF_DTYPE, gguf_options, one_gguf_reader
 
 __all__ = ["DEFAULT_MODEL", "default_adapter", "default_model_folder", "ensure_default_model"]
 
@@ -153,27 +153,12 @@ def _run_with_bar(command: list[str], folder: Path, output: IO[bytes]) -> int:
 
 
 def _convert(weights: Path, folder: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source, name = str(weights.parent), weights.name
-    with _one_reader():
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+    named = gguf_options(weights)
+    with one_gguf_reader():
+        tokenizer = AutoTokenizer.from_pretrained(**named)
+        dequantized = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**named, quantization_config=dequantized, dtype=GGUF_DTYPE)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-
-
-@contextmanager
-def _one_reader() -> Iterator[None]:
-    """Read the GGUF file once: transformers does so for tokenizer, settings and weights anew, which takes longest."""
-    import gguf
-
-    reader = gguf.GGUFReader
-    try:
-        setattr(gguf, "GGUFReader", cache(reader))  # noqa: B010  # mypy takes no assignment to a class's name
-        yield
-    finally:
-        setattr(gguf, "GGUFReader", reader)  # noqa: B010

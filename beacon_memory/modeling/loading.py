@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from beacon_memory.errors import AdapterError, ModelError
+from beacon_memory.errors import AdapterError, ConfigError, ModelError
 from beacon_memory.kv.fingerprint import digest_json, digest_tensors
+
+from .gguf_file import GGUF_DTYPE, gguf_options, is_gguf, one_gguf_reader
+from .support import require_supported
 
 __all__ = ["load_base", "lora_digest", "merge_lora", "tokenizer_digest"]
 
@@ -31,30 +39,67 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a stock causal language model and its tokenizer (None if there is none) from a folder or the hub.
 
+    base:  also the path of a GGUF file, whose weights are dequantized.
     dtype: `auto` for that of the checkpoint, or float32 on a processor that is slower with 16 bits, if there is room.
 
-    Remote code is never executed. Raises ModelError if the model cannot be loaded whole.
+    Remote code is never executed. Raises ModelError if the model cannot be loaded whole, UnsupportedModelError, before
+    its weights are read, if it cannot carry beacons, and ConfigError for a dtype that no model computes in.
     """
+    chosen, asked = _usable_device(device), _usable_dtype(dtype)
+    gguf = is_gguf(base)
+    named = gguf_options(Path(base)) if gguf else {"pretrained_model_name_or_path": base}
+    how: dict[str, Any] = {"dtype": GGUF_DTYPE if gguf and asked == "auto" else asked, "attn_implementation": "sdpa"}
+    if gguf:
+        how["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        with _without_load_report():
+        with one_gguf_reader() if gguf else nullcontext(), _without_load_report():
+            config = AutoConfig.from_pretrained(**named, trust_remote_code=False)
+            require_supported(config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+                **named,
+                **how,
+                config=config,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
+            tokenizer = _load_tokenizer(base, named)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever is missing or damaged, in the words of whoever noticed
         raise ModelError(f"the base model {str(base)!r} cannot be loaded: {error}") from error
     model, report = loaded
+    model.config.name_or_path = str(base)
     for problem, found in {"lacks": "missing_keys", "has a wrong shape for": "mismatched_keys"}.items():
         if report[found]:
             first = min(map(str, report[found]))
             raise ModelError(f"the checkpoint {str(base)!r} {problem} {len(report[found])} parameters, such as {first}")
-    tokenizer = _load_tokenizer(base)
+    if asked == "auto" and chosen.type == "cpu" and _is_faster_in_float32(model):
+        return model.float(), tokenizer
+    try:
+        return model.to(chosen), tokenizer
+    except RuntimeError as error:  # there is no room for it
+        raise ModelError(f"device {str(chosen)!r} cannot be used: {error}") from error
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    """Return the device to compute on; raises ModelError for one that is not there, or holds no numbers."""
     chosen = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        if dtype == "auto" and torch.device(chosen).type == "cpu" and _is_faster_in_float32(model):
-            return model.float(), tokenizer
-        return model.to(chosen), tokenizer
-    except (RuntimeError, AssertionError) as error:  # torch raises these for a device that is not there
+        usable = torch.device(chosen)
+        torch.ones(1, device=usable).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # torch raises one or another
         raise ModelError(f"device {str(chosen)!r} cannot be used: {error}") from error
+    return usable
+
+
+def _usable_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """Return `auto` or the dtype of a name; raises ConfigError for one that no model computes in."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("auto", "bfloat16", "float16", "float32", "float64"):
+        raise ConfigError(f"dtype={dtype!r} must be auto, bfloat16, float16, float32 or float64")
+    usable: torch.dtype | str = name if name == "auto" else getattr(torch, name)
+    return usable
 
 
 def _is_faster_in_float32(model: PreTrainedModel) -> bool:
@@ -76,14 +121,21 @@ def _multiplies_in(dtype: torch.dtype) -> bool:
     return bool(supported())
 
 
-def _load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(base: str | Path, named: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any(cached_file(base, name, _raise_exceptions_for_missing_entries=False) for name in names):
+    if "gguf_file" not in named and not any(
+        cached_file(base, name, _raise_exceptions_for_missing_entries=False) for name in names
+    ):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**named, trust_remote_code=False)
     except Exception as error:  # a damaged file raises one error or another, depending on the damaged place
         raise ModelError(f"the tokenizer of {str(base)!r} cannot be loaded: {error!r}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {str(base)!r} is a {type(tokenizer).__name__}, which does not say where in a text its "
+            "tokens stand; take a checkpoint with a tokenizer.json"
+        )
     return tokenizer
 
 
@@ -107,7 +159,7 @@ def merge_lora(base: PreTrainedModel, lora: Path) -> PreTrainedModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
             merged: PreTrainedModel = PeftModel.from_pretrained(base, str(lora)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of peft, torch or safetensors, depending on what is wrong with it
         _remove_lora(base)
         raise AdapterError(f"the LoRA in {lora} does not fit the base model: {error}") from error
     return merged

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from beacon_memory.config import BeaconConfig
+from beacon_memory.documents import Precision
 from beacon_memory.errors import AdapterError, ConfigError, InputError, ModelError
 from beacon_memory.kv.fingerprint import Fingerprint, digest_json, digest_tensors
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
@@ -140,7 +141,7 @@ class BeaconModel(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = "auto",
     ) -> BeaconModel:
-        """Load a base model, from a folder or the hub, and its beacons.
+        """Load a base model, from a folder, a GGUF file or the hub, and its beacons.
 
         base:    without one, the embedded default model and its adapter are loaded. Remote code is never executed.
         adapter: folder or hub name of the beacons. Without one, they come from the base checkpoint if it has the
@@ -149,7 +150,7 @@ class BeaconModel(nn.Module):
         dtype:   by default that of the checkpoint, or float32 on a processor that is slower with 16 bits, if there is
                  room.
 
-        Raises ModelError, AdapterError or UnsupportedModelError.
+        Raises ModelError, AdapterError, UnsupportedModelError or ConfigError.
         """
         if base is None:
             base, adapter = ensure_default_model(), adapter or default_adapter()
@@ -168,7 +169,7 @@ class BeaconModel(nn.Module):
             tokenizer=tokenizer,
             lora=source.lora,
         )
-        warn_of_another_base(source, beacons._base_digest)
+        warn_of_another_base(source, beacons._base_digest, beacons.dtype)
         own = dict(beacons.named_beacon_parameters())
         beacons.set_beacon_parameters(source.tensors if adapter is not None else with_absent_kinds(source.tensors, own))
         if source.tensors:
@@ -359,6 +360,14 @@ class BeaconModel(nn.Module):
             config=digest_json(settings),
             rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
         )
+
+    def require_made(self, stored: Fingerprint, document: str, precision: str | None) -> None:
+        """Raise FingerprintMismatchError unless the K/V of a document were made by this model.
+
+        stored, precision: their fingerprint, and in which number format they are kept.
+        """
+        rounded = (self.dtype == torch.float16) != (precision == Precision.FLOAT16)
+        self.fingerprint.require(stored, document, rounded=rounded)
 
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
         """Cut tokens into windows with this model's settings, see `layout.cut_windows`."""

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from beacon_memory.errors import UnsupportedModelError
 from beacon_memory.kv.rope import Rope
 
-__all__ = ["attention_modules", "max_positions", "model_rope"]
+__all__ = ["attention_modules", "max_positions", "model_rope", "require_supported"]
 
 # Families whose numbers are tested. Others may look alike and differ in a detail (interleaved rotation, layers without
 # rotation, softcaps) that would make every stored key silently wrong.
@@ -19,7 +19,12 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the attention module of each layer; raises UnsupportedModelError, with the reason, for other models."""
-    config = model.config
+    require_supported(model.config)
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def require_supported(config: PretrainedConfig) -> None:
+    """Raise UnsupportedModelError, with the reason, for the configuration of a model that cannot carry beacons."""
     if config.model_type not in TESTED_FAMILIES:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r} is not supported: its attention has not been verified to give the same "
@@ -37,7 +42,12 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             f"sliding-window attention (sliding_window={window}) forgets the memory in front of a prompt; "
             "only models with full attention in every layer are supported"
         )
-    return [layer.self_attn for layer in model.model.layers]
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"the model's weights are quantized ({method}), which beacons are not made for; take the checkpoint that "
+            "they were made from, or a GGUF file, whose weights are dequantized when they are loaded"
+        )
 
 
 def model_rope(model: PreTrainedModel) -> Rope:

@@ -13,14 +13,16 @@ from beacon_memory.documents import Label, Text, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import json_checksum
-from beacon_memory.storage.files.durable import make_folder, move_into_place, sync_file, unlink
+from beacon_memory.storage.files.durable import move_into_place, sync_file, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, read_label, stage_label
-from beacon_memory.storage.files.locks import writing
-from beacon_memory.storage.files.names import new_temp
+from beacon_memory.storage.files.locks import alone, writing
+from beacon_memory.storage.files.names import TEMP_PREFIX, new_temp
+from beacon_memory.storage.files.stored_kv import not_finite
 
 from .archive_file import FORMAT, HEAD, MANIFEST, Member, add_file, add_json, checked_documents, corrupt, pieces
 from .reading import READ_TRIES
+from .records import label_of
 from .store import MemoryStore, taken
 
 __all__ = ["copy_documents", "export_documents", "import_documents"]
@@ -45,30 +47,26 @@ def export_documents(
 
     Raises InputError if `path` exists, DocumentNotFoundError or CorruptFileError; then nothing is left behind.
     """
-    if os.path.lexists(path):
-        raise InputError(f"{path} exists; remove it, or choose another name")
     chosen = _chosen(store, ids)
     count = 0
-    make_folder(path.parent)
-    temp = new_temp(path.parent)
     entries: list[Member] = []
-    try:
-        # GNU: each file has one header and no more, however large it is
-        with tarfile.open(temp, "w", format=tarfile.GNU_FORMAT) as tar:
-            add_json(tar, HEAD, {"format": FORMAT, "documents": len(chosen), "created_at": utc_now()})
-            for row, file, text in _documents(store, chosen, on_gone):
-                with _document_files(row, file, text, path.parent) as files:
-                    entries += [add_file(tar, f"documents/{count:09}{end}", one) for end, one in files.items()]
-                count += 1
-                on_document(row.id)
-            listed = [entry.listed for entry in entries]
-            add_json(tar, MANIFEST, {"files": listed, "sha256": json_checksum(listed)})
-        sync_file(temp)
-        move_into_place(temp, path)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        unlink(temp)
+    with _workshop(path) as folder:
+        temp = new_temp(folder)
+        try:
+            # GNU: each file has one header and no more, however large it is
+            with tarfile.open(temp, "w", format=tarfile.GNU_FORMAT) as tar:
+                add_json(tar, HEAD, {"format": FORMAT, "documents": len(chosen), "created_at": utc_now()})
+                for row, file, text in _documents(store, chosen, on_gone):
+                    with _document_files(row, file, text, folder) as files:
+                        entries += [add_file(tar, f"documents/{count:09}{end}", one) for end, one in files.items()]
+                    count += 1
+                    on_document(row.id)
+                listed = [entry.listed for entry in entries]
+                add_json(tar, MANIFEST, {"files": listed, "sha256": json_checksum(listed)})
+            sync_file(temp)
+            move_into_place(temp, path)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
     return count
 
 
@@ -95,7 +93,7 @@ def import_documents(
         file = path.open("rb")
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; see to its permissions") from error
-    with file, writing(store.folder):  # nobody sweeps what is being extracted
+    with file:
         pairs = checked_documents(file, path)
         _look_through(store, file, pairs, path, replace)
         for pair in pairs:
@@ -200,12 +198,36 @@ def _read(store: MemoryStore, id: str) -> tuple[DocumentRow, StoredFile, str]:
 
 
 @contextlib.contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """Make a private folder, `<path>.part`, for what becomes the file `path`; it is gone afterwards.
+
+    What a killed process left in it is removed. Raises InputError if `path` exists.
+    """
+    folder = path.with_name(f"{path.name}.part")
+    lock = folder / "export.lock"
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists; remove it, or choose another name")
+    with alone(lock, f"{path} is being exported by another"):
+        if os.path.lexists(path):
+            raise InputError(f"{path} has been exported by another meanwhile; choose another name")
+        try:
+            for temp in folder.glob(f"{TEMP_PREFIX}*"):
+                unlink(temp)
+            yield folder
+        finally:
+            for left in (*folder.glob(f"{TEMP_PREFIX}*"), lock):
+                unlink(left)
+            with contextlib.suppress(OSError):  # of somebody who has put something of their own there
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def _document_files(row: DocumentRow, file: StoredFile, text: str, folder: Path) -> Iterator[dict[str, Path]]:
     """Write a document into the two files that an archive holds; older formats become the present one."""
     with contextlib.ExitStack() as stack:
         kv = stage_kv_file(folder, file.header, file.kv, Text(text))
         stack.callback(unlink, kv)
-        label = stage_label(folder, StoredLabel(row.id, row.created_at, row.label))
+        label = stage_label(folder, label_of(row))
         stack.callback(unlink, label)
         yield {".safetensors": kv, ".json": label}
 
@@ -219,6 +241,8 @@ def _look_through(
         with _extracted(store, file, pair, path) as (stored, label):
             if label.id in ids:
                 raise corrupt(path, f"it holds {label.id!r} twice")
+            if flaw := not_finite(stored.kv):
+                raise corrupt(path, f"{label.id!r} cannot be stored: {flaw}")
             if max((window.stop for window in stored.header.windows), default=0) > len(stored.text):
                 raise corrupt(path, f"a window of {label.id!r} ends after its text")
         ids.add(label.id)
@@ -233,10 +257,13 @@ def _extracted(
     store: MemoryStore, file: IO[bytes], pair: tuple[Member, Member], path: Path
 ) -> Iterator[tuple[StoredFile, StoredLabel]]:
     """Copy a document of an archive into temporary files, and read it from there."""
-    staging = store.files.staging
-    make_folder(staging)
-    temps = [new_temp(staging) for _ in pair]
-    try:
+    store.parts.make_folder()
+    temps: list[Path] = []
+    with writing(store.folder), contextlib.ExitStack() as extracted:  # nobody sweeps what is being extracted
+        staging = store.files.make_staging()
+        for _ in pair:
+            temps.append(new_temp(staging))
+            extracted.callback(unlink, temps[-1])
         try:
             for temp, entry in zip(temps, pair, strict=True):
                 with temp.open("wb") as target:
@@ -251,6 +278,3 @@ def _extracted(
         if label.id != stored.header.id:
             raise corrupt(path, f"{pair[0].name} is of {stored.header.id!r}, but its label of {label.id!r}")
         yield stored, label
-    finally:
-        for temp in temps:
-            unlink(temp)

@@ -16,7 +16,7 @@ from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.names import file_stem, stem_of
 
 from .eviction import delete_expired
-from .leftovers import unnamed_files
+from .leftovers import suspected_files, unnamed_files
 from .repair import PUT_ASIDE
 from .store import MemoryStore
 
@@ -30,9 +30,9 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
     in files, temporary files and the cache, or in the backend; and no power cut brings it back. It takes as long as
     writing the catalog anew, and as much room once more. Nobody else can write meanwhile.
 
-    Raises DocumentNotFoundError if one of them is not stored, or StoreError if others leave no gap for 10 seconds or a
-    catalog that `repair` put aside is there, and nothing has changed then. Raises StoreError if something cannot be
-    removed: the documents are gone then, and `erase(store)` goes on with what is left.
+    Raises DocumentNotFoundError if one of them is not stored, or StoreError if somebody does not end writing in two
+    minutes or a catalog that `repair` put aside is there, and nothing has changed then. Raises StoreError if something
+    cannot be removed: the documents are gone then, and `erase(store)` goes on with what is left.
     """
     ids = list(dict.fromkeys(ids))
     if not store.folder.exists():
@@ -54,7 +54,8 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
                         catalog.documents.require(id)
                     catalog.documents.delete(id)
         stems = set(map(file_stem, ids))
-        files.erase([name for name, left in unnamed_files(catalog, files) if left or stem_of(name) in stems])
+        unnamed = unnamed_files(catalog, files, suspected_files(catalog, files))
+        files.erase([name for name, left in unnamed if left or stem_of(name) in stems])
         with catalog.transaction():
             catalog.file_names.settle(catalog.file_names.unsettled())
         catalog.wipe()

@@ -11,20 +11,34 @@ from beacon_memory.storage.files.label_file import label_name
 from beacon_memory.storage.files.marks import mark_of
 from beacon_memory.storage.files.names import number_of, stem_of, version_of
 
-__all__ = ["unnamed_files"]
+__all__ = ["suspected_files", "unnamed_files"]
 
 
-def unnamed_files(catalog: Catalog, files: Files) -> Iterator[tuple[str, bool]]:
-    """Yield the names of files that no row names, sorted, each with whether it is a leftover. Nobody may be writing.
+def suspected_files(catalog: Catalog, files: Files) -> set[str]:
+    """Return the names of files that no row names; while others write, some of them are only on their way."""
+    names = set(files.names())
+    return names - _named(catalog.file_names.named())  # read after the files, which are there before their rows
 
-    A file is a leftover if the catalog says so, if its mark does, or if its document has a later one. Any other was
-    written for a catalog that is no longer there, or after the backup that this one was restored from, or its row was
-    damaged.
+
+def unnamed_files(catalog: Catalog, files: Files, suspected: set[str]) -> Iterator[tuple[str, bool]]:
+    """Yield those of the suspected files that are there and that no row names, sorted. Nobody may be writing.
+
+    With each it is told whether it is a leftover: if the catalog says so, if its mark does, or if its document has a
+    later one. Any other was written for a catalog that is no longer there, or after the backup that this one was
+    restored from, or its row was damaged.
     """
-    named, unsettled = catalog.file_names.named(), catalog.file_names.unsettled()
+    unsettled = catalog.file_names.unsettled()
+    named: set[str] = set()
     latest: dict[str, int] = {}
-    for name in named:
-        latest[stem_of(name)] = max(latest.get(stem_of(name), 0), version_of(name))
-    for name in sorted(set(files.names()) - named - {label_name(name) for name in named}):
+    for stem in set(map(stem_of, suspected)):
+        of_document = catalog.file_names.beginning(stem)
+        named |= of_document
+        latest[stem] = max(map(version_of, of_document), default=0)
+    for name in sorted(files.present(suspected) - _named(named)):
         left = number_of(name) in unsettled or identity(mark_of(files, name)) is not None
-        yield name, left or 0 < version_of(name) < latest.get(stem_of(name), 0)
+        yield name, left or 0 < version_of(name) < latest[stem_of(name)]
+
+
+def _named(files: set[str]) -> set[str]:
+    """Return the names of K/V files and of their labels."""
+    return files | {label_name(name) for name in files}

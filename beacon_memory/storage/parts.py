@@ -17,8 +17,8 @@ from beacon_memory.errors import CorruptFileError, InputError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
-from beacon_memory.storage.files.durable import entries, identity, make_folder
-from beacon_memory.storage.files.locks import renew_in_forks, writing
+from beacon_memory.storage.files.durable import create_file, entries, identity, make_folder, refuse_links
+from beacon_memory.storage.files.locks import renew_in_forks, tidying, writing
 from beacon_memory.storage.files.names import hash_id
 
 from .settings import Settings, keep_copy, open_files, read_copy
@@ -44,6 +44,7 @@ class StoreParts:
         self.root = Path(root).absolute()  # the same one wherever this process goes
         self.namespace = namespace if namespace == "" else check_id(namespace)
         self.folder = self.root / "namespaces" / hash_id(namespace) if namespace else self.root
+        refuse_links(self.root, self.folder)
         if identity(self.root) and not self.root.is_dir():
             raise InputError(f"{self.root} is a file; a store needs a folder, or a path where it can create one")
         if isinstance(given, str):
@@ -79,19 +80,26 @@ class StoreParts:
         path = self.folder / CATALOG
         with self._opening:
             there = identity(path)
+            begun = there is not None and path.stat().st_size > 0  # an empty one is what a killed process left
             if self._catalog is not None and there != self._opened:  # somebody removed it, or put it aside
                 self._catalog.close()
                 self._catalog = None
             if self._catalog is None:
-                if not create and not there:
+                if not create and not begun:
                     return self._nothing
-                make_folder(self.folder)
+                self.make_folder()
+                create_file(path)  # SQLite would let others read it; the log beside it has the same rights
                 self._catalog = Catalog(path)
-                self._opened = there or identity(path)
+                self._opened = identity(path)
                 killed_at_birth = self.namespace and self._catalog.properties.get("namespace") is None
-                if not there or killed_at_birth:
+                if not begun or killed_at_birth:
                     self._begin(self._catalog)
             return self._catalog
+
+    def make_folder(self) -> None:
+        """Create the folder if it is missing; raises StoreError."""
+        make_folder(self.root)
+        make_folder(self.folder, self.root)
 
     @contextlib.contextmanager
     def writing(self, *, create: bool = False) -> Iterator[Catalog]:
@@ -102,8 +110,16 @@ class StoreParts:
         if not create and not identity(self.folder):
             yield self._nothing
             return
+        self.make_folder()
         with writing(self.folder):
             yield self.catalog(create=create)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Catalog]:
+        """Wait until nobody writes, and let nobody write while the catalog that is yielded is changed."""
+        self.make_folder()
+        with tidying(self.folder):
+            yield self.catalog(create=True)
 
     @property
     def settings(self) -> Settings:
@@ -119,11 +135,12 @@ class StoreParts:
             self.catalog(create=True)  # a new one remembers where the files are
         settings = self.settings
         place = settings.files, settings.cache_bytes
-        if self._files is None or self._files[0] != place:
+        opened = self._files  # another thread may open others meanwhile
+        if opened is None or opened[0] != place:
             catalog = self.catalog(create=settings.files is not None)
             owner = str(catalog.properties.get("identity"))
-            self._files = place, open_files(settings, self.folder, owner, self._backend)
-        return self._files[1]
+            opened = self._files = place, open_files(settings, self.folder, owner, self._backend)
+        return opened[1]
 
     def open_files(self, settings: Settings, catalog: Catalog) -> Files:
         """Open the files where new settings have them; raises if they cannot be there."""
@@ -132,8 +149,13 @@ class StoreParts:
         return open_files(settings, self.folder, str(catalog.properties.get("identity")), self._backend)
 
     def _begin(self, catalog: Catalog) -> None:
-        """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace."""
+        """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace.
+
+        Nothing is written if somebody else has done so meanwhile: by now there may be other settings, and documents.
+        """
         with catalog.transaction():
+            if catalog.properties.get("namespace") is not None or catalog.properties.count("documents"):
+                return
             if kept := read_copy(self.folder):
                 for name, value in kept.items():
                     catalog.properties.set(name, value)
@@ -160,9 +182,10 @@ class StoreParts:
 def namespace_names(root: Path) -> list[str]:
     """Return the names of all namespaces that were ever written to, sorted; "" is the one outside of all others."""
     found = [""] if identity(root / CATALOG) else []
+    refuse_links(root, root / "namespaces")
     for folder in entries(root / "namespaces"):
         path = Path(folder.path, CATALOG)
-        if not identity(path):
+        if folder.is_symlink() or not identity(path):
             continue
         try:
             with contextlib.closing(Catalog(path)) as catalog:

@@ -3,13 +3,11 @@
 A K/V file is complete and on disk before a row names it, and is removed only after the commit of the row that took its
 place. So a crash leaves at worst files that no row names, which `repair` removes:
 
-    with publisher.new_file(header, kv, text) as new:  # the file is on disk
-        with new.catalog.transaction():
-            new.superseded += ...                      # files that no row names after the commit
-            new.catalog.documents.put(row, text)
-            publisher.write_label(row)
-                                                       # the commit is on disk
-    # superseded files are gone
+    with publisher.new_file(header, kv, text) as new:  # the file is on disk, and a transaction has begun
+        new.superseded += ...                          # files that no row names after the commit
+        new.catalog.documents.put(row, text)
+        publisher.write_label(row)
+    # the commit is on disk, superseded files are gone
 """
 
 from __future__ import annotations
@@ -19,18 +17,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from beacon_memory.documents import Text, check_id
-from beacon_memory.errors import StoreError
+from beacon_memory.errors import ConflictError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
-from beacon_memory.storage.files.label_file import StoredLabel, label_name, stage_label
-from beacon_memory.storage.files.marks import lay_mark
+from beacon_memory.storage.files.label_file import label_name, stage_label
+from beacon_memory.storage.files.marks import lay_label_mark, lay_mark
 from beacon_memory.storage.files.names import file_stem, number_of
 from beacon_memory.storage.files.stored_kv import StoredKV
 
 from .parts import StoreParts
+from .records import label_of
 
 __all__ = ["NewFile", "Publisher"]
 
@@ -57,28 +57,53 @@ class Publisher:
 
     @contextlib.contextmanager
     def new_file(self, header: DocumentHeader, kv: StoredKV, text: Text) -> Iterator[NewFile]:
-        """Write a K/V file for a row that is committed inside; if anything raises there, the file is removed."""
+        """Write a K/V file, and begin a transaction for its row; if anything raises there, the file is removed.
+
+        Raises ConflictError if files have another place by then.
+        """
         with self._parts.writing(create=True) as catalog:
+            place = self._parts.settings.files
             files = self._parts.files
+            files.make_staging()
             name = f"{file_stem(check_id(header.id))}-{catalog.file_names.take_number():012x}.safetensors"
             mark = lay_mark(files, name)
             new = NewFile(catalog, name)
             try:
                 files.publish(stage_kv_file(files.staging, header, kv, text), name, more=True)  # its label follows
-                yield new
+                with catalog.transaction():
+                    if self._parts.settings.files != place:
+                        raise ConflictError(f"the files of {self._parts.folder} have got another place; try again")
+                    yield new
             except BaseException:
                 with contextlib.suppress(StoreError):  # then the catalog cannot tell, and verify finds the file
                     # the failure may have followed the commit
-                    if name in catalog.file_names.named(header.id) or self.remove([name]):
+                    if name in catalog.file_names.named(header.id) or self._remove(files, [name]):
                         unlink(mark)
                 raise
             unlink(mark)
             self.remove(new.superseded)
 
+    @contextlib.contextmanager
+    def new_label(self, catalog: Catalog, row: DocumentRow) -> Iterator[None]:
+        """Mark the label of a document as one that may not be its row's, until what is done inside is committed.
+
+        If anything raises, the label is written as the catalog has it.
+        """
+        mark = lay_label_mark(self._parts.files, row.file)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(StoreError):  # then the mark stays, and `repair` does
+                if (now := catalog.documents.get(row.id)) is not None:
+                    self.write_label(now)
+                unlink(mark)
+            raise
+        unlink(mark)
+
     def write_label(self, row: DocumentRow) -> None:
         """Write the label of a document into the file beside its K/V."""
         files = self._parts.files
-        temp = stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label))
+        temp = stage_label(files.staging, label_of(row))
         files.publish(temp, label_name(row.file))
 
     def remove(self, names: Sequence[str]) -> bool:
@@ -86,10 +111,12 @@ class Publisher:
 
         Raises nothing: the change that made the files superfluous is committed already.
         """
-        gone: list[str] = []
         with contextlib.suppress(StoreError):  # of a catalog that does not know where the files are
-            files = self._parts.files
-            gone.extend(name for name in names if files.remove(name) and files.remove(label_name(name)))
+            return self._remove(self._parts.files, names)
+        return not names
+
+    def _remove(self, files: Files, names: Sequence[str]) -> bool:
+        gone = [name for name in names if files.remove(name) and files.remove(label_name(name))]
         if gone:
             with contextlib.suppress(StoreError):  # then `repair` does
                 files.sync(gone)  # else a power cut could bring them back when nothing says any more that they must go

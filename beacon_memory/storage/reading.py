@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from beacon_memory.errors import MismatchedFileError, MissingFileError, StoreError
+from beacon_memory.errors import ConflictError, MismatchedFileError, MissingFileError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file
 
 from .parts import StoreParts
 from .records import difference_of
 
-__all__ = ["READ_TRIES", "find_row", "read_document"]
+__all__ = ["READ_TRIES", "find_row", "read_document", "require_file"]
 
 READ_TRIES = 5  # times that a document may be replaced while it is being read
 
@@ -39,14 +40,33 @@ def read_document(
     missing = None
     for _ in range(READ_TRIES):
         try:
-            file = read_kv_file(parts.files.fetch(row.file))
+            file = read_file(parts.files, row.file, read_kv_file)
         except FileNotFoundError:
             now = find_row(parts.catalog(), id, fingerprint)
             if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now
-                raise MissingFileError(f"{row.file} of {id!r} is missing; `beacon-memory repair` mends it") from None
+                raise _missing(row) from None
             missing, row = row.file, now
             continue
         if difference := difference_of(row, file):
             raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
         return row, file
-    raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
+    raise ConflictError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
+
+
+def require_file(parts: StoreParts, id: str) -> None:
+    """Raise MissingFileError if the K/V file of a document is not there; nothing is read of it.
+
+    A file is removed only after its row was replaced. So a row without its file may be one of before, that came back
+    when the last commits of the catalog were lost. A backend is not asked: what is in the catalog needs no network.
+    """
+    if parts.settings.files is not None:
+        return
+    gone = None
+    while (row := parts.catalog().documents.get(id)) is not None and not parts.files.present([row.file]):
+        if gone == row.file:  # twice: it was not replaced in between
+            raise _missing(row)
+        gone = row.file
+
+
+def _missing(row: DocumentRow) -> MissingFileError:
+    return MissingFileError(f"{row.file} of {row.id!r} is missing; `beacon-memory repair` mends it")

@@ -7,9 +7,10 @@ import time
 from beacon_memory.documents import Label, utc_now
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.kv_file import StoredFile
+from beacon_memory.storage.files.label_file import StoredLabel
 from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 
-__all__ = ["difference_of", "row_of"]
+__all__ = ["difference_of", "label_of", "row_of"]
 
 
 def row_of(name: str, file: StoredFile, label: Label, created_at: str) -> DocumentRow:
@@ -35,6 +36,11 @@ def row_of(name: str, file: StoredFile, label: Label, created_at: str) -> Docume
         used_at=int(time.time()),
         method=header.method,
     )
+
+
+def label_of(row: DocumentRow) -> StoredLabel:
+    """Return what the label file of a row says."""
+    return StoredLabel(row.id, row.created_at, row.label, row.updated_at)
 
 
 def difference_of(row: DocumentRow, file: StoredFile) -> str | None:

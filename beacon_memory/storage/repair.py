@@ -22,6 +22,7 @@ from typing import Any, Literal
 from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
     BeaconMemoryError,
+    ConflictError,
     CorruptFileError,
     DocumentNotFoundError,
     InputError,
@@ -32,16 +33,17 @@ from beacon_memory.errors import (
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
-from beacon_memory.storage.files.access import Files
-from beacon_memory.storage.files.durable import identity, unlink
+from beacon_memory.storage.files.access import Files, read_file
+from beacon_memory.storage.files.durable import entries, identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.locks import looking, tidying
-from beacon_memory.storage.files.names import NUMBERED, file_stem, number_of, stem_of, version_of
+from beacon_memory.storage.files.marks import has_label_mark
+from beacon_memory.storage.files.names import NUMBERED, TEMP_PREFIX, file_stem, number_of, stem_of, version_of
 
-from .leftovers import unnamed_files
+from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
-from .records import difference_of, row_of
+from .records import difference_of, label_of, row_of
 from .settings import COPY, keep_copy, read_copy
 from .store import MemoryStore
 
@@ -65,6 +67,8 @@ ProblemKind = Literal[
 RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  # kinds that only a model can mend
 
 _NAMED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{8,12}\.safetensors")  # those of older stores have 8
+
+_STALE_SECONDS = 60  # after which a small file has got its name, or its writer is dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +189,14 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     for row in catalog.versions.scan():
         yield from _look_at_version(store, row)
     files = store.files
-    # nearly all labels are found sound here, so that few must be read again while all writers wait
+    # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
+    unnamed = suspected_files(catalog, files)
     with looking(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
-        yield from _look_at_unnamed(store)
+        yield from _look_at_unnamed(store, unnamed)
 
 
 def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
@@ -199,13 +204,13 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
-    except DocumentNotFoundError:  # removed or expired since the rows were listed
+    except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
         kinds: dict[type, ProblemKind] = {MissingFileError: "missing-file", MismatchedFileError: "mismatched-file"}
         yield Problem(kinds.get(type(error), "damaged-file"), id, row.file, str(error)), None
     try:
-        store.text(id)
+        store.parts.catalog().documents.text(id)
     except DocumentNotFoundError:
         return
     except CorruptFileError as error:
@@ -220,7 +225,7 @@ def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Itera
         yield Problem("damaged-row", row.id, None, row.message), partial(catalog.versions.forget, row)
         return
     try:
-        flaw = difference_of(row, read_kv_file(store.files.fetch(row.file)))
+        flaw = difference_of(row, read_file(store.files, row.file, read_kv_file))
     except FileNotFoundError:
         flaw = "is missing"
     except CorruptFileError as error:
@@ -245,12 +250,19 @@ def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
     if isinstance(row, DamagedRow) or not NUMBERED.fullmatch(row.file):
         return None  # files of a time before there were labels have none
     try:
-        stored = read_label(files.fetch(label_name(row.file)))
+        stored = read_file(files, label_name(row.file), read_label)
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
         return str(error)
-    return None if stored == StoredLabel(row.id, row.created_at, row.label) else "says something else than the catalog"
+    if replace(stored, updated_at="") == replace(label_of(row), updated_at=""):
+        return None
+    return "is newer than the catalog" if _is_newer(files, stored, row) else "says something else than the catalog"
+
+
+def _is_newer(files: Files, stored: StoredLabel, row: DocumentRow) -> bool:
+    """Tell whether a label was committed, but its row is one of before: the catalog has lost its last commits."""
+    return stored.id == row.id and stored.updated_at > row.updated_at and not has_label_mark(files, row.file)
 
 
 def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]]:
@@ -258,18 +270,29 @@ def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]
     row = store.parts.catalog().documents.get(id)
     if row is not None and (flaw := _label_flaw(store.files, row)):
         name = label_name(row.file)
-        yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_write_label, store.files, row)
+        yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_settle_label, store, row)
+
+
+def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
+    """Let row and label file of a document say the same: what the file says if it is newer, else what the row says."""
+    with contextlib.suppress(CorruptFileError, FileNotFoundError):
+        stored = read_file(store.files, label_name(row.file), read_label)
+        if _is_newer(store.files, stored, row):
+            row = replace(row.labelled(stored.label), created_at=stored.created_at, updated_at=stored.updated_at)
+            store.parts.catalog().documents.update(row)
+            return
+    _write_label(store.files, row)
 
 
 def _write_label(files: Files, row: DocumentRow) -> None:
-    files.publish(stage_label(files.staging, StoredLabel(row.id, row.created_at, row.label)), label_name(row.file))
+    files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
-def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[Problem, Mend]]:
     """Look at the files that no row names, while nobody writes: leftovers go, and others get a row again."""
     catalog, files = store.parts.catalog(), store.files
     lost: dict[str, list[str]] = {}
-    for name, left in unnamed_files(catalog, files):
+    for name, left in unnamed_files(catalog, files, suspected):
         if left:
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
@@ -293,14 +316,23 @@ def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
         name = documents[-1]
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
         yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
-    for path in files.temps():
+    for path in (*files.temps(), *_left_behind(store.folder)):
         yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(_unlink, path)
+
+
+def _left_behind(folder: Path) -> Iterator[Path]:
+    """Yield temporary files of settings and sessions: not all who write those hold a lock, but it takes a moment."""
+    for place in (folder, folder / "sessions"):
+        for one in entries(place) if not place.is_symlink() or place == folder else ():
+            with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                if one.name.startswith(TEMP_PREFIX) and time.time() - one.stat().st_mtime > _STALE_SECONDS:
+                    yield Path(one.path)
 
 
 def _id_in(files: Files, name: str) -> str | None:
     """Return the id of the document that a file belongs to, None if it cannot be read."""
     with contextlib.suppress(StoreError, FileNotFoundError):
-        return read_header(files.fetch(name)).id
+        return read_file(files, name, read_header).id
     return None
 
 
@@ -368,12 +400,12 @@ def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
     """
     for name in reversed([name for name in names if name.endswith(".safetensors")]):
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
-            file = read_kv_file(files.fetch(name))
+            file = read_file(files, name, read_kv_file)
             if stem_of(name) != file_stem(file.header.id):
                 continue
             stored = StoredLabel(file.header.id, file.header.created_at, Label())
             with contextlib.suppress(CorruptFileError, FileNotFoundError):
-                beside = read_label(files.fetch(label_name(name)))
+                beside = read_file(files, label_name(name), read_label)
                 stored = beside if beside.id == stored.id else stored
             return row_of(name, file, stored.label, stored.created_at), file
     raise CorruptFileError(f"none of {', '.join(names)} can be read")
@@ -399,7 +431,8 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 
 def _settle(store: MemoryStore) -> None:
     """Let the catalog forget the numbers of files that are gone."""
-    with tidying(store.folder):
+    names = store.parts.catalog().file_names
+    if unsettled := names.unsettled():
         there = {number_of(name) for name in store.files.names()}
-        names = store.parts.catalog().file_names
-        names.settle(names.unsettled() - there)
+        with tidying(store.folder):  # who has just removed a file has made sure of it by then
+            names.settle(unsettled - there)

@@ -20,6 +20,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -34,6 +35,7 @@ from beacon_memory.documents import (
     Text,
     check_id,
     choose_precision,
+    utc_after,
     utc_now,
 )
 from beacon_memory.errors import ConflictError, CorruptFileError, InputError, StoreError
@@ -45,14 +47,13 @@ from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredFile
-from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
+from beacon_memory.storage.files.stored_kv import StoredKV, not_finite, precision_of, with_precision
 
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
 from .publishing import Publisher
-from .reading import READ_TRIES, find_row, read_document
+from .reading import READ_TRIES, find_row, read_document, require_file
 from .records import row_of
 from .settings import Settings, keep_copy
 
@@ -102,6 +103,14 @@ class MemoryStore:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Callable[..., MemoryStore], tuple[object, ...]]:
+        """Pickle where it lies: what comes out is a store of its own on the same folder."""
+        return partial(MemoryStore, files=self.parts.given), (self.root.absolute(), self.namespace)
+
+    def __deepcopy__(self, memo: object) -> MemoryStore:
+        """Return the store itself, which threads may share."""
+        return self
+
     def close(self) -> None:
         """Close the catalog; the next use opens it again."""
         self._uses.flush()
@@ -135,8 +144,7 @@ class MemoryStore:
         """
         with contextlib.ExitStack() as held:
             if files is not KEEP:  # whoever is writing goes on where it has begun, so wait for the end of it
-                held.enter_context(tidying(self.folder))
-                catalog = self.parts.catalog(create=True)
+                catalog = held.enter_context(self.parts.alone())
             else:
                 catalog = held.enter_context(self.parts.writing(create=True))
             held.enter_context(catalog.transaction())
@@ -198,15 +206,23 @@ class MemoryStore:
         )
 
     def text(self, id: str) -> str:
-        """Return the source text of a document; raises DocumentNotFoundError, or CorruptFileError if it is damaged."""
-        return self.parts.catalog().documents.text(id)
+        """Return the source text of a document; raises DocumentNotFoundError, or CorruptFileError if it is damaged.
+
+        It is damaged, too, if the K/V file that lay beside it is gone: then it may have been replaced or removed.
+        """
+        text = self.parts.catalog().documents.text(id)
+        require_file(self.parts, id)
+        return text
 
     def search(self, query: str, limit: int = 10) -> builtins.list[PassageHit]:
         """Return the passages of all documents that share words with `query`, best first; see `full_text.search`.
 
-        Raises CorruptFileError if the text of a document that was found is damaged.
+        Raises CorruptFileError if the text of a document that was found is damaged; see `text`.
         """
-        return self.parts.catalog().texts.search(query, limit)
+        hits = self.parts.catalog().texts.search(query, limit)
+        for id in dict.fromkeys(hit.document for hit in hits):
+            require_file(self.parts, id)
+        return hits
 
     def get(
         self,
@@ -271,7 +287,9 @@ class MemoryStore:
         if chosen is PrecisionRule.AUTO:
             chosen = settings.precision
         kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv
-        with self._publisher.new_file(header, kv, text) as new, new.catalog.transaction():
+        if flaw := not_finite(kv):
+            raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
+        with self._publisher.new_file(header, kv, text) as new:
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
             if only_new and old is not None:
@@ -303,21 +321,13 @@ class MemoryStore:
 
         Raises DocumentNotFoundError, or InputError for a value that cannot be kept.
         """
-        published = False
-        with self.parts.writing() as catalog:
-            try:
-                with catalog.transaction():
-                    row = catalog.documents.require(id)
-                    label = row.label.changed(metadata, tags, pinned, expires_at)
-                    row = replace(row.labelled(label), updated_at=utc_now())
-                    catalog.documents.update(row)
-                    published = True
-                    self._publisher.write_label(row)
-            except BaseException:
-                if published:
-                    with contextlib.suppress(StoreError):
-                        self._publisher.write_label(catalog.documents.require(id))
-                raise
+        with self.parts.writing() as catalog, contextlib.ExitStack() as marked, catalog.transaction():
+            row = catalog.documents.require(id)
+            label = row.label.changed(metadata, tags, pinned, expires_at)
+            row = replace(row.labelled(label), updated_at=utc_after(row.updated_at))
+            marked.enter_context(self._publisher.new_label(catalog, row))  # until the transaction has ended
+            catalog.documents.update(row)
+            self._publisher.write_label(row)
         return row
 
     def rename(self, id: str, new_id: str) -> DocumentRow:
@@ -325,7 +335,7 @@ class MemoryStore:
         old, file = self.read(id)
         header = replace(file.header, id=check_id(new_id))
         text = Text(self._text_of(id, file))
-        with self._publisher.new_file(header, file.kv, text) as new, new.catalog.transaction():
+        with self._publisher.new_file(header, file.kv, text) as new:
             documents = new.catalog.documents
             new.superseded.extend(delete_expired(new.catalog)[1])
             if documents.get(new_id) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.chat_history import BaseChatMessageHistory
@@ -32,6 +33,9 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
     recent:     tokens of messages that stay as they are. When there are more, the oldest are folded until half is left.
     slots:      memory slots that the folded ones may take; beyond, the older are compressed more strongly, and in the
                 end the oldest are forgotten.
+    system:     tokens of system messages that stay in force in front of the recent ones, however old they are.
+
+    More on these bounds: `Session`. Messages that cannot be added leave the conversation as it was.
     """
 
     def __init__(
@@ -42,11 +46,12 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
         namespace: str | None = None,
         recent: int = 512,
         slots: int = 1024,
+        system: int = 512,
     ) -> None:
         super().__init__()
         self.session_id = session_id
         self.memory = memory if namespace is None else memory.within(namespace)
-        self.session = Session(self.memory, f"{_PREFIX}{session_id}", recent=recent, slots=slots)
+        self.session = Session(self.memory, f"{_PREFIX}{session_id}", recent=recent, slots=slots, system=system)
 
     @property
     def namespace(self) -> str:
@@ -60,7 +65,7 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # as in LangChain's own example
-        """The recent messages, oldest first."""
+        """The messages that are kept as they are: system messages that stay in force, then recent ones."""
         return from_session_turns(self.session.turns)
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
@@ -77,12 +82,19 @@ def behind_history(model: ChatBeaconMemory) -> Runnable[LanguageModelInput, AIMe
 
         RunnableWithMessageHistory(behind_history(model), lambda id: BeaconChatMessageHistory(id, memory))
 
-    It may also be the last part of a chain. Documents of the model itself are loaded in front.
+    It may also be the last part of a chain. Documents of the model itself are loaded in front, or those that it finds.
     """
+    return RunnableLambda(_BehindHistory(model).bound, name="behind_history")
 
-    def bound(_: Any, config: RunnableConfig) -> Any:
+
+@dataclass(frozen=True)
+class _BehindHistory:
+    """The step of `behind_history`. It is a method, so that a chain with it can be pickled."""
+
+    model: ChatBeaconMemory
+
+    def bound(self, asked: LanguageModelInput, config: RunnableConfig) -> Any:
         history: BeaconChatMessageHistory = config["configurable"]["message_history"]
-        ids = [*(model.document_ids or ()), *history.document_ids]
-        return model.bind(document_ids=ids, namespace=history.namespace)
-
-    return RunnableLambda(bound, name="behind_history")
+        own, found = self.model.own_documents(self.model._convert_input(asked).to_messages(), history.namespace)
+        ids = list(dict.fromkeys([*own, *history.document_ids]))
+        return self.model.bind(document_ids=ids, optional=found, namespace=history.namespace)

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from beacon_memory import Answer, BeaconMemory, InputError
 from beacon_memory.generation.background import in_background
 from beacon_memory.generation.prompt import require_tools
-from beacon_memory.generation.tool_calls import chosen_tools, text_before_calls
+from beacon_memory.generation.tool_calls import certain_text, chosen_tools
 
 from .language_model import BeaconLanguageModel, response_metadata, usage_metadata
 from .messages import to_turns
@@ -42,8 +42,8 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         model.invoke("Who pays the rent?", document_ids=["lease"])
 
     The tokens of loaded documents are counted in `usage_metadata["input_token_details"]["cache_read"]`, and
-    `response_metadata` names the documents. Tools need a model whose chat template has them as Hermes and Qwen models
-    do; for another, a call with tools raises InputError.
+    `response_metadata` names the documents. Tools need a model whose chat template has a place for them and writes
+    calls in a form that is read; for another, a call with tools raises InputError.
     """
 
     streaming: bool = False
@@ -51,6 +51,14 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
     @property
     def _llm_type(self) -> str:
         return "beacon-memory-chat"
+
+    def own_documents(self, messages: Sequence[BaseMessage], namespace: str) -> tuple[list[str], list[str]]:
+        """Return the documents that the model loads by itself in a namespace, and which of them were only found."""
+        if self.document_ids is not None:
+            return list(self.document_ids), []
+        with self.memory.in_namespace(namespace) as memory:
+            found = [pick.id for pick in memory.pick(to_turns(messages))]
+        return found, found
 
     def _generate(
         self,
@@ -101,7 +109,7 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
                 yield ChatGenerationChunk(message=last)
                 return
             seen += piece
-            certain = (text_before_calls(seen) if tools else seen).strip()
+            certain = certain_text(self.memory.model.tokenizer, seen, tools).strip()
             if new := certain.removeprefix(shown):
                 shown = certain
                 yield ChatGenerationChunk(message=AIMessageChunk(content=new))
@@ -148,7 +156,7 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
             answer.text, usage_metadata=usage_metadata(answer), response_metadata=response_metadata(answer, self.model)
         )
         if tools:
-            parsed = parse_calls(answer.text)
+            parsed = parse_calls(answer.parts)
             message.content, message.tool_calls = parsed.content, parsed.calls
             message.invalid_tool_calls = parsed.invalid
         return require_call(message, [tool["function"]["name"] for tool in tools]) if must_call else message

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, InvalidToolCall, ToolCall, ToolCallChunk
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 
-from beacon_memory.generation.tool_calls import UnreadCall, new_call_id, split_calls
+from beacon_memory import ToolCall as AnsweredCall
+from beacon_memory import UnreadCall
+from beacon_memory.generation.tool_calls import new_call_id
 
 __all__ = ["Parsed", "parse_calls", "require_call", "to_chunks"]
 
@@ -24,12 +26,12 @@ class Parsed:
     invalid: list[InvalidToolCall]
 
 
-def parse_calls(text: str) -> Parsed:
-    """Take the tool calls out of an answer."""
+def parse_calls(parts: Iterable[str | AnsweredCall | UnreadCall]) -> Parsed:
+    """Take the tool calls out of the parts of an answer."""
     content = ""
     calls: list[ToolCall] = []
     invalid: list[InvalidToolCall] = []
-    for part in split_calls(text):
+    for part in parts:
         if isinstance(part, str):
             content += part
         elif isinstance(part, UnreadCall):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
@@ -12,6 +13,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from beacon_memory import Answer, BeaconMemory
 from beacon_memory.generation.background import in_background
 from beacon_memory.generation.prompt import require_tools
+from beacon_memory.generation.tool_calls import certain_text
 from beacon_memory.picking import fitting
 
 from .messages import to_turns
@@ -36,10 +38,9 @@ class Call:
     conversations: list[str]
     options: dict[str, Any]
 
-    @property
-    def tools(self) -> bool:
-        """Whether the model may call any."""
-        return bool(self.options["tools"])
+    def certain(self, text: str) -> str:
+        """Return how much of an unfinished answer is certain to be text, and no call."""
+        return certain_text(self.memory.model.tokenizer, text, self.options["tools"])
 
     def ask(self) -> Answer:
         """Answer it, see `BeaconMemory.ask`."""
@@ -74,11 +75,24 @@ class Call:
 
     def _asked(self, memory: BeaconMemory) -> dict[str, Any]:
         """Return the arguments of `BeaconMemory.ask`."""
-        if self.tools:
+        if self.options["tools"]:
             require_tools(memory.model)
         turns, found = to_turns(self.messages), []
         if self.ids is None:
-            found = [pick.id for pick in memory.pick(turns)]
+            found = [pick.id for pick in memory.pick(_said(turns))]
         ids = list(dict.fromkeys([*(found if self.ids is None else self.ids), *self.conversations]))
         optional = set(found).difference(self.conversations)
         return {"question": turns, "ids": ids, "optional": optional, **self.options}
+
+
+def _said(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out the results of tools that a ReActAgent reports as if the user had said them."""
+    return [
+        turn
+        for before, turn in pairwise([{"role": "", "content": ""}, *turns])
+        if not (
+            (before["role"], turn["role"]) == ("assistant", "user")
+            and "\nAction Input:" in before["content"]
+            and turn["content"].startswith("Observation: ")
+        )
+    ]

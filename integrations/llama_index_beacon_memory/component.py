@@ -24,7 +24,7 @@ class MemoryComponent(BaseComponent):
 
     store: str = Field(description="Folder of the stored documents.")
     model: str | None = Field(
-        default=None, description="Folder or hub name of the base model; by default the embedded one."
+        default=None, description="Folder, GGUF file or hub name of the base model; by default the embedded one."
     )
     adapter: str | None = Field(default=None, description="Folder or hub name of a beacon adapter for the model.")
     namespace: str = Field(default="", description="The part of the store to work in, which sees no other's documents.")

@@ -196,14 +196,14 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
 
     def _chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         call = self._call(messages, kwargs)
-        return to_response(call.ask(), tools=call.tools)
+        return to_response(call.ask())
 
     def _stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         call = self._call(messages, kwargs)
         pieces = call.stream()
 
         def responses() -> ChatResponseGen:
-            so_far = SoFar(tools=call.tools)
+            so_far = SoFar(call.certain)
             for piece in pieces:
                 yield from so_far.add(piece)
 
@@ -214,14 +214,14 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
         async with contextlib.aclosing(call.astream()) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Answer):
-                    return to_response(piece, tools=call.tools)
+                    return to_response(piece)
         raise AssertionError("a stream ends with an Answer")
 
     async def _astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         call = self._call(messages, kwargs)
 
         async def responses() -> ChatResponseAsyncGen:
-            so_far = SoFar(tools=call.tools)
+            so_far = SoFar(call.certain)
             async with contextlib.aclosing(call.astream()) as pieces:
                 async for piece in pieces:
                     for response in so_far.add(piece):

@@ -9,7 +9,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.memory import BaseMemoryBlock
 
-from beacon_memory import Session
+from beacon_memory import BeaconMemoryError, Session
 
 from . import handles
 from .llm import BeaconMemoryLLM
@@ -25,7 +25,7 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     was folded before is not read again. The documents lie in the store and the namespace of `llm`, under the name of
     the block and the id of the session, and survive the program. What a block gives to its `Memory` are messages
     without text, with handles that `llm` understands, and every other `BeaconMemoryLLM` of this process on the same
-    namespace.
+    namespace; and system messages, which stay in force as they are.
 
     Users who must not see each other's conversations get namespaces of their own:
     `BeaconMemoryBlock(llm=llm.within("alice"))`, with the same `llm.within("alice")` to answer.
@@ -39,11 +39,17 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         description="Memory slots that a conversation may take. When it needs more, its older documents are compressed "
         "more strongly, and when that goes no further the oldest is forgotten.",
     )
+    system: int = Field(
+        default=512,
+        ge=0,
+        description="Tokens of flushed system messages that stay in force: they are given back as they are.",
+    )
 
     def session(self, session_id: str | None = None) -> Session:
         """Return the conversation that is kept for a `Memory` with this session id."""
         id = self.name if session_id is None else f"{self.name}/{session_id}"
-        return Session(self.llm.memory, id, recent=1, slots=self.slots)  # one token: everything is folded
+        one = 1  # token: everything but system messages is folded
+        return Session(self.llm.memory, id, recent=one, slots=self.slots, system=self.system)
 
     async def aput(
         self,
@@ -64,7 +70,7 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         session_id: str | None = None,
         **block_kwargs: Any,  # noqa: ARG002  # the framework passes it
     ) -> list[ChatMessage]:
-        """Return handles of what was folded, and messages that an interrupted program did not come to fold."""
+        """Return handles of what was folded, system messages, and what an interrupted program did not come to fold."""
         return await asyncio.to_thread(self._messages, session_id)
 
     def clear(self, session_id: str | None = None) -> None:
@@ -73,7 +79,12 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     def _fold(self, messages: list[ChatMessage], session_id: str | None) -> None:
         if turns := to_session_turns(messages):
-            self.session(session_id).add(turns)
+            session = self.session(session_id)
+            try:
+                session.add(turns)
+            except BeaconMemoryError:  # a Memory gives messages away once: they are folded with the next ones
+                session.add(turns, fold=False)
+                raise
 
     def _messages(self, session_id: str | None) -> list[ChatMessage]:
         session = self.session(session_id)

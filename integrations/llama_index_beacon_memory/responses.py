@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole, TextBlock, ToolCallBlock
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole, ToolCallBlock
 
 from beacon_memory import Answer
-from beacon_memory.generation.tool_calls import call_of_turn, text_before_calls
+from beacon_memory.generation.tool_calls import call_of_turn
 
 from .tool_calls import parse
 
@@ -15,31 +15,34 @@ __all__ = ["SoFar", "to_response"]
 
 
 class SoFar:
-    """An answer as far as it has come."""
+    """An answer as far as it has come.
 
-    def __init__(self, *, tools: bool) -> None:
-        self.tools = tools
+    certain: returns how much of a text is certain to come before a call; see `certain_text`.
+    """
+
+    def __init__(self, certain: Callable[[str], str]) -> None:
+        self.certain = certain
         self.text = self.shown = ""
 
     def add(self, piece: str | Answer) -> Iterator[ChatResponse]:
-        """Add a piece and yield what it adds: with tools, only text that is certain to come before a call."""
+        """Add a piece and yield what it adds to the text that is certain."""
         if isinstance(piece, Answer):
-            whole = to_response(piece, tools=self.tools)
+            whole = to_response(piece)
             content = whole.message.content or ""
             shown = self.shown.lstrip()
             rest = content[len(shown) :] if content.startswith(shown) else ""
             yield whole.model_copy(update={"delta": rest})
             return
         self.text += piece
-        certain = text_before_calls(self.text) if self.tools else self.text
+        certain = self.certain(self.text)
         if len(certain) > len(self.shown):
             delta, self.shown = certain[len(self.shown) :], certain
             yield ChatResponse(message=ChatMessage(certain, role=MessageRole.ASSISTANT), delta=delta)
 
 
-def to_response(answer: Answer, *, tools: bool) -> ChatResponse:
-    """Return an answer in the framework's form; tools: whether it may hold calls."""
-    blocks = parse(answer.text) if tools else [TextBlock(text=answer.text)]
+def to_response(answer: Answer) -> ChatResponse:
+    """Return an answer in the framework's form."""
+    blocks = parse(answer.parts)
     calls = [
         call_of_turn(block.tool_call_id, block.tool_name, block.tool_kwargs)
         for block in blocks

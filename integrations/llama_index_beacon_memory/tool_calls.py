@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from llama_index.core.base.llms.types import TextBlock, ToolCallBlock
 
-from beacon_memory.generation.tool_calls import UnreadCall, split_calls
+from beacon_memory import ToolCall, UnreadCall
 
 __all__ = ["arguments_of", "parse"]
 
 
-def parse(text: str) -> list[TextBlock | ToolCallBlock]:
+def parse(parts: Iterable[str | ToolCall | UnreadCall]) -> list[TextBlock | ToolCallBlock]:
     """Return an answer as blocks: its text, and its tool calls. One that cannot be read stays part of the text."""
     content = ""
     calls: list[ToolCallBlock] = []
-    for part in split_calls(text):
+    for part in parts:
         if isinstance(part, str):
             content += part
         elif isinstance(part, UnreadCall):

@@ -98,6 +98,16 @@ class TestList:
         put(store, "long/" * 100)
         assert "long/" * 100 in run("list").stdout
 
+    def test_shows_control_characters_as_escapes(self, run: Run, store: MemoryStore) -> None:
+        evil = "a\x1b]0;x\x07\x1b[2J\nb\r\u202e\x9b31m"
+        label(store, evil, tags=(evil,), metadata={evil: evil})
+        told = [run(*command, *json) for json in ([], ["--json"]) for command in (["list"], ["show", evil])]
+        for result in [*told, run("verify"), run("show", "\x1b[2J"), run("rename", evil, f"{evil}c")]:
+            assert not set(result.stdout + result.stderr) & set("\x1b\x07\r\x9b\u202e")
+        assert r"a\u001b]0;x\u0007\u001b[2J\u000ab\u000d\u202e\u009b31m" in told[0].stdout
+        assert lines(told[2])[0]["id"] == lines(told[3])[0]["id"] == evil
+        assert lines(told[3])[0]["metadata"] == {evil: evil}
+
     @pytest.mark.parametrize(
         ("where", "message"),
         [
@@ -119,6 +129,19 @@ def test_show_tells_machines_what_the_page_says(run: Run, store: MemoryStore) ->
     for_people = run("show", "a").stdout
     assert 'metadata     {"year": 2031}\n' in for_people
     assert "pinned       false\nexpires_at   none\n" in for_people
+
+
+def test_a_terminal_is_not_given_the_control_characters_of_a_text(run: Run, store: MemoryStore) -> None:
+    text = "one\n\ttwo \x1b[2J\x9b31m\n"
+    put(store, text=text)
+    assert run("show", "doc", "--text").stdout == text
+    main, side = pty.openpty()
+    command = [*COMMAND, "show", "doc", "--text", "--store", str(store.root)]
+    assert subprocess.run(command, stdout=side, check=True).returncode == 0
+    os.close(side)
+    told = os.read(main, 10_000).decode()
+    os.close(main)
+    assert told.replace("\r", "") == "one\n\ttwo \\u001b[2J\\u009b31m\n".replace("\t", told[5 : told.index("two")])
 
 
 def test_output_that_cannot_be_written_is_an_error_in_one_line(run: Run, store: MemoryStore) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 from stock_behind import eager, stock_reading
-from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel
+from tiny_models import MODELS, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
+from transformers import GenerationConfig, PreTrainedModel
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.methods.registry import BUILT_IN
@@ -19,7 +24,7 @@ from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.generation.generate import Generation, Request, generate
-from beacon_memory.generation.options import generation_config
+from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
 from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
@@ -286,11 +291,84 @@ def test_an_error_while_streaming_reaches_the_consumer() -> None:
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": True}, "num_beams=True"),
+        ({"min_p": 2}, "min_p=2 must be a number from 0 to 1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"do_sample": "no"}, "do_sample='no' must be True or False"),
+        ({"eos_token_id": [2, "</s>"]}, "eos_token_id=.* must be the number of a token"),
+        ({"validate": 5}, "validate=5"),
+        ({"use_cache": False}, "unknown generation options: use_cache=False; known are"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True"),
+        ({"assistant_early_exit": 1, "top_p": 0.5}, "options: assistant_early_exit=1;"),
+        ({"watermarking_config": 5}, "cannot be used: .*"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         generation_config(make_model(), None, options)
+
+
+NONSENSE = ("nonsense", -1, 0.5, True, [3], [[3]], {"a": 1}, object())
+
+
+@pytest.mark.parametrize("name", sorted(GenerationConfig().to_dict()))
+def test_an_option_is_refused_or_answered_with_whatever_its_value(name: str) -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(20), 4), some_ids(5))
+    expected = generate(model, [request], greedy(model))
+    for value in NONSENSE:
+        with contextlib.suppress(InputError):
+            generate(model, [request], greedy(model, **{"max_new_tokens": 4, name: value}))
+    assert generate(model, [request], greedy(model)) == [[replace(expected[0][0], first_token_at=ANY)]]
+
+
+@pytest.mark.parametrize("option", [{"bad_words_ids": "no"}, {"repetition_penalty": "no"}, {"suppress_tokens": ["no"]}])
+def test_what_transformers_refuses_late_is_an_error_of_ours(option: dict[str, Any]) -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(20), 4), some_ids(5))
+    with pytest.raises(InputError, match="transformers cannot generate with these options"):
+        generate(model, [request], greedy(model, **option))
+    with pytest.raises(InputError, match="transformers cannot generate with these options"):
+        list(stream(model, request, greedy(model, **option)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+)
+def test_settings_of_a_checkpoint_that_a_memory_decides_change_no_answer(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    stock = tiny_base("llama")
+    folder = tiny_checkpoint(tmp_path, stock)
+    (folder / "generation_config.json").unlink()  # then what config.json says of it counts
+    plain = BeaconModel.from_pretrained(folder, config=BeaconConfig(beacon_window=16), device="cpu")
+    request = Request(compressed(plain, some_ids(40), 4), some_ids(5))
+    expected = generate(plain, [request], greedy(plain))[0][0].tokens
+    assert len(expected) == 12
+    for file in ("config.json", "generation_config.json"):
+        saved = json.loads((folder / "config.json").read_text()) if file == "config.json" else {}
+        (folder / file).write_text(json.dumps(saved | settings))
+        model = BeaconModel.from_pretrained(folder, config=BeaconConfig(beacon_window=16), device="cpu")
+        assert generate(model, [request], greedy(model))[0][0].tokens == expected
+        if file == "config.json":
+            (folder / file).write_text(json.dumps(saved))
+
+
+def test_an_option_without_a_value_switches_off_what_the_checkpoint_says() -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
+    whole = generate(model, [request], greedy(model))[0][0].tokens
+    model.base.generation_config.eos_token_id = whole[3]
+    assert generate(model, [request], greedy(model))[0][0].tokens == whole
+    stopped = generate(model, [request], generation_config(model, None, {"max_new_tokens": 12}))[0][0].tokens
+    assert stopped == whole[: whole.index(whole[3]) + 1]
+    assert generation_config(model, None, {"max_new_tokens": None}).max_new_tokens == DEFAULT_MAX_NEW_TOKENS
 
 
 def test_naming_a_temperature_samples_and_zero_is_greedy() -> None:

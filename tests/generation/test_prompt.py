@@ -10,13 +10,26 @@ from tiny_models import tiny_model, tiny_tokenizer
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import InputError
 from beacon_memory.generation.prompt import chat_prompt, require_tools, takes_tools
-from beacon_memory.generation.tool_calls import ToolCall, UnreadCall, call_of_turn, split_calls
+from beacon_memory.generation.tool_calls import call_of_turn
 from beacon_memory.modeling.model import BeaconModel
 
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 CALLS = "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}\n{% endfor %}"
 HERMES = "{% if tools %}{{ tools | tojson }} as <tool_call>{...}</tool_call>{% endif %}" + CALLS
 REFUSING = "{% if tools %}{{ raise_exception('no tools, please') }}{% endif %}" + TURNS
+LLAMA = (
+    "{% if tools %}{{ tools | tojson }} as name and parameters{% endif %}{% for m in messages %}<|{{ m.role }}|>\n\n"
+    '{% for c in m.tool_calls %}{"name": "{{ c.function.name }}", '
+    '"parameters": {{ c.function.arguments | tojson }}}'
+    "{% else %}{{ m.content }}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{% if tools %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}{% for m in messages %}{% if m.tool_calls %}[CALLS]["
+    "{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('no id of nine letters') }}{% endif %}"
+    """{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}"""
+    "{% endfor %}]</s>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+UNREAD = MISTRAL.replace("[CALLS][", "[CALLS]call:").replace('"name"', "name")
 OTHER = "{% if tools %}{{ tools | tojson }} as [TOOL_CALLS]{% endif %}" + CALLS
 MENTIONING = "{# <tool_call> #}" + TURNS
 
@@ -29,12 +42,21 @@ def with_template(template: str | None) -> BeaconModel:
 
 @pytest.mark.parametrize(
     ("template", "takes"),
-    [(HERMES, True), (TURNS, False), (REFUSING, False), (OTHER, False), (MENTIONING, False), (None, False)],
+    [
+        (HERMES, True),
+        (LLAMA, True),
+        (MISTRAL, True),
+        (UNREAD, False),
+        (TURNS, False),
+        (REFUSING, False),
+        (OTHER, False),
+        (MENTIONING, False),
+        (None, False),
+    ],
 )
-def test_template_takes_tools_if_it_shows_them_and_asks_for_calls_that_can_be_read(
-    template: str | None, takes: bool
-) -> None:
+def test_template_takes_tools_if_it_shows_them_and_calls_that_can_be_read(template: str | None, takes: bool) -> None:
     model = with_template(template)
+    model.tokenizer.add_special_tokens({"extra_special_tokens": ["[CALLS]"]})
     assert takes_tools(model) == takes
     if takes:
         require_tools(model)
@@ -162,13 +184,3 @@ def test_results_of_tools_reach_the_model_in_the_order_of_their_calls() -> None:
     then = [{"role": "assistant", "content": "So."}, {"role": "tool", "content": "b"}, {"role": "tool", "content": "a"}]
     shown = model.tokenizer.decode(chat_prompt(model, [asked, *results, *then], behind_memory=False))
     assert [line[:-2] for line in shown.splitlines()] == ["Look.", "of 1", "of 2", "of 3", "of 9", "So.", "b", "a"]
-
-
-def test_answer_is_split_into_texts_and_calls_in_their_order() -> None:
-    block = '<tool_call>{"name": "f", "id": "7"}</tool_call>'
-    text, call, between, unread, last = split_calls(f"One. {block} Two. <tool_call>f(1)</tool_call>{block[:-4]}")
-    assert (text, call, between) == ("One. ", ToolCall("7", "f", {}), " Two. ")
-    assert isinstance(unread, UnreadCall)
-    assert (unread.inside, unread.text) == ("f(1)", "<tool_call>f(1)</tool_call>")
-    assert isinstance(last, UnreadCall)  # its closing tag is cut in two
-    assert split_calls("") == []

@@ -10,18 +10,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny_gguf import tiny_gguf
+from tiny_models import FAMILIES, VOCAB, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from beacon_memory import BeaconMemory
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
-from beacon_memory.errors import AdapterError, ModelError, UnsupportedModelError
+from beacon_memory.errors import AdapterError, ConfigError, ModelError, UnsupportedModelError
 from beacon_memory.modeling import loading
 from beacon_memory.modeling.adapter import read_adapter
 from beacon_memory.modeling.loading import tokenizer_digest
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.text_tokens import text_tokens
 
 CONFIG = BeaconConfig(beacon_window=8, beacon_ratio=(2, 4))
 REMOTE_CODE = """from pathlib import Path
@@ -118,6 +122,81 @@ class TestBase:
         before = logging.get_verbosity()
         load(base)
         assert logging.get_verbosity() == before
+
+    @pytest.mark.parametrize("attention", ["flash_attention_2", "kernels-community/flash-attn", "flex_attention"])
+    def test_the_attention_that_a_checkpoint_asks_for_does_not_matter(self, base: Path, attention: str) -> None:
+        expected = load(base)
+        edit_json(base / "config.json", attn_implementation=attention)
+        ids = torch.tensor([some_ids(12)])
+        assert torch.equal(load(base).base(ids).logits, expected.base(ids).logits)
+        assert load(base).detach().config._attn_implementation == "sdpa"
+
+    @pytest.mark.parametrize(
+        "quantization",
+        [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, {"load_in_8bit": True}, {"quant_method": "new"}],
+    )
+    def test_quantized_weights_are_refused_before_they_are_read(self, base: Path, quantization: dict[str, Any]) -> None:
+        edit_json(base / "config.json", quantization_config=quantization)
+        (base / "model.safetensors").unlink()
+        with pytest.raises(UnsupportedModelError, match=r"are quantized .* or a GGUF file"):
+            load(base)
+
+    @pytest.mark.parametrize("device", ["meta", "nowhere", "privateuseone", "cuda:99", "vulkan", "hpu", "cpu:x"])
+    def test_a_device_that_cannot_be_computed_on_is_refused_before_anything_is_read(self, device: str) -> None:
+        with pytest.raises(ModelError, match=f"device '{device}' cannot be used"):
+            BeaconModel.from_pretrained("absent", device=device)
+
+    @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "half", torch.int8, torch.complex64, None, 5])
+    def test_a_dtype_that_cannot_be_computed_in_is_refused(self, dtype: Any) -> None:
+        with pytest.raises(ConfigError, match=r"dtype=.* must be auto, bfloat16, float16, float32 or float64"):
+            BeaconModel.from_pretrained("absent", dtype=dtype)
+
+    def test_a_tokenizer_that_does_not_say_where_tokens_stand_is_refused(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+        with pytest.raises(ModelError, match=r"does not say where in a text its tokens stand.* tokenizer\.json"):
+            load(base)
+
+
+class TestGguf:
+    @pytest.fixture
+    def stock(self) -> PreTrainedModel:
+        return tiny_base("llama", vocab_size=VOCAB + 1)
+
+    @pytest.fixture
+    def file(self, stock: PreTrainedModel, tmp_path: Path) -> Path:
+        return tiny_gguf(tmp_path / "tiny.gguf", stock)
+
+    def test_it_is_loaded_with_its_tokenizer_and_chat_template(self, file: Path, stock: PreTrainedModel) -> None:
+        model, ids = load(file, dtype=torch.float32), torch.tensor([some_ids(12)])
+        assert torch.equal(model.base(ids).logits, stock(ids).logits)
+        assert model.tokenizer.chat_template == tiny_tokenizer().chat_template
+        assert text_tokens(model.tokenizer, "the mill") == text_tokens(tiny_tokenizer(), "the mill")
+        assert model.base.config.name_or_path == str(file)
+        text = "It is <|endoftext|> of token 263, which the model lacks."
+        memory = BeaconMemory(file.parent / "store", model, reserve=100)
+        memory.add("text", text, ratio=2)
+        assert memory.ask(text, "text", max_new_tokens=3).usage.generated_tokens == 3
+
+    def test_its_kv_take_16_bits(self, file: Path) -> None:
+        assert load(file).kv_dtype == torch.bfloat16
+
+    def test_an_adapter_for_it_does_not_tell_where_it_lies(self, file: Path, tmp_path: Path) -> None:
+        load(file).save_adapter(tmp_path)
+        assert read_adapter(tmp_path).base["name"] == "tiny.gguf"
+
+    @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"GGUF" + bytes(100)])
+    def test_one_that_is_missing_or_damaged_is_refused(self, tmp_path: Path, content: bytes | None) -> None:
+        if content is not None:
+            (tmp_path / "bad.gguf").write_bytes(content)
+        with pytest.raises(ModelError, match=r"bad\.gguf' cannot be loaded"):
+            load(tmp_path / "bad.gguf")
+
+    def test_one_that_is_cut_off_is_refused(self, file: Path, tmp_path: Path) -> None:
+        (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:-5000])
+        with pytest.raises(ModelError, match=r"cut\.gguf' cannot be loaded"):
+            load(tmp_path / "cut.gguf")
 
 
 class TestRemoteCode:
@@ -231,6 +310,11 @@ class TestReader:
         tensors = load_file(adapter / "reader" / "adapter_model.safetensors")
         wider = {name: torch.ones(tensor.shape[0], tensor.shape[1] + 1) for name, tensor in tensors.items()}
         save_file(wider, adapter / "reader" / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match="LoRA"):
+            load(base, adapter)
+
+    def test_one_of_an_unknown_kind_is_refused(self, base: Path, adapter: Path) -> None:
+        edit_json(adapter / "reader" / "adapter_config.json", target_modules=5)
         with pytest.raises(AdapterError, match="LoRA"):
             load(base, adapter)
 

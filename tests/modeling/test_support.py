@@ -48,6 +48,12 @@ class TestSlidingWindow:
             assert attention_modules(tiny_base(family, sliding_window=16, **unused))
 
 
+def test_quantized_weights_are_refused() -> None:
+    base = tiny_base("llama")
+    base.config.quantization_config = {"quant_method": "bitsandbytes"}
+    refuse(base, r"quantized \(bitsandbytes\)")
+
+
 class TestRope:
     @pytest.mark.parametrize(
         "rope",

@@ -46,6 +46,11 @@ def version(adapter: str) -> str:
     return replace(FINGERPRINT, adapter=adapter).digest
 
 
+def kept_text(store: MemoryStore, id: str = "doc") -> str:
+    """The text that the catalog keeps, also of a document whose file is gone, of which the store gives out none."""
+    return store.parts.catalog().documents.text(id)
+
+
 def change(store: MemoryStore, sql: str) -> None:
     """Change the catalog behind the store's back, and behind that of the triggers which count rows."""
     with contextlib.closing(sqlite3.connect(store.folder / "catalog.sqlite3", isolation_level=None)) as db:

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from kv_samples import TEXT, same, sample
 from store_samples import put
 
-from beacon_memory.documents import Label
+from beacon_memory.documents import Label, Text
 from beacon_memory.errors import (
     BeaconMemoryError,
     CorruptFileError,
@@ -28,6 +30,7 @@ from beacon_memory.errors import (
     StoreError,
 )
 from beacon_memory.storage.archive import copy_documents, export_documents, import_documents
+from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
@@ -224,11 +227,11 @@ def test_a_document_that_is_stored_meanwhile_is_not_replaced(
 ) -> None:
     with MemoryStore(target.root) as other:
         beside = once(lambda: put(other, IDS[1], "another text"))
+        move = (
+            partial(import_documents, target, archive) if way == "import" else partial(copy_documents, source, target)
+        )
         with pytest.raises(InputError, match=r"would replace stored documents: allow that with replace"):
-            if way == "import":
-                import_documents(target, archive, on_document=beside)
-            else:
-                copy_documents(source, target, on_document=beside)
+            move(on_document=beside)
     assert [row.id for row in target.list()] == [IDS[0], IDS[1]]
     assert target.text(IDS[1]) == "another text"
     assert_same(source, target, IDS[:1])
@@ -510,10 +513,23 @@ def bad_documents() -> dict[str, Members]:
         "newer format": document(1, with_entry(whole, {**entry, "format": 99}), LABEL),
         "label of another": document(1, whole, {**LABEL, "id": "another"}),
         "label of nonsense": document(1, whole, {**LABEL, "tags": 5}),
+        "label of too many tags": document(1, whole, {**LABEL, "tags": [f"{n}" for n in range(10_001)]}),
+        "label of too many metadata": document(1, whole, {**LABEL, "metadata": {f"{n}": n for n in range(10_001)}}),
+        "label that is nested too deeply": document(
+            1, whole, {**LABEL, "metadata": {"a": json.loads("[" * 700 + "]" * 700)}}
+        ),
+        "K/V that are no numbers": document(1, _not_a_number(), LABEL),
         "label without a field": document(1, whole, {"format": 1, "id": "doc"}),
         "window behind the text": document(1, far, LABEL),
         "the first one again": [],
     }
+
+
+def _not_a_number() -> bytes:
+    header, kv = sample()
+    kv.keys[0, 0] = float("nan")
+    with tempfile.TemporaryDirectory() as folder:
+        return stage_kv_file(Path(folder), header, kv, Text(TEXT)).read_bytes()
 
 
 def _ending_at(entry: dict[str, Any], stop: int) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from catalog_samples import LONG_AGO
 from kv_samples import FINGERPRINT, TEXT, memory, same, sample, write_kv_file
-from store_samples import BYTES, change, files, labels, put, put_version, version
+from store_samples import BYTES, change, files, kept_text, labels, put, put_version, version
 from upkeep_samples import (
     LABEL,
     LONG,
@@ -164,7 +164,7 @@ def test_what_only_a_model_can_mend_is_reported_and_kept(store: MemoryStore, nam
         assert (problem.kind, problem.document, problem.path) == (kind, "doc", store.row("doc").file)
         assert not problem.mended
     assert {path: path.read_bytes() for path in files(store)} == shown
-    assert store.text("doc") == TEXT
+    assert kept_text(store) == TEXT
     assert other.stands(store)
     kv = put(store)
     assert same(store.get("doc").kv, kv)
@@ -240,7 +240,7 @@ def test_a_damaged_row_without_a_file_keeps_its_text(store: MemoryStore, damage:
     damage(file(store))
     change(store, "UPDATE documents SET tokens = 14")
     assert [problem.kind for problem in repair(store)] == ["damaged-row"]
-    assert store.text("doc") == TEXT
+    assert kept_text(store) == TEXT
     assert (store.row("doc").label, store.row("doc").created_at) == (LABEL, LONG_AGO)
     (problem,) = repair(store)
     assert problem.kind in ("missing-file", "damaged-file")

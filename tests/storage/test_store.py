@@ -83,7 +83,7 @@ def test_a_document_lies_in_a_file_that_tells_all_of_it(store: MemoryStore) -> N
     file = read_kv_file(store.folder / row.file)
     assert (file.header, file.text) == (header, TEXT)
     assert same(file.kv, kv)
-    assert read_label(store.folder / label_name(row.file)) == StoredLabel("doc", LONG_AGO, label)
+    assert read_label(store.folder / label_name(row.file)) == StoredLabel("doc", LONG_AGO, label, row.updated_at)
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -273,6 +273,33 @@ def test_what_is_replaced_must_be_what_was_read(store: MemoryStore) -> None:
         store.put(header, kv, TEXT, replacing=second.file)
     assert not files(store)
     assert verify(store) == []
+
+
+@pytest.mark.parametrize(("value", "precision"), [(float("nan"), "auto"), (float("inf"), "int8"), (1e6, "float16")])
+def test_kv_that_are_not_finite_are_refused(store: MemoryStore, value: float, precision: str) -> None:
+    kept = put(store)
+    header, kv = sample(dtype=torch.float32)
+    kv.values[3, 1] = value
+    with pytest.raises(InputError, match=r"value.* hold NaN or infinity; compress it anew|to inf cannot be quantized"):
+        store.put(header, kv, TEXT, precision=precision)
+    if value == 1e6:
+        store.configure(precision="float16")
+        with pytest.raises(InputError, match="kept in float16, hold NaN or infinity"):
+            store.put(header, kv, TEXT)
+    assert same(store.get("doc").kv, kept)
+    assert verify(store) == []
+
+
+def test_what_must_be_new_replaces_nothing(store: MemoryStore) -> None:
+    header, kv = sample()
+    store.put(header, kv, TEXT, only_new=True)
+    with pytest.raises(InputError, match="'doc' would replace stored documents"):
+        store.put(*sample(text="another"), "another", only_new=True)
+    assert store.text("doc") == TEXT
+    assert verify(store) == []
+    store.update("doc", expires_at=LONG_AGO)
+    store.put(*sample(text="another"), "another", only_new=True)
+    assert store.text("doc") == "another"
 
 
 def test_a_reader_waits_for_no_writer(store: MemoryStore) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_whatever_call_fails_the_store_stays_as_it_was(
 
 def with_open_files(spare: int, act: Callable[[], object]) -> None:
     """Run an act in a process that may open only so many files more."""
-    handle, last = -1, max(map(int, os.listdir("/dev/fd")))
+    handle, last = -1, max(int(one.name) for one in Path("/dev/fd").iterdir())
     while handle <= last:  # lower numbers that are free would count, too
         handle = os.open(os.devnull, os.O_RDONLY)
     os.close(handle)
@@ -187,7 +188,7 @@ def test_too_many_open_files_are_no_damage(folder: Path, use: str, opened: bool)
             store.close()
         USES[use](store)
 
-    tried = [in_a_process(lambda spare=spare: with_open_files(spare, act)) for spare in range(16)]
+    tried = [in_a_process(partial(with_open_files, spare, act)) for spare in range(16)]
     assert tried[0] or use == "namespaces"
     assert not tried[-1]
     sound(store)
@@ -200,7 +201,8 @@ def test_too_many_open_files_are_no_damage(folder: Path, use: str, opened: bool)
 def test_a_change_for_which_too_many_files_are_open_changes_nothing(folder: Path, prepared: Prepared) -> None:
     for spare in range(0, 12, 2):
         store = copied(prepared.template, folder / "store")
-        failed = in_a_process(lambda spare=spare: with_open_files(spare, lambda: prepared.act(MemoryStore(store))))
+        act = partial(with_open_files, spare, partial(prepared.act, MemoryStore(store)))
+        failed = in_a_process(act)
         check(store, prepared, failed=failed)
 
 
@@ -451,6 +453,7 @@ def test_a_store_that_may_not_be_entered_says_so(folder: Path) -> None:
 
 
 def test_one_file_that_may_not_be_read_is_named_and_keeps_no_other_from_being_read(folder: Path) -> None:
+    (folder / "store").mkdir()  # others may enter it
     with MemoryStore(folder / "store") as store:
         two(store)
         name = store.row("doc").file

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,20 @@ import pytest
 from kv_samples import same
 from repository import ROOT
 from store_samples import files, put
+from upkeep_samples import flip
 
-from beacon_memory.errors import InputError, MissingDependencyError, StoreError
+from beacon_memory.errors import (
+    ConflictError,
+    CorruptFileError,
+    InputError,
+    MissingDependencyError,
+    MissingFileError,
+    StoreError,
+)
 from beacon_memory.storage.archive import export_documents, import_documents
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.files.cached import CachedFiles
+from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.names import number_of
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
@@ -115,6 +127,68 @@ def test_an_empty_store_can_be_moved_to_a_backend(backend: Any, tmp_path: Path) 
     assert files(store) == []
 
 
+def while_it_is_born(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something when the next catalog has been created, before whoever opens it goes on."""
+
+    def opened(path: Path) -> Catalog:
+        monkeypatch.undo()
+        catalog = Catalog(path)
+        act()
+        return catalog
+
+    monkeypatch.setattr("beacon_memory.storage.parts.Catalog", opened)
+
+
+def test_a_catalog_that_another_process_has_begun_keeps_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act() -> None:
+        with MemoryStore(tmp_path / "store", "name") as other:
+            other.configure(files=(tmp_path / "place").as_uri())
+            put(other)
+
+    while_it_is_born(monkeypatch, act)
+    with MemoryStore(tmp_path / "store", "name") as store:
+        store.parts.catalog(create=True)  # as one who only reads it does
+        assert store.get("doc").row.id == "doc"
+        assert store.settings.files == (tmp_path / "place").as_uri()
+        assert verify(store) == []
+
+
+def test_files_stay_where_another_process_has_put_them_while_the_store_was_born(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    while_it_is_born(monkeypatch, lambda: put(MemoryStore(tmp_path / "store")))
+    with (
+        MemoryStore(tmp_path / "store", files=(tmp_path / "place").as_uri()) as store,
+        pytest.raises(StoreError, match="in its folder, not in file://"),
+    ):
+        put(store, "other")
+    with MemoryStore(tmp_path / "store") as store:
+        assert store.get("doc").row.id == "doc"
+        assert verify(store) == []
+
+
+@pytest.mark.parametrize("act", ["put", "rename"])
+def test_a_document_is_not_acknowledged_where_files_are_not_any_more(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    with MemoryStore(tmp_path / "store") as store:
+        put(store)
+
+        def moved(*given: Any) -> Path:
+            monkeypatch.undo()
+            store.parts.catalog().properties.set("files", (tmp_path / "place").as_uri())
+            return stage_kv_file(*given)
+
+        monkeypatch.setattr("beacon_memory.storage.publishing.stage_kv_file", moved)
+        with pytest.raises(ConflictError, match="have got another place; try again"):
+            put(store, "new") if act == "put" else store.rename("doc", "new")
+        store.parts.catalog().properties.set("files", None)
+        assert [row.id for row in store.list()] == ["doc"]
+        assert verify(store) == []
+
+
 def test_a_namespace_keeps_its_files_apart_in_the_same_backend(backend: Any, tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "store", files=backend) as store:
         kv, inner = put(store), put(store.within("alice"), "doc", "another text")
@@ -156,6 +230,56 @@ def test_a_removal_is_synced_before_the_catalog_forgets_it(
         store.delete("doc")
         assert seen == [([name], True, False)]
         assert number not in store.parts.catalog().file_names.unsettled()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_copy_in_the_cache_is_fetched_anew(backend: Any, tmp_path: Path, ending: str, damage: str) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        kv = put(store, tag="x")
+        (copy,) = (store.folder / "cache").rglob(f"*{ending}")
+        whole = copy.read_bytes()
+        changed = {"flipped": whole[:-1] + bytes([whole[-1] ^ 1]), "cut": whole[:-9], "empty": b""}
+        copy.write_bytes(changed[damage])
+        assert same(store.get("doc").kv, kv)
+        assert verify(store) == []
+        assert copy.read_bytes() == whole
+
+
+def test_a_damaged_copy_is_damage_if_the_backend_has_no_better_one(backend: Any, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store", files=backend) as store:
+        put(store)
+        name = store.row("doc").file
+        flip(store.folder / "cache" / name, -1)
+        source = tmp_path / "source"
+        source.write_bytes((store.folder / "cache" / name).read_bytes())
+        backend.publish(source, name)
+        with pytest.raises(CorruptFileError, match="hash differs"):
+            store.get("doc")
+        backend.remove(name)
+        with pytest.raises(MissingFileError):
+            store.get("doc")
+        assert [problem.kind for problem in verify(store)] == ["missing-file"]
+
+
+def test_few_of_many_downloads_look_through_the_cache(backend: Any, tmp_path: Path) -> None:
+    cache = CachedFiles(backend, tmp_path / "cache", 100_000)
+    source, watched, looks = tmp_path / "source", f"{cache.staging}", []
+    source.write_bytes(bytes(500))
+    for n in range(300):
+        backend.publish(source, f"kv/00/{n:03}")
+
+    def watch(event: str, told: tuple[object, ...]) -> None:
+        if event == "os.scandir" and str(told[0]) == watched:
+            looks.append(told)
+
+    sys.addaudithook(watch)
+    for n in range(300):
+        cache.fetch(f"kv/00/{n:03}")
+    watched = ""
+    assert 2 <= len(looks) < 40
+    assert 90_000 < sum(path.stat().st_size for path in cache.staging.glob("*/*")) <= 100_000
+    assert cache.fetch("kv/00/299").exists()
 
 
 def test_an_archive_is_imported_into_a_backend(backend: Any, tmp_path: Path) -> None:

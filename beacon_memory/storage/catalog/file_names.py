@@ -37,6 +37,13 @@ class FileNames:
         with self._connections.use() as db:
             return {str(file) for (file,) in db.execute(sql, [id, id] if id is not None else []).fetchall()}
 
+    def beginning(self, stem: str) -> set[str]:
+        """Return the files whose names begin with the stem of a document's, see `file_stem`, and that rows name."""
+        where = "WHERE file >= :stem || '-' AND file < :stem || '.'"
+        sql = f"SELECT file FROM documents {where} UNION ALL SELECT file FROM versions {where}"  # noqa: S608
+        with self._connections.use() as db:
+            return {str(file) for (file,) in db.execute(sql, {"stem": stem}).fetchall()}
+
     def unsettled(self) -> set[str]:
         """Return the numbers of files that had a row, and are about to be removed."""
         with self._connections.use() as db:

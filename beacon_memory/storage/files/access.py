@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-__all__ = ["Files"]
+from beacon_memory.errors import CorruptFileError
+
+__all__ = ["Files", "read_file"]
+
+_Read = TypeVar("_Read")
 
 
 class Files(Protocol):
@@ -15,6 +19,9 @@ class Files(Protocol):
     @property
     def staging(self) -> Path:
         """Return the folder of this machine in which files are written before they are published."""
+
+    def make_staging(self) -> Path:
+        """Create that folder if it is missing, and return it; raises StoreError."""
 
     def publish(self, temp: Path, name: str, *, more: bool = False) -> None:
         """Give a staged and synced file its name, durably; replaces the file that has it. Raises StoreError.
@@ -31,11 +38,20 @@ class Files(Protocol):
         StoreError if a backend cannot be reached.
         """
 
+    def refresh(self, name: str) -> bool:
+        """Take a file that was found damaged from the backend again; returns False if it is nowhere but here.
+
+        Raises as `fetch`.
+        """
+
     def remove(self, name: str) -> bool:
         """Remove a file if it exists; returns False if it cannot be removed now. A power cut may bring it back."""
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until the removal of these files outlasts a power cut; raises StoreError."""
+
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Return those of these names that there is something of."""
 
     def erase(self, names: Iterable[str]) -> None:
         """Remove files and all temporary ones, wherever they are, so that no power cut brings them back.
@@ -48,3 +64,13 @@ class Files(Protocol):
 
     def temps(self) -> Iterator[Path]:
         """Yield the temporary files that a crash left, provided that nobody is writing to the store."""
+
+
+def read_file(files: Files, name: str, read: Callable[[Path], _Read]) -> _Read:
+    """Read a file by its name; if a copy on this machine is damaged, the file that it was made of. Raises as `read`."""
+    try:
+        return read(files.fetch(name))
+    except CorruptFileError:
+        if not files.refresh(name):
+            raise
+    return read(files.fetch(name))

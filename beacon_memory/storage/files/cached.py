@@ -20,7 +20,7 @@ from pathlib import Path
 from beacon_memory.errors import InputError, StoreError
 
 from .backend import FilesBackend
-from .durable import make_folder, sync_file, unlink
+from .durable import entries, identity, make_folder, refuse_links, sync_file, unlink
 from .local import LocalFiles
 from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name, new_temp
 
@@ -34,7 +34,8 @@ class CachedFiles:
 
     cache:       a folder of this machine for the files of this backend alone
     cache_bytes: what the cache may hold; the least recently used files make room, except the one that was just
-                 published or fetched. What is being written or downloaded comes on top.
+                 published or fetched. What is being written or downloaded comes on top, and what other processes have
+                 added lately, up to a sixteenth each.
     """
 
     def __init__(self, backend: FilesBackend, cache: Path, cache_bytes: int) -> None:
@@ -44,12 +45,17 @@ class CachedFiles:
         self.cache = cache
         self.cache_bytes = cache_bytes
         self._downloads = cache / "downloads"
+        self._room = 0  # bytes that this process may add before it looks what the cache holds
         self._locks = tuple(threading.Lock() for _ in range(64))  # one for a name, shared by few others
 
     @property
     def staging(self) -> Path:
         """Return the folder to write in: in the cache, where the file stays when it is published."""
         return self.cache / "kv"
+
+    def make_staging(self) -> Path:
+        """Create that folder if it is missing, and return it; raises StoreError."""
+        return self._folder(self.staging)
 
     def claim(self, owner: str) -> None:
         """Reserve the backend's place for the store whose id is `owner`; does nothing if it is already.
@@ -67,10 +73,10 @@ class CachedFiles:
     def publish(self, temp: Path, name: str, *, more: bool = False) -> None:  # noqa: ARG002  # lasts in any case
         """Upload a staged file, and keep it in the cache; raises StoreError, and the old file is still there then."""
         try:
-            path = self.cache / check_name(name)
+            path = self._path(name)
             with self._reporting(f"uploading {name}"):
                 self.backend.publish(temp, name)
-            self._keep(temp, path)
+                self._keep(temp, path)
         finally:
             unlink(temp)
 
@@ -80,26 +86,36 @@ class CachedFiles:
         Another thread or process may need the room before the caller opens the file: then fetch it again. One that is
         open stays readable.
         """
-        path = self.cache / check_name(name)
+        path = self._path(name)
         if not _used(path):
             with self._locks[hash(name) % len(self._locks)]:
                 if not _used(path):  # another thread may have fetched it by now
                     self._download(name, path)
         return path
 
+    def refresh(self, name: str) -> bool:
+        """Download a file whose cached copy is damaged; True. Raises as `fetch`, and the copy is still there then."""
+        path = self._path(name)
+        with self._locks[hash(name) % len(self._locks)]:
+            self._download(name, path, identity(path))
+        return True
+
     def remove(self, name: str) -> bool:
         """Remove a file from backend and cache; returns False if it cannot be removed now."""
-        if not FILE_NAME.fullmatch(name):
-            return False
         with contextlib.suppress(StoreError, OSError):
+            path = self._path(name)
             self.backend.remove(name)
-            return unlink(self.cache / name)
+            return unlink(path)
         return False
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until the backend has made the removal of these files durable."""
         with self._reporting("syncing"):
             self.backend.sync(names)
+
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Return those of these names that the backend has."""
+        return set(names) & set(self.names()) if names else set()
 
     def erase(self, names: Iterable[str]) -> None:
         """Remove files from the backend, what its uploads left there, and all of this machine that it does not have.
@@ -124,11 +140,13 @@ class CachedFiles:
 
     def temps(self) -> Iterator[Path]:
         """Yield what a crash left; a download takes no lock of a writer, so a recent one may still be going on."""
-        yield from sorted(self.staging.glob(f"{TEMP_PREFIX}*"))
-        for temp in sorted(self._downloads.glob(f"{TEMP_PREFIX}*")):
+        for folder in (self.staging, self._downloads):
+            refuse_links(self.cache.parent, folder)
+        yield from (Path(one.path) for one in entries(self.staging) if one.name.startswith(TEMP_PREFIX))
+        for temp in entries(self._downloads):
             with contextlib.suppress(FileNotFoundError):  # it has just come to its end
                 if time.time() - temp.stat().st_mtime > _STALE_SECONDS:
-                    yield temp
+                    yield Path(temp.path)
 
     @contextlib.contextmanager
     def _reporting(self, doing: str, but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
@@ -140,33 +158,57 @@ class CachedFiles:
         except OSError as error:
             raise StoreError(f"{self.backend.url}: {doing} failed: {error}; see to the place, and try again") from error
 
-    def _download(self, name: str, path: Path) -> None:
-        make_folder(self._downloads)
-        temp = new_temp(self._downloads)
+    def _path(self, name: str) -> Path:
+        """Return the path that a file has in the cache; raises CorruptFileError as `fetch` does."""
+        path = self.cache / check_name(name)
+        refuse_links(self.cache.parent, path.parent)
+        return path
+
+    def _folder(self, folder: Path) -> Path:
+        """Create a folder of the cache if it is missing, and return it; raises StoreError."""
+        refuse_links(self.cache.parent, folder)
+        make_folder(folder, self.cache.parent)
+        return folder
+
+    def _download(self, name: str, path: Path, damaged: tuple[int, int] | None = None) -> None:
+        """Download a file; it takes the place of the `damaged` one that is cached, if there is one."""
+        temp = new_temp(self._folder(self._downloads))
         try:
             with self._reporting(f"reading {name}", but=(FileNotFoundError,)):
                 self.backend.fetch(name, temp)
-            sync_file(temp)  # or a power cut could leave an empty file under the name
-            if not _used(path):  # what another process put there meanwhile is as new, or newer
-                self._keep(temp, path)
+                sync_file(temp)  # or a power cut could leave an empty file under the name
+                if identity(path) in (None, damaged):  # what another process put there meanwhile is as new, or newer
+                    self._keep(temp, path)
         finally:
             unlink(temp)
 
     def _keep(self, temp: Path, path: Path) -> None:
         """Move a file into the cache, and make room for it."""
-        make_folder(path.parent)
+        self._folder(path.parent)
+        self._room -= temp.stat().st_size  # of threads that count at once, one may be lost: looking finds it
         temp.replace(path)
+        if self._room < 0:
+            self._room = self._make_room(path)
+
+    def _make_room(self, newest: Path) -> int:
+        """Remove what was not used for longest, if there is too much; returns how many bytes may be added now.
+
+        That is a sixteenth of the cache at most, so that it is not looked through for each file.
+        """
         files = []
-        for cached in self.cache.glob("kv/*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
-                status = cached.stat()
-                files.append((status.st_mtime_ns, status.st_size, cached))
-        held = sum(size for _, size, _ in files)
-        for _, size, cached in sorted(files):
-            if held <= self.cache_bytes:
-                break
-            if cached != path and unlink(cached):
-                held -= size
+        for folder in entries(self.staging):
+            for cached in entries(Path(folder.path)) if folder.is_dir(follow_symlinks=False) else ():
+                with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+                    status = cached.stat()
+                    files.append((status.st_mtime_ns, status.st_size, Path(cached.path)))
+        held, share = sum(size for _, size, _ in files), self.cache_bytes // 16
+        if held > self.cache_bytes:
+            for _, size, path in sorted(files):
+                if held <= self.cache_bytes - share:
+                    break
+                if path != newest and unlink(path):
+                    held -= size
+        return min(self.cache_bytes - held, share)
 
 
 def _used(path: Path) -> bool:
@@ -175,6 +217,6 @@ def _used(path: Path) -> bool:
         os.utime(path)
     except FileNotFoundError:
         return False
-    except OSError:  # the folder may only be read
-        return path.exists()
+    except OSError:  # of a cache that this user may only read
+        return identity(path) is not None
     return True

@@ -1,5 +1,8 @@
 """Write, rename and remove files of this machine so that a power cut cannot undo it: file and folder are synced.
 
+What is made is private: files that only this user may read, in folders that only this user may enter. Only in a folder
+that was there with wider rights, files and folders have the rights of that.
+
 What the machine refuses, for want of permission, room or open files, is raised as StoreError: it says nothing of what
 is in a file.
 """
@@ -7,23 +10,69 @@ is in a file.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
-from beacon_memory.errors import StoreError
+from beacon_memory.errors import CorruptFileError, StoreError
 
-__all__ = ["entries", "identity", "make_folder", "move_into_place", "sync_file", "sync_folder", "unlink"]
+__all__ = [
+    "create_file",
+    "entries",
+    "identity",
+    "make_folder",
+    "move_into_place",
+    "refuse_links",
+    "share_file",
+    "sync_file",
+    "sync_folder",
+    "unlink",
+]
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents; one that exists is left as it is. Raises StoreError if it cannot be created."""
+def make_folder(folder: Path, root: Path | None = None) -> None:
+    """Create a folder and its parents, for this user alone; one that exists is left as it is.
+
+    root: a folder of ours, which may have wider rights: new folders below it have the same.
+
+    Raises StoreError if it cannot be created.
+    """
     try:
         if folder.is_dir():
             return
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        make_folder(folder.parent, root)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if root is not None and root in folder.parents and (rights := root.stat().st_mode & 0o2777) != 0o700:
+            folder.chmod(rights)
         sync_folder(folder.parent)
     except OSError as error:
         raise StoreError(f"the folder {folder} cannot be created: {error.strerror}; name another store") from error
+
+
+def create_file(path: Path) -> None:
+    """Create an empty file, see `share_file`, unless there is one. Raises StoreError if it cannot be created."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        share_file(path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}; see to space and permissions") from error
+
+
+def share_file(path: Path) -> None:
+    """Let those read and write a private file who may read and write its folder, unless all may, as in /tmp."""
+    rights = path.parent.stat().st_mode
+    if rights & 0o066 and not rights & stat.S_ISVTX:
+        path.chmod(rights & 0o666)
+
+
+def refuse_links(root: Path, folder: Path) -> None:
+    """Raise CorruptFileError if `folder`, or one between it and `root`, is a link: it would lead out of the store."""
+    for one in (folder, *folder.parents):
+        if one == root:
+            return
+        if one.is_symlink():
+            raise CorruptFileError(f"{one} is a link, which would lead out of the store; put a folder in its place")
 
 
 def move_into_place(temp: Path, path: Path, *, more: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,13 +13,14 @@ from urllib.request import url2pathname
 
 from beacon_memory.errors import InputError
 
-from .durable import make_folder, move_into_place, sync_file, unlink
+from .durable import entries, identity, make_folder, refuse_links, sync_file, unlink
 from .local import LocalFiles
-from .names import new_temp
+from .names import TEMP_PREFIX, new_temp
 
 __all__ = ["FolderBackend"]
 
 _CLAIM = ".beacon-memory"
+_STALE_SECONDS = 3600  # after which nobody can still be copying without having written a byte
 
 
 class FolderBackend:
@@ -46,11 +48,12 @@ class FolderBackend:
         """Reserve the folder for a store unless one has reserved it already; returns the id of the one that has it."""
         path = self.folder / _CLAIM
         make_folder(self.folder)
-        if not path.exists():
+        self._sweep()
+        if not identity(path):
             temp = new_temp(self.folder)
-            temp.write_text(owner, encoding="utf-8")
-            sync_file(temp)
             try:
+                temp.write_text(owner, encoding="utf-8")
+                sync_file(temp)
                 with contextlib.suppress(FileExistsError):  # another store may be first
                     os.link(temp, path)
             finally:
@@ -60,28 +63,29 @@ class FolderBackend:
 
     def publish(self, source: Path, name: str) -> None:
         """Copy a file into the folder, synced before it is renamed."""
-        make_folder(self._files.staging)
-        temp = new_temp(self._files.staging)
+        temp = new_temp(self._files.make_staging())
         try:
             shutil.copyfile(source, temp)
             sync_file(temp)
-            move_into_place(temp, self.folder / name)
+            self._files.publish(temp, name)
         finally:
             unlink(temp)
 
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file out of the folder; raises FileNotFoundError."""
-        shutil.copyfile(self.folder / name, target)
+        shutil.copyfile(self._files.fetch(name), target)
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Read a part of a file; raises FileNotFoundError."""
-        with (self.folder / name).open("rb") as file:
+        with self._files.fetch(name).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
-        (self.folder / name).unlink(missing_ok=True)
+        path = self.folder / name
+        refuse_links(self.folder, path.parent)
+        path.unlink(missing_ok=True)
 
     def sync(self, names: Iterable[str]) -> None:
         """Sync the folders of removed files."""
@@ -92,3 +96,11 @@ class FolderBackend:
         yield from self._files.names()
         for temp in self._files.temps():
             yield temp.relative_to(self.folder).as_posix()
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left of files that they were copying."""
+        if not self._files.staging.is_symlink():
+            for one in entries(self._files.staging):
+                with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                    if one.name.startswith(TEMP_PREFIX) and time.time() - one.stat().st_mtime > _STALE_SECONDS:
+                        unlink(Path(one.path))

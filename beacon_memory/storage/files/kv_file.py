@@ -34,7 +34,7 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 
 from .checked_json import json_checksum
-from .durable import identity, make_folder, sync_file
+from .durable import identity, make_folder, share_file, sync_file
 from .header import DocumentHeader
 from .kv_formats import ENTRY, FORMAT_VERSION, LONGEST_ENTRY, LONGEST_HEADER, SCALES, corrupt, read_entry
 from .names import new_temp
@@ -119,8 +119,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
     temp = new_temp(folder)
     try:
         save_file(tensors, temp, metadata={ENTRY: entry})
-        # safetensors creates files that only their owner may read; a store is as open as its folder
-        temp.chmod(folder.stat().st_mode & 0o666)
+        share_file(temp)  # a file of safetensors' own has taken the place of the one with the right permissions
         sync_file(temp)
     except BaseException as error:
         temp.unlink(missing_ok=True)

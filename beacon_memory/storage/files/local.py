@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from beacon_memory.errors import StoreError
+from beacon_memory.errors import CorruptFileError, StoreError
 
-from .durable import entries, move_into_place, sync_folder, unlink
-from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name
+from .durable import entries, make_folder, move_into_place, refuse_links, sync_folder, unlink
+from .names import EVERYWHERE, TEMP_PREFIX, check_name
 
 __all__ = ["LocalFiles"]
 
@@ -26,17 +27,40 @@ class LocalFiles:
         """Return the folder to write in, on the disk where the files will lie, since they are renamed."""
         return self.folder / "kv"
 
+    def make_staging(self) -> Path:
+        """Create that folder if it is missing, and return it; raises StoreError."""
+        refuse_links(self.folder, self.staging)
+        make_folder(self.staging, self.folder)
+        return self.staging
+
     def publish(self, temp: Path, name: str, *, more: bool = False) -> None:
         """Rename a staged file and sync the folder, unless `more` follow; raises StoreError."""
-        move_into_place(temp, self.folder / name, more=more)
+        try:
+            path = self.fetch(name)
+            make_folder(path.parent, self.folder)
+            move_into_place(temp, path, more=more)
+        finally:
+            unlink(temp)
 
     def fetch(self, name: str) -> Path:
-        """Return the path of a file, which may be missing; raises CorruptFileError for what is no name of a file."""
-        return self.folder / check_name(name)
+        """Return the path of a file, which may be missing; raises CorruptFileError for what is no name of a file.
+
+        So it does for a file in a folder that is a link.
+        """
+        path = self.folder / check_name(name)
+        refuse_links(self.folder, path.parent)
+        return path
+
+    def refresh(self, name: str) -> bool:  # noqa: ARG002  # of no file
+        """Return False: there is no other copy."""
+        return False
 
     def remove(self, name: str) -> bool:
         """Remove a file if it exists; returns False if it cannot be removed now."""
-        return bool(FILE_NAME.fullmatch(name)) and unlink(self.folder / name)
+        try:
+            return unlink(self.fetch(name))
+        except CorruptFileError:
+            return False
 
     def sync(self, names: Iterable[str]) -> None:
         """Sync the folders of removed files; raises StoreError."""
@@ -47,6 +71,10 @@ class LocalFiles:
         except OSError as error:
             raise StoreError(f"{self.folder} cannot be synced: {error.strerror}; see to the disk") from error
 
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Return those of these names that there is something of."""
+        return {name for name in names if os.path.lexists(self.folder / name)}
+
     def erase(self, names: Iterable[str]) -> None:
         """Remove files, then all temporary ones, marks among them; raises StoreError if something is left."""
         self._require_gone([name for name in names if not self.remove(name)])
@@ -55,8 +83,16 @@ class LocalFiles:
         self.sync([*EVERYWHERE, _STAGED])
 
     def names(self) -> Iterator[str]:
-        """Yield the names of all files, sorted; raises StoreError if they cannot be listed."""
+        """Yield the names of all files, sorted; raises StoreError if they cannot be listed.
+
+        A folder that is a link is not followed: its own name is yielded, which no file has.
+        """
+        if self.staging.is_symlink():
+            yield "kv"
         for folder in self._folders():
+            if folder.is_symlink():
+                yield f"kv/{folder.name}"
+                continue
             for entry in entries(folder):
                 if not entry.name.startswith(TEMP_PREFIX):
                     yield f"kv/{folder.name}/{entry.name}"
@@ -64,9 +100,13 @@ class LocalFiles:
     def temps(self) -> Iterator[Path]:
         """Yield the temporary files that a crash left, in any folder; raises StoreError if they cannot be listed."""
         for folder in (self.staging, *self._folders()):
-            yield from (Path(one.path) for one in entries(folder) if one.name.startswith(TEMP_PREFIX))
+            if not folder.is_symlink():
+                yield from (Path(one.path) for one in entries(folder) if one.name.startswith(TEMP_PREFIX))
 
     def _folders(self) -> list[Path]:
+        """Return the folders of files; none if they lie behind a link."""
+        if self.staging.is_symlink():
+            return []
         return [Path(one.path) for one in entries(self.staging) if one.is_dir()]
 
     def _require_gone(self, left: list[str]) -> None:

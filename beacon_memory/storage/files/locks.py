@@ -2,12 +2,17 @@
 
 The lock is the operating system's, on a file, so it is gone with the process that held it, however that ended. Locks
 between threads live in memory, which a forked process inherits without the threads that would release them.
+
+Whoever begins to write passes through a gate, which is another lock. One that tidies up closes it while it waits for
+those who are writing: however many they are, and though each begins before the others have ended, it gets its turn.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +22,14 @@ import portalocker
 
 from beacon_memory.errors import StoreError
 
-from .durable import identity, make_folder
+from .durable import create_file, identity, make_folder
 
 __all__ = ["alone", "looking", "renew_in_forks", "tidying", "writing"]
 
-_FILE = "writers.lock"
-_TIDY_SECONDS = 10.0  # how long to wait for writers to finish
+_FILE, _GATE = "writers.lock", "gate.lock"
+_MOMENT_SECONDS = 1.0  # for which the gate is closed at a time: an upload may take minutes, and others shall write
+_PATIENT_SECONDS = 30.0  # after which it stays closed
+_TIDY_SECONDS = 120.0  # how long to wait then for writers to finish
 _WRITE_SECONDS = 120.0  # how long to wait for one that tidies up, which lists files and removes some
 _CHECK_SECONDS = 0.02
 
@@ -48,10 +55,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_all)
 
 
+_held = threading.local()  # the folders that a thread is writing in
+
+
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the shared lock of writers, from before a file is staged until its row is committed: nobody tidies up."""
-    with _locked(folder / _FILE, portalocker.LockFlags.SHARED, _WRITE_SECONDS, f"{folder} is being repaired"):
+    """Hold the shared lock of writers, from before a file is staged until its row is committed: nobody tidies up.
+
+    A thread may hold it several times.
+    """
+    folders: set[Path] = _held.__dict__.setdefault("folders", set())
+    if folder in folders:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        with _locked(folder / _GATE, portalocker.LockFlags.SHARED, _WRITE_SECONDS, f"{folder} is being repaired"):
+            held.enter_context(
+                _locked(folder / _FILE, portalocker.LockFlags.SHARED, _WRITE_SECONDS, f"{folder} is being repaired")
+            )
+        folders.add(folder)
+        held.callback(folders.remove, folder)
         yield
 
 
@@ -59,10 +82,24 @@ def writing(folder: Path) -> Iterator[None]:
 def tidying(folder: Path) -> Iterator[None]:
     """Hold the lock alone, so that nobody writes: a file that no row names now will never have one.
 
-    Raises StoreError if writers leave no gap for 10 seconds.
+    Raises StoreError if a writer does not end within two minutes.
     """
-    with _locked(folder / _FILE, portalocker.LockFlags.EXCLUSIVE, _TIDY_SECONDS, f"{folder} is being written to"):
-        yield
+    busy = f"{folder} is being written to"
+    patient = time.monotonic() + _PATIENT_SECONDS
+    while True:
+        last = time.monotonic() >= patient
+        with _locked(folder / _GATE, portalocker.LockFlags.EXCLUSIVE, _TIDY_SECONDS, busy):
+            seconds = _TIDY_SECONDS if last else min(_MOMENT_SECONDS, _TIDY_SECONDS)
+            lock = _acquired(folder / _FILE, portalocker.LockFlags.EXCLUSIVE, seconds)
+            if lock is not None:
+                try:
+                    yield
+                finally:
+                    lock.release()
+                return
+        if last:
+            raise _waited(busy, _TIDY_SECONDS)
+        time.sleep(_MOMENT_SECONDS)
 
 
 @contextlib.contextmanager
@@ -72,11 +109,10 @@ def looking(folder: Path) -> Iterator[None]:
     A store that was never written to by this version, in such a folder, has no lock, and is looked at without.
     """
     path = folder / _FILE
-    there = identity(path) is not None
-    if os.access(path if there else folder, os.W_OK):
+    if all(os.access(one if identity(one) else folder, os.W_OK) for one in (path, folder / _GATE)):
         with tidying(folder):
             yield
-    elif there:
+    elif identity(path):
         with _locked(path, portalocker.LockFlags.EXCLUSIVE, _TIDY_SECONDS, f"{folder} is being written to", mode="r"):
             yield
     else:
@@ -94,16 +130,32 @@ def alone(path: Path, what: str) -> Iterator[None]:
 def _locked(
     path: Path, kind: portalocker.LockFlags, seconds: float, what: str, mode: Literal["a", "r"] = "a"
 ) -> Iterator[None]:
-    make_folder(path.parent)
-    flags = kind | portalocker.LockFlags.NON_BLOCKING
-    lock = portalocker.Lock(path, mode, timeout=seconds, check_interval=_CHECK_SECONDS, flags=flags)
-    try:
-        lock.acquire()
-    except portalocker.LockException as error:
-        raise StoreError(f"{what} for more than {seconds:.0f} s; try again when that is done") from error
-    except OSError as error:
-        raise StoreError(f"{path} cannot be opened: {error.strerror}; a store must be writable") from error
+    lock = _acquired(path, kind, seconds, mode)
+    if lock is None:
+        raise _waited(what, seconds)
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquired(
+    path: Path, kind: portalocker.LockFlags, seconds: float, mode: Literal["a", "r"] = "a"
+) -> portalocker.Lock | None:
+    """Return the lock on a file; None if others hold it for so long. Raises StoreError if there can be no such file."""
+    if mode == "a":
+        make_folder(path.parent)
+        create_file(path)
+    flags = kind | portalocker.LockFlags.NON_BLOCKING
+    lock = portalocker.Lock(path, mode, timeout=seconds, check_interval=_CHECK_SECONDS, flags=flags)
+    try:
+        lock.acquire()
+    except portalocker.LockException:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be opened: {error.strerror}; a store must be writable") from error
+    return lock
+
+
+def _waited(what: str, seconds: float) -> StoreError:
+    return StoreError(f"{what} for more than {seconds:.0f} s; try again when that is done")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from beacon_memory.errors import CorruptFileError
 
+from .durable import create_file
+
 __all__ = [
     "EVERYWHERE",
     "FILE_NAME",
@@ -68,5 +70,7 @@ def version_of(name: str) -> int:
 
 
 def new_temp(folder: Path) -> Path:
-    """Return an unused path for a temporary file in a folder."""
-    return folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    """Create an empty temporary file in a folder; raises StoreError."""
+    temp = folder / f"{TEMP_PREFIX}-{secrets.token_hex(8)}"
+    create_file(temp)
+    return temp

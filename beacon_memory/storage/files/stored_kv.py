@@ -10,7 +10,7 @@ from beacon_memory.errors import InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, quantized
 
-__all__ = ["StoredKV", "narrow", "precision_of", "stored_bytes", "with_precision"]
+__all__ = ["StoredKV", "narrow", "not_finite", "precision_of", "stored_bytes", "with_precision"]
 
 StoredKV = MemoryKV | QuantizedKV
 _POSITIONS_16 = 1 << 15  # span up to which positions take two bytes
@@ -39,6 +39,20 @@ def with_precision(kv: StoredKV, precision: Precision | str) -> StoredKV:
 def stored_bytes(kv: StoredKV) -> int:
     """Count the bytes that keys, values and positions take in a file."""
     return kv.nbytes - kv.positions.nbytes + narrow(kv).nbytes
+
+
+def not_finite(kv: StoredKV) -> str | None:
+    """Say which numbers of K/V are NaN or infinite, None if none: with them any answer would be noise."""
+    names = (
+        ("key_scales", "key_zeros", "value_scales", "value_zeros")
+        if isinstance(kv, QuantizedKV)
+        else ("keys", "values")
+    )
+    for name in names:
+        tensor: Tensor = getattr(kv, name)
+        if tensor.numel() and not all(one.isfinite() for one in tensor.aminmax()):  # of NaN both are NaN
+            return f"its {name.replace('_', ' ')}, kept in {precision_of(kv)}, hold NaN or infinity"
+    return None
 
 
 def narrow(kv: StoredKV) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ from langchain_samples import Lesson, babbling_model, calling, filled_memory, ta
 from pydantic import BaseModel
 
 from beacon_memory import BeaconMemory, InputError
-from beacon_memory.generation.tool_calls import chosen_tools, text_before_calls
+from beacon_memory.generation.tool_calls import split_calls
 
 
 @tool
@@ -177,17 +175,6 @@ def test_demanded_call_that_is_not_made_is_an_error(model: ChatBeaconMemory) -> 
         model.bind_tools([look_up, add], tool_choice="swim")
 
 
-def test_choice_decides_which_tools_are_offered() -> None:
-    tools = [{"type": "function", "function": {"name": name}} for name in ("look_up", "add")]
-    choice: Any
-    for choice in (None, "auto"):
-        assert chosen_tools(tools, choice) == (tools, False)
-    for choice in (False, "none"):
-        assert chosen_tools(tools, choice) == ([], False)
-    for choice in ("add", {"type": "function", "function": {"name": "add"}}):
-        assert chosen_tools(tools, choice) == (tools[1:], True)
-
-
 def test_tools_change_the_prompt_and_none_does_not(model: ChatBeaconMemory) -> None:
     def tokens(**options: Any) -> int:
         usage = model.bind_tools([look_up, add], **options).invoke("Who are you?", max_tokens=1).usage_metadata
@@ -215,42 +202,8 @@ async def test_model_whose_template_has_no_tools_says_so(
     assert model.bind_tools([look_up], tool_choice="none").invoke("Who?").tool_calls == []
 
 
-@pytest.mark.parametrize(
-    ("block", "args"),
-    [
-        ('{"name": "f", "arguments": {"x": 1}}', {"x": 1}),
-        ('{"name": "f", "arguments": "{\\"x\\": 1}"}', {"x": 1}),  # quoted, as some models do
-        ('{"name": "f"}', {}),
-        ('{"name": "f", "arguments": {"x": "</tool>\\n<tool_cal"}}', {"x": "</tool>\n<tool_cal"}),
-        ('{"name": "f", "arguments": {"x": "日本"}}', {"x": "日本"}),
-    ],
-)
-@pytest.mark.parametrize("closing", ["\n</tool_call>", "</tool_call>", "", "\n"])
-def test_forms_of_calls_that_are_read(block: str, args: dict[str, Any], closing: str) -> None:
-    parsed = parse_calls(f"Hm. <tool_call>\n{block}{closing}")
-    assert (parsed.content, without_ids(parsed.calls), parsed.invalid) == ("Hm.", [("f", args)], [])
-
-
-@pytest.mark.parametrize(
-    "block",
-    ["", "f(1)", "[]", "7", '"f"', "null", "{}", '{"name": 7}', '{"name": "f", "arguments": [1]}',
-     '{"name": "f", "arguments": "x"}', '{"name": "f", "arguments": {"x": 1}', "<tool_call>", "[" * 100_000],
-)  # fmt: skip
-def test_forms_of_calls_that_cannot_be_read_are_kept_as_invalid(block: str) -> None:
-    parsed = parse_calls(f"<tool_call>{block}</tool_call>")
-    assert (parsed.calls, len(parsed.invalid)) == ([], 1)
-    assert parsed.invalid[0]["args"] == block.strip()
-
-
-def test_text_before_calls_holds_back_what_may_become_one() -> None:
-    text = "a < b <tool <tool_call>{}"
-    shown = [text_before_calls(text[:n]) for n in range(len(text) + 1)]
-    assert shown[-1] == "a < b <tool "
-    assert all("<tool_call>".startswith(text[len(part) : n]) for n, part in enumerate(shown[:-2]))
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
-
-
-def test_ids_of_calls_are_texts_of_their_own() -> None:
-    block = json.dumps({"name": "f", "arguments": {}})
-    parsed = parse_calls(f"<tool_call>{block}</tool_call><tool_call>{block}</tool_call>")
-    assert len({call["id"] for call in parsed.calls}) == 2
+def test_calls_that_cannot_be_read_are_apart_from_the_text() -> None:
+    parsed = parse_calls(split_calls(f"Hm. <tool_call>f(1)</tool_call> {calling('add', a=1)}"))
+    assert (parsed.content, without_ids(parsed.calls)) == ("Hm.", [("add", {"a": 1})])
+    ((invalid),) = parsed.invalid
+    assert invalid["args"] == "f(1)"

@@ -98,7 +98,7 @@ def test_no_passage_of_a_damaged_text_is_found(tmp_path: Path, sql: str) -> None
     add(catalog, "sound", "a boat")
     assert catalog.texts.search("zebra", 100)
     change(catalog, sql)
-    with pytest.raises(CorruptFileError, match="text of '.+' is damaged; `beacon-memory repair` takes its file's"):
+    with pytest.raises(CorruptFileError, match=r"text of '.+' is damaged; `beacon-memory repair` takes its file's"):
         catalog.texts.search("zebra", 100)
     assert [hit.document for hit in catalog.texts.search("boat")] == ["sound"]
     change(catalog, "DELETE FROM passages WHERE document != 'sound'")

@@ -19,6 +19,7 @@ from beacon_memory.storage.files.locks import renew_in_forks, tidying, writing
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_TIDY_SECONDS", 0.1)
     monkeypatch.setattr(locks, "_WRITE_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "_PATIENT_SECONDS", 0)
 
 
 def test_writers_work_side_by_side(tmp_path: Path) -> None:
@@ -69,6 +70,78 @@ def test_who_waits_goes_on_as_soon_as_it_can(tmp_path: Path, monkeypatch: pytest
         time.sleep(0.05)
         order.append("written")
     waiting.join(timeout=20)
+    assert order == ["written", "tidied"]
+
+
+def test_one_that_tidies_gets_its_turn_between_writers_that_leave_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
+    monkeypatch.setattr(locks, "_WRITE_SECONDS", 30)
+    ended, turns = threading.Event(), [0] * 6
+
+    def write(number: int) -> None:
+        while not ended.is_set():
+            with writing(tmp_path):
+                time.sleep(0.02)
+            turns[number] += 1
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for writer in writers:
+        writer.start()
+    for _ in range(3):
+        with tidying(tmp_path):
+            before = list(turns)
+            time.sleep(0.1)
+            assert turns == before
+    ended.set()
+    for writer in writers:
+        writer.join()
+    assert min(turns) > 0
+
+
+def test_who_tidies_holds_up_nobody_while_one_writes_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"TIDY": 30, "WRITE": 30, "PATIENT": 30, "MOMENT": 0.1}.items():
+        monkeypatch.setattr(locks, f"_{name}_SECONDS", seconds)
+    order = []
+
+    def tidy() -> None:
+        with tidying(tmp_path):
+            order.append("tidied")
+
+    def write() -> None:
+        with writing(tmp_path):
+            order.append("written")
+
+    with writing(tmp_path):
+        waiting = threading.Thread(target=tidy)
+        waiting.start()
+        time.sleep(0.05)
+        for _ in range(2):
+            other = threading.Thread(target=write)
+            other.start()
+            other.join()
+    waiting.join()
+    assert order == ["written", "written", "tidied"]
+
+
+def test_a_thread_that_writes_may_begin_to_write_again_though_somebody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
+    order = []
+
+    def tidy() -> None:
+        with tidying(tmp_path):
+            order.append("tidied")
+
+    with writing(tmp_path):
+        waiting = threading.Thread(target=tidy)
+        waiting.start()
+        time.sleep(0.1)
+        with writing(tmp_path):
+            order.append("written")
+    waiting.join()
     assert order == ["written", "tidied"]
 
 

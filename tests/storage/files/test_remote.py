@@ -257,7 +257,7 @@ def test_the_least_recently_used_files_give_way(files: CachedFiles, line: Line) 
     names = [f"kv/{n}{n}/{n}" for n in range(5)]
     for n, name in enumerate(names):
         publish(files, bytes([n]) * 1000, name)
-    small = elsewhere(files, 3000)
+    small = elsewhere(files, 3200)
     for n, name in enumerate(names[:3]):
         os.utime(small.fetch(name), (n, n))
     small.fetch(names[0])  # used again: the next to go is the one after it
