@@ -150,7 +150,11 @@ def add(
 
 
 def _add_all(
-    memory: "BeaconMemory", sources: "list[Source]", label: dict[str, Any], how: tuple[int | str, str, str], as_json: bool
+    memory: "BeaconMemory",
+    sources: "list[Source]",
+    label: dict[str, Any],
+    how: tuple[int | str, str, str],
+    as_json: bool,
 ) -> int:
     """Add all sources, with a progress bar; returns how many have failed. how: ratio, compression, precision."""
     from beacon_memory.documents import Document
