@@ -341,9 +341,9 @@ class BeaconMemory:
 
             [pick.id for pick in memory.pick("Who pays the rent?")]
 
-        A document counts by its best passage, and must reach half the score of the best document. What conversations
-        were folded into (`Session`) is never chosen. A store of one document needs no passage. room: memory slots at
-        hand; documents that do not fit beside better ones are left out.
+        A document counts by its best passage, and must reach half the score of the best document. A text that is stored
+        under several ids counts once. What conversations were folded into (`Session`) is never chosen. A store of one
+        text needs no passage. room: memory slots at hand; documents that do not fit beside better ones are left out.
         """
         picks = self._picks(question, limit)
         if room is None:

@@ -118,6 +118,12 @@ def add(
     ttl: Annotated[
         str | None, typer.Option(help="Time to live from now, after which it is gone: 90m, 12h, 30d, 8w.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove documents that were read from these folders if their file is gone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what --prune would remove; nothing is added or removed.")
+    ] = False,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -133,17 +139,28 @@ def add(
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
-    from .sources import find_sources
+    from .sources import find_gone, find_sources
 
     with reported():
+        if dry_run and not prune:
+            raise InputError("--dry-run shows what --prune would remove: give both")
         label = {"tags": tag or None, "pinned": pin, "expires_at": None if ttl is None else expiry(ttl)}
         chosen: int | str = int(ratio) if re.fullmatch("-?[0-9]+", ratio) else ratio
         sources, skipped = find_sources(paths, id)
         for one in skipped:
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
-        if not sources:
+        if not (sources or prune):
             raise InputError("there is nothing to add: no text or markdown file was found")
         memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        gone = find_gone(paths, sources, memory.list()) if prune else []
+        if dry_run:
+            for missing in gone:
+                say(as_json, {"id": missing, "status": "gone"})
+            return
+        memory.compressor  # noqa: B018  # load the model before anything is removed, or a bar shows
+        for missing in gone:  # first: what is added may need their room
+            memory.remove(missing)
+            say(as_json, {"id": missing, "status": "removed"})
         failed = _add_all(memory, sources, label, (chosen, compression, precision), as_json)
     if failed:
         raise typer.Exit(1)
@@ -181,7 +198,6 @@ def _add_all(
         bar.document()
         say(as_json, asdict(added))
 
-    memory.compressor  # noqa: B018  # load the model before the bar shows
     estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
     with compressing(len(sources), estimate) as bar:
         memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
@@ -190,11 +206,14 @@ def _add_all(
 
 def _metadata(memory: "BeaconMemory", source: "Source") -> dict[str, object] | None:
     """Return the metadata that a document has already, with the path that its text is read from now."""
+    from .sources import PATH
+
     if source.path is None:
         return None
+    path: dict[str, object] = {PATH: str(source.path.absolute())}
     with contextlib.suppress(DocumentNotFoundError):
-        return {**memory.show(source.id).metadata, "path": str(source.path.absolute())}
-    return {"path": str(source.path.absolute())}
+        return {**memory.show(source.id).metadata, **path}
+    return path
 
 
 @app.command()

@@ -21,7 +21,7 @@ from beacon_memory.documents import Precision
 from beacon_memory.errors import AdapterError, ConfigError, InputError, ModelError
 from beacon_memory.kv.fingerprint import Fingerprint, digest_json, digest_tensors
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.prefix import Prefix
+from beacon_memory.kv.prefix import Prefix, Section
 from beacon_memory.kv.rope import Rope
 
 from .adapter import (
@@ -373,10 +373,18 @@ class BeaconModel(nn.Module):
         """Cut tokens into windows with this model's settings, see `layout.cut_windows`."""
         return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
 
-    def prefix(self, memory: MemoryKV) -> Prefix:
-        """Return a memory as a prefix of what is read, on the model's device."""
+    def prefix(self, *memories: MemoryKV | Section) -> Prefix:
+        """Return memories, one behind another, as a prefix of what is read, on the model's device.
+
+        Those that are sections already are not copied.
+        """
         self._require_attached()
-        return Prefix(memory.to(self.device, self.dtype), self.rope)
+        rope = self.rope
+        sections = [
+            Section.of(memory.to(self.device, self.dtype), rope) if isinstance(memory, MemoryKV) else memory
+            for memory in memories
+        ]
+        return Prefix(sections, rope)
 
     def empty_kv(self) -> BeaconKV:
         """Return K/V with no slots, on the model's device."""

@@ -15,6 +15,7 @@ from beacon_memory.errors import CorruptFileError
 
 from .catalog import Catalog
 from .rows import DocumentRow, properties_of
+from .texts import misindexed
 
 __all__ = ["find_flaws", "mend_catalog"]
 
@@ -41,6 +42,8 @@ def find_flaws(catalog: Catalog) -> list[str]:
                 found.append(f"what it says of itself is damaged: {', '.join(map(repr, damaged)) or 'identity'}")
             if any(set(properties_of(row.metadata, row.tags)) != _labels(db, row.id) for row in _sound_rows(catalog)):
                 found.append("what documents are found by is not what their rows say")
+            if any(misindexed(db)):
+                found.append("what passages are found by is not what they are")
     return found
 
 
@@ -85,6 +88,8 @@ def mend_catalog(catalog: Catalog, properties: Mapping[str, Any]) -> None:
                 catalog.properties.set(name, value)
         for row in _sound_rows(catalog):
             catalog.documents.update(row)
+        for values in misindexed(db):  # triggers keep the index in step
+            db.execute("UPDATE passages SET indexed_form = ?, kind = ? WHERE id = ?", values)
 
 
 def _counts(db: Database) -> Iterator[tuple[str, int]]:
