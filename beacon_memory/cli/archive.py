@@ -1,7 +1,5 @@
 """The commands that move documents between stores and archives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

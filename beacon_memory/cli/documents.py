@@ -1,7 +1,5 @@
 """The commands that show stored documents, and change their labels and ids."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -81,7 +79,7 @@ def list_documents(
             remarks().print("nothing is stored yet; add documents with: beacon-memory add PATH")
 
 
-def _pairs(given: Iterable[str]) -> dict[str, object]:
+def _pairs(given: "Iterable[str]") -> dict[str, object]:
     """Parse KEY=VALUE texts; values may be JSON."""
     pairs: dict[str, object] = {}
     for text in given:

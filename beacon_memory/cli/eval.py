@@ -1,7 +1,5 @@
 """The commands `beacon-memory eval ...`, which compare compressed memory with other ways to answer."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -266,7 +264,7 @@ def _evaluation(
     dtype: Dtype,
     output: Path | None,
     interrupted: str | None = None,
-) -> Iterator[tuple[Evaluation, Done]]:
+) -> "Iterator[tuple[Evaluation, Done]]":
     """Load the model and show progress; a result that is given to `done` is printed, and written to `output`."""
     with reported(interrupted or (_GOES_ON if output else "nothing was written")):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -294,7 +292,7 @@ def _evaluation(
                     said = time.monotonic()
                     print_line(f"{name}: {bar.tasks[bars[name]].completed:.0f} of {total}", err=True)
 
-            def done(result: Result) -> None:
+            def done(result: "Result") -> None:
                 bar.stop()
                 print_text(f"{markdown(result)}\n")
                 if output is not None:

@@ -1,7 +1,5 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -169,7 +167,11 @@ def add(
 
 
 def _add_all(
-    memory: BeaconMemory, sources: list[Source], label: dict[str, Any], how: tuple[int | str, str, str], as_json: bool
+    memory: "BeaconMemory",
+    sources: "list[Source]",
+    label: dict[str, Any],
+    how: tuple[int | str, str, str],
+    as_json: bool,
 ) -> int:
     """Add all sources, with a progress bar; returns how many have failed. how: ratio, compression, precision."""
     from beacon_memory.documents import Document
@@ -192,7 +194,7 @@ def _add_all(
                 continue
             yield Document(source.id, text, metadata, **label)
 
-    def stored(added: Added) -> None:
+    def stored(added: "Added") -> None:
         bar.document()
         say(as_json, asdict(added))
 
@@ -202,7 +204,7 @@ def _add_all(
     return len(failed)
 
 
-def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
+def _metadata(memory: "BeaconMemory", source: "Source") -> dict[str, object] | None:
     """Return the metadata that a document has already, with the path that its text is read from now."""
     from .sources import PATH
 

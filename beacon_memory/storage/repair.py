@@ -52,6 +52,7 @@ __all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
 PUT_ASIDE = "damaged-"  # begins the names of catalogs that could not be mended
 
 Mend = Callable[[], object] | None
+Holding = Callable[[Path], contextlib.AbstractContextManager[None]]
 ProblemKind = Literal[
     "damaged-catalog",
     "damaged-row",
@@ -90,7 +91,7 @@ class Problem:
 
 def verify(store: MemoryStore) -> list[Problem]:
     """Read every file in full, compare it with its row, and return what is wrong; [] for a sound store."""
-    return [problem for problem, _ in _look(store)]
+    return [problem for problem, _ in _look(store, looking)]
 
 
 def repair(store: MemoryStore) -> list[Problem]:
@@ -101,7 +102,7 @@ def repair(store: MemoryStore) -> list[Problem]:
     new one made from the files. Nothing that may be the only copy is ever removed.
     """
     done = _mend_catalog(store)
-    for problem, mend in _look(store):
+    for problem, mend in _look(store, tidying):
         mended = False
         if mend is not None:
             with contextlib.suppress(BeaconMemoryError, FileNotFoundError):
@@ -166,17 +167,20 @@ def _carried(store: MemoryStore) -> dict[str, Any]:
     return {}
 
 
-def _look(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
-    """Yield all problems, each with a function that mends it, to be called before the next problem is asked for."""
+def _look(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
+    """Yield all problems, each with a function that mends it, to be called before the next problem is asked for.
+
+    holding: how to hold off writers, `looking` or `tidying`.
+    """
     if not identity(store.folder):
         return
     try:
-        yield from _look_at_all(store)
+        yield from _look_at_all(store, holding)
     except (CorruptFileError, InputError) as error:  # as in `_flaws`: what is wrong with files is said one by one
         yield Problem("damaged-catalog", None, str(store.folder / CATALOG), str(error)), None
 
 
-def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
     """Look at catalog, documents, versions, copy of the settings, labels and unnamed files, in this order."""
     catalog = store.parts.catalog()
     for message in find_flaws(catalog):
@@ -192,7 +196,7 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
     unnamed = suspected_files(catalog, files)
-    with looking(store.folder):
+    with holding(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)

@@ -398,14 +398,13 @@ def test_verify_of_a_store_that_may_only_be_read_waits_for_writers(
     monkeypatch.setattr(locks, "_TIDY_SECONDS", 0.1)
     with MemoryStore(folder / "store") as store:
         two(store)
-    (store.folder / "writers.lock").chmod(0o444)
 
     def act() -> None:
         with pytest.raises(StoreError, match="is being written to"):
             verify(MemoryStore(store.folder))
 
     with locks.writing(store.folder):
-        store.folder.chmod(0o555)
+        protect(store.folder)
         as_somebody(act)
 
 
