@@ -20,6 +20,7 @@ def unnamed_files(catalog: Catalog, files: Files) -> Iterator[tuple[str, bool]]:
     written for a catalog that is no longer there, or after the backup that this one was restored from, or its row was
     damaged.
     """
+    catalog.sync()  # or what is removed now could be named by the row that a power cut brings back
     named, unsettled = catalog.file_names.named(), catalog.file_names.unsettled()
     latest: dict[str, int] = {}
     for name in named:

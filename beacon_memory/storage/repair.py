@@ -11,6 +11,7 @@ of problems, and how each is mended.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.locks import tidying
-from beacon_memory.storage.files.names import NUMBERED, file_stem, number_of, stem_of, version_of
+from beacon_memory.storage.files.names import EVERYWHERE, NUMBERED, file_stem, number_of, stem_of, version_of
 
 from .leftovers import unnamed_files
 from .parts import CATALOG
@@ -293,8 +294,10 @@ def _look_at_unnamed(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
         name = documents[-1]
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
         yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
+    sync_removals = functools.cache(partial(files.sync, EVERYWHERE))
     for path in files.temps():
-        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(unlink, path)
+        message = f"{path} is temporary: a crash left it"
+        yield Problem("stale-temp", None, str(path), message), partial(_remove_temp, path, sync_removals)
 
 
 def _id_in(files: Files, name: str) -> str | None:
@@ -384,6 +387,13 @@ def _remove(files: Files, name: str) -> None:
         raise StoreError(f"{name} cannot be removed")
 
 
+def _remove_temp(path: Path, sync_removals: Callable[[], object]) -> None:
+    """Remove a temporary file, which may be the mark of a file that is gone but could still come back."""
+    sync_removals()
+    if not unlink(path):
+        raise StoreError(f"{path} cannot be removed")
+
+
 def _found_again(store: MemoryStore, problem: Problem) -> bool:
     """Tell whether a document can be read again, because a later file of it was found whose row was lost."""
     if problem.kind in RECOMPRESSED and problem.document is not None:
@@ -393,8 +403,10 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 
 
 def _settle(store: MemoryStore) -> None:
-    """Let the catalog forget the numbers of files that are gone."""
+    """Let the catalog forget the numbers of files that are gone, also of those whose removal nobody has synced."""
     with tidying(store.folder):
         there = {number_of(name) for name in store.files.names()}
         names = store.parts.catalog().file_names
-        names.settle(names.unsettled() - there)
+        if gone := names.unsettled() - there:
+            store.files.sync(EVERYWHERE)
+            names.settle(gone)

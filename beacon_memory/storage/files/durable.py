@@ -10,16 +10,35 @@ from beacon_memory.errors import StoreError
 __all__ = ["identity", "make_folder", "move_into_place", "sync_file", "sync_folder", "unlink"]
 
 
+_lasting: set[tuple[Path, tuple[int, int] | None]] = set()  # folders whose names this process knows to be on disk
+
+
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents; one that exists is left as it is. Raises StoreError if it cannot be created."""
+    """Create a folder and its parents, so that they outlast a power cut; raises StoreError if it cannot be created.
+
+    The names of folders that exist are synced, too, once in a process: who created them may not have come to it.
+    """
+    folder = folder.absolute()
+    if (folder, identity(folder)) in _lasting:
+        return
     try:
-        if folder.is_dir():
-            return
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        if not os.path.ismount(folder):
+            make_folder(folder.parent)
+            _make_lasting(folder)
     except OSError as error:
         raise StoreError(f"the folder {folder} cannot be created: {error.strerror}; name another store") from error
+    _lasting.add((folder, identity(folder)))
+
+
+def _make_lasting(folder: Path) -> None:
+    there = folder.is_dir()
+    if not there:
+        folder.mkdir(exist_ok=True)
+    try:
+        sync_folder(folder.parent)
+    except PermissionError:
+        if not there:  # else whoever may list the folder above has made this one
+            raise
 
 
 def move_into_place(temp: Path, path: Path, *, more: bool = False) -> None:
