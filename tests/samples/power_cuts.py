@@ -36,7 +36,6 @@ from crashing import system_calls
 PAGE, SECTOR = 4096, 512
 _LEFT_OUT = "-shm"
 _SYSCALL_INFO, _ENTRY, _EXIT = 0x420E, 1, 2  # of Linux' ptrace
-
 _SAID = b"/said/"  # begins the path that a process asks for to say a word
 
 # The calls that are followed, by what has to be looked at: names; the bytes of the open file that is their first or
@@ -132,6 +131,8 @@ class Disk:
 
         kill_after: events after which the process is killed. Raises PermissionError if processes cannot be traced.
         """
+        if not _KINDS:
+            raise PermissionError(f"the system calls of a {platform.machine()} are not known")
         most = None if kill_after is None else len(self.events) + kill_after
         kind, arguments = "", (0, 0, 0)
         with closing(system_calls(act)) as stops:
