@@ -375,7 +375,7 @@ class BeaconMemory:
     def _load(self, row: DocumentRow) -> MemoryKV:
         model = self.model
         stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        model.require_made(stored.header.fingerprint, row.id, row.precision)
+        require_made(model, stored.header.fingerprint, row.id, row.precision)
         return stored.kv
 
     def list(
@@ -423,7 +423,7 @@ class BeaconMemory:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What the model and the compressor of a memory are made from."""
+    """Say what the model and the compressor of a memory are made from."""
 
     model: str | Path | BeaconModel | None
     adapter: str | Path | None
