@@ -110,6 +110,10 @@ def generate(
             )
     except (ValueError, TypeError, AttributeError, LookupError) as error:  # options that are looked at only here
         raise InputError(f"transformers cannot generate with these options: {error}") from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # as torch says where no token may come, or with endless scores
+            raise
+        raise InputError(f"these options leave no token to sample from: {error}") from error
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     texts = [_finish(model, row, ends, config.stop_strings or [], timer.first) for row in output[:, longest:].tolist()]
     each = config.num_return_sequences or 1

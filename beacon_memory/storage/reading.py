@@ -59,10 +59,11 @@ def require_file(parts: StoreParts, id: str) -> None:
     A file is removed only after its row was replaced. So a row without its file may be one of before, that came back
     when the last commits of the catalog were lost. A backend is not asked: what is in the catalog needs no network.
     """
-    if parts.settings.files is not None:
+    catalog = parts.catalog()
+    if parts.settings.files is not None or catalog.connections.in_transaction:  # then rows of before are what is wanted
         return
     gone = None
-    while (row := parts.catalog().documents.get(id)) is not None and not parts.files.present([row.file]):
+    while (row := catalog.documents.get(id)) is not None and not parts.files.present([row.file]):
         if gone == row.file:  # twice: it was not replaced in between
             raise _missing(row)
         gone = row.file

@@ -11,6 +11,7 @@ of problems, and how each is mended.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,15 @@ from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.locks import looking, tidying
 from beacon_memory.storage.files.marks import has_label_mark
-from beacon_memory.storage.files.names import NUMBERED, TEMP_PREFIX, file_stem, number_of, stem_of, version_of
+from beacon_memory.storage.files.names import (
+    EVERYWHERE,
+    NUMBERED,
+    TEMP_PREFIX,
+    file_stem,
+    number_of,
+    stem_of,
+    version_of,
+)
 
 from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
@@ -320,8 +329,10 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[
         name = documents[-1]
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
         yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
+    sync_removals = functools.cache(partial(files.sync, EVERYWHERE))
     for path in (*files.temps(), *_left_behind(store.folder)):
-        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(_unlink, path)
+        message = f"{path} is temporary: a crash left it"
+        yield Problem("stale-temp", None, str(path), message), partial(_remove_temp, path, sync_removals)
 
 
 def _left_behind(folder: Path) -> Iterator[Path]:
@@ -420,7 +431,9 @@ def _remove(files: Files, name: str) -> None:
         raise StoreError(f"{name} cannot be removed")
 
 
-def _unlink(path: Path) -> None:
+def _remove_temp(path: Path, sync_removals: Callable[[], object]) -> None:
+    """Remove a temporary file, which may be the mark of a file that is gone but could still come back."""
+    sync_removals()
     if not unlink(path):
         raise StoreError(f"{path} cannot be removed")
 
@@ -434,9 +447,11 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 
 
 def _settle(store: MemoryStore) -> None:
-    """Let the catalog forget the numbers of files that are gone."""
+    """Let the catalog forget the numbers of files that are gone, also of those whose removal nobody has synced."""
     names = store.parts.catalog().file_names
     if unsettled := names.unsettled():
         there = {number_of(name) for name in store.files.names()}
         with tidying(store.folder):  # who has just removed a file has made sure of it by then
-            names.settle(unsettled - there)
+            if gone := unsettled - there:
+                store.files.sync(EVERYWHERE)
+                names.settle(gone)

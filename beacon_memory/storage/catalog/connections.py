@@ -79,6 +79,12 @@ class Connections:
             while True:
                 self._idle.pop().close()
 
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread is within a transaction, and so sees the database as it was when that began."""
+        db: Database | None = getattr(self._own, "db", None)
+        return db is not None and db.conn.in_transaction
+
     @contextlib.contextmanager
     def use(self) -> Iterator[Database]:
         """Lend this thread a connection of its own; a `use` inside of another one lends the same connection."""
