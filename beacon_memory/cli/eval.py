@@ -24,16 +24,16 @@ app = Commands(
     Baselines, separated by commas; all with one R have the same K/V budget:
 
     \b
-    full, none                    the whole text, uncompressed; no text
-    base                          without LoRA, the whole text in its prompt
-    truncated:R                   the first 1/R of the text
-    bm25:R                        passages that match, 1/R of the text
-    beacon:R                      beacons, R tokens for each
-    select:R, select-expected:R   K/V of the tokens that each head needs
-    hybrid:R                      both, beacons and chosen tokens
-    beacon:R:N, select:R:N, ...   the same, the text cut into N parts, composed
-    select:R@int8, ...@int4, ...  the same, the K/V quantized
-    expected:R, snapkv:R, kvzip:R 1/R of the K/V, selected by kvpress
+    full, none                     the whole text, uncompressed; no text
+    base                           without LoRA, the whole text in its prompt
+    truncated:R                    the first 1/R of the text
+    bm25:R                         passages that match, 1/R of the text
+    beacon:R                       beacons, R tokens for each
+    select:R, select-expected:R    K/V of the tokens that each head needs
+    hybrid:R                       both, beacons and chosen tokens
+    beacon:R:N, select:R:N, ...    the same, the text cut into N parts, composed
+    select:R@int8, ...@int4, ...   the same, the K/V quantized
+    expected:R, snapkv:R, kvzip:R  1/R of the K/V, selected by kvpress
 
     With --json, answers are kept beside the file as they come: repeat an interrupted command, and it goes on.
 

@@ -35,5 +35,5 @@ def test_help_fills_a_wider_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_what_is_laid_out_by_hand_stays_as_it_is() -> None:
-    assert "  hybrid:R                      both, beacons and chosen tokens\n" in shown("eval")
+    assert "  hybrid:R                       both, beacons and chosen tokens\n" in shown("eval")
     assert max(map(len, shown("eval").splitlines())) <= 80

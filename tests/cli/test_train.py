@@ -42,7 +42,7 @@ class TestTrain:
         assert result.stdout == f"{Path('run/adapter')}\n"
         assert lines(run("train", str(recipe), "run", "--json")) == [{"adapter": "run/adapter"}]
         shown = json.loads(run("info", "--adapter", "run/adapter", "--json").stdout)
-        assert (shown["adapter"], shown["window"]) == ("run/adapter", 8)
+        assert (shown["adapter"], shown["window"]) == (str(Path("run/adapter").absolute()), 8)
         assert shown["compression"] == "beacon"
         Path("roof.txt").write_text(ROOF, encoding="utf-8")
         assert lines(run("add", "roof.txt", "--adapter", "run/adapter", "--json"))[0]["compression"] == "beacon"
