@@ -23,7 +23,7 @@ from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.modeling.model import UNTRAINED, BeaconModel
+from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
