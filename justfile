@@ -32,6 +32,10 @@ docs *args:
 test *args:
     pytest {{ args }}
 
+# Random work on a store under kills and power cuts: `just torture --minutes 10 --seed 1`; a failure names its seed.
+torture *args:
+    python tests/samples/torture.py {{ args }}
+
 # Speed and quality figures.
 bench *args:
     beacon-memory bench {{ args }}

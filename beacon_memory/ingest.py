@@ -18,7 +18,15 @@ from beacon_memory.storage.files.stored_kv import StoredKV
 from beacon_memory.storage.store import MemoryStore
 
 from .documents import Document, Label, Precision, PrecisionRule, Text, check_id
-from .errors import BeaconMemoryError, ConfigError, ConflictError, CorruptFileError, DocumentNotFoundError, StoreError
+from .errors import (
+    BeaconMemoryError,
+    ConfigError,
+    ConflictError,
+    CorruptFileError,
+    DocumentNotFoundError,
+    InputError,
+    StoreError,
+)
 from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
@@ -175,6 +183,8 @@ class Ingestion:
         """Check a document before any work on it; returns `unchanged` if there is none."""
         check_id(document.id)
         text = Text(document.text)
+        if not text.value.strip():
+            raise InputError(f"document {document.id!r}: the document is empty or blank: there is nothing to compress")
         row = self._row(document.id)
         label = _label(document, row)
         tokens = self.compressor.tokenize(text.value)
@@ -200,7 +210,7 @@ class Ingestion:
         was cut into other tokens than now.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
-        self.compressor.model.fingerprint.require(header.fingerprint, row.id)
+        self.compressor.model.require_made(header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
         before = self.store.text(row.id)
         whole = Text(before + text)

@@ -23,7 +23,7 @@ from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.model import UNTRAINED, BeaconModel
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
@@ -72,8 +72,8 @@ class _Question:
 
 
 def _wherever(name: _Named) -> _Named | Path:
-    """Return the absolute path of a folder, which is the same one wherever this process goes before it is loaded."""
-    return Path(name).absolute() if name and isinstance(name, (str, Path)) and Path(name).is_dir() else name
+    """Return the absolute path of what is there, and the same wherever this process goes before it is loaded."""
+    return Path(name).absolute() if name and isinstance(name, (str, Path)) and Path(name).exists() else name
 
 
 class BeaconMemory:
@@ -87,6 +87,8 @@ class BeaconMemory:
     score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
              the name of an installed picker, or a `Picker`.
+
+    A copy shares model and store. Pickled, it holds the names of both, and opens them again.
 
     The model is loaded when it is first needed: listing, searching and removing do without. What needs no model at all
     is found at `store`: labels, renaming, settings, precision.
@@ -113,15 +115,11 @@ class BeaconMemory:
         self.store = opened.within(namespace) if namespace else opened
         model, adapter = _wherever(model), _wherever(adapter)
 
-        def load() -> BeaconCompressor:
-            loaded = model
-            if not isinstance(loaded, BeaconModel):
-                loaded = BeaconModel.from_pretrained(loaded, adapter, device=device, dtype=dtype)
-            compressor = BeaconCompressor(loaded, reserve=reserve, score=score)
-            compressor.sink, loaded.fingerprint  # noqa: B018  # now, so that no answer waits for them
-            return compressor
+        self._load_once = _Once(_Source(model, adapter, device, dtype, reserve, score))
 
-        self._load_once = _Once(load)
+    def __deepcopy__(self, memo: object) -> BeaconMemory:
+        """Return a copy that shares model and store, as `within` does."""
+        return copy.copy(self)
 
     def __enter__(self) -> Self:
         return self
@@ -343,9 +341,9 @@ class BeaconMemory:
 
             [pick.id for pick in memory.pick("Who pays the rent?")]
 
-        A document counts by its best passage, and must reach half the score of the best document. What conversations
-        were folded into (`Session`) is never chosen. A store of one document needs no passage. room: memory slots at
-        hand; documents that do not fit beside better ones are left out.
+        A document counts by its best passage, and must reach half the score of the best document. A text that is stored
+        under several ids counts once. What conversations were folded into (`Session`) is never chosen. A store of one
+        text needs no passage. room: memory slots at hand; documents that do not fit beside better ones are left out.
         """
         picks = self._picks(question, limit)
         if room is None:
@@ -377,7 +375,7 @@ class BeaconMemory:
     def _load(self, row: DocumentRow) -> MemoryKV:
         model = self.model
         stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        model.fingerprint.require(stored.header.fingerprint, row.id)
+        model.require_made(stored.header.fingerprint, row.id, row.precision)
         return stored.kv
 
     def list(
@@ -423,16 +421,52 @@ class BeaconMemory:
         return replace(problem, mended=True)
 
 
-class _Once:
-    """Makes something when it is first asked for, once for all threads."""
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the model and the compressor of a memory are made from."""
 
-    def __init__(self, make: Callable[[], BeaconCompressor]) -> None:
-        self._make = make
+    model: str | Path | BeaconModel | None
+    adapter: str | Path | None
+    device: str | torch.device | None
+    dtype: torch.dtype | str
+    reserve: int
+    score: str
+
+    def load(self) -> BeaconCompressor:
+        model = self.model
+        if not isinstance(model, BeaconModel):
+            model = BeaconModel.from_pretrained(model, self.adapter, device=self.device, dtype=self.dtype)
+        compressor = BeaconCompressor(model, reserve=self.reserve, score=self.score)
+        compressor.sink, model.fingerprint  # noqa: B018  # now, so that no answer waits for them
+        return compressor
+
+    def named(self) -> _Source:
+        """Return the same with a loaded model by its name; raises InputError for one without."""
+        if not isinstance(self.model, BeaconModel):
+            return self
+        name, adapter = str(self.model.base.config.name_or_path), self.model.adapter
+        if not name:
+            raise InputError(
+                "the model of this memory has no name under which another process could load it; load it with "
+                "BeaconModel.from_pretrained to pickle the memory"
+            )
+        dtype: torch.dtype | str = "auto" if self.model.kv_dtype != self.model.dtype else self.model.dtype
+        return replace(self, model=name, adapter=None if adapter in (UNTRAINED, name) else adapter, dtype=dtype)
+
+
+class _Once:
+    """Makes a compressor when it is first asked for, once for all threads. It is pickled by what it is made from."""
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
         self._made: BeaconCompressor | None = None
         self._lock = threading.Lock()
 
     def __call__(self) -> BeaconCompressor:
         with self._lock:
             if self._made is None:
-                self._made = self._make()
+                self._made = self._source.load()
             return self._made
+
+    def __reduce__(self) -> tuple[type[_Once], tuple[_Source]]:
+        return _Once, (self._source.named(),)

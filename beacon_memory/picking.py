@@ -5,14 +5,14 @@ the words that they share with the question; others are installed as entry point
 or handed to `BeaconMemory(store, picker=...)` as they are. What is made of the passages is the same for all:
 
 * a document counts by its best passage, and must reach half the score of the best document;
+* a text that is stored under several ids counts once: under the best one, of equally good ones that written last;
 * what conversations were folded into (`Session`) is never chosen;
-* a store of one document needs no passage;
+* a store of one text needs no passage;
 * documents that do not fit the model's positions beside better ones are left out (`fitting`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -43,7 +43,9 @@ __all__ = [
 ]
 
 DEFAULT_LIMIT = 3  # documents that a question without ids may load
-PASSAGES_EACH = 50  # passages that a picker is asked for, for each document that is wanted
+PASSAGES_EACH = (
+    50  # passages that a picker is asked for, for each document that is wanted; of one text it needs no more
+)
 _WEAKEST = 0.5  # of the best passage's score: what a document must reach to be loaded beside it
 _GROUP = "beacon_memory.pickers"
 
@@ -67,7 +69,7 @@ class Query:
 
     text:  the question.
     store: the documents, of one namespace; ids of others lead nowhere.
-    limit: passages that are enough, the best ones.
+    limit: passages that are enough, the best ones; more than `PASSAGES_EACH` of one text crowd others out.
     load:  loads the model, or returns it if it is loaded; see `model`.
     fingerprint: of the model that will read the documents, if it is known.
     """
@@ -131,7 +133,7 @@ class Pick:
 
 def by_words(query: Query) -> Iterator[Passage]:
     """Find passages that share words with the question, by BM25; the picker `text`."""
-    for hit in query.store.search(query.text, query.limit):
+    for hit in query.store.search(query.text, query.limit, per_text=PASSAGES_EACH, conversations=False):
         yield Passage(hit.document, hit.start, hit.stop, hit.score)
 
 
@@ -175,17 +177,25 @@ def pick(picker: Picker, query: Query, limit: int = DEFAULT_LIMIT) -> list[Pick]
         if passage.score > 0:
             found.setdefault(passage.document, []).append(passage)
     ranked = [sorted(passages, key=_score, reverse=True) for passages in found.values()]
-    picks: list[Pick] = []
+    picks: dict[str, Pick] = {}  # by the hashes of their texts
+    weakest = 0.0
     for passages in sorted(ranked, key=lambda passages: passages[0].score, reverse=True):
-        if len(picks) == limit or (picks and passages[0].score < _WEAKEST * picks[0].best.score):
+        score = passages[0].score
+        if score < weakest:
             break
         try:
             row = query.store.row(passages[0].document, query.fingerprint)
         except DocumentNotFoundError:  # removed since it was found
             continue
-        if SESSION_TAG not in row.tags:
-            picks.append(Pick(row, tuple(passages)))
-    return picks or _only_document(query)
+        if SESSION_TAG in row.tags:
+            continue
+        same = picks.get(row.content_hash)
+        newer = same is not None and same.best.score == score and _written(row) > _written(same.row)
+        if newer or (same is None and len(picks) < limit):
+            picks[row.content_hash] = Pick(row, tuple(passages))
+        # when there are enough, those as good as the last one may still be newer copies
+        weakest = score if len(picks) == limit else weakest or _WEAKEST * score
+    return [*picks.values()] or _only_document(query)
 
 
 def fitting(rows: Sequence[DocumentRow], optional: Collection[str], room: int) -> list[DocumentRow]:
@@ -225,13 +235,20 @@ def last_question(messages: Messages) -> str:
 
 
 def _only_document(query: Query) -> list[Pick]:
-    """Choose the only document of a store by its beginning; [] if there are none, or several."""
-    rows = [*itertools.islice(query.documents(), 2)]
-    if len(rows) != 1:
+    """Choose the only text of a store by its beginning; [] if there are none, or several."""
+    newest: DocumentRow | None = None
+    for row in query.documents():
+        if newest is not None and row.content_hash != newest.content_hash:
+            return []
+        newest = row if newest is None else max(newest, row, key=_written)
+    if newest is None:
         return []
-    row = query.store.row(rows[0].id, query.fingerprint)
-    stop = next((stop for _, stop, _ in query.passages(row.id)), 0)
-    return [Pick(row, (Passage(row.id, 0, stop, 0.0),))]
+    stop = next((stop for _, stop, _ in query.passages(newest.id)), 0)
+    return [Pick(query.store.row(newest.id, query.fingerprint), (Passage(newest.id, 0, stop, 0.0),))]
+
+
+def _written(row: DocumentRow) -> tuple[str, str]:
+    return row.updated_at, row.id
 
 
 def _score(passage: Passage) -> float:

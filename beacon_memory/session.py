@@ -109,12 +109,13 @@ class Session:
         """Return the ids of the documents with the older turns, oldest first; load them before the recent turns."""
         return [row.id for row in self._rows(self._read())]
 
-    def add(self, turns: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, turns: Sequence[Mapping[str, Any]], *, fold: bool = True) -> None:
         """Add turns to the conversation, and fold older ones if there are too many. Added turns survive a crash.
 
         A turn has the texts `role` and `content`, and what else chat templates know or JSON can hold: `tool_calls`,
         `tool_call_id`, `name`, ... All of it is kept until the turn is folded; folded are its role, its text and its
         calls.
+        fold: whether to fold now what is too much, which needs the model, or with turns that are added later.
 
         Raises InputError for anything else, and what `BeaconMemory.add` raises, for example QuotaError if the store is
         full, or CapacityError if the model has no positions beside `reserve`; then the conversation is as it was.
@@ -122,11 +123,16 @@ class Session:
         new = [_turn(turn) for turn in turns]
         with self._alone():
             before = self._read()
-            said, bounds = [*before.turns, *new], self._bounds()
+            said = [*before.turns, *new]
+            if not fold:
+                self._write(_State(said, before.parts))
+                return
+            bounds = self._bounds()
             stay = self._staying(said, bounds)
             left = [said[n] for n in stay]
             gone = [said[n] for n in sorted({*range(len(said))}.difference(stay))]
-            text = "".join(_line(turn) for turn in gone if not (_stands(turn) and turn in left))
+            kept = {*map(_line, left)}
+            text = "".join(_line(turn) for turn in gone if not (_stands(turn) and _line(turn) in kept))
             if text:
                 self._fold(before, _State(said, before.parts), stay, text, bounds.slots)
             else:

@@ -174,10 +174,32 @@ def test_score_decides_which_tokens_are_kept_and_not_how_many(
 def test_another_model_recompresses_on_add_and_is_refused_on_ask(memory: BeaconMemory, tmp_path: Path) -> None:
     memory.add("roof", ROOF, ratio=4)
     other = BeaconMemory(tmp_path / "store", train(make_model(), seed=7), reserve=100)
-    with pytest.raises(FingerprintMismatchError, match=r"'roof'.*another adapter"):
+    with pytest.raises(FingerprintMismatchError, match=r"'roof'.*another adapter than the loaded model has; load"):
         other.ask("Who?", "roof", **SHORT)
     assert other.add("roof", ROOF, ratio=4).status == "replaced"
     other.ask("Who?", "roof", **SHORT)
+
+
+@pytest.mark.parametrize(("made", "asked"), [("bfloat16", "float16"), ("float16", "bfloat16"), ("float16", "float32")])
+def test_a_document_of_the_same_model_in_float16_is_refused_for_that_reason(
+    tmp_path: Path, made: str, asked: str
+) -> None:
+    base, adapter = tiny_checkpoint(tmp_path / "base", tiny_base("llama").bfloat16()), tmp_path / "adapter"
+    trained = tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tiny_tokenizer()).bfloat16()
+    with torch.no_grad():
+        for _, parameter in trained.named_beacon_parameters():
+            parameter.mul_(1e-6)
+    trained.save_adapter(adapter)
+
+    def opened(dtype: str) -> BeaconMemory:
+        return BeaconMemory(tmp_path / "store", base, adapter, device="cpu", dtype=dtype, reserve=100)
+
+    opened(made).add("roof", ROOF, ratio=4)
+    message = "another adapter .* or with the same in another dtype: one of the two was loaded in float16"
+    with pytest.raises(FingerprintMismatchError, match=message):
+        opened(asked).ask("Who?", "roof")
+    with pytest.raises(FingerprintMismatchError, match=message):
+        opened(asked).append("roof", "More.")
 
 
 def test_answer_is_the_stock_models_behind_sink_and_documents_in_the_order_given(memory: BeaconMemory) -> None:
@@ -278,7 +300,8 @@ def test_ratio_may_differ_from_window_to_window(memory: BeaconMemory) -> None:
     ("id", "text", "ratio", "error", "message"),
     [
         ("", ROOF, 4, InputError, "empty"),
-        ("roof", "", 4, InputError, "document 'roof': the document is empty"),
+        ("roof", "", 4, InputError, "document 'roof': the document is empty or blank"),
+        ("roof", " \n\u3000\t", 4, InputError, "document 'roof': the document is empty or blank"),
         ("roof", ROOF, "high", ConfigError, "ratio='high'"),
         ("roof", ROOF, -2, ConfigError, "-2"),
         ("roof", ROOF, [2, 4], ConfigError, "names 2 windows"),

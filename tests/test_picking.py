@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from catalog_samples import add
 from installed import install
 from repository import ROOT
 from tiny_models import tiny_model, tiny_tokenizer
@@ -86,11 +87,55 @@ def test_what_a_picker_finds_elsewhere_or_in_a_conversation_is_left_out(model: B
     assert {row.id for row in memory._query("", 1).documents()} == set(TEXTS)
 
 
+def test_rules_about_documents_hold_however_many_passages_others_have(model: BeaconModel, tmp_path: Path) -> None:
+    manual = "The manual of the pump. " + "Prime it before use. " * 10
+    book = "\n\n".join(f"Page {n} on the pump. " + "The pump runs and runs. " * 35 for n in range(80))
+    memory = filled(tmp_path, model, "text", {"well": "The well has a pump.", "manual": manual})
+    catalog = memory.store.parts.catalog()
+    add(catalog, "book", book)  # the model has no room for it, but it can be picked
+    for n in range(60):
+        add(catalog, f"talk/{n}", f"The pump, the pump! {n}", tags=(SESSION_TAG,))
+    assert sorted(picked(memory, "What of the pump?")) == ["book", "manual", "well"]
+    assert picked(memory, "What of the pump?", limit=1) == picked(memory, "What of the pump?")[:1]
+    (one, *_) = [pick for pick in memory.pick("What of the pump?") if pick.id == "book"]
+    assert 1 < len(one.passages) <= 50
+
+
+@pytest.mark.parametrize("picker", ["text", Scores(("a", 4.0), ("b", 4.0), ("c", 4.0), ("well", 3.0), ("a", 2.0))])
+def test_text_under_several_ids_takes_one_place_under_its_newest_row(
+    model: BeaconModel, tmp_path: Path, picker: Any
+) -> None:
+    copies = dict.fromkeys("abc", "Larch pump, larch pump.")
+    memory = filled(tmp_path, model, picker, {**copies, "well": "A pump, a larch.", "owls": TEXTS["owls"]})
+    assert picked(memory, "Where is the larch pump?", limit=2) == ["c", "well"]
+    memory.store.update("a", tags=["moved"])
+    assert picked(memory, "Where is the larch pump?", limit=2) == ["a", "well"]
+    assert picked(memory, "Where is the larch pump?", limit=1) == ["a"]
+    for id in ("a", "well"):
+        memory.remove(id)
+    assert picked(memory, "Where is the larch pump?") == ["c"]
+
+
+def test_names_that_are_question_words_find_documents(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(tmp_path, model, "text", {"may": "The fair is in May.", "june": "The race is in June."})
+    assert memory.ask("What happens in May?", **SHORT).ids == memory.ask("what happens in may", **SHORT).ids == ("may",)
+    assert picked(memory, "What is in the cellar?") == []
+
+
+def test_words_of_sentences_without_spaces_find_documents(model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled(
+        tmp_path, model, "text", {"rent": "磨坊的租金由磨坊主艾达支付。", "roof": "谷仓的屋顶是三月修好的。"}
+    )
+    assert picked(memory, "谁支付租金？") == picked(memory, "租金") == ["rent"]  # noqa: RUF001 -- this mark is meant
+
+
 def test_only_document_needs_no_passage_and_counts_by_its_beginning(model: BeaconModel, tmp_path: Path) -> None:
     memory = filled(tmp_path, model, Scores(), {"roof": TEXTS["roof"]})
     (only,) = memory.pick("Zebras?")
     assert only.passages == (Passage("roof", 0, len(TEXTS["roof"]), 0.0),)
     assert [text for _, text in excerpts(memory.store, [only])] == [TEXTS["roof"]]
+    memory.add("moved", TEXTS["roof"], ratio=2)
+    assert picked(memory, "Zebras?") == ["moved"]
     memory.add("well", TEXTS["well"], ratio=2)
     assert memory.pick("Zebras?") == []
 

@@ -111,7 +111,7 @@ def _texts(count: int) -> Iterator[str]:
 
 
 def fill(store: MemoryStore, rows: int) -> None:
-    """Add the rows, but not the files, of made-up documents to a store, with a progress bar on standard error."""
+    """Add the rows of made-up documents to a store, their files being empty; with a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import track
 
@@ -127,6 +127,8 @@ def fill(store: MemoryStore, rows: int) -> None:
                 named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
                 labelled = replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags))
                 catalog.documents.put(labelled, Text(one.text))
+                (store.folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (store.folder / file).touch()
 
 
 def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:

@@ -1,12 +1,11 @@
 """The commands that move documents between stores and archives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .help import Commands
 from .options import (
     AsJson,
     Namespace,
@@ -24,7 +23,7 @@ from .terminal import (
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORE = "The store"
 

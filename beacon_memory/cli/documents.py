@@ -1,7 +1,5 @@
 """The commands that show stored documents, and change their labels and ids."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +9,7 @@ import typer
 from beacon_memory.documents import KEEP
 from beacon_memory.errors import CorruptFileError, InputError
 
+from .help import Commands
 from .options import (
     AsJson,
     Namespace,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORED = "What is stored"
 
@@ -80,7 +79,7 @@ def list_documents(
             remarks().print("nothing is stored yet; add documents with: beacon-memory add PATH")
 
 
-def _pairs(given: Iterable[str]) -> dict[str, object]:
+def _pairs(given: "Iterable[str]") -> dict[str, object]:
     """Parse KEY=VALUE texts; values may be JSON."""
     pairs: dict[str, object] = {}
     for text in given:

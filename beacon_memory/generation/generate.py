@@ -23,6 +23,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
 
@@ -33,11 +34,11 @@ __all__ = ["Generation", "Request", "generate", "require_room"]
 class Request:
     """A prompt that follows a memory.
 
-    memory: sink and documents, one after another; it may have no slots.
+    memory: sink and documents, one after another; it may have no slots. A `Prefix` is ready for attention.
     prompt: token ids.
     """
 
-    memory: MemoryKV
+    memory: MemoryKV | Prefix
     prompt: Sequence[int]
 
 
@@ -88,11 +89,10 @@ def generate(
     prompts = torch.tensor([[pad] * (longest - len(r.prompt)) + list(r.prompt) for r in requests], device=model.device)
     prompt_mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
     memories = {id(request.memory): request.memory for request in requests}  # questions on one memory share it
-    prefixes = {key: model.prefix(memory) for key, memory in memories.items()}
-    with_memory = any(request.memory.slots for request in requests)  # without any, attention is the stock one
-    cache = MemoryCache(
-        [prefixes[id(request.memory)] for request in requests] if with_memory else (), config=model.base.config
-    )
+    prefixes = {
+        key: model.prefix(memory) if isinstance(memory, MemoryKV) else memory for key, memory in memories.items()
+    }
+    cache = MemoryCache([prefixes[id(request.memory)] for request in requests], config=model.base.config)
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
@@ -110,6 +110,10 @@ def generate(
             )
     except (ValueError, TypeError, AttributeError, LookupError) as error:  # options that are looked at only here
         raise InputError(f"transformers cannot generate with these options: {error}") from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # as torch says where no token may come, or with endless scores
+            raise
+        raise InputError(f"these options leave no token to sample from: {error}") from error
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     texts = [_finish(model, row, ends, config.stop_strings or [], timer.first) for row in output[:, longest:].tolist()]
     each = config.num_return_sequences or 1

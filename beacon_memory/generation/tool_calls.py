@@ -240,7 +240,7 @@ def _values(text: str, at: int) -> tuple[list[Any], int]:
     stop = at
     while text[at : at + 1] in ("{", "[") or not values:
         try:
-            value, stop = _DECODER.raw_decode(text, at)
+            value, stop = _value(text, at)
         except _NO_CALL:
             if values:
                 break
@@ -248,6 +248,16 @@ def _values(text: str, at: int) -> tuple[list[Any], int]:
         values += value if isinstance(value, list) else [value]
         at = stop + len(text[stop:]) - len(text[stop:].lstrip(" \t\r\n,;"))
     return values, stop
+
+
+def _value(text: str, at: int) -> tuple[Any, int]:
+    """Return the JSON value that stands there, and where it ends.
+
+    Its outer braces may be doubled, as the template of Qwen2.5-Coder shows them by mistake.
+    """
+    doubled = text.startswith("{{", at)
+    value, stop = _DECODER.raw_decode(text, at + doubled)
+    return value, _after(text, stop, "}") if doubled else stop
 
 
 def _after(text: str, stop: int, closing: str) -> int:
@@ -261,7 +271,7 @@ def _after(text: str, stop: int, closing: str) -> int:
 def _unfinished(text: str, at: int) -> bool:
     """Tell whether the JSON that begins there is sound as far as it has come."""
     try:
-        _DECODER.raw_decode(text, at)
+        _value(text, at)
     except json.JSONDecodeError as error:
         longest = len("-Infinity")  # of what is only known to be wrong when all of it is there
         return error.pos + longest > len(text) or error.msg.startswith("Unterminated string")

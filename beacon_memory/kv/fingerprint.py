@@ -37,14 +37,25 @@ class Fingerprint:
         """Return one hash over all parts of the fingerprint."""
         return digest_json(asdict(self))
 
-    def require(self, stored: Fingerprint, document: str) -> None:
-        """Raise FingerprintMismatchError unless `stored`, the fingerprint of a document, equals this one."""
+    def require(self, stored: Fingerprint, document: str, *, rounded: bool = False) -> None:
+        """Raise FingerprintMismatchError unless `stored`, the fingerprint of a document, equals this one.
+
+        rounded: whether just one of the two models computes in float16, which the message says then: it rounds small
+        numbers of the other dtypes, and that alone gives weights another hash.
+        """
         different = [f.name for f in fields(self) if getattr(self, f.name) != getattr(stored, f.name)]
-        if different:
-            raise FingerprintMismatchError(
-                f"document {document!r} was compressed with another {', '.join(different)} than the loaded model has; "
-                "load the model and adapter that made it, or add the document again to recompress it"
+        if not different:
+            return
+        same = ""
+        if rounded and {"base", "adapter"}.issuperset(different):
+            same = (
+                ", or with the same in another dtype: one of the two was loaded in float16, which rounds small numbers "
+                "of bfloat16 and float32, so load the model in the dtype that it had then"
             )
+        raise FingerprintMismatchError(
+            f"document {document!r} was compressed with another {', '.join(different)} than the loaded model has"
+            f"{same}; load the model and adapter that made it, or add the document again to recompress it"
+        )
 
     def to_dict(self) -> dict[str, str]:
         """Return the hashes by name."""

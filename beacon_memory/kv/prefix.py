@@ -1,6 +1,15 @@
-"""A memory as the prefix of what is read: its keys rotated to their positions, ready for attention."""
+"""Memories as the prefix of what is read: their keys rotated once, ready for attention.
+
+Rotary attention knows distances only. So a memory keeps the rotation that it would have right in front of position 0,
+and stands further back where the queries are turned on by as many positions: joining memories copies nothing.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -8,28 +17,113 @@ from torch import Tensor
 from .memory_kv import MemoryKV
 from .rope import Rope, apply_rotation
 
-__all__ = ["Prefix"]
+__all__ = ["Block", "Prefix", "Section"]
 
+# KV heads of a layer that have equally many entries: which ones; keys, rotated, and values [heads, entries, head_dim].
 Block = tuple[slice, Tensor, Tensor]
 
 
-class Prefix:
-    """A memory in front of what is read, at positions -span to -1, for all layers of a model.
+@dataclass(frozen=True, slots=True, eq=False)
+class Section:
+    """A memory whose keys are rotated to the positions -span to -1.
 
-    blocks: for each layer a list of (kv heads, keys, values), keys rotated, both [heads, entries, head_dim]. If all
-            heads have the same number of entries they are one block, else each head is a block of its own.
+    keys:   [entries, head_dim], rotated, in the order layer, kv head, position.
+    values: [entries, head_dim]
+    counts: for each layer how many entries each kv head has.
+    span:   how many positions it takes.
+    blocks: for each layer its entries as views.
     """
 
-    def __init__(self, memory: MemoryKV, rope: Rope) -> None:
-        self.blocks: list[list[Block]] = []
-        for layer, counts in enumerate(memory.counts.tolist()):
-            heads = [
-                (apply_rotation(keys, *rope.table(positions.float() - memory.span)), values)
-                for keys, values, positions in memory.layer(layer)
-            ]
-            width = len(heads) if len(set(counts)) == 1 else 1
-            blocks = []
-            for at in range(0, len(heads), width):
-                keys, values = zip(*heads[at : at + width], strict=True)
-                blocks.append((slice(at, at + width), torch.stack(keys), torch.stack(values)))
-            self.blocks.append(blocks)
+    keys: Tensor
+    values: Tensor
+    counts: tuple[tuple[int, ...], ...]
+    span: int
+    blocks: tuple[tuple[Block, ...], ...]
+
+    @classmethod
+    def of(cls, memory: MemoryKV, rope: Rope) -> Self:
+        """Rotate the keys of a memory; its values are not copied."""
+        counts = tuple(tuple(layer) for layer in memory.counts.tolist())
+        sizes = [sum(layer) for layer in counts]
+        positions = memory.positions.split(sizes)
+        rotated = [  # layer by layer, for it takes several times their bytes meanwhile
+            apply_rotation(keys, *rope.table(places.float() - memory.span))
+            for keys, places in zip(memory.keys.split(sizes), positions, strict=True)
+        ]
+        keys = torch.cat(rotated)
+        of_layers = zip(counts, keys.split(sizes), memory.values.split(sizes), strict=True)
+        return cls(keys, memory.values, counts, memory.span, tuple(_blocks(*layer) for layer in of_layers))
+
+    @property
+    def heads(self) -> int:
+        """Return how many kv heads a layer has."""
+        return len(self.counts[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of keys and values together."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer, [entries of the layer, head_dim]."""
+        start = sum(map(sum, self.counts[:number]))
+        entries = slice(start, start + sum(self.counts[number]))
+        return self.keys[entries], self.values[entries]
+
+
+def _blocks(counts: Sequence[int], keys: Tensor, values: Tensor) -> tuple[Block, ...]:
+    """Return the entries of a layer, [entries, head_dim], as one block for each run of heads that have equally many."""
+    blocks, start, head = [], 0, 0
+    for count, run in groupby(counts):
+        heads = len(list(run))
+        entries, shape = slice(start, start + heads * count), (heads, count, keys.shape[-1])
+        blocks.append((slice(head, head + heads), keys[entries].view(shape), values[entries].view(shape)))
+        start, head = entries.stop, head + heads
+    return tuple(blocks)
+
+
+class Prefix:
+    """Memories one behind another in front of what is read, the last one at positions up to -1.
+
+    sections: the memories, in their order; those without entries are left out.
+    behind:   for each section how many positions are behind it.
+    span:     how many positions all of them take.
+    """
+
+    def __init__(self, sections: Sequence[Section], rope: Rope) -> None:
+        ends = [*accumulate(section.span for section in sections)]
+        self.span = ends[-1] if ends else 0
+        held = [(section, self.span - end) for section, end in zip(sections, ends, strict=True) if len(section.keys)]
+        self.sections = tuple(section for section, _ in held)
+        self.behind = tuple(behind for _, behind in held)
+        self.rope = rope
+
+    @property
+    def slots(self) -> int:
+        """Return how many entries a head has: the mean over all heads, rounded up."""
+        entries = sum(len(section.keys) for section in self.sections)
+        return -(-entries // sum(map(len, self.sections[0].counts))) if entries else 0
+
+    def __bool__(self) -> bool:
+        """Tell whether there is anything to attend to."""
+        return bool(self.sections)
+
+    def blocks(self, layer: int) -> Sequence[Block]:
+        """Return the entries of a layer at their places; those of several sections are joined, head by head."""
+        if len(self.sections) == 1 and not self.behind[0]:
+            return self.sections[0].blocks[layer]
+        heads: list[list[tuple[Tensor, Tensor]]] = []
+        for section, behind in zip(self.sections, self.behind, strict=True):
+            turn = self.rope.turn(torch.tensor([-behind], device=section.keys.device))
+            counts = section.counts[layer]
+            keys, values = section.layer(layer)
+            parts = zip(apply_rotation(keys, *turn).split(counts), values.split(counts), strict=True)
+            heads = heads or [[] for _ in counts]
+            for head, part in zip(heads, parts, strict=True):
+                head.append(part)
+        joined = [tuple(torch.cat(parts) for parts in zip(*head, strict=True)) for head in heads]
+        return (
+            _blocks([len(keys) for keys, _ in joined], *(torch.cat(parts) for parts in zip(*joined, strict=True)))
+            if joined
+            else ()
+        )

@@ -29,8 +29,13 @@ class Rope:
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin for `positions` [...]: two float32 tensors [..., head_dim / 2]."""
-        angles = positions[..., None].float() * self.inv_freq.to(positions.device)
-        return angles.cos() * self.scaling, angles.sin() * self.scaling
+        cos, sin = self.turn(positions)
+        return cos * self.scaling, sin * self.scaling
+
+    def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the table that moves what is rotated, and scaled, already by `distances` [...] positions."""
+        angles = distances[..., None].float() * self.inv_freq.to(distances.device)
+        return angles.cos(), angles.sin()
 
     def remove_scaling(self, x: Tensor) -> Tensor:
         """Divide `x`, at position 0, by the scaling that a stock model has applied, which was rounded to x's dtype."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -157,11 +158,12 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def warn_of_another_base(adapter: Adapter, digest: str) -> None:
-    """Warn if the adapter was trained on a base whose weights differ from the loaded one's."""
+def warn_of_another_base(adapter: Adapter, digest: str, dtype: torch.dtype) -> None:
+    """Warn if the adapter was trained on a base whose weights differ from the loaded one's, which has this dtype."""
     if adapter.base.get("digest", digest) != digest:
+        rounded = "; float16, which it was loaded in, is reason enough" if dtype == torch.float16 else ""
         warnings.warn(
             f"the adapter was trained on {adapter.base.get('name')!r}, whose weights differ from those of the loaded "
-            "base model; answers may be worse",
+            f"base model; answers may be worse{rounded}",
             stacklevel=3,
         )

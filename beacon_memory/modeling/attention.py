@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,6 +27,7 @@ from beacon_memory.kv.prefix import Block, Prefix
 from beacon_memory.kv.rope import Rope, apply_rotation
 
 from .layout import BeaconLayout, WindowRows
+from .prefix_attention import PrefixBatch, attend_behind, for_queries
 
 __all__ = ["IMPLEMENTATION", "BeaconPass", "Watch"]
 
@@ -44,7 +45,7 @@ class _Window:
     memory: how many memory slots it sees.
     rows:   its rows among those of the pass, sorted by window.
     cached: [cached] past entries of this window, which an earlier pass has read.
-    mask:   [rows, memory + cached + rows], added to the scores.
+    mask:   [1, 1, rows, memory + cached + rows], added to the scores.
     """
 
     sequence: int
@@ -82,7 +83,7 @@ class BeaconPass:
         self.raw_rows = len(layout.raw_ids)
         self.rope = rope
         self.past = past
-        self.prefixes = prefixes
+        self.prefixes = [PrefixBatch([prefix]) for prefix in prefixes]
         self.watch = watch
         # Attention takes the rows window by window, but the linear layers need all raw rows first.
         self.by_window = indices([row for window in layout.windows for row in window.queries])
@@ -97,8 +98,8 @@ class BeaconPass:
         for (sequence, memory, cached), group in groupby(layout.windows, _attended_together):
             parts = [indices(window.own) for window in group]
             seen = torch.block_diag(*(_visible(orders[own[cached:]], orders[own], hidden=hidden) for own in parts))
-            mask = torch.zeros(len(seen), memory + seen.shape[1], dtype=dtype, device=device)
-            mask[:, memory:].masked_fill_(~seen, float("-inf"))
+            mask = torch.zeros(1, 1, len(seen), memory + seen.shape[1], dtype=dtype, device=device)
+            mask[..., memory:].masked_fill_(~seen, float("-inf"))
             rows = slice(start, start + len(seen))
             self.windows.append(_Window(sequence, memory, rows, parts[0][:cached], mask))
             start = rows.stop
@@ -133,71 +134,6 @@ def _visible(query_orders: Tensor, key_orders: Tensor, *, hidden: bool) -> Tenso
     if hidden:
         seen &= (query_orders[:, None] % 2 == 1) | (key_orders[None, :] % 2 == 0)
     return seen
-
-
-def _attend_with_prefix(
-    prefix: Sequence[Block],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    """Let one sequence attend to a memory, which every row sees, and to itself.
-
-    query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim], all rotated; mask: [rows, own], bool or added
-    to the scores. Returns [heads, rows, head_dim].
-    """
-    groups = len(query) // len(key)
-
-    def attend(heads: slice, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        rows = query[None, heads.start * groups : heads.stop * groups]
-        of_queries = _for_queries(keys, groups), _for_queries(values, groups)
-        return scaled_dot_product_attention(rows, *of_queries, attn_mask=seen, dropout_p=dropout, scale=scaling)[0]
-
-    if not prefix:
-        return attend(slice(0, len(key)), key, value, mask)
-    # The memory comes last, so that the mask of every head begins where its tensor begins, which CUDA's kernels need.
-    # A padded mask lets every row see it: True, or 0 added to the scores.
-    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in prefix)), value=mask.dtype == torch.bool)
-    output = []
-    for heads, keys, values in prefix:
-        all_keys, all_values = torch.cat((key[heads], keys), dim=1), torch.cat((value[heads], values), dim=1)
-        output.append(attend(heads, all_keys, all_values, wide[:, : all_keys.shape[1]]))
-    return torch.cat(output)
-
-
-def _for_queries(part: Tensor, groups: int) -> Tensor:
-    """Repeat keys or values [kv_heads, entries, head_dim] for each query head: [1, heads, entries, head_dim]."""
-    return part[:, None].expand(-1, groups, -1, -1).flatten(0, 1)[None]
-
-
-def _attend_with_prefixes(
-    prefixes: Sequence[Prefix],
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    """Let each row of a batch attend to its own memory and, as in stock attention, to itself.
-
-    query: [batch, heads, rows, head_dim]; key, value: [batch, kv_heads, own, head_dim]; attention_mask: [batch or 1, 1,
-    rows, own], bool or added to the scores; None is causal. Returns [batch, rows, heads, head_dim].
-    """
-    batch, _, rows, _ = query.shape
-    own = key.shape[2]
-    if attention_mask is None:
-        attention_mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
-    mask = attention_mask[:, 0, :, :own].expand(batch, -1, -1)
-    output = [
-        _attend_with_prefix(prefix.blocks[layer], query[row], key[row], value[row], mask[row], scaling, dropout)
-        for row, prefix in enumerate(prefixes)
-    ]
-    return torch.stack(output).transpose(1, 2)
 
 
 def _attend_by_window(
@@ -236,17 +172,24 @@ def _attend_by_window(
             cos, sin = (part[window.cached] for part in beacon_pass.table)
             keys.append(apply_rotation(pool_keys[:, :, window.cached], cos, sin))
             values.append(pool_values[:, :, window.cached])
-        queries = query[0, :, window.rows]
-        keys_seen = torch.cat((*keys, own_keys[:, :, window.rows]), dim=2)[0]
-        values_seen = torch.cat((*values, own_values[:, :, window.rows]), dim=2)[0]
+        queries = query[:, :, window.rows]
+        keys_seen = torch.cat((*keys, own_keys[:, :, window.rows]), dim=2)
+        values_seen = torch.cat((*values, own_values[:, :, window.rows]), dim=2)
         before = beacon_pass.prefixes[window.sequence] if beacon_pass.prefixes else None
-        prefix = [] if before is None else before.blocks[layer]
         if beacon_pass.watch is not None:
-            scaled = queries * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
-            beacon_pass.watch(layer, window.sequence, scaled, keys_seen, window.memory, prefix)
+            scaled = queries[0] * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
+            prefix = before.prefixes[0] if before else None
+            blocks = prefix.blocks(layer) if prefix else ()
+            beacon_pass.watch(layer, window.sequence, scaled, keys_seen[0], window.memory, blocks)
         mask = window.mask.to(query.dtype)
-        output.append(_attend_with_prefix(prefix, queries, keys_seen, values_seen, mask, scaling, dropout))
-    return torch.cat(output, dim=1).transpose(0, 1)[None, beacon_pass.by_kind]
+        if before:
+            output.append(attend_behind(before, layer, queries, keys_seen, values_seen, mask, scaling, dropout))
+            continue
+        keys_seen, values_seen = (
+            for_queries(part, queries.shape[1] // part.shape[1]) for part in (keys_seen, values_seen)
+        )
+        output.append(scaled_dot_product_attention(queries, keys_seen, values_seen, mask, dropout, scale=scaling))
+    return torch.cat(output, dim=2).transpose(1, 2)[:, beacon_pass.by_kind]
 
 
 def beacon_attention(
@@ -258,13 +201,14 @@ def beacon_attention(
     dropout: float = 0.0,  # sixth, as in stock functions: packages that wrap them, such as kvpress, rely on it
     scaling: float | None = None,
     beacon_pass: BeaconPass | None = None,
-    prefixes: Sequence[Prefix] = (),
+    prefixes: PrefixBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend by windows if the call brings a `BeaconPass`, with memories if it brings prefixes, else by stock SDPA."""
     layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
     if prefixes:
-        return _attend_with_prefixes(prefixes, layer, query, key, value, attention_mask, scaling, dropout), None
+        mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+        return attend_behind(prefixes, layer, query, key, value, mask, scaling, dropout).transpose(1, 2), None
     if beacon_pass is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

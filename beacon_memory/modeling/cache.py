@@ -10,6 +10,8 @@ from transformers import DynamicCache
 
 from beacon_memory.kv.prefix import Prefix
 
+from .prefix_attention import PrefixBatch
+
 __all__ = ["MemoryCache", "bring_prefixes"]
 
 
@@ -17,24 +19,25 @@ class MemoryCache(DynamicCache):
     """A cache of the tokens that follow a memory. It carries the memory to the attention function.
 
     prefixes: one for each row of the batch. Rows that come from the same request share theirs.
+    batch:    the prefixes as attention takes them.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], **options: Any) -> None:
         super().__init__(**options)
-        self.prefixes = list(prefixes)
+        self.batch = PrefixBatch(prefixes)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch, together with its prefix."""
         super().batch_repeat_interleave(repeats)
-        self.prefixes = [prefix for prefix in self.prefixes for _ in range(repeats)]
+        self.batch = self.batch.of_rows([row for row in range(len(self.batch.prefixes)) for _ in range(repeats)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of the batch, and their prefixes, in the order of the chosen beams."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # it takes any tensor of indices
-        self.prefixes = [self.prefixes[row] for row in beam_idx.tolist()]
+        self.batch = self.batch.of_rows(beam_idx.tolist())
 
 
 def bring_prefixes(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Hand the prefixes of a `MemoryCache` to the attention function; a pre-hook of attention modules."""
     cache = kwargs.get("past_key_values")
-    return args, {**kwargs, "prefixes": cache.prefixes} if isinstance(cache, MemoryCache) else kwargs
+    return args, {**kwargs, "prefixes": cache.batch} if isinstance(cache, MemoryCache) else kwargs

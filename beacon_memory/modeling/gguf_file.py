@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 __all__ = ["GGUF_DTYPE", "gguf_options", "is_gguf", "one_gguf_reader"]
 
 GGUF_DTYPE = "bfloat16"  # in which weights are kept that were quantized
+_ALONE = Lock()
 
 
 def is_gguf(base: str | Path) -> bool:
@@ -28,9 +30,10 @@ def one_gguf_reader() -> Iterator[None]:
     """Read a GGUF file once: transformers does so for tokenizer, settings and weights anew, which takes longest."""
     import gguf
 
-    reader = gguf.GGUFReader
-    try:
-        setattr(gguf, "GGUFReader", cache(reader))  # noqa: B010  # mypy takes no assignment to a class's name
-        yield
-    finally:
-        setattr(gguf, "GGUFReader", reader)  # noqa: B010
+    with _ALONE:
+        reader = gguf.GGUFReader
+        try:
+            setattr(gguf, "GGUFReader", cache(reader))  # noqa: B010  # mypy takes no assignment to a class's name
+            yield
+        finally:
+            setattr(gguf, "GGUFReader", reader)  # noqa: B010

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from beacon_memory.config import BeaconConfig
+from beacon_memory.documents import Precision
 from beacon_memory.errors import AdapterError, ConfigError, InputError, ModelError
 from beacon_memory.kv.fingerprint import Fingerprint, digest_json, digest_tensors
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.prefix import Prefix
+from beacon_memory.kv.prefix import Prefix, Section
 from beacon_memory.kv.rope import Rope
 
 from .adapter import (
@@ -168,7 +169,7 @@ class BeaconModel(nn.Module):
             tokenizer=tokenizer,
             lora=source.lora,
         )
-        warn_of_another_base(source, beacons._base_digest)
+        warn_of_another_base(source, beacons._base_digest, beacons.dtype)
         own = dict(beacons.named_beacon_parameters())
         beacons.set_beacon_parameters(source.tensors if adapter is not None else with_absent_kinds(source.tensors, own))
         if source.tensors:
@@ -360,14 +361,30 @@ class BeaconModel(nn.Module):
             rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
         )
 
+    def require_made(self, stored: Fingerprint, document: str, precision: str | None) -> None:
+        """Raise FingerprintMismatchError unless the K/V of a document were made by this model.
+
+        stored, precision: their fingerprint, and in which number format they are kept.
+        """
+        rounded = (self.dtype == torch.float16) != (precision == Precision.FLOAT16)
+        self.fingerprint.require(stored, document, rounded=rounded)
+
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
         """Cut tokens into windows with this model's settings, see `layout.cut_windows`."""
         return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
 
-    def prefix(self, memory: MemoryKV) -> Prefix:
-        """Return a memory as a prefix of what is read, on the model's device."""
+    def prefix(self, *memories: MemoryKV | Section) -> Prefix:
+        """Return memories, one behind another, as a prefix of what is read, on the model's device.
+
+        Those that are sections already are not copied.
+        """
         self._require_attached()
-        return Prefix(memory.to(self.device, self.dtype), self.rope)
+        rope = self.rope
+        sections = [
+            Section.of(memory.to(self.device, self.dtype), rope) if isinstance(memory, MemoryKV) else memory
+            for memory in memories
+        ]
+        return Prefix(sections, rope)
 
     def empty_kv(self) -> BeaconKV:
         """Return K/V with no slots, on the model's device."""

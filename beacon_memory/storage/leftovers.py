@@ -27,6 +27,7 @@ def unnamed_files(catalog: Catalog, files: Files, suspected: set[str]) -> Iterat
     later one. Any other was written for a catalog that is no longer there, or after the backup that this one was
     restored from, or its row was damaged.
     """
+    catalog.sync()  # or what is removed now could be named by the row that a power cut brings back
     unsettled = catalog.file_names.unsettled()
     named: set[str] = set()
     latest: dict[str, int] = {}

@@ -25,7 +25,7 @@ from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.label_file import label_name, read_label, stage_label
-from beacon_memory.storage.files.marks import lay_label_mark, lay_mark
+from beacon_memory.storage.files.marks import lay_label_mark, lay_mark, sync_mark
 from beacon_memory.storage.files.names import file_stem, number_of
 from beacon_memory.storage.files.stored_kv import StoredKV
 
@@ -68,7 +68,12 @@ class Publisher:
             mark = lay_mark(files, name)
             new = NewFile(catalog, name)
             try:
-                files.publish(stage_kv_file(files.staging, header, kv, text), name, more=True)  # its label follows
+                temp = stage_kv_file(files.staging, header, kv, text)
+                try:
+                    sync_mark(mark)
+                    files.publish(temp, name, more=True)  # its label follows
+                finally:
+                    unlink(temp)
                 with catalog.transaction():
                     if self._parts.settings.files != place:
                         raise ConflictError(f"the files of {self._parts.folder} have got another place; try again")
@@ -114,9 +119,11 @@ class Publisher:
         files.publish(temp, label_name(row.file))
 
     def remove(self, names: Sequence[str]) -> bool:
-        """Remove K/V files that no row names, with their labels; False if some are left, which `verify` finds.
+        """Remove K/V files that no row names, with their labels, so that no power cut brings them back.
 
-        Raises nothing: the change that made the files superfluous is committed already.
+        Returns False if some are left, or may come back: then `verify` finds them, since the catalog, or the mark of a
+        file that never had a row, says until this is done that they must go. Raises nothing: the change that made the
+        files superfluous is committed already.
         """
         with contextlib.suppress(StoreError):  # of a catalog that does not know where the files are
             return self._remove(self._parts.files, names)
@@ -124,8 +131,11 @@ class Publisher:
 
     def _remove(self, files: Files, names: Sequence[str]) -> bool:
         gone = [name for name in names if files.remove(name) and files.remove(label_name(name))]
+        try:
+            files.sync(gone)
+        except StoreError:
+            return False
         if gone:
             with contextlib.suppress(StoreError):  # then `repair` does
-                files.sync(gone)  # else a power cut could bring them back when nothing says any more that they must go
                 self._parts.catalog().file_names.settle(map(number_of, gone))
         return len(gone) == len(names)

@@ -11,6 +11,7 @@ of problems, and how each is mended.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -37,9 +38,17 @@ from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.durable import entries, identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
-from beacon_memory.storage.files.locks import tidying
+from beacon_memory.storage.files.locks import looking, tidying
 from beacon_memory.storage.files.marks import has_label_mark
-from beacon_memory.storage.files.names import NUMBERED, TEMP_PREFIX, file_stem, number_of, stem_of, version_of
+from beacon_memory.storage.files.names import (
+    EVERYWHERE,
+    NUMBERED,
+    TEMP_PREFIX,
+    file_stem,
+    number_of,
+    stem_of,
+    version_of,
+)
 
 from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
@@ -52,6 +61,7 @@ __all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
 PUT_ASIDE = "damaged-"  # begins the names of catalogs that could not be mended
 
 Mend = Callable[[], object] | None
+Holding = Callable[[Path], contextlib.AbstractContextManager[None]]
 ProblemKind = Literal[
     "damaged-catalog",
     "damaged-row",
@@ -90,7 +100,7 @@ class Problem:
 
 def verify(store: MemoryStore) -> list[Problem]:
     """Read every file in full, compare it with its row, and return what is wrong; [] for a sound store."""
-    return [problem for problem, _ in _look(store)]
+    return [problem for problem, _ in _look(store, looking)]
 
 
 def repair(store: MemoryStore) -> list[Problem]:
@@ -101,7 +111,7 @@ def repair(store: MemoryStore) -> list[Problem]:
     new one made from the files. Nothing that may be the only copy is ever removed.
     """
     done = _mend_catalog(store)
-    for problem, mend in _look(store):
+    for problem, mend in _look(store, tidying):
         mended = False
         if mend is not None:
             with contextlib.suppress(BeaconMemoryError, FileNotFoundError):
@@ -166,17 +176,20 @@ def _carried(store: MemoryStore) -> dict[str, Any]:
     return {}
 
 
-def _look(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
-    """Yield all problems, each with a function that mends it, to be called before the next problem is asked for."""
+def _look(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
+    """Yield all problems, each with a function that mends it, to be called before the next problem is asked for.
+
+    holding: how to hold off writers, `looking` or `tidying`.
+    """
     if not identity(store.folder):
         return
     try:
-        yield from _look_at_all(store)
+        yield from _look_at_all(store, holding)
     except (CorruptFileError, InputError) as error:  # as in `_flaws`: what is wrong with files is said one by one
         yield Problem("damaged-catalog", None, str(store.folder / CATALOG), str(error)), None
 
 
-def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
+def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
     """Look at catalog, documents, versions, copy of the settings, labels and unnamed files, in this order."""
     catalog = store.parts.catalog()
     for message in find_flaws(catalog):
@@ -192,7 +205,7 @@ def _look_at_all(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
     unnamed = suspected_files(catalog, files)
-    with tidying(store.folder):
+    with holding(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
@@ -316,8 +329,10 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[
         name = documents[-1]
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
         yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
+    sync_removals = functools.cache(partial(files.sync, EVERYWHERE))
     for path in (*files.temps(), *_left_behind(store.folder)):
-        yield Problem("stale-temp", None, str(path), f"{path} is temporary: a crash left it"), partial(_unlink, path)
+        message = f"{path} is temporary: a crash left it"
+        yield Problem("stale-temp", None, str(path), message), partial(_remove_temp, path, sync_removals)
 
 
 def _left_behind(folder: Path) -> Iterator[Path]:
@@ -416,7 +431,9 @@ def _remove(files: Files, name: str) -> None:
         raise StoreError(f"{name} cannot be removed")
 
 
-def _unlink(path: Path) -> None:
+def _remove_temp(path: Path, sync_removals: Callable[[], object]) -> None:
+    """Remove a temporary file, which may be the mark of a file that is gone but could still come back."""
+    sync_removals()
     if not unlink(path):
         raise StoreError(f"{path} cannot be removed")
 
@@ -430,9 +447,11 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 
 
 def _settle(store: MemoryStore) -> None:
-    """Let the catalog forget the numbers of files that are gone."""
+    """Let the catalog forget the numbers of files that are gone, also of those whose removal nobody has synced."""
     names = store.parts.catalog().file_names
     if unsettled := names.unsettled():
         there = {number_of(name) for name in store.files.names()}
         with tidying(store.folder):  # who has just removed a file has made sure of it by then
-            names.settle(unsettled - there)
+            if gone := unsettled - there:
+                store.files.sync(EVERYWHERE)
+                names.settle(gone)

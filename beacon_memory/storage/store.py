@@ -20,6 +20,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -101,6 +102,14 @@ class MemoryStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., MemoryStore], tuple[object, ...]]:
+        """Pickle where it lies: what comes out is a store of its own on the same folder."""
+        return partial(MemoryStore, files=self.parts.given), (self.root.absolute(), self.namespace)
+
+    def __deepcopy__(self, memo: object) -> MemoryStore:
+        """Return the store itself, which threads may share."""
+        return self
 
     def close(self) -> None:
         """Close the catalog; the next use opens it again."""
@@ -205,12 +214,19 @@ class MemoryStore:
         require_file(self.parts, id)
         return text
 
-    def search(self, query: str, limit: int = 10) -> builtins.list[PassageHit]:
-        """Return the passages of all documents that share words with `query`, best first; see `full_text.search`.
+    def search(
+        self, query: str, limit: int = 10, *, per_text: int | None = None, conversations: bool = True
+    ) -> builtins.list[PassageHit]:
+        """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
 
-        Raises CorruptFileError if the text of a document that was found is damaged; see `text`.
+        per_text: at most so many passages of a text. Of documents with the same text, only the one whose row was
+                  written last is found.
+        conversations: whether to find what conversations were folded into, too.
+
+        What words are, and how many passages are looked at, see `full_text.search`. Raises InputError for another limit
+        than 1, 2, ..., and CorruptFileError if the text of a document that was found is damaged; see `text`.
         """
-        hits = self.parts.catalog().texts.search(query, limit)
+        hits = self.parts.catalog().texts.search(query, limit, per_text=per_text, conversations=conversations)
         for id in dict.fromkeys(hit.document for hit in hits):
             require_file(self.parts, id)
         return hits

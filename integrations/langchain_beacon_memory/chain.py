@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.documents import Document
@@ -34,19 +35,26 @@ def create_memory_chain(
     """
     if not isinstance(retriever, BeaconMemoryRetriever):
         retriever = BeaconMemoryRetriever(memory=model.memory, namespace=model.namespace, inner=retriever)
-    finder = retriever
+    chain = _MemoryChain(model, retriever)
+    return RunnableLambda(chain.answer, chain.answer_async, name="memory_chain")
 
-    def query(asked: LanguageModelInput) -> str:
-        return last_question(to_turns(model._convert_input(asked).to_messages()))
 
-    def behind(documents: Sequence[Document]) -> Runnable[LanguageModelInput, AIMessage]:
-        ids = finder.ids(documents)
-        return model.bind(document_ids=ids, optional=ids, namespace=finder.searched)
+@dataclass(frozen=True)
+class _MemoryChain:
+    """The steps of a chain. They are methods, so that a chain can be pickled."""
 
-    def answer(asked: Any, config: RunnableConfig) -> Any:
-        return behind(finder.invoke(query(asked), config))
+    model: ChatBeaconMemory
+    finder: BeaconMemoryRetriever
 
-    async def answer_async(asked: Any, config: RunnableConfig) -> Any:
-        return behind(await finder.ainvoke(query(asked), config))
+    def answer(self, asked: Any, config: RunnableConfig) -> Any:
+        return self._behind(self.finder.invoke(self._query(asked), config))
 
-    return RunnableLambda(answer, answer_async, name="memory_chain")
+    async def answer_async(self, asked: Any, config: RunnableConfig) -> Any:
+        return self._behind(await self.finder.ainvoke(self._query(asked), config))
+
+    def _query(self, asked: LanguageModelInput) -> str:
+        return last_question(to_turns(self.model._convert_input(asked).to_messages()))
+
+    def _behind(self, documents: Sequence[Document]) -> Runnable[LanguageModelInput, AIMessage]:
+        ids = self.finder.ids(documents)
+        return self.model.bind(document_ids=ids, optional=ids, namespace=self.finder.searched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.chat_history import BaseChatMessageHistory
@@ -81,12 +82,19 @@ def behind_history(model: ChatBeaconMemory) -> Runnable[LanguageModelInput, AIMe
 
         RunnableWithMessageHistory(behind_history(model), lambda id: BeaconChatMessageHistory(id, memory))
 
-    It may also be the last part of a chain. Documents of the model itself are loaded in front.
+    It may also be the last part of a chain. Documents of the model itself are loaded in front, or those that it finds.
     """
+    return RunnableLambda(_BehindHistory(model).bound, name="behind_history")
 
-    def bound(_: Any, config: RunnableConfig) -> Any:
+
+@dataclass(frozen=True)
+class _BehindHistory:
+    """The step of `behind_history`. It is a method, so that a chain with it can be pickled."""
+
+    model: ChatBeaconMemory
+
+    def bound(self, asked: LanguageModelInput, config: RunnableConfig) -> Any:
         history: BeaconChatMessageHistory = config["configurable"]["message_history"]
-        ids = [*(model.document_ids or ()), *history.document_ids]
-        return model.bind(document_ids=ids, namespace=history.namespace)
-
-    return RunnableLambda(bound, name="behind_history")
+        own, found = self.model.own_documents(self.model._convert_input(asked).to_messages(), history.namespace)
+        ids = list(dict.fromkeys([*own, *history.document_ids]))
+        return self.model.bind(document_ids=ids, optional=found, namespace=history.namespace)

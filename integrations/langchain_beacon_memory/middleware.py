@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, NotRequired, cast
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse
-from langchain.agents.middleware.types import PrivateStateAttr
+from langchain.agents.middleware.types import OmitFromOutput, PrivateStateAttr
 from langchain_core.messages import AnyMessage, RemoveMessage
 from langgraph.runtime import Runtime
 
@@ -15,6 +15,7 @@ from beacon_memory import InputError
 from beacon_memory.picking import last_question
 
 from .chat_history import BeaconChatMessageHistory
+from .chat_model import ChatBeaconMemory
 from .messages import to_turns
 from .retriever import BeaconMemoryRetriever
 
@@ -22,10 +23,15 @@ __all__ = ["BeaconHistoryMiddleware", "BeaconMemoryMiddleware"]
 
 
 class DocumentsState(AgentState[Any]):
-    """State of an agent whose runs may be given documents."""
+    """State of an agent whose runs may be given documents.
 
-    document_ids: NotRequired[list[str]]
+    document_ids: of the run that begins; taken out of the state then, so that no later run has them.
+    loaded_document_ids, documents_found: of the run, and whether they were found, not given.
+    """
+
+    document_ids: NotRequired[Annotated[list[str] | None, OmitFromOutput]]
     loaded_document_ids: NotRequired[Annotated[list[str], PrivateStateAttr]]
+    documents_found: NotRequired[Annotated[bool, PrivateStateAttr]]
 
 
 class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
@@ -33,10 +39,10 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
 
         create_agent(model, tools, middleware=[BeaconMemoryMiddleware(BeaconMemoryRetriever(memory=memory))])
 
-    A run may be given documents, `agent.invoke({"messages": [...], "document_ids": ["lease"]})`; else the retriever
-    looks for some with the last human message, once a run, and those that do not fit the model's positions beside
-    better ones are left out. The model must be a `ChatBeaconMemory` of the same memory; documents of its own stay in
-    front.
+    A run may be given documents, `agent.invoke({"messages": [...], "document_ids": ["lease"]})`, for this run alone;
+    else the retriever looks for some with the last human message, once a run, and those that do not fit the model's
+    positions beside better ones are left out. The model must be a `ChatBeaconMemory` of the same memory; documents of
+    its own stay in front.
 
     retriever: or a function that makes one for a run, for example in the namespace of a user that the run's context
                names: `lambda runtime: BeaconMemoryRetriever(memory=memory, namespace=runtime.context.user)`.
@@ -54,21 +60,21 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     def before_agent(self, state: DocumentsState, runtime: Runtime[Any]) -> dict[str, Any]:
         """Decide which documents to load."""
         if (given := state.get("document_ids")) is not None:
-            return {"loaded_document_ids": given}
+            return _loading(given, found=False)
         retriever, question = self._retriever(runtime), last_question(to_turns(state["messages"]))
-        return {"loaded_document_ids": retriever.ids(retriever.invoke(question))}
+        return _loading(retriever.ids(retriever.invoke(question)), found=True)
 
     async def abefore_agent(self, state: DocumentsState, runtime: Runtime[Any]) -> dict[str, Any]:
         """Decide which documents to load."""
         if (given := state.get("document_ids")) is not None:
-            return {"loaded_document_ids": given}
+            return _loading(given, found=False)
         retriever, question = self._retriever(runtime), last_question(to_turns(state["messages"]))
-        return {"loaded_document_ids": retriever.ids(await retriever.ainvoke(question))}
+        return _loading(retriever.ids(await retriever.ainvoke(question)), found=True)
 
     def _loaded(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         retriever, state = self._retriever(request.runtime), cast(DocumentsState, request.state)
         ids = state.get("loaded_document_ids", [])
-        return _with_documents(request, retriever.searched, ids, found=state.get("document_ids") is None)
+        return _with_documents(request, retriever.searched, ids, found=state.get("documents_found", False))
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -81,6 +87,10 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> ModelResponse[Any]:
         """Load the documents."""
         return await handler(self._loaded(request))
+
+
+def _loading(ids: list[str], *, found: bool) -> dict[str, Any]:
+    return {"document_ids": None, "loaded_document_ids": ids, "documents_found": found}
 
 
 class HistoryState(AgentState[Any]):
@@ -131,6 +141,10 @@ class BeaconHistoryMiddleware(AgentMiddleware[Any, Any, Any]):
         history = self._history(request.runtime)
         messages = cast(list[AnyMessage], history.messages)
         request = request.override(messages=[*messages, *request.messages])
+        if isinstance(request.model, ChatBeaconMemory) and "document_ids" not in request.model_settings:
+            own, found = request.model.own_documents(request.messages, history.namespace)
+            settings = {**request.model_settings, "document_ids": own, "optional": found}
+            request = request.override(model_settings=settings)
         return _with_documents(request, history.namespace, history.document_ids)
 
     def after_agent(self, state: HistoryState, runtime: Runtime[Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
@@ -78,7 +79,20 @@ class Call:
             require_tools(memory.model)
         turns, found = to_turns(self.messages), []
         if self.ids is None:
-            found = [pick.id for pick in memory.pick(turns)]
+            found = [pick.id for pick in memory.pick(_said(turns))]
         ids = list(dict.fromkeys([*(found if self.ids is None else self.ids), *self.conversations]))
         optional = set(found).difference(self.conversations)
         return {"question": turns, "ids": ids, "optional": optional, **self.options}
+
+
+def _said(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out the results of tools that a ReActAgent reports as if the user had said them."""
+    return [
+        turn
+        for before, turn in pairwise([{"role": "", "content": ""}, *turns])
+        if not (
+            (before["role"], turn["role"]) == ("assistant", "user")
+            and "\nAction Input:" in before["content"]
+            and turn["content"].startswith("Observation: ")
+        )
+    ]

@@ -9,7 +9,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.memory import BaseMemoryBlock
 
-from beacon_memory import Session
+from beacon_memory import BeaconMemoryError, Session
 
 from . import handles
 from .llm import BeaconMemoryLLM
@@ -22,10 +22,10 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     """Fold the messages that a `Memory` flushes into documents, and have the model answer behind them.
 
     They are appended to the last document until it is as long as a window of the model, then the next one begins: what
-    was folded before is not read again. System messages stay in force as they are. The documents lie in the store and the namespace of `llm`, under the name of
+    was folded before is not read again. The documents lie in the store and the namespace of `llm`, under the name of
     the block and the id of the session, and survive the program. What a block gives to its `Memory` are messages
     without text, with handles that `llm` understands, and every other `BeaconMemoryLLM` of this process on the same
-    namespace.
+    namespace; and system messages, which stay in force as they are.
 
     Users who must not see each other's conversations get namespaces of their own:
     `BeaconMemoryBlock(llm=llm.within("alice"))`, with the same `llm.within("alice")` to answer.
@@ -79,7 +79,12 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     def _fold(self, messages: list[ChatMessage], session_id: str | None) -> None:
         if turns := to_session_turns(messages):
-            self.session(session_id).add(turns)
+            session = self.session(session_id)
+            try:
+                session.add(turns)
+            except BeaconMemoryError:  # a Memory gives messages away once: they are folded with the next ones
+                session.add(turns, fold=False)
+                raise
 
     def _messages(self, session_id: str | None) -> list[ChatMessage]:
         session = self.session(session_id)

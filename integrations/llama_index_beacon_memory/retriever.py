@@ -70,7 +70,9 @@ class BeaconRetriever(BaseRetriever):
         """Return the nodes of another retriever, which must have a memory, as far as their documents fit."""
         missing = [one.node for one in found if of_nodes.document_id(self._memory, one.node) is None]
         if missing and self._transform is not None:
-            self._transform(missing)
+            made = self._transform(missing)
+            refused = {node.node_id for node in missing}.difference(node.node_id for node in made)
+            found = [one for one in found if one.node.node_id not in refused]
         ids = [self._document_id(one) for one in found]
         if self._max_slots is None:
             return found

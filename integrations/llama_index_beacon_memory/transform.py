@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import uuid
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from typing import Any
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
-from beacon_memory import BeaconMemory, Document
+from beacon_memory import BeaconMemory, BeaconMemoryError, CapacityError, Document, InputError
 
 from . import nodes as of_nodes
 from .component import MemoryComponent
 
 __all__ = ["BeaconCompressionTransform"]
+
+_logger = logging.getLogger(__name__)
 
 
 class BeaconCompressionTransform(MemoryComponent, TransformComponent):
@@ -60,15 +63,32 @@ class BeaconCompressionTransform(MemoryComponent, TransformComponent):
         nodes: Sequence[BaseNode],
         **kwargs: Any,  # noqa: ARG002  # the framework passes it
     ) -> Sequence[BaseNode]:
-        """Compress the nodes that have text, together; returns all in their order, these as copies with a note."""
+        """Compress the nodes that have text, together; returns these as copies with a note, and all others.
+
+        One that is too long, or no text that can be stored, is left out with a warning in the log, and the others go
+        on: what has text and is returned has a memory to answer from.
+        """
         texts = {node.node_id: node.get_content(self.metadata_mode) for node in nodes}
         documents = [
             Document(node.node_id, texts[node.node_id], _plain(node.metadata))
             for node in nodes
             if texts[node.node_id].strip()
         ]
-        self._memory.add_many(documents, ratio=self.ratio, compression=self.compression, precision=self.precision)
-        return [of_nodes.marked(node, node.node_id) if texts[node.node_id].strip() else node for node in nodes]
+        refused: set[str] = set()
+
+        def refuse(document: Document, error: BeaconMemoryError) -> None:
+            if not isinstance(error, CapacityError | InputError):  # no fault of this document
+                raise error
+            refused.add(document.id)
+            _logger.warning("the node %r is left out: %s", document.id, error)
+
+        how = (self.ratio, self.compression, self.precision)
+        self._memory.add_many(documents, *how, on_error=refuse)
+        return [
+            of_nodes.marked(node, node.node_id) if texts[node.node_id].strip() else node
+            for node in nodes
+            if node.node_id not in refused
+        ]
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress the nodes in a thread."""

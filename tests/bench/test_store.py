@@ -26,6 +26,7 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.catalog.words import phrase, words
 from beacon_memory.storage.files import checked_json, durable, kv_file, local
 from beacon_memory.storage.store import MemoryStore
 
@@ -137,12 +138,12 @@ def test_nothing_is_looked_up_by_scanning_or_sorting(filled: MemoryStore, name: 
 
 def exact(store: MemoryStore, query: str, count: int) -> dict[tuple[str, int], float]:
     """The BM25 scores of the best passages, straight from SQLite."""
-    words = " OR ".join(f'"{word}"' for word in full_text._words(query))
+    match = " OR ".join(phrase(word) for word in words(query) if word not in full_text._QUESTION_WORDS)
     with store.parts.catalog().connections.use() as db:
         found = db.execute(
             "SELECT document, ordinal, -rank FROM passages_fts JOIN passages ON passages.id = passages_fts.rowid "
             "WHERE passages_fts MATCH ? ORDER BY rank, passages.id LIMIT ?",
-            [words, count],
+            [match, count],
         ).fetchall()
     return {(document, ordinal): score for document, ordinal, score in found}
 
@@ -182,8 +183,7 @@ def test_in_a_large_store_good_passages_are_found(large: MemoryStore) -> None:
 def test_in_a_large_store_a_question_of_any_words_finds_as_many_as_asked(large: MemoryStore, query: str) -> None:
     words = vocabulary()
     rare, common, most = words[20_000:20_200], words[40:80], words[:20]
-    with large.parts.catalog().connections.use() as db:
-        rare = [word for word in rare if full_text._count(db, word, 2) == 1]
+    rare = [word for word in rare if len(large.search(word, 2)) == 1]
     asked = {
         "one rare": rare[:1],
         "two common": common[:2],

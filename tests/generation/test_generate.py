@@ -15,7 +15,7 @@ from unittest.mock import ANY
 import pytest
 import torch
 from stock_behind import eager, stock_reading
-from tiny_models import MODELS, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny_models import MODELS, VOCAB, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
 from beacon_memory.compression.compressor import BeaconCompressor
@@ -330,6 +330,14 @@ def test_what_transformers_refuses_late_is_an_error_of_ours(option: dict[str, An
         generate(model, [request], greedy(model, **option))
     with pytest.raises(InputError, match="transformers cannot generate with these options"):
         list(stream(model, request, greedy(model, **option)))
+
+
+@pytest.mark.parametrize("option", [{"temperature": 1e-45}, {"suppress_tokens": [*range(VOCAB)], "do_sample": True}])
+def test_options_that_leave_no_token_are_an_error_of_ours(option: dict[str, Any]) -> None:
+    model = make_model()
+    request = Request(compressed(model, some_ids(20), 4), some_ids(5))
+    with pytest.raises(InputError, match="these options leave no token to sample from"):
+        generate(model, [request], greedy(model, **option))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ FORMS = [
     (LOOK, [LOOKED]),
     (f"{LOOK}; {ADD}", [LOOKED, ADDED]),
     (f"So I look:\n\n{LOOK}\n\nThat is all.", ["So I look:", LOOKED, "That is all."]),
+    (f"{{{LOOK}}}\n{{{ADD}}} So.", [LOOKED, ADDED, "So."]),
+    (f"<tool_call>\n{{{LOOK}}}\n</tool_call>", [LOOKED]),
     ('{"name": "look", "parameters": {"at": "roof"}}', [LOOKED]),
     ('{"type": "function", "name": "look", "parameters": {"at": "roof"}}', [LOOKED]),
     ('[{"name": "look", "arguments": {"at": "roof"}, "id": "abcdefghi"}]', [LOOKED]),

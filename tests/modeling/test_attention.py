@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from beacon_memory.config import BeaconConfig
-from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.prefix import Prefix
-from beacon_memory.modeling import attention
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.prefix import Block
+from beacon_memory.modeling import prefix_attention
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, after
 from beacon_memory.modeling.model import BeaconModel
@@ -95,6 +95,30 @@ def test_a_memory_behind_another_is_the_text_at_later_positions(name: str) -> No
     memory = MemoryKV.concat([MemoryKV.chosen(kv, one) for kv, one in zip(readings, kept, strict=True)])
     close(answer(model, memory), expected)
     close(run(model, [memory], [QUESTION])[0], expected)
+
+
+@every_model
+def test_memories_that_are_ready_stand_behind_one_another_as_if_joined(name: str) -> None:
+    stock, model = both(name)
+    parts = [uneven(stock), uneven(stock, some_ids(9, seed=3), seed=1).interpolated(7), uneven(stock, seed=2)]
+    joined = model.prefix(MemoryKV.concat(parts))
+    apart = model.prefix(parts[0], *model.prefix(*parts[1:]).sections)
+    layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, QUESTION)])], model.config)
+    hidden: list[Tensor] = []
+    heard: list[list[Tensor]] = []
+
+    def watch(_layer: int, _sequence: int, _query: Tensor, _key: Tensor, _memory: int, prefix: Sequence[Block]) -> None:
+        heard[-1].extend(torch.cat(head, dim=-1) for _, *parts in prefix for head in zip(*parts, strict=True))
+
+    for prefix in (joined, apart):
+        heard.append([])
+        with torch.no_grad():
+            hidden.append(model.run(layout, model.empty_kv(), [], prefixes=[prefix], watch=watch).hidden)
+            hidden.append(model.base.model(torch.tensor([QUESTION]), past_key_values=MemoryCache([prefix]))[0][0])
+    for one in hidden[1:]:
+        close(one, hidden[0])
+    for one, other in zip(*heard, strict=True):
+        close(one, other)
 
 
 @every_model
@@ -207,43 +231,14 @@ def test_bf16_is_close_to_float32(ids: list[int]) -> None:
 def test_masks_of_uneven_heads_begin_where_their_tensor_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory-efficient kernels of CUDA refuse a mask that begins at an address that is not aligned, or fail."""
     stock, model = both("llama")
-    attend, offsets = attention.scaled_dot_product_attention, []
+    attend, offsets = prefix_attention.scaled_dot_product_attention, []
 
-    def noting(*args: Any, attn_mask: Tensor, **kwargs: Any) -> Tensor:
-        offsets.append(attn_mask.storage_offset())
-        return attend(*args, attn_mask=attn_mask, **kwargs)
+    def noting(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        offsets.append(mask.storage_offset())
+        return attend(query, key, value, mask, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", noting)
-    memory = uneven(stock)
-    answer(model, memory)
-    run(model, [memory], [QUESTION])
+    monkeypatch.setattr(prefix_attention, "scaled_dot_product_attention", noting)
+    layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, QUESTION)])], model.config)
+    model.base.requires_grad_(True)  # then keys and values are joined
+    model.run(layout, model.empty_kv(), [], prefixes=[model.prefix(uneven(stock))])
     assert set(offsets) == {0}
-
-
-class TestPrefix:
-    def kv(self, slots: int) -> BeaconKV:
-        generator = torch.Generator().manual_seed(0)
-        return BeaconKV(*(torch.randn(2, 3, slots, 8, generator=generator) for _ in "kv"))
-
-    def test_even_heads_are_one_block_and_uneven_ones_a_block_each(self) -> None:
-        _, model = both("llama")
-        kept = torch.ones(2, 3, 5, dtype=torch.bool)
-        kept[1, 0, 2] = False
-        even, ragged = Prefix(MemoryKV.chosen(self.kv(5), kept), model.rope).blocks
-        assert [(heads, tuple(keys.shape)) for heads, keys, _ in even] == [(slice(0, 3), (3, 5, 8))]
-        assert [(heads.start, heads.stop, tuple(values.shape)) for heads, _, values in ragged] == [
-            (0, 1, (1, 4, 8)),
-            (1, 2, (1, 5, 8)),
-            (2, 3, (1, 5, 8)),
-        ]
-
-    def test_its_last_position_is_minus_one(self) -> None:
-        _, model = both("llama")
-        kv = self.kv(5)
-        for (_, keys, values), theirs, held in zip(
-            (layer[0] for layer in Prefix(MemoryKV.of(kv), model.rope).blocks), kv.keys, kv.values, strict=True
-        ):
-            cos, sin = model.base.model.rotary_emb(theirs, torch.arange(-5, 0)[None])
-            turned = torch.cat((-theirs[..., 4:], theirs[..., :4]), dim=-1)
-            close(keys, theirs * cos + turned * sin, 1e-5)
-            assert torch.equal(values, held)

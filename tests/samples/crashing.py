@@ -28,7 +28,9 @@ Act = Callable[[MemoryStore], object]
 
 _PACKAGE = str(Path(beacon_memory.__file__).parent)
 _SECONDS = 120  # after which a process that should have ended hangs
-_TRACE_ME, _TO_SYSTEM_CALL = 0, 24  # of Linux' ptrace
+_TRACE_ME, _TO_SYSTEM_CALL, _SET_OPTIONS = 0, 24, 0x4200  # of Linux' ptrace
+_TELL_APART, _DIE_WITH_US = 1, 0x100000  # its options
+_SYSTEM_CALL = signal.SIGTRAP | 0x80  # told apart from other signals
 _UNTRACED = 77
 
 
@@ -121,14 +123,17 @@ def copies_between(folder: Path, act: Act, copy: Path) -> Iterator[Path]:
     So it would look if the process were killed then. Linux only; raises PermissionError if processes cannot be traced.
     """
     last = _digest(folder)
-    for _ in _system_calls(lambda: act(MemoryStore(folder))):
+    for _ in system_calls(lambda: act(MemoryStore(folder))):
         if (now := _digest(folder)) != last:
             yield copied(folder, copy)
             last = now
 
 
-def _system_calls(act: Callable[[], object]) -> Iterator[None]:
-    """Run `act` in another process, which is stopped whenever it enters or leaves the operating system."""
+def system_calls(act: Callable[[], object]) -> Iterator[int]:
+    """Run `act` in another process, which is stopped whenever it enters or leaves the operating system; yields its id.
+
+    Whoever ends the iteration early kills it. Linux only; raises PermissionError if processes cannot be traced.
+    """
     ptrace = ctypes.CDLL(None, use_errno=True).ptrace
     ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
@@ -143,9 +148,11 @@ def _system_calls(act: Callable[[], object]) -> Iterator[None]:
     try:
         while os.WIFSTOPPED(status := os.waitpid(pid, 0)[1]):
             number = os.WSTOPSIG(status)
-            if number == signal.SIGTRAP:
-                yield
-            ptrace(_TO_SYSTEM_CALL, pid, None, 0 if number in (signal.SIGTRAP, signal.SIGSTOP) else number)
+            if number == _SYSTEM_CALL:
+                yield pid
+            elif number == signal.SIGSTOP:
+                ptrace(_SET_OPTIONS, pid, None, _TELL_APART | _DIE_WITH_US)
+            ptrace(_TO_SYSTEM_CALL, pid, None, 0 if number in (_SYSTEM_CALL, signal.SIGSTOP) else number)
     finally:
         if os.WIFSTOPPED(status):
             os.kill(pid, signal.SIGKILL)

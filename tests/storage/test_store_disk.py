@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 from changes import CHANGES, Prepared, prepare, put, two
 from crashing import copied, everything, fork, wait
+from store_samples import change as change_catalog
 from workload import State, look
 
 from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage.files import locks
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
@@ -141,10 +143,10 @@ def test_whatever_call_fails_the_store_stays_as_it_was(
             failed = refused(lambda: prepared.act(store))
         reached = failing.reached
         assert failed or not reached or everything(failing_folder) == prepared.after
-        # a label that was written before the failure cannot be taken back where nothing can be written any more
-        check(
-            failing_folder, prepared, failed=failed, excused=frozenset({"stale-label", "stale-temp"} if lasting else ())
-        )
+        # a label that was written before the failure cannot be taken back where nothing can be written any more, and
+        # the mark of a file must stay where that could come back
+        excused = frozenset({"stale-label", "stale-temp"} if lasting else ())
+        check(failing_folder, prepared, failed=failed, excused=excused)
     assert number > 1
 
 
@@ -323,6 +325,7 @@ def reads_and_does_not_write(folder: Path) -> None:
         assert store.totals().documents == 2
         assert store.namespaces() == [""]
         assert store.get("doc").row.tags == ("tag1",)
+        assert verify(store) == []
         for write in (
             lambda: put("new", "2")(store),
             lambda: put("doc", "2")(store),
@@ -333,7 +336,6 @@ def reads_and_does_not_write(folder: Path) -> None:
             lambda: store.delete("doc"),
             store.expire,
             lambda: store.configure(quota=10),
-            lambda: verify(store),  # must hold off writers, and so leave a lock
             lambda: repair(store),
         ):
             assert refused(write)
@@ -367,6 +369,58 @@ def test_a_store_that_may_only_be_read_is_read_and_refuses_to_be_written(folder:
         path.chmod(0o755)
     assert everything(store.folder) == before
     assert verify(store) == []
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_verify_finds_in_a_store_that_may_only_be_read_what_it_finds_in_any(folder: Path, locked: bool) -> None:
+    with MemoryStore(folder / "store") as store:
+        two(store)
+        kv = store.folder / store.row("doc").file
+    kv.write_bytes(kv.read_bytes()[:-1])
+    kv.with_suffix(".json").unlink()
+    change_catalog(store, "INSERT INTO passages_fts(passages_fts) VALUES ('delete-all')")
+    found = verify(store)
+    store.close()
+    assert {problem.kind for problem in found} == {"damaged-catalog", "damaged-file", "stale-label"}
+    if not locked:
+        (store.folder / "writers.lock").unlink()
+    before = {path: path.read_bytes() for path in store.folder.rglob("*") if path.is_file()}
+    protect(store.folder)
+
+    def act() -> None:
+        assert verify(MemoryStore(store.folder)) == found
+
+    as_somebody(act)
+    assert {path: path.read_bytes() for path in store.folder.rglob("*") if path.is_file()} == before
+
+
+def test_verify_of_a_store_that_may_only_be_read_waits_for_writers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_TIDY_SECONDS", 0.1)
+    with MemoryStore(folder / "store") as store:
+        two(store)
+
+    def act() -> None:
+        with pytest.raises(StoreError, match="is being written to"):
+            verify(MemoryStore(store.folder))
+
+    with locks.writing(store.folder):
+        protect(store.folder)
+        as_somebody(act)
+
+
+def test_a_store_whose_cache_may_only_be_read_is_read(folder: Path) -> None:
+    with MemoryStore(folder / "store", files=(folder / "files").as_uri()) as store:
+        two(store)
+    protect(folder)
+
+    def act() -> None:
+        ours = MemoryStore(store.folder)
+        assert (look(ours, "kept"), look(ours, "doc")) == (State("0", "0"), State("1", "1"))
+        assert verify(ours) == []
+
+    as_somebody(act)
 
 
 def test_a_store_that_may_not_be_entered_says_so(folder: Path) -> None:

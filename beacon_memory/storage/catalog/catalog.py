@@ -70,6 +70,17 @@ class Catalog:
         with self.connections.transaction():
             yield
 
+    def sync(self) -> None:
+        """Wait until all that can be read outlasts a power cut; raises StoreError.
+
+        Whoever commits waits for that, but may be killed before it is so, and others see the commit all the same.
+        """
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                sync_file(Path(f"{self.path}-wal"))
+        except OSError as error:
+            raise StoreError(f"{self.path}-wal cannot be written: {error.strerror}; see to the disk") from error
+
     def wipe(self) -> None:
         """Write the whole database anew, and empty its log, so that nothing is left of rows that were removed.
 
@@ -89,9 +100,7 @@ class Catalog:
                 f"{self.path}: another process has been reading for {BUSY_SECONDS:.0f} s, so that its log, which holds "
                 f"what was removed, cannot be emptied; try again"
             )
-        log = Path(f"{self.path}-wal")
-        if log.exists():
-            sync_file(log)  # SQLite does not: a power cut could fill it again
+        self.sync()  # SQLite does not: a power cut could fill the log again
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sqlite3
 import time
@@ -14,6 +15,7 @@ from beacon_memory.errors import CorruptFileError
 
 from .catalog import Catalog
 from .rows import DocumentRow, properties_of
+from .texts import misindexed
 
 __all__ = ["find_flaws", "mend_catalog"]
 
@@ -24,7 +26,7 @@ def find_flaws(catalog: Catalog) -> list[str]:
         found = [str(line) for (line,) in db.execute("PRAGMA integrity_check(10)").fetchall() if line != "ok"]
         if not found:
             try:
-                db.execute("INSERT INTO passages_fts(passages_fts, rank) VALUES('integrity-check', 1)")
+                _check_full_text(db.conn)
             except sqlite3.DatabaseError as error:
                 if not isinstance(catalog.connections.failure(error), CorruptFileError):
                     raise
@@ -40,7 +42,26 @@ def find_flaws(catalog: Catalog) -> list[str]:
                 found.append(f"what it says of itself is damaged: {', '.join(map(repr, damaged)) or 'identity'}")
             if any(set(properties_of(row.metadata, row.tags)) != _labels(db, row.id) for row in _sound_rows(catalog)):
                 found.append("what documents are found by is not what their rows say")
+            if any(misindexed(db)):
+                found.append("what passages are found by is not what they are")
     return found
+
+
+def _check_full_text(connection: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError if the full-text index does not fit the passages.
+
+    SQLite has a command for that, which changes nothing, but is only taken where something could be changed: of a
+    database that may only be read, a temporary copy is looked at.
+    """
+    check = "INSERT INTO passages_fts(passages_fts, rank) VALUES('integrity-check', 1)"
+    try:
+        connection.execute(check)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY:
+            raise
+        with contextlib.closing(sqlite3.connect("", isolation_level=None)) as copy:  # "": a file that goes with it
+            connection.backup(copy)
+            copy.execute(check)
 
 
 def mend_catalog(catalog: Catalog, properties: Mapping[str, Any]) -> None:
@@ -67,6 +88,8 @@ def mend_catalog(catalog: Catalog, properties: Mapping[str, Any]) -> None:
                 catalog.properties.set(name, value)
         for row in _sound_rows(catalog):
             catalog.documents.update(row)
+        for values in misindexed(db):  # triggers keep the index in step
+            db.execute("UPDATE passages SET indexed_form = ?, kind = ? WHERE id = ?", values)
 
 
 def _counts(db: Database) -> Iterator[tuple[str, int]]:

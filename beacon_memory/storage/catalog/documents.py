@@ -139,18 +139,21 @@ class Documents:
             _write(db, row)
             if old is None or old[0] != row.content_hash or self._texts.find(row.id, row.content_hash) is None:
                 self._texts.write(row.id, text.value)
+            self._texts.set_kind(row.id, row.tags)
         return row
 
     def update(self, row: DocumentRow) -> None:
         """Write the row of a document whose text stays."""
         with self._connections.transaction() as db:
             _write(db, row)
+            self._texts.set_kind(row.id, row.tags)
 
     def rename(self, id: str, row: DocumentRow) -> None:
         """Put `row`, with an id that is free, in the place of a document's row; its kept versions are removed."""
         with self._connections.transaction() as db:
             _write(db, row)
             db.execute("UPDATE passages SET document = ? WHERE document = ?", [row.id, id])
+            self._texts.set_kind(row.id, row.tags)
             db.execute("DELETE FROM documents WHERE id = ?", [id])
 
     def delete(self, id: str) -> builtins.list[str]:

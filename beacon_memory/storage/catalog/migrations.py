@@ -18,6 +18,7 @@ from beacon_memory.errors import CorruptFileError, StoreError
 from .connections import begin_immediate
 from .passages import split_passages
 from .rows import checksum, properties_of
+from .texts import misindexed
 
 __all__ = ["migrate", "migrations"]
 
@@ -174,6 +175,45 @@ def m006_names(db: Database) -> None:
 def m007_method(db: Database) -> None:
     """The parameters of the compression method, so that an unchanged text is known without its file."""
     db.execute("ALTER TABLE documents ADD COLUMN method TEXT")
+
+
+@migrations()
+def m008_words(db: Database) -> None:
+    """Index texts without spaces, accents and case in a form of their own, and say which are of conversations."""
+    for trigger in ("ai", "ad", "au"):
+        db.execute(f"DROP TRIGGER IF EXISTS passages_{trigger}")
+    db.execute("DROP TABLE passages_fts")
+    db.execute("ALTER TABLE passages ADD COLUMN indexed_form TEXT")  # NULL: as it is
+    made = "coalesce(indexed_form, text)"
+    db.execute(f"ALTER TABLE passages ADD COLUMN indexed TEXT GENERATED ALWAYS AS ({made}) VIRTUAL")
+    db.execute("ALTER TABLE passages ADD COLUMN kind TEXT")  # 'conversation', or NULL
+    for values in misindexed(db):
+        db.execute("UPDATE passages SET indexed_form = ?, kind = ? WHERE id = ?", values)
+    db.execute(
+        """
+        CREATE VIRTUAL TABLE passages_fts USING fts5(
+            indexed, kind, content = 'passages', content_rowid = 'id',
+            tokenize = "porter unicode61 categories 'L* M* N* Co'"
+        )
+        """
+    )
+    db.execute("INSERT INTO passages_fts(passages_fts) VALUES('rebuild')")
+    inserted = "INSERT INTO passages_fts(rowid, indexed, kind) VALUES (new.id, new.indexed, new.kind)"
+    deleted = """
+        INSERT INTO passages_fts(passages_fts, rowid, indexed, kind) VALUES ('delete', old.id, old.indexed, old.kind)
+    """
+    for trigger, event, done in (
+        ("ai", "INSERT", inserted),
+        ("ad", "DELETE", deleted),
+        ("au", "UPDATE OF text, indexed_form, kind", f"{deleted}; {inserted}"),
+    ):
+        db.execute(f"CREATE TRIGGER passages_{trigger} AFTER {event} ON passages BEGIN {done}; END")
+
+
+@migrations()
+def m009_copies(db: Database) -> None:
+    """Find the documents that have the same text."""
+    db.execute("CREATE INDEX documents_content ON documents (content_hash)")
 
 
 def _keep_texts(db: Database) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 from sqlite_utils import Database
 
-from beacon_memory.documents import utc_now
+from beacon_memory.documents import SESSION_TAG, utc_now
 from beacon_memory.errors import CorruptFileError
 
 from .connections import Connections
-from .full_text import PassageHit, search
+from .full_text import CONVERSATION, PassageHit, search
 from .passages import split_passages
 from .rows import printable
+from .words import indexed_form
 
-__all__ = ["Texts", "damaged_text"]
+__all__ = ["Texts", "damaged_text", "misindexed"]
+
+_BATCH = 1000  # passages that are read together
+_INDEXED = """
+    SELECT id, text, indexed_form, kind, EXISTS (
+        SELECT 1 FROM labels WHERE labels.document = passages.document AND name = 'tag' AND value = ?
+    )
+    FROM passages WHERE id > ? ORDER BY id LIMIT ?
+"""
 
 
 class Texts:
@@ -43,19 +53,29 @@ class Texts:
 
     def write(self, id: str, text: str) -> None:
         """Write the text of a document in place of the one it has."""
-        passages = [(id, n, start, stop, text[start:stop]) for n, (start, stop) in enumerate(split_passages(text))]
-        insert = "INSERT INTO passages (document, ordinal, start, stop, text) VALUES (?, ?, ?, ?, ?)"
+        cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text)]
+        passages = [(id, n, *cut, indexed_form(cut[2])) for n, cut in enumerate(cuts)]
+        columns = "document, ordinal, start, stop, text, indexed_form"
+        insert = f"INSERT INTO passages ({columns}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608  # our own names
         with self._connections.transaction() as db:
             db.execute("DELETE FROM passages WHERE document = ?", [id])
             db.conn.executemany(insert, passages)
 
-    def search(self, query: str, limit: int = 10) -> list[PassageHit]:
+    def set_kind(self, id: str, tags: Iterable[str]) -> None:
+        """Note whether a document with these tags is a conversation, for `search`."""
+        kind = CONVERSATION if SESSION_TAG in tags else None
+        with self._connections.transaction() as db:
+            db.execute("UPDATE passages SET kind = ? WHERE document = ? AND kind IS NOT ?", [kind, id, kind])
+
+    def search(
+        self, query: str, limit: int = 10, *, per_text: int | None = None, conversations: bool = True
+    ) -> list[PassageHit]:
         """Return the passages that share words with `query`, best first; see `full_text.search`.
 
         Raises CorruptFileError if the text of a document that was found is damaged.
         """
         with self._connections.reading() as db:
-            hits = search(db, query, limit, utc_now())
+            hits = search(db, query, limit, utc_now(), per_text=per_text, conversations=conversations)
             for id in dict.fromkeys(hit.document for hit in hits):
                 if not self._is_sound(db, id):
                     raise damaged_text(id)
@@ -74,3 +94,18 @@ def damaged_text(id: str) -> CorruptFileError:
     return CorruptFileError(
         f"the catalog's text of {printable(id)!r} is damaged; `beacon-memory repair` takes its file's"
     )
+
+
+def misindexed(db: Database) -> Iterator[tuple[str | None, str | None, int]]:
+    """Yield the `indexed_form` and `kind` that passages should have, with their ids, where they have others.
+
+    Passages that were yielded may be written before the next one is asked for.
+    """
+    after = -1
+    while batch := db.execute(_INDEXED, [SESSION_TAG, after, _BATCH]).fetchall():
+        for id, text, form, kind, tagged in batch:
+            right = indexed_form(text) if isinstance(text, str) else None  # what is damaged may be no text
+            right_kind = CONVERSATION if tagged else None
+            if (form, kind) != (right, right_kind):
+                yield right, right_kind, id
+        after = batch[-1][0]

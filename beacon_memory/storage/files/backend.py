@@ -76,7 +76,7 @@ class FilesBackend(Protocol):
         """Remove a file, so that nothing of it is left in the place; does nothing if there is none."""
 
     def sync(self, names: Iterable[str]) -> None:
-        """Wait until the removal of these files outlasts a power cut."""
+        """Wait until the removal of these files outlasts a power cut; some of the names no file may ever have had."""
 
     def names(self) -> Iterable[str]:
         """List the names of all files, in any order. Others that lie in the place may be among them.

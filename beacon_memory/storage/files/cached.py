@@ -212,7 +212,7 @@ class CachedFiles:
 
 
 def _used(path: Path) -> bool:
-    """Note that a cached file is used now; returns False if it is not there."""
+    """Note that a cached file is used now, if that may be noted; returns False if it is not there."""
     try:
         os.utime(path)
     except FileNotFoundError:

@@ -29,23 +29,40 @@ __all__ = [
 ]
 
 
+_lasting: set[tuple[Path, tuple[int, int] | None]] = set()  # folders whose names this process knows to be on disk
+
+
 def make_folder(folder: Path, root: Path | None = None) -> None:
-    """Create a folder and its parents, for this user alone; one that exists is left as it is.
+    """Create a folder and its parents, for this user alone, so that they outlast a power cut.
 
     root: a folder of ours, which may have wider rights: new folders below it have the same.
 
-    Raises StoreError if it cannot be created.
+    One that exists is left as it is, but its name is synced, too, once in a process: who created it may not have come
+    to it. Raises StoreError if it cannot be created.
     """
+    folder = folder.absolute()
+    if (folder, identity(folder)) in _lasting:
+        return
     try:
-        if folder.is_dir():
-            return
-        make_folder(folder.parent, root)
-        folder.mkdir(exist_ok=True, mode=0o700)
-        if root is not None and root in folder.parents and (rights := root.stat().st_mode & 0o2777) != 0o700:
-            folder.chmod(rights)
-        sync_folder(folder.parent)
+        if not os.path.ismount(folder):
+            make_folder(folder.parent, root)
+            _make_lasting(folder, root)
     except OSError as error:
         raise StoreError(f"the folder {folder} cannot be created: {error.strerror}; name another store") from error
+    _lasting.add((folder, identity(folder)))
+
+
+def _make_lasting(folder: Path, root: Path | None) -> None:
+    there = folder.is_dir()
+    if not there:
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if root is not None and root.absolute() in folder.parents and (rights := root.stat().st_mode & 0o2777) != 0o700:
+            folder.chmod(rights)
+    try:
+        sync_folder(folder.parent)
+    except PermissionError:
+        if not there:  # else whoever may list the folder above has made this one
+            raise
 
 
 def create_file(path: Path) -> None:

@@ -16,15 +16,15 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import portalocker
 
 from beacon_memory.errors import StoreError
 
-from .durable import create_file, make_folder
+from .durable import create_file, identity, make_folder
 
-__all__ = ["alone", "renew_in_forks", "tidying", "writing"]
+__all__ = ["alone", "looking", "renew_in_forks", "tidying", "writing"]
 
 _FILE, _GATE = "writers.lock", "gate.lock"
 _MOMENT_SECONDS = 1.0  # for which the gate is closed at a time: an upload may take minutes, and others shall write
@@ -103,6 +103,23 @@ def tidying(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def looking(folder: Path) -> Iterator[None]:
+    """Hold the lock of `tidying` without leaving anything behind where nothing may be written.
+
+    A store that was never written to by this version, in such a folder, has no lock, and is looked at without.
+    """
+    path = folder / _FILE
+    if all(os.access(one if identity(one) else folder, os.W_OK) for one in (path, folder / _GATE)):
+        with tidying(folder):
+            yield
+    elif identity(path):
+        with _locked(path, portalocker.LockFlags.EXCLUSIVE, _TIDY_SECONDS, f"{folder} is being written to", mode="r"):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
     """Hold the lock on a file alone; `what` begins the error if others hold it for more than 120 seconds."""
     with _locked(path, portalocker.LockFlags.EXCLUSIVE, _WRITE_SECONDS, what):
@@ -110,8 +127,10 @@ def alone(path: Path, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, kind: portalocker.LockFlags, seconds: float, what: str) -> Iterator[None]:
-    lock = _acquired(path, kind, seconds)
+def _locked(
+    path: Path, kind: portalocker.LockFlags, seconds: float, what: str, mode: Literal["a", "r"] = "a"
+) -> Iterator[None]:
+    lock = _acquired(path, kind, seconds, mode)
     if lock is None:
         raise _waited(what, seconds)
     try:
@@ -120,12 +139,15 @@ def _locked(path: Path, kind: portalocker.LockFlags, seconds: float, what: str) 
         lock.release()
 
 
-def _acquired(path: Path, kind: portalocker.LockFlags, seconds: float) -> portalocker.Lock | None:
+def _acquired(
+    path: Path, kind: portalocker.LockFlags, seconds: float, mode: Literal["a", "r"] = "a"
+) -> portalocker.Lock | None:
     """Return the lock on a file; None if others hold it for so long. Raises StoreError if there can be no such file."""
-    make_folder(path.parent)
-    create_file(path)
+    if mode == "a":
+        make_folder(path.parent)
+        create_file(path)
     flags = kind | portalocker.LockFlags.NON_BLOCKING
-    lock = portalocker.Lock(path, "a", timeout=seconds, check_interval=_CHECK_SECONDS, flags=flags)
+    lock = portalocker.Lock(path, mode, timeout=seconds, check_interval=_CHECK_SECONDS, flags=flags)
     try:
         lock.acquire()
     except portalocker.LockException:

@@ -1,8 +1,9 @@
 """Marks of new files: an empty file in the staging folder, from before a file is published until its row is committed.
 
 A file with a mark and no row is what a crash left of a write, and may be removed. A file with neither has lost its row,
-with the catalog for instance, and gets a new one. Marks are not synced: if a power cut takes one, the file beside it is
-taken for a document that has lost its row. That is safe, since a file is only published when it is complete.
+with the catalog for instance, and gets a new one. So a mark is on disk before its file gets its name, and goes only
+when the row is, or when it is on disk that the file is gone: else a power cut could bring back what was never stored,
+or was removed since.
 
 So it is with labels: one that is newer than its row, and has no mark, has been committed, and the row was lost.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from beacon_memory.errors import StoreError
+
 from .access import Files
-from .durable import create_file, entries
+from .durable import create_file, entries, sync_folder
 from .names import TEMP_PREFIX, number_of
 
-__all__ = ["has_label_mark", "lay_label_mark", "lay_mark", "mark_of"]
+__all__ = ["has_label_mark", "lay_label_mark", "lay_mark", "mark_of", "sync_mark"]
 
 
 def mark_of(files: Files, name: str) -> Path:
@@ -25,7 +28,7 @@ def mark_of(files: Files, name: str) -> Path:
 
 
 def lay_mark(files: Files, name: str) -> Path:
-    """Create the mark of a new file; raises StoreError."""
+    """Create the mark of a new file, which `sync_mark` makes last; raises StoreError."""
     files.make_staging()
     mark = mark_of(files, name)
     create_file(mark)
@@ -45,3 +48,14 @@ def has_label_mark(files: Files, name: str) -> bool:
     """Tell whether somebody has marked the label of a K/V file; raises StoreError."""
     mark = mark_of(files, name)
     return any(one.name.startswith(f"{mark.name}-") for one in entries(mark.parent))
+
+
+def sync_mark(mark: Path) -> None:
+    """Wait until a mark outlasts a power cut; raises StoreError.
+
+    After the file was staged rather than before: its own sync has most often taken the mark along.
+    """
+    try:
+        sync_folder(mark.parent)
+    except OSError as error:
+        raise StoreError(f"{mark} cannot be written: {error.strerror}; see to the disk") from error

@@ -212,6 +212,8 @@ def test_options_of_generate_are_passed_on_and_unknown_ones_refused(
     assert own.invoke("Who?").content == expected
     with pytest.raises(InputError, match="unknown generation options: model='another'"):
         model.invoke("Who?", model="another")
+    with pytest.raises(InputError, match="absent=1 is not known to the model's chat template"):
+        own.invoke("Who?", chat_template_kwargs={"absent": 1})
     with pytest.raises(ValueError, match="document_id\n"):
         ChatBeaconMemory(memory=memory, document_id=["roof"])  # type: ignore[call-arg]
     with pytest.raises(CapacityError):

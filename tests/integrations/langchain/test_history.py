@@ -150,6 +150,29 @@ def test_old_messages_fold_into_a_document_and_recent_ones_stay(memory: BeaconMe
     assert memory.verify() == []
 
 
+def test_long_message_is_folded_and_the_conversation_goes_on(base: BeaconModel, tmp_path: Path) -> None:
+    memory = BeaconMemory(tmp_path / "long", base, reserve=100)
+    model = ChatBeaconMemory(memory=memory, max_tokens=4, temperature=0)
+    chatting = chat(model, lambda id: BeaconChatMessageHistory(id, memory, slots=400))
+    history = BeaconChatMessageHistory("ada", memory, slots=400)
+    words = " ".join(f"word{n}" for n in range(1200))
+    history.add_messages([HumanMessage(words), AIMessage("Done.")])
+    text = "".join(map(memory.store.text, history.document_ids))
+    assert text == f"User: {words}\nAssistant: Done.\n"
+    for n in range(3):
+        answer = chatting.invoke([HumanMessage(f"Question {n}?")], of_session("ada"))
+        assert answer.response_metadata["document_ids"] == history.document_ids
+
+
+def test_system_message_stays_in_force(memory: BeaconMemory) -> None:
+    history = BeaconChatMessageHistory("ada", memory, recent=60)
+    for n in range(6):
+        history.add_messages([SystemMessage("Be brief."), *exchange(n)])
+    assert history.document_ids
+    assert contents(history.messages)[0] == ("system", "Be brief.")
+    assert "Be brief." not in "".join(map(memory.store.text, history.document_ids))
+
+
 def test_conversation_outlives_the_process(base: BeaconModel, memory: BeaconMemory, tmp_path: Path) -> None:
     history = BeaconChatMessageHistory("ada", memory, recent=60)
     for n in range(6):
@@ -255,6 +278,16 @@ def test_histories_of_two_namespaces_know_nothing_of_each_other(memory: BeaconMe
         text = "".join(map(memory.within(name).store.text, history.document_ids))
         assert name.upper() in text
         assert other not in text + str(history.messages)
+
+
+def test_model_that_finds_documents_does_so_behind_a_history(memory: BeaconMemory) -> None:
+    model = ChatBeaconMemory(memory=memory, max_tokens=4, temperature=0, document_ids=None)
+    chatting = chat(model, lambda id: BeaconChatMessageHistory(id, memory, recent=20))
+    for question, found in (("How deep is the well?", "well"), ("Who mended the roof?", "roof")):
+        folded = BeaconChatMessageHistory("ada", memory).document_ids
+        answer = chatting.invoke([HumanMessage(question)], of_session("ada"))
+        assert answer.response_metadata["document_ids"] == [found, *folded]
+    assert folded
 
 
 def test_model_may_have_documents_of_its_own_in_front(memory: BeaconMemory) -> None:

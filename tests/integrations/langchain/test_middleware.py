@@ -161,6 +161,43 @@ def test_thread_of_a_checkpointer_picks_anew_for_every_run(memory: BeaconMemory,
     assert loaded(ask(agent, "Who mended the roof?", config)) == ["roof"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_documents_that_a_run_was_given_are_not_those_of_the_next(
+    memory: BeaconMemory, model: ChatBeaconMemory, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent: Any = create_agent(
+        model,
+        middleware=[BeaconMemoryMiddleware(BeaconMemoryRetriever(memory=memory))],
+        checkpointer=InMemorySaver(),
+    )
+    config = {"configurable": {"thread_id": "1"}}
+    with monkeypatch.context() as patched:
+        if fails:
+            patched.setattr(BeaconMemory, "ask", lambda *_, **__: pytest.fail("out of memory"))
+            with pytest.raises(pytest.fail.Exception):
+                ask(agent, "How deep is the well?", config, document_ids=["owls"])
+        else:
+            state = ask(agent, "How deep is the well?", config, document_ids=["owls"])
+            assert (loaded(state), set(state)) == (["owls"], {"messages"})
+    assert loaded(ask(agent, "How deep is the well?", config)) == ["well"]
+    assert loaded(ask(agent, "How deep is the well?", config, document_ids=[])) == []
+    assert loaded(await agent.ainvoke({"messages": [HumanMessage("Who mended the roof?")]}, config)) == ["roof"]
+
+
+def test_run_that_is_resumed_keeps_its_documents(calling_model: BeaconModel, tmp_path: Path) -> None:
+    memory = filled_memory(tmp_path, calling_model)
+    agent: Any = create_agent(
+        ChatBeaconMemory(memory=memory, max_tokens=60, temperature=0),
+        [look_up],
+        middleware=[BeaconMemoryMiddleware(BeaconMemoryRetriever(memory=memory))],
+        checkpointer=InMemorySaver(),
+        interrupt_before=["tools"],
+    )
+    config = {"configurable": {"thread_id": "1"}}
+    assert loaded(ask(agent, "How deep is the well?", config, document_ids=["owls"])) == ["owls"]
+    assert loaded(agent.invoke(None, config)) == ["owls"]
+
+
 def test_namespace_of_a_run_comes_from_its_context(memory: BeaconMemory, model: ChatBeaconMemory) -> None:
     middleware = BeaconMemoryMiddleware(
         lambda runtime: BeaconMemoryRetriever(memory=memory, namespace=runtime.context.name)
@@ -219,6 +256,16 @@ async def test_history_stands_in_front_of_each_run_and_grows_by_it(
         assert [message.type for message in state["messages"]] == ["human", "ai"]
         assert [message.content for message in history.messages[-2:]] == [question, expected.text]
     assert len(ids) == 2
+
+
+def test_model_that_finds_documents_does_so_behind_a_history(memory: BeaconMemory) -> None:
+    model = ChatBeaconMemory(memory=memory, max_tokens=6, temperature=0, document_ids=None)
+    history = BeaconChatMessageHistory("ada", memory, recent=20)
+    agent = create_agent(model, middleware=[BeaconHistoryMiddleware(history)])
+    assert loaded(ask(agent, "How deep is the well?")) == ["well"]
+    assert history.document_ids
+    ids = ["roof", *history.document_ids]
+    assert loaded(ask(agent, "Who mended the roof?")) == ids
 
 
 def test_tool_calls_are_part_of_the_history(calling_model: BeaconModel, tmp_path: Path) -> None:

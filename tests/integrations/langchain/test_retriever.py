@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain.agents import create_agent
 from langchain_beacon_memory import (
     BeaconChatMessageHistory,
+    BeaconMemoryMiddleware,
     BeaconMemoryRetriever,
     ChatBeaconMemory,
     create_memory_chain,
 )
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
@@ -178,9 +180,18 @@ def test_chain_answers_without_documents_if_none_is_found(model: ChatBeaconMemor
     assert create_memory_chain(model, Fixed(documents=[])).invoke("Well?").response_metadata["document_ids"] == []
 
 
-def test_chain_searches_with_what_was_asked_last(model: ChatBeaconMemory) -> None:
-    conversation = [HumanMessage("Tell me of the owls."), AIMessage("Of the roof?"), HumanMessage("No, of the well.")]
-    assert create_memory_chain(model).invoke(conversation).response_metadata["document_ids"] == ["well"]
+def test_chain_searches_with_what_was_asked_last(memory: BeaconMemory, model: ChatBeaconMemory) -> None:
+    conversation: list[BaseMessage] = [
+        HumanMessage("Tell me of the owls."),
+        AIMessage("Of the roof?"),
+        HumanMessage("No, of the well."),
+    ]
+    call: Any = {"name": "look_up", "args": {}, "id": "1", "type": "tool_call"}
+    looked_up = [AIMessage("", tool_calls=[call]), ToolMessage("The roof has larch boards.", tool_call_id="1")]
+    picking = ChatBeaconMemory(memory=memory, max_tokens=4, document_ids=None)
+    for asked in (conversation, [*conversation, *looked_up]):
+        for answering in (create_memory_chain(model), picking):
+            assert answering.invoke(asked).response_metadata["document_ids"] == ["well"]
 
 
 def crowded(folder: Path) -> BeaconMemory:
@@ -211,6 +222,25 @@ async def test_retriever_and_chain_load_what_ask_loads(tmp_path: Path, asynchron
     assert (answer.response_metadata["document_ids"], answer.content) == (list(expected.ids), expected.text)
     with pytest.raises(CapacityError):
         model.invoke(asked, document_ids=list(scores))  # named ones are not left out
+
+
+def test_of_documents_that_do_not_all_fit_every_way_loads_what_ask_loads(tmp_path: Path) -> None:
+    memory = BeaconMemory(tmp_path, babbling_model(max_position_embeddings=512), reserve=60)
+    memory.add_many([(f"owls {n}", f"The owls number {n}. " + "owl " * 102) for n in range(4)], ratio=2)
+    assert all(200 < row.slots < 256 for row in memory.list())
+    model = ChatBeaconMemory(memory=memory, max_tokens=6, temperature=0)
+    for k in (2, 3, 4):
+        expected = list(memory.ask("Which owl?", limit=k, max_new_tokens=6).ids)
+        assert len(expected) == 2
+        retriever = BeaconMemoryRetriever(memory=memory, k=k)
+        chained = create_memory_chain(model, retriever).invoke("Which owl?")
+        agent: Any = create_agent(model, middleware=[BeaconMemoryMiddleware(retriever)])
+        state = agent.invoke({"messages": [HumanMessage("Which owl?")]})
+        picking = ChatBeaconMemory(
+            memory=memory, max_tokens=6, temperature=0, document_ids=None, model_kwargs={"limit": k}
+        )
+        for answer in (chained, state["messages"][-1], picking.invoke("Which owl?")):
+            assert answer.response_metadata["document_ids"] == expected
 
 
 def test_documents_of_an_index_that_do_not_fit_beside_better_ones_are_left_out(tmp_path: Path) -> None:

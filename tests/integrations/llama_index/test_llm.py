@@ -17,6 +17,8 @@ from typing import Any
 import llama_index_beacon_memory
 import pytest
 from event_loop import awake_during
+from llama_index.core.agent.react.formatter import ReActChatFormatter
+from llama_index.core.agent.react.types import ActionReasoningStep, ObservationReasoningStep
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ImageBlock,
@@ -29,7 +31,8 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms import LLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
-from llama_index_beacon_memory import BeaconMemoryLLM
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index_beacon_memory import BeaconMemoryLLM, BeaconSynthesizer
 from llama_index_beacon_memory.messages import to_turns
 from llama_index_samples import ROOF, WELL, make_llm, model, saying
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -203,6 +206,20 @@ def test_documents_are_picked_by_the_last_question_if_asked_for(llm: BeaconMemor
     assert llm.chat([ChatMessage("What is the time?")], document_ids=None).raw["document_ids"] == []
 
 
+def test_result_of_a_tool_is_not_taken_for_the_question(llm: BeaconMemoryLLM) -> None:
+    result = "The well behind the mill is forty feet deep."
+    call = ActionReasoningStep(thought="I look.", action="look_up", action_input={"place": "barn"})
+    reasoning = [call, ObservationReasoningStep(observation=result)]
+    reacting = ReActChatFormatter().format([], QUESTION, [*reasoning, *reasoning])
+    assert (reacting[-1].role, reacting[-1].content) == ("user", f"Observation: {result}")
+    block = ToolCallBlock(tool_call_id="1", tool_name="look_up", tool_kwargs={"place": "barn"})
+    calling = [*QUESTION, ChatMessage(role="assistant", blocks=[block]), ChatMessage(result, role="tool")]
+    for messages in (reacting, calling):
+        assert llm.chat(messages, document_ids=None).raw["document_ids"] == ["roof"]
+    said = [*QUESTION, ChatMessage("Ada.", role="assistant"), ChatMessage(f"Observation: {result}")]
+    assert llm.chat(said, document_ids=None).raw["document_ids"] == ["well"]  # the user's own words
+
+
 def test_namespace_is_a_field_and_may_be_given_with_a_call(llm: BeaconMemoryLLM) -> None:
     alice = llm.within("alice")
     alice.memory.add("roof", WELL, ratio=2)  # the same id, another text
@@ -273,6 +290,18 @@ def test_beams_are_not_streamed_but_asked_for_in_one_piece(llm: BeaconMemoryLLM)
 def test_option_that_there_is_not_is_refused(llm: BeaconMemoryLLM) -> None:
     with pytest.raises(InputError, match="unknown generation options: top_q=1"):
         llm.chat(QUESTION, top_q=1)
+
+
+def test_arguments_of_the_chat_template_come_from_constructor_or_call(llm: BeaconMemoryLLM) -> None:
+    own = BeaconMemoryLLM(memory=llm.memory, generate_kwargs={"chat_template_kwargs": {"absent": 1}})
+    nodes = [NodeWithScore(node=TextNode(id_="roof", text=ROOF))]
+    for ask in (
+        lambda: llm.chat(QUESTION, chat_template_kwargs={"absent": 1}),
+        lambda: own.chat(QUESTION),
+        lambda: BeaconSynthesizer(own).synthesize("Who?", nodes),
+    ):
+        with pytest.raises(InputError, match="absent=1 is not known to the model's chat template"):
+            ask()
 
 
 def test_system_prompt_and_completion_to_prompt_are_used(llm: BeaconMemoryLLM) -> None:

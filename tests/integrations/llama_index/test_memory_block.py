@@ -20,7 +20,7 @@ from llama_index_beacon_memory.handles import KEY
 from llama_index_beacon_memory.messages import to_session_turns
 from llama_index_samples import OWLS, ROOF, WELL, make_llm, saying
 
-from beacon_memory import DocumentNotFoundError, InputError
+from beacon_memory import DocumentNotFoundError, InputError, QuotaError
 
 QUESTION = ChatMessage("Who mended the roof?")
 
@@ -175,6 +175,46 @@ def test_tool_calls_and_results_are_folded_as_text(llm: BeaconMemoryLLM) -> None
     ]
     asyncio.run(block.aput(messages, session_id="monday"))
     assert folded(block) == ('Assistant: <tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>\nTool: 5\n')
+
+
+def test_long_message_is_folded_and_the_conversation_goes_on(llm: BeaconMemoryLLM) -> None:
+    block = BeaconMemoryBlock(llm=llm, slots=400)
+    memory = make_memory(block)
+    words = " ".join(f"word{n}" for n in range(1200))
+    talk(memory, words, ROOF, WELL)
+    memory.put(QUESTION)
+    assert folded(block) == f"User: {words}\nAssistant: I see.\nUser: {ROOF}\nAssistant: I see.\n"
+    assert llm.chat(memory.get()).raw["document_ids"] == block.session("monday").ids
+
+
+def test_system_message_stays_in_force(llm: BeaconMemoryLLM) -> None:
+    block = BeaconMemoryBlock(llm=llm)
+    memory = make_memory(block)
+    memory.put(ChatMessage("Be brief.", role="system"))
+    talk(memory, ROOF, WELL, OWLS)
+    messages = memory.get()
+    assert [message.content for message in messages if message.role == MessageRole.SYSTEM if message.blocks] == [
+        "Be brief."
+    ]
+    assert "Be brief." not in folded(block)
+    turns = [{"role": message.role.value, "content": message.content} for message in messages if message.blocks]
+    ids = block.session("monday").ids
+    assert llm.chat(messages).message.content == llm.memory.ask(turns, ids, max_new_tokens=8).text
+
+
+def test_messages_whose_fold_fails_are_folded_with_the_next(
+    llm: BeaconMemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = BeaconMemoryBlock(llm=llm)
+    memory = make_memory(block)
+    llm.memory.store.configure(quota=1)
+    with pytest.raises(QuotaError):
+        talk(memory, ROOF, WELL)
+    assert (block.session("monday").ids, llm.memory.list()) == ([], [])
+    assert [message.content for message in memory.get()] == [ROOF, "I see.", WELL]
+    llm.memory.store.configure(quota=None)
+    talk(memory, OWLS)
+    assert folded(block).startswith(f"User: {ROOF}\nAssistant: I see.\nUser: {WELL}")
 
 
 def test_block_that_takes_no_flushed_messages_folds_only_what_is_put(llm: BeaconMemoryLLM) -> None:

@@ -44,7 +44,7 @@ from llama_index_beacon_memory.nodes import KEY, document_id
 from llama_index_samples import OWLS, ROOF, WELL, make_llm
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from beacon_memory import BeaconMemory, CapacityError, DocumentNotFoundError, InputError
+from beacon_memory import BeaconMemory, CapacityError, ConfigError, DocumentNotFoundError, InputError, QuotaError
 from beacon_memory.config import BeaconConfig
 
 QUESTION = "Who mended the roof of the barn?"
@@ -135,6 +135,24 @@ def test_nodes_without_text_pass_through(llm: BeaconMemoryLLM) -> None:
     assert compress(llm, [empty, *documents()[:1]])[0] is empty
     assert KEY not in empty.metadata
     assert [row.id for row in llm.memory.list()] == ["roof"]
+
+
+def test_document_that_is_too_long_is_left_out_and_the_others_go_on(
+    llm: BeaconMemoryLLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = {"roof": ROOF, "long": "word " * 2000, "broken": "half a \ud83d", "owls": OWLS}
+    documents = [Document(id_=id, text=text) for id, text in texts.items()]
+    transform = BeaconCompressionTransform(memory=llm.memory, ratio=2)
+    nodes = IngestionPipeline(transformations=[transform], disable_cache=True).run(documents=documents)
+    assert [node.node_id for node in nodes] == ["roof", "owls"]
+    assert [row.id for row in llm.memory.list()] == ["owls", "roof"]
+    assert "the node 'long' is left out: document 'long': 10000 tokens at ratio 2 need" in caplog.text
+    assert "the node 'broken' is left out: " in caplog.text
+    with pytest.raises(ConfigError, match="ratio"):  # no fault of one document
+        BeaconCompressionTransform(memory=llm.memory, ratio=-1)(documents)
+    llm.memory.store.configure(quota=1)
+    with pytest.raises(QuotaError):
+        transform([Document(id_="well", text=WELL)])
 
 
 def test_metadata_that_json_cannot_hold_is_kept_as_text(llm: BeaconMemoryLLM) -> None:
@@ -366,6 +384,9 @@ def test_nodes_without_a_memory_are_an_error_or_compressed(llm: BeaconMemoryLLM)
     assert document_id(llm.memory, found.node) == "new"
     assert found.node.metadata == {}  # a node of somebody else's index stays as it is
     assert llm.memory.show("new").ratios == (4,)
+    more = Fixed([TextNode(id_="long", text="word " * 8000), *inner.nodes])  # one that is too long is left out
+    (found,) = BeaconRetriever(llm.memory, retriever=more, transform=transform).retrieve(QUESTION)
+    assert found.node.node_id == "new"
     other = BeaconCompressionTransform(memory=llm.memory.within("alice"))
     with pytest.raises(InputError, match="compresses into another store or namespace"):
         BeaconRetriever(llm.memory, retriever=inner, transform=other)

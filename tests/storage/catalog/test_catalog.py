@@ -229,6 +229,8 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m005_sealed_facts",
         "m006_names",
         "m007_method",
+        "m008_words",
+        "m009_copies",
     ]
     assert db.journal_mode == "wal"
     db.close()

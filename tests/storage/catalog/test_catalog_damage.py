@@ -119,6 +119,11 @@ def test_no_passage_of_a_damaged_text_is_found(tmp_path: Path, sql: str) -> None
         ("UPDATE labels SET value = '2' WHERE value = '1'", "what documents are found by"),
         ("INSERT INTO labels VALUES ('tag', 'y', 'doc')", "what documents are found by"),
         ("INSERT INTO passages_fts(passages_fts) VALUES ('delete-all')", "full-text index does not fit"),
+        (
+            "UPDATE passages SET indexed_form = 'about pears'",
+            "what passages are found by is not what they are",
+        ),
+        ("UPDATE passages SET kind = 'conversation'", "what passages are found by is not what they are"),
         ("DROP TRIGGER passages_au; UPDATE passages SET text = 'about pears'", "full-text index does not fit"),
     ],
 )
@@ -133,6 +138,7 @@ def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql
     mend_catalog(catalog, {})
     assert find_flaws(catalog) == []
     assert catalog.documents.list(tags=["x"], metadata={"a": 1}) == [kept]
+    assert len(catalog.texts.search("apples", conversations=False)) == ("pears" not in sql or "indexed_form" in sql)
     assert (catalog.properties.count("documents"), catalog.properties.count("bytes")) == (1, kept.bytes)
     assert catalog.file_names.take_number() > number
     catalog.close()

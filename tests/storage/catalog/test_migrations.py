@@ -97,6 +97,22 @@ def test_an_old_catalog_is_searched_counted_and_filtered(old: Path) -> None:
         assert catalog.file_names.unsettled() == set()
 
 
+def test_texts_of_an_old_catalog_are_found_in_every_script(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    with contextlib.closing(create_old_catalog(path)) as db:
+        for n in range(3):
+            insert_old_row(db, "The rent of the mill. " * 900, id=f"english {n}")
+        insert_old_row(db, "磨坊的租金由磨坊主艾达支付。", id="chinese")
+        insert_old_row(db, "Аренда мельницы Алёны", id="russian")
+    with contextlib.closing(Catalog(path)) as catalog:
+        assert [hit.document for hit in catalog.texts.search("租金")] == ["chinese"]
+        assert [hit.document for hit in catalog.texts.search("АЛЕНЫ")] == ["russian"]
+        assert {hit.document for hit in catalog.texts.search("rents", 100)} == {"english 0", "english 1", "english 2"}
+        assert find_flaws(catalog) == []
+        catalog.documents.delete("chinese")
+        assert catalog.texts.search("租金") == []
+
+
 def test_an_old_catalog_is_written_to(old: Path) -> None:
     with contextlib.closing(Catalog(old)) as catalog:
         assert add(catalog, "short", "about plums", compression="select") == catalog.documents.require("short")

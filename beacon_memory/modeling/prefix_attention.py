@@ -1,0 +1,305 @@
+"""Attention to memories in front of the tokens that are read: both apart, merged by their log-sum-exp.
+
+    softmax over [memory | own] = (w_m attend(memory) + w_o attend(own)) / (w_m + w_o),   w = exp(log-sum-exp of scores)
+
+A memory is never copied: not to stand before the tokens, nor for each query head, nor from step to step. Rows of a
+batch that share a memory ask it together. On CPU each call takes the heads of a memory that have equally many entries;
+on CUDA one call takes all heads of all memories.
+
+Where a gradient is needed, keys and values are joined as in stock attention: kernels give none for the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, zip_longest
+from operator import is_
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from beacon_memory.kv.prefix import Prefix, Section
+from beacon_memory.kv.rope import apply_rotation
+
+__all__ = ["PrefixBatch", "attend_behind", "for_queries"]
+
+_NOTHING = -1e30  # log-sum-exp of no scores: finite, so that rows which see nothing at all merge to 0
+_MOST_SCORES = 1 << 26  # scores that are held at a time where no kernel computes attention
+# Output of attention [units, queries, head_dim] and log-sum-exp of its scores [units, queries].
+_Piece = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A section, which one it is in its prefix, counted from the front, and the rows of the batch that have it."""
+
+    section: Section
+    number: int
+    rows: Sequence[int]
+
+
+class PrefixBatch:
+    """The prefixes of the rows of a batch, laid out for all steps.
+
+    Its units are kv heads of sections of rows, counted through [sections, batch, kv_heads]. They are attended to in the
+    order section, kv head, row, so that rows which share a section ask it together.
+
+    prefixes: one for each row, which may be the same; None for a row that has none.
+    most:     sections of the longest of them.
+    trained:  whether any of them has a gradient.
+    units:    [units] in the order in which they are attended to; None if these are all there can be, one after another.
+    """
+
+    def __init__(self, prefixes: Sequence[Prefix | None]) -> None:
+        self.prefixes = prefixes
+        rows: dict[Prefix, list[int]] = {}
+        for row, prefix in enumerate(prefixes):
+            if prefix:
+                rows.setdefault(prefix, []).append(row)
+        self.most = max((len(prefix.sections) for prefix in rows), default=0)
+        self._parts = [
+            _Part(prefix.sections[number], number, having)
+            for number in range(self.most)
+            for prefix, having in rows.items()
+            if number < len(prefix.sections)
+        ]
+        self.trained = any(part.section.keys.requires_grad or part.section.values.requires_grad for part in self._parts)
+        self.units = self._units()
+        self._turn = self._turns()
+        self._packed: dict[int, _Packed] = {}
+
+    def __bool__(self) -> bool:
+        """Tell whether any row has something to attend to."""
+        return self.most > 0
+
+    def of_rows(self, rows: Sequence[int]) -> PrefixBatch:
+        """Return the prefixes of some rows of this batch, in this order."""
+        prefixes = [self.prefixes[row] for row in rows]
+        same = len(prefixes) == len(self.prefixes) and all(map(is_, prefixes, self.prefixes))
+        return self if same else PrefixBatch(prefixes)
+
+    def _units(self) -> Tensor | None:
+        batch = len(self.prefixes)
+        units = [
+            (part.number * batch + row) * part.section.heads + head
+            for part in self._parts
+            for head in range(part.section.heads)
+            for row in part.rows
+        ]
+        if not units or units == [*range(self.most * batch * self._parts[0].section.heads)]:
+            return None
+        return torch.tensor(units, device=self._parts[0].section.keys.device)
+
+    def _turns(self) -> tuple[Tensor, Tensor] | None:
+        """Return the table [sections, batch, 1, 1, head_dim / 2] that moves queries away from sections further back."""
+        behind = [prefix.behind if prefix else () for prefix in self.prefixes]
+        if not any(map(any, behind)):
+            return None
+        rope = next(prefix.rope for prefix in self.prefixes if prefix)
+        distances = torch.tensor([*zip_longest(*behind, fillvalue=0)], device=self._parts[0].section.keys.device)
+        cos, sin = rope.turn(distances)
+        return cos[:, :, None, None], sin[:, :, None, None]
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> list[_Piece]:
+        """Attend to each section of each row's prefix; returns pieces that together have all units.
+
+        query: [batch, kv_heads, queries, head_dim], those of all query heads of a kv head.
+        """
+        queries = (query if self._turn is None else apply_rotation(query, *self._turn).flatten(0, 1)).flatten(0, 1)
+        if self.units is not None:
+            queries = queries[self.units]
+        if _has_varlen(query.device, query.dtype, query.shape[-1]):
+            if layer not in self._packed:
+                self._packed[layer] = _Packed.of(self._parts, layer)
+            return [self._packed[layer].attend(queries, scale)]
+        blocks = [(len(part.rows), *block) for part in self._parts for block in part.section.blocks[layer]]
+        asked = queries.split([rows * len(keys) for rows, _, keys, _ in blocks])
+        return [_ask(one, keys, values, scale) for one, (_, _, keys, values) in zip(asked, blocks, strict=True)]
+
+
+def _ask(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Piece:
+    """Attend to heads that have equally many entries, [heads, entries, head_dim], each for several units."""
+    units, count, _ = queries.shape
+    if not keys.shape[1]:
+        return torch.zeros_like(queries), queries.new_full((units, count), _NOTHING, dtype=torch.float32)
+    output, total = _attend(queries.view(1, len(keys), -1, queries.shape[-1]), keys[None], values[None], None, scale)
+    return output.reshape(queries.shape), total.reshape(units, count)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Packed:
+    """A layer of all sections of a batch, where each kv head is a sequence.
+
+    keys, values: [entries, 1, head_dim]
+    ends:   [1 + heads] int32, where the entries of each begin and end; longest: the most that one has.
+    asking: [1 + heads] int32, where the units of each begin and end; most: the most that one has.
+    """
+
+    keys: Tensor
+    values: Tensor
+    ends: Tensor
+    longest: int
+    asking: Tensor
+    most: int
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part], layer: int) -> _Packed:
+        """Pack a layer. A single section is not copied."""
+        sections = [part.section.layer(layer) for part in parts]
+        keys, values = sections[0] if len(sections) == 1 else map(torch.cat, zip(*sections, strict=True))
+        counts = [count for part in parts for count in part.section.counts[layer]]
+        rows = [len(part.rows) for part in parts for _ in range(part.section.heads)]
+        ends, asking = (
+            torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=keys.device) for sizes in (counts, rows)
+        )
+        return cls(keys[:, None], values[:, None], ends, max(counts), asking, max(rows))
+
+    def attend(self, queries: Tensor, scale: float) -> _Piece:
+        """Attend with the queries of all units in one call."""
+        units, count, _ = queries.shape
+        output, total = varlen_attn(
+            queries.flatten(0, 1)[:, None],
+            self.keys,
+            self.values,
+            self.asking * count,
+            self.ends,
+            self.most * count,
+            self.longest,
+            return_aux=AuxRequest(lse=True),
+            scale=scale,
+        )
+        sums = total.reshape(units, count)
+        return output.view(queries.shape), sums.masked_fill(sums == torch.inf, _NOTHING)  # inf: of no entries
+
+
+def attend_behind(
+    batch: PrefixBatch,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Let each row of a batch attend to the whole of its prefix, and to itself as in stock attention.
+
+    query: [batch, heads, rows, head_dim]; key, value: [batch, kv_heads, own, head_dim], all rotated; mask: [batch or 1,
+    1, rows, own], bool or added to the scores; None is causal. Returns [batch, heads, rows, head_dim].
+    """
+    rows, own, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    if mask is None and rows > 1:
+        mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
+    trained = torch.is_grad_enabled() and (batch.trained or any(part.requires_grad for part in (query, key, value)))
+    if dropout or trained:
+        masks = [None] * len(query) if mask is None else mask[:, 0].expand(len(query), -1, -1)
+        each = zip(batch.prefixes, query, key, value, masks, strict=True)
+        return torch.stack([_attend_joined(row[0], layer, *row[1:], scaling, dropout) for row in each])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    grouped = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    if rows == 1:  # then all query heads of a kv head see the same
+        output, total = _attend(grouped, key, value, mask, scale)
+    else:
+        output, total = _attend(query, for_queries(key, groups), for_queries(value, groups), mask, scale)
+    units = grouped.flatten(0, 1).shape[:2]
+    pieces = [(output.reshape(*units, -1), total.reshape(units)), *batch.attend(layer, grouped, scale)]
+    outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    if batch.units is not None:
+        places = torch.cat((torch.arange(units[0], device=query.device), units[0] + batch.units))
+        width = (1 + batch.most) * units[0]
+        outputs = outputs.new_zeros(width, *outputs.shape[1:]).index_copy_(0, places, outputs)
+        sums = sums.new_full((width, units[1]), _NOTHING).index_copy_(0, places, sums)
+    weights = sums.unflatten(0, (-1, units[0])).softmax(0)
+    merged: Tensor = (outputs.unflatten(0, (-1, units[0])) * weights[..., None]).sum(0)
+    return merged.to(query.dtype).view(query.shape)
+
+
+@cache
+def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether flash attention over sequences of different lengths runs here."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def for_queries(part: Tensor, groups: int) -> Tensor:
+    """Repeat keys or values [batch, kv_heads, entries, head_dim] for each query head, as stock attention does."""
+    return part if groups == 1 else part[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the output of attention and the log-sum-exp of its scores, [batch, heads, rows(, head_dim)].
+
+    query: [batch, heads, rows, head_dim]; key, value: [batch, heads, entries, head_dim], at least one entry.
+    """
+    kernel = _by_flash_on_cpu if query.device.type == "cpu" else _by_products
+    if mask is None:
+        return kernel(query, key, value, None, scale)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    output, total = kernel(query, key, value, mask, scale)
+    return output, total.masked_fill(mask.amax(-1) == float("-inf"), _NOTHING)
+
+
+def _by_flash_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend by the kernel that stock SDPA uses on CPU, which does not hand out its log-sum-exp."""
+    found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return found
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend by matrix products, in float32 between them; runs on any device."""
+    at_once = max(1, _MOST_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    outputs, totals = [], []
+    for start in range(0, query.shape[2], at_once):
+        scores = (query[:, :, start : start + at_once] @ key.mT).float() * scale
+        if mask is not None:
+            scores += mask.expand(-1, -1, query.shape[2], -1)[:, :, start : start + at_once]
+        totals.append(scores.logsumexp(-1).clamp(min=_NOTHING))
+        outputs.append((scores - totals[-1][..., None]).exp().to(value.dtype) @ value)
+    return torch.cat(outputs, dim=2), torch.cat(totals, dim=2)
+
+
+def _attend_joined(
+    prefix: Prefix | None,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """Do the same as `attend_behind` for one row of a batch, on keys and values that are joined.
+
+    query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim]; mask: [rows, own]; None lets all be seen.
+    Returns [heads, rows, head_dim].
+    """
+    groups = len(query) // len(key)
+    blocks = prefix.blocks(layer) if prefix else [(slice(0, len(key)), key[:, :0], value[:, :0])]
+    if mask is None:
+        mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
+    # The memory comes last, so that the mask of every head begins where its tensor begins, which CUDA's kernels need.
+    # A padded mask lets every row see it: True, or 0 added to the scores.
+    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in blocks)), value=mask.dtype == torch.bool)
+    output = []
+    for heads, keys, values in blocks:
+        rows = query[None, heads.start * groups : heads.stop * groups]
+        all_keys = for_queries(torch.cat((key[heads], keys), dim=1)[None], groups)
+        all_values = for_queries(torch.cat((value[heads], values), dim=1)[None], groups)
+        seen = wide[:, : all_keys.shape[2]]
+        output.append(scaled_dot_product_attention(rows, all_keys, all_values, seen, dropout, scale=scaling)[0])
+    return torch.cat(output)
