@@ -64,7 +64,6 @@ class Publisher:
         with self._parts.writing(create=True) as catalog:
             place = self._parts.settings.files
             files = self._parts.files
-            files.make_staging()
             name = f"{file_stem(check_id(header.id))}-{catalog.file_names.take_number():012x}.safetensors"
             mark = lay_mark(files, name)
             new = NewFile(catalog, name)

@@ -29,6 +29,7 @@ def mark_of(files: Files, name: str) -> Path:
 
 def lay_mark(files: Files, name: str) -> Path:
     """Create the mark of a new file, which `sync_mark` makes last; raises StoreError."""
+    files.make_staging()
     mark = mark_of(files, name)
     create_file(mark)
     return mark
@@ -36,6 +37,7 @@ def lay_mark(files: Files, name: str) -> Path:
 
 def lay_label_mark(files: Files, name: str) -> Path:
     """Create a mark of the label of a K/V file, beside those of others who are changing it; raises StoreError."""
+    files.make_staging()
     mark = mark_of(files, name)
     mark = mark.with_name(f"{mark.name}-{secrets.token_hex(4)}")
     create_file(mark)
