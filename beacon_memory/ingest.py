@@ -10,6 +10,7 @@ from typing import Any
 
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
+from beacon_memory.modeling.model import require_made
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
@@ -210,7 +211,7 @@ class Ingestion:
         was cut into other tokens than now.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
-        self.compressor.model.require_made(header.fingerprint, row.id, row.precision)
+        require_made(self.compressor.model, header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
         before = self.store.text(row.id)
         whole = Text(before + text)

@@ -8,8 +8,9 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -23,7 +24,8 @@ from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.streaming import stream
 from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.modeling.model import UNTRAINED, BeaconModel
+from beacon_memory.kv.prefix import Prefix
+from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
@@ -32,9 +34,10 @@ from beacon_memory.storage.store import MemoryStore
 from .conversation import Messages
 from .documents import Document
 from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
+from .hot import HotMemories
 from .ingest import Ingestion
 from .picking import DEFAULT_LIMIT, PASSAGES_EACH, Pick, Picker, Query, find_picker, fitting, last_question, pick
-from .results import Added, Answer, Progress, Usage
+from .results import Added, Answer, Progress, Source, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +53,7 @@ class _Question:
     """Hold a question that is ready to be asked."""
 
     ids: tuple[str, ...]
+    sources: tuple[Source, ...]
     request: Request
     config: GenerationConfig
     tools: Sequence[Mapping[str, Any]]
@@ -66,7 +70,7 @@ class _Question:
             stops=self.config.stop_strings or (),
             tools=self.tools,
         )
-        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens))
+        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.sources)
         first = generation.first_token_at - self.started
         return Answer(generation.text, parts, self.ids, usage, first, now - self.started)
 
@@ -85,6 +89,8 @@ class BeaconMemory:
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
     score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
+    hot_bytes: of memories that stay ready for attention after a question, on the device and in RAM each; by default a
+             quarter of what is free there. `warm` makes them ready before.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
              the name of an installed picker, or a `Picker`.
 
@@ -105,6 +111,7 @@ class BeaconMemory:
         dtype: torch.dtype | str = "auto",
         reserve: int = 1024,
         score: str = "repeat",
+        hot_bytes: int | None = None,
         picker: str | Picker = "text",
     ) -> None:
         if isinstance(model, BeaconModel) and (adapter is not None or device is not None):
@@ -114,8 +121,8 @@ class BeaconMemory:
         opened = store if isinstance(store, MemoryStore) else MemoryStore(store)
         self.store = opened.within(namespace) if namespace else opened
         model, adapter = _wherever(model), _wherever(adapter)
-
         self._load_once = _Once(_Source(model, adapter, device, dtype, reserve, score))
+        self._hot = HotMemories(hot_bytes)
 
     def __deepcopy__(self, memo: object) -> BeaconMemory:
         """Return a copy that shares model and store, as `within` does."""
@@ -312,9 +319,9 @@ class BeaconMemory:
         room = model.max_positions - slots - len(prompt) - new_tokens
         rows = self._chosen(question, ids, limit, optional, room)
         require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
-        memories = [MemoryKV.of(self.compressor.sink), *(self._load(row) for row in rows)]
-        request = Request(MemoryKV.concat(memories, room + slots), prompt)
-        return _Question(tuple(row.id for row in rows), request, config, tools, model.tokenizer, started)
+        prefix, sources = self._prefix(rows, room + slots)
+        ids = tuple(row.id for row in rows)
+        return _Question(ids, sources, Request(prefix, prompt), config, tools, model.tokenizer, started)
 
     def _chosen(
         self,
@@ -372,10 +379,38 @@ class BeaconMemory:
     def _query(self, text: str, passages: int, fingerprint: str | None = None) -> Query:
         return Query(text, self.store, passages, lambda: self.model, fingerprint)
 
+    def warm(self, ids: str | Sequence[str]) -> tuple[Source, ...]:
+        """Make the memories of documents ready, so that the next question about one opens no file.
+
+        Returns where each was: `cold`, in its file; in `ram`; or on the `device`. As much is kept as `hot_bytes`
+        allows, the last ones first. Raises DocumentNotFoundError, CorruptFileError or FingerprintMismatchError.
+        """
+        named = [ids] if isinstance(ids, str) else ids
+        rows = [self.store.row(id, self.model.fingerprint.digest) for id in named]
+        room = self.room("") + self.compressor.sink.slots
+        return tuple(source for row in rows for source in self._prefix([row], room)[1])
+
+    def _prefix(self, rows: Sequence[DocumentRow], room: int) -> tuple[Prefix, tuple[Source, ...]]:
+        """Return sink and documents as a prefix, and where each document's memory was."""
+        wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
+        wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
+        wanted += [(self._version(row), partial(self._load, row)) for row in rows]
+        (first, _), *found = self._hot.sections(self.model, wanted, room)
+        for row, (_, source) in zip(rows, found, strict=True):
+            if source != "cold":
+                self.store.uses.add(row.id)
+        prefix = self.model.prefix(first, *(section for section, _ in found))
+        return prefix, tuple(source for _, source in found)
+
+    def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
+        """Return what tells the K/V of a row from those of every other document, and of every other time."""
+        place = str(self.store.folder.absolute())
+        return place, row.file, row.content_hash, row.fingerprint, row.bytes, row.updated_at
+
     def _load(self, row: DocumentRow) -> MemoryKV:
         model = self.model
         stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        model.require_made(stored.header.fingerprint, row.id, row.precision)
+        require_made(model, stored.header.fingerprint, row.id, row.precision)
         return stored.kv
 
     def list(
@@ -423,7 +458,7 @@ class BeaconMemory:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What the model and the compressor of a memory are made from."""
+    """Say what the model and the compressor of a memory are made from."""
 
     model: str | Path | BeaconModel | None
     adapter: str | Path | None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Added", "Answer", "Progress", "Status", "ToolCall", "UnreadCall", "Usage"]
+__all__ = ["Added", "Answer", "Progress", "Source", "Status", "ToolCall", "UnreadCall", "Usage"]
 
 Status = Literal["added", "replaced", "unchanged", "appended", "recompressed"]
+# Where a document's memory was: in its file, or ready for attention, in RAM or on the model's device.
+Source = Literal["cold", "ram", "device"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Count the memory slots loaded (sink included, the mean over heads), and the tokens of prompt and answer."""
+    """Count the memory slots loaded (sink included, the mean over heads), and the tokens of prompt and answer.
+
+    sources: where the memory of each document was, in the order of the answer's ids.
+    """
 
     slots: int
     prompt_tokens: int
     generated_tokens: int
+    sources: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

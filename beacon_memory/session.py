@@ -131,7 +131,8 @@ class Session:
             stay = self._staying(said, bounds)
             left = [said[n] for n in stay]
             gone = [said[n] for n in sorted({*range(len(said))}.difference(stay))]
-            text = "".join(_line(turn) for turn in gone if not (_stands(turn) and turn in left))
+            kept = {*map(_line, left)}
+            text = "".join(_line(turn) for turn in gone if not (_stands(turn) and _line(turn) in kept))
             if text:
                 self._fold(before, _State(said, before.parts), stay, text, bounds.slots)
             else:

@@ -321,6 +321,14 @@ def test_system_turns_stay_in_force(memory: BeaconMemory) -> None:
     assert session.ask("Who?", max_new_tokens=4).text == expected
 
 
+def test_system_turn_that_is_said_again_with_other_fields_stands_there_once(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=60)
+    for n in range(6):
+        session.add([{**system("Be brief."), "message": {"id": str(n)}}, *exchange(n)])
+    assert [turn["content"] for turn in session.turns if turn["role"] == "system"].count("Be brief.") == 1
+    assert "System" not in "".join(map(memory.store.text, session.ids))
+
+
 @pytest.mark.parametrize("recent", [1, 60])
 def test_system_turns_that_do_not_fit_beside_newer_ones_are_folded(memory: BeaconMemory, recent: int) -> None:
     session = Session(memory, "chat", recent=recent, system=40)

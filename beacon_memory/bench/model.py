@@ -1,6 +1,6 @@
 """Speed and memory compared with the stock model: the figures of `beacon-memory bench`.
 
-Each figure is a ratio of two measurements, both the median of three, in the same run on the same machine.
+Each figure is a ratio of two measurements, both medians of three or more, in the same run on the same machine.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.selection import best
 from beacon_memory.compression.sequence import SequenceState, advance
 from beacon_memory.compression.work import Work
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
-from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.memory import BeaconMemory
+from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
 
 __all__ = ["Figure", "run", "table"]
@@ -40,6 +44,8 @@ _WORDS = "time year people way day man thing woman life child world school state
 _REPEATS = 3
 _SHORT = 1000  # tokens of a short document
 _PEAK_TOKENS = (10_000, 100_000)
+_SLOTS = (1000, 8000)  # of the memories that tokens are generated behind
+_STEPS = 11
 _PEAK_RATIO = 32
 
 
@@ -60,6 +66,7 @@ def run(
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     return [
         *_answering(loaded, tokens, ratio),
+        *(figure for slots in _SLOTS for figure in _generating(loaded, slots)),
         *_compressing(loaded, tokens, ratio),
         _peak(model, adapter, device, dtype),
     ]
@@ -81,7 +88,11 @@ def _text(tokens: int) -> str:
 
 
 def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
-    with tempfile.TemporaryDirectory() as folder, BeaconMemory(folder, model) as memory:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        BeaconMemory(folder, model, hot_bytes=0) as memory,
+        BeaconMemory(folder, model) as warm,
+    ):
         added = memory.add("document", _text(tokens), ratio=ratio, compression="beacon")
         path = memory.store.folder / memory.store.row("document").file
         config = generation_config(model, None, {"max_new_tokens": 1})
@@ -97,8 +108,16 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
             started = time.perf_counter()
             return generate(model, [empty], config)[0][0].first_token_at - started
 
-        from_store()  # to warm up
-        cold, full = (statistics.median(one() for _ in range(_REPEATS)) for one in (from_store, from_text))
+        def from_hot() -> float:
+            return warm.ask(QUESTION, "document", max_new_tokens=1).time_to_first_token
+
+        def from_nothing() -> float:
+            return memory.ask(QUESTION, [], max_new_tokens=1).time_to_first_token
+
+        ways = (from_store, from_text, from_hot, from_nothing)
+        from_store(), from_hot()  # to warm up
+        rounds = [[one() for one in ways] for _ in range(_REPEATS)]
+        cold, full, hot, nothing = (statistics.median(times) for times in zip(*rounds, strict=True))
         raw = model.slot_bytes
         return [
             Figure(
@@ -108,12 +127,51 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
                 f"{full:.2f} s / {cold:.3f} s, {added.tokens} tokens",
             ),
             Figure(
+                f"time to first token: a memory that is ready / nothing in front, ratio {ratio}",
+                hot / nothing,
+                "at most 1.15 behind 1,000 slots",
+                f"{hot:.3f} s / {nothing:.3f} s, {added.slots} slots",
+            ),
+            Figure(
                 f"bytes: K/V of beacons / raw K/V, ratio {ratio}",
                 added.bytes / (added.tokens * raw),
                 f"1/{ratio} = {1 / ratio:.3g}",
                 f"{added.bytes:,} / {added.tokens * raw:,}; the sink, {memory.compressor.sink.nbytes:,}, is shared",
             ),
         ]
+
+
+@torch.inference_mode()
+def _generating(model: BeaconModel, slots: int) -> list[Figure]:
+    """Measure a token behind memories of random K/V, and behind a stock cache of as many tokens."""
+    layers, heads, head_dim = model.kv_shape
+    draw = torch.Generator().manual_seed(0)
+    wide = BeaconKV(*(torch.randn(layers, heads, 2 * slots, head_dim, generator=draw) for _ in "kv"))
+    scores = torch.rand(layers, heads, 1, generator=draw) * torch.rand(layers, heads, 2 * slots, generator=draw)
+    even = wide[:slots].to(model.device, model.dtype)
+    stock = DynamicCache(config=model.base.config)
+    for layer in range(layers):
+        stock.update(even.keys[None, layer], even.values[None, layer], layer)
+    caches = {
+        "stock": stock,
+        "even": MemoryCache([model.prefix(MemoryKV.of(even))]),
+        "ragged": MemoryCache([model.prefix(MemoryKV.chosen(wide, best(scores, slots)))]),
+    }
+    token = torch.tensor([[0]], device=model.device)
+    steps: dict[str, list[float]] = {name: [] for name in caches}
+    for _ in range(1 + _STEPS):  # in turn, so that whatever else the machine does slows all of them
+        for name, cache in caches.items():
+            steps[name].append(_once(partial(model.base, token, past_key_values=cache), model.device))
+    medians = {name: statistics.median(times[1:]) for name, times in steps.items()}
+    return [
+        Figure(
+            f"a token behind {slots:,} slots, {kind}: memory / stock cache of as many tokens",
+            medians[kind] / medians["stock"],
+            "at most 1.1",
+            f"{1000 * medians[kind]:.1f} ms / {1000 * medians['stock']:.1f} ms",
+        )
+        for kind in ("even", "ragged")
+    ]
 
 
 def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
@@ -212,16 +270,17 @@ def _ids(model: BeaconModel, tokens: int) -> list[int]:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return the median seconds of a piece of work, after one run to warm up."""
+    _once(work, device)
+    return statistics.median(_once(work, device) for _ in range(_REPEATS))
 
-    def once() -> float:
-        started = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - started
 
-    once()
-    return statistics.median(once() for _ in range(_REPEATS))
+def _once(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a piece of work."""
+    started = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
 
 
 def _evict(path: Path) -> None:

@@ -276,7 +276,7 @@ def ask(
 ) -> None:
     """Answer a question from stored documents, without reading them again.
 
-    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, time_to_first_token, seconds.
+    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, sources, time_to_first_token, seconds.
     """
     from beacon_memory.results import Answer
 

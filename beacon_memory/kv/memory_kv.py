@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beacon_memory.errors import InputError
 
-__all__ = ["BeaconKV", "MemoryKV"]
+__all__ = ["BeaconKV", "MemoryKV", "fitting_spans"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,15 +210,14 @@ class MemoryKV:
     def concat(parts: Sequence[MemoryKV], room: int | None = None) -> MemoryKV:
         """Join memories, each at the positions after the one before. A single part is not copied.
 
-        room: how many positions there are. If the spans need more, every part is interpolated: each gives up the same
-              share of the positions between its `span` and its `least_span`. Raises InputError for no parts.
+        room: how many positions there are. If the spans need more, every part is interpolated, see `fitting_spans`.
+        Raises InputError for no parts.
         """
         if not parts:
             raise InputError("MemoryKV.concat needs at least one part")
-        span, least = sum(part.span for part in parts), sum(part.least_span for part in parts)
-        if room is not None and span > room:
-            give = max(0.0, (room - least) / (span - least)) if span > least else 0.0
-            parts = [part.interpolated(part.least_span + int(give * (part.span - part.least_span))) for part in parts]
+        if room is not None:
+            spans = fitting_spans([(part.span, part.least_span) for part in parts], room)
+            parts = [part.interpolated(span) for part, span in zip(parts, spans, strict=True)]
         if len(parts) == 1:
             return parts[0]
         offsets = [0, *accumulate(part.span for part in parts)]
@@ -234,3 +233,16 @@ class MemoryKV:
             counts=counts.sum(0),
             span=offsets[-1],
         )
+
+
+def fitting_spans(sizes: Sequence[tuple[int, int]], room: int) -> list[int]:
+    """Return how many positions each of several memories takes in a room for all.
+
+    sizes: of each its span, and its `least_span`. If the spans need more than there is, each memory gives up the same
+    share of what lies between the two.
+    """
+    span, least = (sum(size) for size in zip(*sizes, strict=True))
+    if span <= room:
+        return [size for size, _ in sizes]
+    give = max(0.0, (room - least) / (span - least)) if span > least else 0.0
+    return [its_least + int(give * (its_span - its_least)) for its_span, its_least in sizes]

@@ -21,6 +21,7 @@ __all__ = ["Block", "Prefix", "Section"]
 
 # KV heads of a layer that have equally many entries: which ones; keys, rotated, and values [heads, entries, head_dim].
 Block = tuple[slice, Tensor, Tensor]
+_FEW = 8  # slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,14 +51,34 @@ class Section:
             apply_rotation(keys, *rope.table(places.float() - memory.span))
             for keys, places in zip(memory.keys.split(sizes), positions, strict=True)
         ]
-        keys = torch.cat(rotated)
-        of_layers = zip(counts, keys.split(sizes), memory.values.split(sizes), strict=True)
-        return cls(keys, memory.values, counts, memory.span, tuple(_blocks(*layer) for layer in of_layers))
+        return cls._laid_out(torch.cat(rotated), memory.values, counts, memory.span)
+
+    @classmethod
+    def _laid_out(cls, keys: Tensor, values: Tensor, counts: tuple[tuple[int, ...], ...], span: int) -> Self:
+        sizes = [sum(layer) for layer in counts]
+        of_layers = zip(counts, keys.split(sizes), values.split(sizes), strict=True)
+        return cls(keys, values, counts, span, tuple(_blocks(*layer) for layer in of_layers))
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same section on another device."""
+        if device == self.keys.device:
+            return self
+        return self._laid_out(self.keys.to(device), self.values.to(device), self.counts, self.span)
+
+    def moved(self, behind: int, rope: Rope) -> Self:
+        """Return the section with its keys rotated to where it stands with so many positions behind it."""
+        turn = rope.turn(torch.tensor([-behind], device=self.keys.device))
+        return self._laid_out(apply_rotation(self.keys, *turn), self.values, self.counts, self.span)
 
     @property
     def heads(self) -> int:
         """Return how many kv heads a layer has."""
         return len(self.counts[0])
+
+    @property
+    def slots(self) -> int:
+        """Return how many entries a head has: the mean over all heads, rounded up."""
+        return -(-len(self.keys) // sum(map(len, self.counts)))
 
     @property
     def nbytes(self) -> int:
@@ -85,15 +106,20 @@ def _blocks(counts: Sequence[int], keys: Tensor, values: Tensor) -> tuple[Block,
 class Prefix:
     """Memories one behind another in front of what is read, the last one at positions up to -1.
 
-    sections: the memories, in their order; those without entries are left out.
-    behind:   for each section how many positions are behind it.
+    sections: the memories, in their order; those without entries are left out. Of a few slots, such as the sink, the
+              keys are moved to their place, which costs less than turning queries in every step.
+    behind:   for each section by how many positions queries must be turned to stand at its distance.
     span:     how many positions all of them take.
     """
 
     def __init__(self, sections: Sequence[Section], rope: Rope) -> None:
         ends = [*accumulate(section.span for section in sections)]
         self.span = ends[-1] if ends else 0
-        held = [(section, self.span - end) for section, end in zip(sections, ends, strict=True) if len(section.keys)]
+        held = [
+            (section.moved(behind, rope), 0) if behind and section.slots <= _FEW else (section, behind)
+            for section, behind in zip(sections, (self.span - end for end in ends), strict=True)
+            if len(section.keys)
+        ]
         self.sections = tuple(section for section, _ in held)
         self.behind = tuple(behind for _, behind in held)
         self.rope = rope
@@ -117,10 +143,10 @@ class Prefix:
             turn = self.rope.turn(torch.tensor([-behind], device=section.keys.device))
             counts = section.counts[layer]
             keys, values = section.layer(layer)
-            parts = zip(apply_rotation(keys, *turn).split(counts), values.split(counts), strict=True)
+            keys = apply_rotation(keys, *turn) if behind else keys
             heads = heads or [[] for _ in counts]
-            for head, part in zip(heads, parts, strict=True):
-                head.append(part)
+            for head, *part in zip(heads, keys.split(counts), values.split(counts), strict=True):
+                head.append((part[0], part[1]))
         joined = [tuple(torch.cat(parts) for parts in zip(*head, strict=True)) for head in heads]
         return (
             _blocks([len(keys) for keys, _ in joined], *(torch.cat(parts) for parts in zip(*joined, strict=True)))

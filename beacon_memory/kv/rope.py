@@ -27,6 +27,11 @@ class Rope:
     inv_freq: Tensor
     scaling: float = 1.0
 
+    @property
+    def key(self) -> tuple[float, ...]:
+        """Return what tells this rotation from another."""
+        return (self.scaling, *self.inv_freq.tolist())
+
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin for `positions` [...]: two float32 tensors [..., head_dim / 2]."""
         cos, sin = self.turn(positions)

@@ -43,7 +43,7 @@ from .ratio_mix import mixed_ratios
 from .salience import TokenSalience
 from .support import attention_modules, max_positions, model_rope
 
-__all__ = ["BeaconModel", "PassOutput"]
+__all__ = ["BeaconModel", "PassOutput", "require_made"]
 
 UNTRAINED = "untrained"
 
@@ -361,14 +361,6 @@ class BeaconModel(nn.Module):
             rope=digest_json([dict(self.base.config.rope_parameters), self.kv_shape[-1], self.max_positions]),
         )
 
-    def require_made(self, stored: Fingerprint, document: str, precision: str | None) -> None:
-        """Raise FingerprintMismatchError unless the K/V of a document were made by this model.
-
-        stored, precision: their fingerprint, and in which number format they are kept.
-        """
-        rounded = (self.dtype == torch.float16) != (precision == Precision.FLOAT16)
-        self.fingerprint.require(stored, document, rounded=rounded)
-
     def cut(self, cursor: Cursor, ids: Sequence[int], ratios: Iterator[int], **how: Any) -> list[Window]:
         """Cut tokens into windows with this model's settings, see `layout.cut_windows`."""
         return cut_windows(cursor, ids, self.config, ratios, salience=self.salience, **how)
@@ -455,3 +447,12 @@ class BeaconModel(nn.Module):
             shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
             loss = cross_entropy(logits.float().flatten(0, 1), shifted.flatten().to(logits.device))
         return CausalLMOutput(loss=cast(Any, loss), logits=cast(Any, logits))
+
+
+def require_made(model: BeaconModel, stored: Fingerprint, document: str, precision: str | None) -> None:
+    """Raise FingerprintMismatchError unless the K/V of a document were made by this model.
+
+    stored, precision: their fingerprint, and in which number format they are kept.
+    """
+    rounded = (model.dtype == torch.float16) != (precision == Precision.FLOAT16)
+    model.fingerprint.require(stored, document, rounded=rounded)

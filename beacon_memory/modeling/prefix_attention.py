@@ -109,7 +109,8 @@ class PrefixBatch:
 
         query: [batch, kv_heads, queries, head_dim], those of all query heads of a kv head.
         """
-        queries = (query if self._turn is None else apply_rotation(query, *self._turn).flatten(0, 1)).flatten(0, 1)
+        turned = query.expand(self.most, *query.shape) if self._turn is None else apply_rotation(query, *self._turn)
+        queries = turned.flatten(0, 2)
         if self.units is not None:
             queries = queries[self.units]
         if _has_varlen(query.device, query.dtype, query.shape[-1]):
@@ -200,21 +201,21 @@ def attend_behind(
         each = zip(batch.prefixes, query, key, value, masks, strict=True)
         return torch.stack([_attend_joined(row[0], layer, *row[1:], scaling, dropout) for row in each])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    grouped = query.reshape(len(query), -1, groups * rows, query.shape[3])
     if rows == 1:  # then all query heads of a kv head see the same
         output, total = _attend(grouped, key, value, mask, scale)
     else:
         output, total = _attend(query, for_queries(key, groups), for_queries(value, groups), mask, scale)
-    units = grouped.flatten(0, 1).shape[:2]
-    pieces = [(output.reshape(*units, -1), total.reshape(units)), *batch.attend(layer, grouped, scale)]
+    units, count, dim = len(query) * key.shape[1], groups * rows, query.shape[3]
+    pieces = [(output.reshape(units, count, dim), total.reshape(units, count)), *batch.attend(layer, grouped, scale)]
     outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     if batch.units is not None:
-        places = torch.cat((torch.arange(units[0], device=query.device), units[0] + batch.units))
-        width = (1 + batch.most) * units[0]
-        outputs = outputs.new_zeros(width, *outputs.shape[1:]).index_copy_(0, places, outputs)
-        sums = sums.new_full((width, units[1]), _NOTHING).index_copy_(0, places, sums)
-    weights = sums.unflatten(0, (-1, units[0])).softmax(0)
-    merged: Tensor = (outputs.unflatten(0, (-1, units[0])) * weights[..., None]).sum(0)
+        places = torch.cat((torch.arange(units, device=query.device), units + batch.units))
+        width = (1 + batch.most) * units
+        outputs = outputs.new_zeros(width, count, dim).index_copy_(0, places, outputs)
+        sums = sums.new_full((width, count), _NOTHING).index_copy_(0, places, sums)
+    weights = sums.view(-1, units, count, 1).softmax(0)
+    merged: Tensor = (outputs.view(-1, units, count, dim) * weights).sum(0)
     return merged.to(query.dtype).view(query.shape)
 
 

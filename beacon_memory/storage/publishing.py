@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from beacon_memory.documents import Text, check_id
-from beacon_memory.errors import ConflictError, StoreError
+from beacon_memory.errors import ConflictError, CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
-from beacon_memory.storage.files.label_file import label_name, stage_label
+from beacon_memory.storage.files.label_file import label_name, read_label, stage_label
 from beacon_memory.storage.files.marks import lay_label_mark, lay_mark, sync_mark
 from beacon_memory.storage.files.names import file_stem, number_of
 from beacon_memory.storage.files.stored_kv import StoredKV
@@ -99,11 +99,19 @@ class Publisher:
             yield
         except BaseException:
             with contextlib.suppress(StoreError):  # then the mark stays, and `repair` does
-                if (now := catalog.documents.get(row.id)) is not None:
+                now = catalog.documents.get(row.id)
+                if now is not None and not self._has_label(now):
                     self.write_label(now)
                 unlink(mark)
             raise
         unlink(mark)
+
+    def _has_label(self, row: DocumentRow) -> bool:
+        """Tell whether the label file of a row says what the row says."""
+        try:
+            return read_file(self._parts.files, label_name(row.file), read_label) == label_of(row)
+        except (CorruptFileError, FileNotFoundError):
+            return False
 
     def write_label(self, row: DocumentRow) -> None:
         """Write the label of a document into the file beside its K/V."""

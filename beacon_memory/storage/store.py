@@ -82,8 +82,9 @@ class MemoryStore:
     files:     where K/V files lie, if not in the folder: a URL, such as s3://bucket/prefix, or a `FilesBackend`. The
                store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
 
-    root is the folder of the whole store, folder that of the namespace, both absolute. The first write
-    creates it, and before that the store reads as empty. parts is for modules that check or mend a store.
+    root is the folder of the whole store, folder that of the namespace, both absolute. The first write creates it, and
+    before that the store reads as empty. parts is for modules that check or mend a store, uses for those that use a
+    document without reading its file.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class MemoryStore:
         self.root, self.folder = self.parts.root, self.parts.folder
         self.namespace = self.parts.namespace
         self._publisher = Publisher(self.parts)
-        self._uses = UseLog(self.parts)
+        self.uses = UseLog(self.parts)
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +114,7 @@ class MemoryStore:
 
     def close(self) -> None:
         """Close the catalog; the next use opens it again."""
-        self._uses.flush()
+        self.uses.flush()
         self.parts.close()
 
     def within(self, namespace: str) -> MemoryStore:
@@ -250,7 +251,7 @@ class MemoryStore:
         `header.fingerprint`.
         """
         row, file = self.read(document, fingerprint)
-        self._uses.add(row.id)
+        self.uses.add(row.id)
         return StoredDocument(row, file.header, file.memory(device, dtype))
 
     def read(self, document: str | DocumentRow, fingerprint: str | None = None) -> tuple[DocumentRow, StoredFile]:
@@ -290,7 +291,7 @@ class MemoryStore:
             raise InputError(f"a window of {header.id!r} ends after the text's {len(text.value)} characters")
         settings, chosen = self.settings, choose_precision(precision)
         if settings.quota is not None:
-            self._uses.flush()  # eviction goes by it
+            self.uses.flush()  # eviction goes by it
         if chosen is PrecisionRule.AUTO:
             chosen = settings.precision
         kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv

@@ -18,10 +18,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_PEAK_TOKENS", (1000, 2000))
+    monkeypatch.setattr(bench, "_SLOTS", (100,))
     figures = bench.run(str(folder), None, "cpu", "auto", tokens=1200, ratio=8)
     assert [figure.name.split(":")[0] for figure in figures] == [
         "time to first token",
+        "time to first token",
         "bytes",
+        "a token behind 100 slots, even",
+        "a token behind 100 slots, ragged",
         "throughput",
         "throughput",
         "throughput",
@@ -35,7 +39,7 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
 
 def test_bytes_are_those_of_an_eighth_of_the_tokens(folder: Path) -> None:
     model = BeaconModel.from_pretrained(folder)
-    _, size = bench._answering(model, 1000, 8)
+    *_, size = bench._answering(model, 1000, 8)
     place = 2 / (2 * model.kv_shape[-1] * 4)  # beside the key and value of a slot of a head, in float32
     assert size.value == pytest.approx((1 + place) / 8, rel=0.01)  # but for the last unit, which need not be full
 

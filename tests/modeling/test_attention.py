@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.kv.prefix import Block
+from beacon_memory.kv.prefix import Block, Section
 from beacon_memory.modeling import prefix_attention
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, after
@@ -102,7 +102,7 @@ def test_memories_that_are_ready_stand_behind_one_another_as_if_joined(name: str
     stock, model = both(name)
     parts = [uneven(stock), uneven(stock, some_ids(9, seed=3), seed=1).interpolated(7), uneven(stock, seed=2)]
     joined = model.prefix(MemoryKV.concat(parts))
-    apart = model.prefix(parts[0], *model.prefix(*parts[1:]).sections)
+    apart = model.prefix(parts[0], *(Section.of(part, model.rope) for part in parts[1:]))
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, QUESTION)])], model.config)
     hidden: list[Tensor] = []
     heard: list[list[Tensor]] = []

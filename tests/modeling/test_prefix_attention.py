@@ -41,8 +41,8 @@ def section(counts: Sequence[int], span: int = 12, seed: int = 0, dtype: torch.d
 def a_batch(dtype: torch.dtype = torch.float32) -> list[Prefix | None]:
     """Prefixes of one to three sections, shared by neighbours and by others, none, and heads without entries."""
     parts = [
-        section(counts, seed=seed, dtype=dtype)
-        for seed, counts in enumerate([(1, 1, 1), (5, 5, 5), (9, 0, 3), (2, 7, 7)])
+        section(counts, span=29, seed=seed, dtype=dtype)
+        for seed, counts in enumerate([(1, 1, 1), (15, 15, 15), (19, 0, 13), (2, 17, 17)])
     ]
     one, two, three = (Prefix(chosen, ROPE) for chosen in (parts[1:2], parts[:3], [parts[0], parts[3]]))
     return [two, one, None, one, three, three, two]
@@ -268,10 +268,10 @@ def test_no_devices_are_mixed_on_cuda(monkeypatch: pytest.MonkeyPatch, rows: int
 
     with FakeTensorMode(), IndexedAnywhere():
         rope, sections = Rope(empty(DIM // 2, dtype=torch.float32)), []
-        for counts in [(1, 1, 1), (5, 0, 7)]:
+        for counts in [(1, 1, 1), (15, 15, 15), (19, 0, 13)]:
             keys, values = (empty(sum(counts), DIM) for _ in "kv")
             sections.append(Section(keys, values, (counts,), 12, (blocks_of(counts, keys, values),)))
-        one, two = Prefix(sections[1:], rope), Prefix(sections, rope)
+        one, two = Prefix(sections[2:], rope), Prefix(sections, rope)
         batches: list[list[Prefix | None]] = [[one], [two], [one, None, two, one]]
         for prefixes in batches:
             batch = len(prefixes)

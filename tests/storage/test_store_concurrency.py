@@ -368,7 +368,7 @@ def test_a_forked_process_waits_for_no_thread_of_its_parent(store: MemoryStore) 
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with store.parts._opening, store._uses._lock:
+        with store.parts._opening, store.uses._lock:
             entered.set()
             leave.wait(30)
 

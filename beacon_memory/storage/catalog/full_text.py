@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import regex
 from sqlite_utils import Database
 
 from beacon_memory.documents import SESSION_TAG
@@ -26,6 +27,8 @@ _QUESTION_WORDS = frozenset(
     there these they this those to ve was we were what when where which who whom whose why will with would you your
     """.split()  # noqa: SIM905 -- a list would be eighty lines
 )
+_NOUNS = frozenset({"can", "may", "might", "must", "will"})  # those that are nouns, too
+_INSIDE = regex.compile(r"(?<=[\p{L}\p{N},;]\s+)\p{Lu}\p{L}+")  # a word with a capital that begins no sentence
 
 # What bounds the work in a store of more than _SCORED passages:
 _SCORED = 10_000  # passages that are scored for a query; about a microsecond each
@@ -72,7 +75,8 @@ def search(
               last is found.
     conversations: whether to find what conversations were folded into, too.
 
-    Question words count only if nothing is found without them. A query without any word finds nothing, and documents
+    Question words count if there are no others, or as names: with a capital inside a sentence ("What happens in May?"),
+    and, if nothing is found without them, those that are nouns. A query without any word finds nothing, and documents
     that expired before `now` are not found. Words are stemmed as English ones; accents and case do not matter; where
     words have no spaces between them, any part of a sentence is found (see `words`). Among more than 10,000 passages
     not all are looked at, see `_Search.ranked`.
@@ -83,10 +87,12 @@ def search(
             raise InputError(f"{name} must be an integer of at least 1, got {bound!r}")
     if not isinstance(query, str):
         raise InputError(f"a query must be a str, got {query!r} of type {type(query).__name__}")
-    every = words(query)
-    telling = [word for word in every if word not in _QUESTION_WORDS]
     asked = _Search(db, limit, now, per_text, conversations)
-    return asked.hits(telling) or (asked.hits(every) if telling != every else [])
+    names = set(words(" ".join(_INSIDE.findall(query)))) if not query.isupper() else set()
+    every = words(query)
+    telling = [word for word in every if word not in _QUESTION_WORDS or word in names] or every
+    more = [word for word in every if word in telling or word in _NOUNS]
+    return asked.hits(telling) or (asked.hits(more) if more != telling else [])
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def test_english_text_is_indexed_as_it_is_and_ranked_as_ever(catalog: Catalog) -
             "2½ inches of larch",
             "ｒent",
         ):
-            match = " OR ".join(f'"{word}"' for word in words(query) if word not in ("the", "in", "of", "s", "may"))
+            match = " OR ".join(f'"{word}"' for word in words(query) if word not in ("the", "in", "of", "s"))
             ranked = "SELECT CAST(rowid AS TEXT), -rank FROM plain WHERE plain MATCH ? ORDER BY rank, rowid"
             expected = db.execute(ranked, [match]).fetchall()
             assert [(hit.document, hit.score) for hit in catalog.texts.search(query)] == expected != []
