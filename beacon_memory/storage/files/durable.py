@@ -142,8 +142,8 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until the bytes of a file are on disk."""
-    _sync(path, os.O_RDWR)
+    """Wait until the bytes of a file are on disk; on POSIX also of one that may only be read."""
+    _sync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
 
 
 def sync_folder(folder: Path) -> None:
