@@ -165,8 +165,8 @@ def run_continuations(
 
 
 def _journal(output: Path | None, task: str, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> Journal:
-    """Open the journal of a run; on which machine it began does not matter."""
-    return Journal(output, {"task": task, "settings": dict(settings)} | {**provenance, "machine": None})
+    """Open the journal of a run; which baselines there are, and on which machine it began, does not matter."""
+    return Journal(output, {"task": task, **settings, **provenance, "baselines": None, "machine": None})
 
 
 def _summary(records: Sequence[Record]) -> list[Row]:

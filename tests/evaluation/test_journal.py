@@ -72,6 +72,16 @@ def test_another_run_does_not_take_them(output: Path) -> None:
     assert journal_file(output).read_bytes() == kept
 
 
+def test_a_run_of_other_baselines_takes_those_that_it_has(output: Path) -> None:
+    def run_of(*field: Fake) -> Result:
+        return run_items("task", field, ITEMS, {"limit": 3, "baselines": [one.name for one in field]}, saved_model(),
+                         max_new_tokens=8, output=output)  # fmt: skip
+
+    one, three = Fake("one", SAID), Fake("three", SAID)
+    assert [row.baseline for row in run_of(one, three).rows] == ["one", "three"]
+    assert (one.batches, three.batches) == ([], [8, 8, 4])
+
+
 def test_half_a_line_is_cut_off(output: Path) -> None:
     kept = journal_file(output).read_bytes()
     journal_file(output).write_bytes(kept[:-9])
