@@ -95,6 +95,7 @@ class Publisher:
         """
         mark = lay_label_mark(self._parts.files, row.file)
         try:
+            sync_mark(mark)  # else a power cut could leave the label without it
             yield
         except BaseException:
             with contextlib.suppress(StoreError):  # then the mark stays, and `repair` does
