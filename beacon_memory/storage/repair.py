@@ -14,7 +14,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -209,7 +209,10 @@ def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
-        yield from _look_at_unnamed(store, unnamed)
+        temps = [*files.temps(), *_left_behind(store.folder)]
+        if temps:  # one may be the mark of a file that came after the others were listed
+            unnamed |= suspected_files(catalog, files)
+        yield from _look_at_unnamed(store, unnamed, temps)
 
 
 def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
@@ -301,8 +304,11 @@ def _write_label(files: Files, row: DocumentRow) -> None:
     files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
-def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[Problem, Mend]]:
-    """Look at the files that no row names, while nobody writes: leftovers go, and others get a row again."""
+def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Path]) -> Iterator[tuple[Problem, Mend]]:
+    """Look at the files that no row names, while nobody writes: leftovers go, and others get a row again.
+
+    temps: temporary files, which go last, since they tell what is a leftover.
+    """
     catalog, files = store.parts.catalog(), store.files
     lost: dict[str, list[str]] = {}
     for name, left in unnamed_files(catalog, files, suspected):
@@ -330,7 +336,7 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str]) -> Iterator[tuple[
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
         yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
     sync_removals = functools.cache(partial(files.sync, EVERYWHERE))
-    for path in (*files.temps(), *_left_behind(store.folder)):
+    for path in temps:
         message = f"{path} is temporary: a crash left it"
         yield Problem("stale-temp", None, str(path), message), partial(_remove_temp, path, sync_removals)
 
@@ -449,9 +455,9 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 def _settle(store: MemoryStore) -> None:
     """Let the catalog forget the numbers of files that are gone, also of those whose removal nobody has synced."""
     names = store.parts.catalog().file_names
-    if unsettled := names.unsettled():
-        there = {number_of(name) for name in store.files.names()}
-        with tidying(store.folder):  # who has just removed a file has made sure of it by then
-            if gone := unsettled - there:
+    if names.unsettled():
+        with tidying(store.folder):  # both are read in here: a writer who is killed leaves file and number behind
+            there = {number_of(name) for name in store.files.names()}
+            if gone := names.unsettled() - there:
                 store.files.sync(EVERYWHERE)
                 names.settle(gone)

@@ -21,8 +21,14 @@ from upkeep_samples import (
     stale_label,
 )
 
-from beacon_memory.documents import Label
+from beacon_memory.documents import Label, Text
 from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage import leftovers
+from beacon_memory.storage import repair as module
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.kv_file import stage_kv_file
+from beacon_memory.storage.files.marks import lay_mark
 from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.settings import Settings
@@ -54,6 +60,26 @@ def test_a_lost_catalog_comes_back_with_all_but_times_of_use(store: MemoryStore)
     assert store.expire() == ["c"]
     assert (store.settings, store.parts.catalog().properties.get("identity")) == (settings, identity)
     assert verify(store) == []
+
+
+def test_what_a_killed_writer_left_after_the_files_were_listed_is_no_lost_row(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "kept")
+    listed = leftovers.suspected_files
+
+    def overtaken(catalog: Catalog, files: Files) -> set[str]:
+        monkeypatch.setattr(module, "suspected_files", listed)
+        found = listed(catalog, files)
+        lay_mark(files, (name := f"{file_stem('new')}-{catalog.file_names.take_number():012x}.safetensors"))
+        files.publish(stage_kv_file(files.make_staging(), *sample("new", LONG), Text(LONG)), name)
+        return found
+
+    monkeypatch.setattr(module, "suspected_files", overtaken)
+    repair(store)
+    assert verify(store) == []
+    assert [row.id for row in store.list()] == ["kept"]
+    assert len(files(store)) == 1
 
 
 def test_a_lost_row_without_a_label_comes_back_without_one(store: MemoryStore) -> None:
