@@ -92,7 +92,8 @@ def test_rules_about_documents_hold_however_many_passages_others_have(model: Bea
     book = "\n\n".join(f"Page {n} on the pump. " + "The pump runs and runs. " * 35 for n in range(80))
     memory = filled(tmp_path, model, "text", {"well": "The well has a pump.", "manual": manual})
     catalog = memory.store.parts.catalog()
-    add(catalog, "book", book)  # the model has no room for it, but it can be picked
+    row = add(catalog, "book", book)  # the model has no room for it, but it can be picked
+    (memory.store.folder / row.file).touch()
     for n in range(60):
         add(catalog, f"talk/{n}", f"The pump, the pump! {n}", tags=(SESSION_TAG,))
     assert sorted(picked(memory, "What of the pump?")) == ["book", "manual", "well"]
