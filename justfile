@@ -28,9 +28,9 @@ contracts:
 docs *args:
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict {{ args }}
 
-# Tests; `just test -m "not slow"` leaves out those that need the default model.
+# Tests on all cores; `just test -m "not slow"` leaves out those that need the default model.
 test *args:
-    pytest {{ args }}
+    pytest -n logical {{ args }}
 
 # Random work on a store under kills and power cuts: `just torture --minutes 10 --seed 1`; a failure names its seed.
 torture *args:

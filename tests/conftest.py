@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, so none of them, nor what it starts, takes several
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
