@@ -12,12 +12,15 @@ import contextlib
 from collections.abc import Iterable
 
 from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.locks import tidying
-from beacon_memory.storage.files.names import file_stem, stem_of
+from beacon_memory.storage.files.names import TEMP_PREFIX, file_stem, number_of, stem_of
 
 from .eviction import delete_expired
 from .leftovers import suspected_files, unnamed_files
-from .repair import PUT_ASIDE
+from .repair import PUT_ASIDE, write_label
 from .store import MemoryStore
 
 __all__ = ["erase"]
@@ -54,8 +57,17 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
                         catalog.documents.require(id)
                     catalog.documents.delete(id)
         stems = set(map(file_stem, ids))
-        unnamed = unnamed_files(catalog, files, suspected_files(catalog, files))
+        unnamed = [*unnamed_files(catalog, files, suspected_files(catalog, files))]
+        _settle_labels(catalog, files)
         files.erase([name for name, left in unnamed if left or stem_of(name) in stems])
         with catalog.transaction():
             catalog.file_names.settle(catalog.file_names.unsettled())
         catalog.wipe()
+
+
+def _settle_labels(catalog: Catalog, files: Files) -> None:
+    """Write anew the labels that killed processes were changing, while their marks still tell that the rows count."""
+    marked = {temp.name.removeprefix(f"{TEMP_PREFIX}-")[:12] for temp in files.temps()}
+    for row in catalog.documents.scan() if marked else ():
+        if isinstance(row, DocumentRow) and number_of(row.file) in marked:
+            write_label(files, row)

@@ -56,7 +56,7 @@ from .records import difference_of, label_of, row_of
 from .settings import COPY, keep_copy, read_copy
 from .store import MemoryStore
 
-__all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
+__all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify", "write_label"]
 
 PUT_ASIDE = "damaged-"  # begins the names of catalogs that could not be mended
 
@@ -297,10 +297,11 @@ def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
             row = replace(row.labelled(stored.label), created_at=stored.created_at, updated_at=stored.updated_at)
             store.parts.catalog().documents.update(row)
             return
-    _write_label(store.files, row)
+    write_label(store.files, row)
 
 
-def _write_label(files: Files, row: DocumentRow) -> None:
+def write_label(files: Files, row: DocumentRow) -> None:
+    """Write the label of a document, as its row has it, into its file."""
     files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
@@ -397,7 +398,7 @@ def _adopt(store: MemoryStore, names: list[str]) -> None:
         if now is None or version_of(now.file) < version_of(row.file):
             row = catalog.documents.put(row, Text(_text(catalog, file)))
             catalog.properties.set("last", max(catalog.properties.count("last"), version_of(row.file)))
-            _write_label(files, row)
+            write_label(files, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row
     for name in names:

@@ -143,7 +143,7 @@ def test_what_is_stored_after_a_kill_outlasts_a_power_cut(folder: Path) -> None:
             assert repaired(cut) == stored
 
 
-@pytest.mark.parametrize("seed", [1002, 2031, 7015])
+@pytest.mark.parametrize("seed", [1002, 2031, 2045, 7015])
 def test_random_work_outlasts_kills_and_power_cuts(seed: int) -> None:
     """The short form of `just torture`, with rounds that once failed."""
     try:
