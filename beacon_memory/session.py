@@ -12,7 +12,7 @@ from typing import Any
 
 from beacon_memory.compression.ratio import AUTO_RATIOS
 from beacon_memory.generation.tool_calls import with_calls_as_text
-from beacon_memory.modeling.layout import slots_of
+from beacon_memory.modeling.layout import document_slots
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import read_checked, stage_checked
 from beacon_memory.storage.files.durable import move_into_place, unlink
@@ -297,8 +297,7 @@ class Session:
         return self._slots(tokens, ratio) <= slots
 
     def _slots(self, tokens: int, ratio: int) -> int:
-        full, rest = divmod(tokens, self._window)
-        return full * slots_of(self._window, ratio) + slots_of(rest, ratio)
+        return document_slots(tokens, ratio, self._window)
 
     def _count(self, text: str) -> int:
         return len(self.memory.compressor.tokenize(text).ids)

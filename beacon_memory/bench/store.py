@@ -116,6 +116,8 @@ def fill(store: MemoryStore, rows: int) -> None:
     from rich.progress import track
 
     catalog = store.parts.catalog(create=True)
+    for number in range(256):  # a store with so many documents has all of these folders
+        (store.folder / "kv" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
     header, kv = document("any", "", _ROW_MB)
     like = row_of("", StoredFile(header, kv, None), Label(), utc_now())
     progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
@@ -127,7 +129,6 @@ def fill(store: MemoryStore, rows: int) -> None:
                 named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
                 labelled = replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags))
                 catalog.documents.put(labelled, Text(one.text))
-                (store.folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (store.folder / file).touch()
 
 
@@ -181,8 +182,6 @@ def _picking(store: MemoryStore) -> Figure:
 def _putting(store: MemoryStore) -> Figure:
     """Measure how much longer a put takes than writing and syncing the bytes of its file."""
     text = next(_texts(1))
-    for number in range(256):  # a store with so many documents has all of these folders
-        (store.folder / "kv" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
     beyond, alone = [], []
     for number in range(_PUTS):
         header, kv = document(f"put-{number}", text, _PUT_MB)

@@ -22,7 +22,7 @@ from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import quantized
-from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, slots_of
+from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, document_slots, slots_of
 from beacon_memory.modeling.model import BeaconModel
 
 from .items import Item
@@ -318,8 +318,7 @@ class Compressed(PrefixBaseline):
         self._timed.cache_clear()
 
     def _slots(self, tokens: int) -> int:
-        whole, rest = divmod(tokens, self.model.config.beacon_window)
-        return whole * slots_of(self.model.config.beacon_window, self.ratio) + slots_of(rest, self.ratio)
+        return document_slots(tokens, self.ratio, self.model.config.beacon_window)
 
     @property
     def capacity(self) -> int:

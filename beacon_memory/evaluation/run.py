@@ -23,7 +23,7 @@ from .items import Item
 from .journal import Journal, Record
 from .metrics import METRICS, Interval, bootstrap, paired_difference
 
-__all__ = ["Progress", "Record", "Result", "Row", "run_continuations", "run_items"]
+__all__ = ["Progress", "Result", "Row", "run_continuations", "run_items"]
 
 # Figures depend on the versions of these.
 PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")

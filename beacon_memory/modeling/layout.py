@@ -17,7 +17,17 @@ from typing import Literal
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import ConfigError, InputError
 
-__all__ = ["BeaconLayout", "Cursor", "Piece", "Tail", "Window", "WindowRows", "cut_windows", "slots_of"]
+__all__ = [
+    "BeaconLayout",
+    "Cursor",
+    "Piece",
+    "Tail",
+    "Window",
+    "WindowRows",
+    "cut_windows",
+    "document_slots",
+    "slots_of",
+]
 
 Tail = Literal["open", "close", "raw"]
 Salience = Callable[[Sequence[int]], Sequence[float]]
@@ -92,6 +102,12 @@ class Window:
 def slots_of(tokens: int, ratio: int) -> int:
     """Return how many memory slots a finished window of `tokens` raw tokens gives, the sink not counted."""
     return -(-tokens // ratio) if ratio else tokens
+
+
+def document_slots(tokens: int, ratio: int, window: int) -> int:
+    """Return how many memory slots a document of so many tokens takes in windows, all at one ratio."""
+    full, rest = divmod(tokens, window)
+    return full * slots_of(window, ratio) + slots_of(rest, ratio)
 
 
 def cut_windows(

@@ -16,11 +16,13 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.locks import tidying
-from beacon_memory.storage.files.names import TEMP_PREFIX, file_stem, number_of, stem_of
+from beacon_memory.storage.files.marks import marked_labels
+from beacon_memory.storage.files.names import file_stem, number_of, stem_of
 
 from .eviction import delete_expired
 from .leftovers import suspected_files, unnamed_files
-from .repair import PUT_ASIDE, write_label
+from .publishing import write_label
+from .repair import PUT_ASIDE
 from .store import MemoryStore
 
 __all__ = ["erase"]
@@ -67,7 +69,7 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
 
 def _settle_labels(catalog: Catalog, files: Files) -> None:
     """Write anew the labels that killed processes were changing, while their marks still tell that the rows count."""
-    marked = {temp.name.removeprefix(f"{TEMP_PREFIX}-")[:12] for temp in files.temps()}
+    marked = marked_labels(files)
     for row in catalog.documents.scan() if marked else ():
         if isinstance(row, DocumentRow) and number_of(row.file) in marked:
             write_label(files, row)

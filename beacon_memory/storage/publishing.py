@@ -32,7 +32,7 @@ from beacon_memory.storage.files.stored_kv import StoredKV
 from .parts import StoreParts
 from .records import label_of
 
-__all__ = ["NewFile", "Publisher"]
+__all__ = ["NewFile", "Publisher", "write_label"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,7 @@ class Publisher:
 
     def write_label(self, row: DocumentRow) -> None:
         """Write the label of a document into the file beside its K/V."""
-        files = self._parts.files
-        temp = stage_label(files.staging, label_of(row))
-        files.publish(temp, label_name(row.file))
+        write_label(self._parts.files, row)
 
     def remove(self, names: Sequence[str]) -> bool:
         """Remove K/V files that no row names, with their labels, so that no power cut brings them back.
@@ -140,3 +138,8 @@ class Publisher:
             with contextlib.suppress(StoreError):  # then `repair` does
                 self._parts.catalog().file_names.settle(map(number_of, gone))
         return len(gone) == len(names)
+
+
+def write_label(files: Files, row: DocumentRow) -> None:
+    """Write the label of a document, as its row has it, into the file beside its K/V."""
+    files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))

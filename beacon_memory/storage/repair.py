@@ -35,28 +35,21 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
 from beacon_memory.storage.files.access import Files, read_file
-from beacon_memory.storage.files.durable import entries, identity, unlink
+from beacon_memory.storage.files.durable import identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
-from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
+from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label
 from beacon_memory.storage.files.locks import looking, tidying
-from beacon_memory.storage.files.marks import has_label_mark
-from beacon_memory.storage.files.names import (
-    EVERYWHERE,
-    NUMBERED,
-    TEMP_PREFIX,
-    file_stem,
-    number_of,
-    stem_of,
-    version_of,
-)
+from beacon_memory.storage.files.marks import marked_labels
+from beacon_memory.storage.files.names import EVERYWHERE, NUMBERED, file_stem, number_of, stem_of, temps_in, version_of
 
 from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
+from .publishing import write_label
 from .records import difference_of, label_of, row_of
 from .settings import COPY, keep_copy, read_copy
 from .store import MemoryStore
 
-__all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify", "write_label"]
+__all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
 
 PUT_ASIDE = "damaged-"  # begins the names of catalogs that could not be mended
 
@@ -278,7 +271,8 @@ def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
 
 def _is_newer(files: Files, stored: StoredLabel, row: DocumentRow) -> bool:
     """Tell whether a label was committed, but its row is one of before: the catalog has lost its last commits."""
-    return stored.id == row.id and stored.updated_at > row.updated_at and not has_label_mark(files, row.file)
+    newer = stored.id == row.id and stored.updated_at > row.updated_at
+    return newer and number_of(row.file) not in marked_labels(files)
 
 
 def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]]:
@@ -298,11 +292,6 @@ def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
             store.parts.catalog().documents.update(row)
             return
     write_label(store.files, row)
-
-
-def write_label(files: Files, row: DocumentRow) -> None:
-    """Write the label of a document, as its row has it, into its file."""
-    files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
 
 
 def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Path]) -> Iterator[tuple[Problem, Mend]]:
@@ -345,10 +334,8 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
 def _left_behind(folder: Path) -> Iterator[Path]:
     """Yield temporary files of settings and sessions: not all who write those hold a lock, but it takes a moment."""
     for place in (folder, folder / "sessions"):
-        for one in entries(place) if not place.is_symlink() or place == folder else ():
-            with contextlib.suppress(FileNotFoundError):  # it has just got its name
-                if one.name.startswith(TEMP_PREFIX) and time.time() - one.stat().st_mtime > _STALE_SECONDS:
-                    yield Path(one.path)
+        if place == folder or not place.is_symlink():
+            yield from temps_in(place, idle=_STALE_SECONDS)
 
 
 def _id_in(files: Files, name: str) -> str | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from beacon_memory.errors import InputError, StoreError
 from .backend import FilesBackend
 from .durable import entries, identity, make_folder, refuse_links, sync_file, unlink
 from .local import LocalFiles
-from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name, new_temp
+from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name, new_temp, temps_in
 
 __all__ = ["CachedFiles"]
 
@@ -127,7 +126,7 @@ class CachedFiles:
             for name in [*names, *left]:
                 self.backend.remove(name)
             self.backend.sync([*EVERYWHERE, *left])
-        for temp in self._downloads.glob(f"{TEMP_PREFIX}*"):  # first: what is renamed from here now is in the cache
+        for temp in temps_in(self._downloads):  # first: what is renamed from here now is in the cache
             unlink(temp)
         there, cached = set(self.names()), LocalFiles(self.cache)
         cached.erase([name for name in cached.names() if name not in there])
@@ -142,11 +141,8 @@ class CachedFiles:
         """Yield what a crash left; a download takes no lock of a writer, so a recent one may still be going on."""
         for folder in (self.staging, self._downloads):
             refuse_links(self.cache.parent, folder)
-        yield from (Path(one.path) for one in entries(self.staging) if one.name.startswith(TEMP_PREFIX))
-        for temp in entries(self._downloads):
-            with contextlib.suppress(FileNotFoundError):  # it has just come to its end
-                if time.time() - temp.stat().st_mtime > _STALE_SECONDS:
-                    yield Path(temp.path)
+        yield from temps_in(self.staging)
+        yield from temps_in(self._downloads, idle=_STALE_SECONDS)
 
     @contextlib.contextmanager
     def _reporting(self, doing: str, but: tuple[type[OSError], ...] = ()) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,9 +12,9 @@ from urllib.request import url2pathname
 
 from beacon_memory.errors import InputError
 
-from .durable import entries, identity, make_folder, refuse_links, sync_file, unlink
+from .durable import identity, make_folder, refuse_links, sync_file, unlink
 from .local import LocalFiles
-from .names import TEMP_PREFIX, new_temp
+from .names import new_temp, temps_in
 
 __all__ = ["FolderBackend"]
 
@@ -100,7 +99,5 @@ class FolderBackend:
     def _sweep(self) -> None:
         """Remove what killed processes left of files that they were copying."""
         if not self._files.staging.is_symlink():
-            for one in entries(self._files.staging):
-                with contextlib.suppress(FileNotFoundError):  # it has just got its name
-                    if one.name.startswith(TEMP_PREFIX) and time.time() - one.stat().st_mtime > _STALE_SECONDS:
-                        unlink(Path(one.path))
+            for temp in temps_in(self._files.staging, idle=_STALE_SECONDS):
+                unlink(temp)

@@ -9,7 +9,7 @@ from pathlib import Path
 from beacon_memory.errors import CorruptFileError, StoreError
 
 from .durable import entries, make_folder, move_into_place, refuse_links, sync_folder, unlink
-from .names import EVERYWHERE, TEMP_PREFIX, check_name
+from .names import EVERYWHERE, TEMP_PREFIX, check_name, temps_in
 
 __all__ = ["LocalFiles"]
 
@@ -101,7 +101,7 @@ class LocalFiles:
         """Yield the temporary files that a crash left, in any folder; raises StoreError if they cannot be listed."""
         for folder in (self.staging, *self._folders()):
             if not folder.is_symlink():
-                yield from (Path(one.path) for one in entries(folder) if one.name.startswith(TEMP_PREFIX))
+                yield from temps_in(folder)
 
     def _folders(self) -> list[Path]:
         """Return the folders of files; none if they lie behind a link."""

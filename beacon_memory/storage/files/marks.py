@@ -16,10 +16,10 @@ from pathlib import Path
 from beacon_memory.errors import StoreError
 
 from .access import Files
-from .durable import create_file, entries, sync_folder
-from .names import TEMP_PREFIX, number_of
+from .durable import create_file, sync_folder
+from .names import TEMP_PREFIX, number_of, temps_in
 
-__all__ = ["has_label_mark", "lay_label_mark", "lay_mark", "mark_of", "sync_mark"]
+__all__ = ["lay_label_mark", "lay_mark", "mark_of", "marked_labels", "sync_mark"]
 
 
 def mark_of(files: Files, name: str) -> Path:
@@ -44,10 +44,10 @@ def lay_label_mark(files: Files, name: str) -> Path:
     return mark
 
 
-def has_label_mark(files: Files, name: str) -> bool:
-    """Tell whether somebody has marked the label of a K/V file; raises StoreError."""
-    mark = mark_of(files, name)
-    return any(one.name.startswith(f"{mark.name}-") for one in entries(mark.parent))
+def marked_labels(files: Files) -> set[str]:
+    """Return the numbers of the K/V files whose labels somebody has marked; raises StoreError."""
+    names = (temp.name.removeprefix(f"{TEMP_PREFIX}-").split("-") for temp in temps_in(files.staging))
+    return {number for number, *suffix in names if suffix}
 
 
 def sync_mark(mark: Path) -> None:

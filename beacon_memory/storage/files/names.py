@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from beacon_memory.errors import CorruptFileError
 
-from .durable import create_file
+from .durable import create_file, entries
 
 __all__ = [
     "EVERYWHERE",
@@ -22,6 +25,7 @@ __all__ = [
     "new_temp",
     "number_of",
     "stem_of",
+    "temps_in",
     "version_of",
 ]
 
@@ -67,6 +71,18 @@ def version_of(name: str) -> int:
     """Return the number of a document's version from the name of its file, 0 if it has none: a later one is higher."""
     numbered = NUMBERED.fullmatch(name)
     return int(numbered[1], 16) if numbered else 0
+
+
+def temps_in(folder: Path, *, idle: float = 0.0) -> Iterator[Path]:
+    """Yield the temporary files in a folder, sorted; raises StoreError if it cannot be listed.
+
+    idle: only of those that nobody has written to for so many seconds.
+    """
+    for entry in entries(folder):
+        if entry.name.startswith(TEMP_PREFIX):
+            with contextlib.suppress(FileNotFoundError):  # it has just got its name
+                if not idle or time.time() - entry.stat().st_mtime > idle:
+                    yield Path(entry.path)
 
 
 def new_temp(folder: Path) -> Path:
