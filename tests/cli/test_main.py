@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from cli_samples import Run, lines, runner
+from cli_samples import Run, lines
 from command_page import json_fields, sections
 from installed import install
 from tiny_models import tiny_base, tiny_checkpoint
@@ -22,16 +22,6 @@ from beacon_memory import BeaconModel, __version__
 
 ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n"
 WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tiny_base("llama", max_position_embeddings=4096))
-
-
-@pytest.fixture
-def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(tmp_path / "store", model, monkeypatch)
 
 
 def write(*names: str) -> None:

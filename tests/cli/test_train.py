@@ -9,20 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_samples import Run, lines, runner
-from tiny_models import tiny_base, tiny_checkpoint
+from cli_samples import Run, lines
 
 ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), tiny_base("llama", max_position_embeddings=4096))
-
-
-@pytest.fixture
-def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(tmp_path / "store", model, monkeypatch)
 
 
 class TestTrain:

@@ -9,17 +9,16 @@ Each round begins with a seed of its own, counted up from the one given; one tha
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from in_memory import folder_in_memory
 from power_cuts import Disk, Said, say
 from workload import Operation, State, after, look, perform
 
@@ -140,8 +139,7 @@ ROUNDS: Mapping[str, Callable[[Path, int], None]] = {"power cuts": power_cuts}
 
 def run(name: str, seed: int) -> None:
     """Run one round in a folder of its own, in memory where there is some."""
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    folder = folder_in_memory()
     try:
         ROUNDS[name](folder, seed)
     except BaseException as error:

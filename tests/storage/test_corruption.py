@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -17,6 +15,7 @@ import torch
 from damage import FORMS, Damage, damages, file_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_memory import folder_in_memory
 from kv_samples import FINGERPRINT, TEXT, same, sample
 from store_samples import change, put, put_version, version
 
@@ -42,8 +41,7 @@ often = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCh
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     """A folder in memory where there is one: these tests sync thousands of files, and no power is cut."""
-    memory = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    path = folder_in_memory()
     yield path
     shutil.rmtree(path)
 

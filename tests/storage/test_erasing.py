@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,14 +20,6 @@ from beacon_memory.storage.erasing import erase
 from beacon_memory.storage.files.names import new_temp
 from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder in memory where there is one, since nothing here depends on what is synced."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as path:
-        yield Path(path)
 
 
 @pytest.fixture

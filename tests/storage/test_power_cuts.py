@@ -8,9 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -48,15 +47,6 @@ HISTORIES: dict[str, tuple[Act, Sequence[Act]]] = {
     "deleted, then repaired and written": (two, [delete("doc"), mend, put("new", "3")]),
     "deleted, then erased": (two, [delete("doc"), erase]),
 }
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder in memory where there is one: what is synced is simulated."""
-    memory = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
-    yield path
-    shutil.rmtree(path)
 
 
 def record(disk: Disk, act: Act, kill_after: int | None = None) -> object:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,15 +25,6 @@ from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 LEFT_BY_CRASHES = {"orphan-file", "stale-temp", "stale-label"}
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder in memory where there is one: a killed process needs no sync, and there it costs nothing."""
-    memory = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 from changes import CHANGES, Prepared, prepare, put, two
 from crashing import copied, everything, fork, wait
+from in_memory import folder_in_memory
 from store_samples import change as change_catalog
 from workload import State, look
 
@@ -37,8 +37,7 @@ _OWN_MOUNTS, _OWN_USERS, _PRIVATE = 0x20000, 0x10000000, 0x44000  # of Linux: un
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that any user may reach, in memory where there is one."""
-    memory = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    path = folder_in_memory()
     path.chmod(0o755)
     yield path
     for one in [path, *path.rglob("*")]:

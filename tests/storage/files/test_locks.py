@@ -48,6 +48,18 @@ def test_nobody_writes_or_tidies_while_somebody_tidies(tmp_path: Path) -> None:
         pass
 
 
+def tidying_in_a_thread(folder: Path, order: list[str]) -> threading.Thread:
+    """Begin to tidy up, as soon as nobody writes, and note then that it was done."""
+
+    def tidy() -> None:
+        with tidying(folder):
+            order.append("tidied")
+
+    thread = threading.Thread(target=tidy)
+    thread.start()
+    return thread
+
+
 def test_an_error_inside_gives_the_lock_back(tmp_path: Path) -> None:
     for lock in (writing, tidying):
         with pytest.raises(KeyError), lock(tmp_path):
@@ -58,15 +70,10 @@ def test_an_error_inside_gives_the_lock_back(tmp_path: Path) -> None:
 
 def test_who_waits_goes_on_as_soon_as_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
-    order = []
-
-    def tidy() -> None:
-        with tidying(tmp_path):
-            order.append("tidied")
+    order: list[str] = []
 
     with writing(tmp_path):
-        waiting = threading.Thread(target=tidy)
-        waiting.start()
+        waiting = tidying_in_a_thread(tmp_path, order)
         time.sleep(0.05)
         order.append("written")
     waiting.join(timeout=20)
@@ -103,19 +110,14 @@ def test_one_that_tidies_gets_its_turn_between_writers_that_leave_no_gap(
 def test_who_tidies_holds_up_nobody_while_one_writes_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {"TIDY": 30, "WRITE": 30, "PATIENT": 30, "MOMENT": 0.1}.items():
         monkeypatch.setattr(locks, f"_{name}_SECONDS", seconds)
-    order = []
-
-    def tidy() -> None:
-        with tidying(tmp_path):
-            order.append("tidied")
+    order: list[str] = []
 
     def write() -> None:
         with writing(tmp_path):
             order.append("written")
 
     with writing(tmp_path):
-        waiting = threading.Thread(target=tidy)
-        waiting.start()
+        waiting = tidying_in_a_thread(tmp_path, order)
         time.sleep(0.05)
         for _ in range(2):
             other = threading.Thread(target=write)
@@ -129,15 +131,10 @@ def test_a_thread_that_writes_may_begin_to_write_again_though_somebody_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
-    order = []
-
-    def tidy() -> None:
-        with tidying(tmp_path):
-            order.append("tidied")
+    order: list[str] = []
 
     with writing(tmp_path):
-        waiting = threading.Thread(target=tidy)
-        waiting.start()
+        waiting = tidying_in_a_thread(tmp_path, order)
         time.sleep(0.1)
         with writing(tmp_path):
             order.append("written")
