@@ -280,7 +280,7 @@ class Ingestion:
         is read where the windows' ratios differ, and for a row of a time before rows had the parameters of the method.
         """
         wanted = (text.sha256, self.compressor.model.fingerprint.digest, compression, tuple(sorted(set(ratios))))
-        if (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
+        if not row.root or (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
             return False
         if precision != PrecisionRule.AUTO and (
             not row.precision or Precision(row.precision).bits < Precision(precision).bits
@@ -299,7 +299,7 @@ class Ingestion:
     def _put(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
         """Store a compressed document."""
         spans = tuple(
-            WindowSpan(w.tokens, w.ratio, job.offsets[w.first][0], job.offsets[w.first + w.tokens - 1][1], w.span)
+            WindowSpan.of(w.tokens, w.ratio, w.span, job.offsets[w.first : w.first + w.tokens])
             for w in compressed.windows
         )
         last, model = compressed.windows[-1], self.compressor.model

@@ -27,7 +27,6 @@ from beacon_memory.kv.fingerprint import Fingerprint
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.storage.files.durable import sync_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.records import row_of
 from beacon_memory.storage.store import MemoryStore
@@ -119,7 +118,7 @@ def fill(store: MemoryStore, rows: int) -> None:
     for number in range(256):  # a store with so many documents has all of these folders
         (store.folder / "kv" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
     header, kv = document("any", "", _ROW_MB)
-    like = row_of("", StoredFile(header, kv, None), Label(), utc_now())
+    like = row_of("", "", header, kv, Label(), utc_now())
     progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
     while batch := list(itertools.islice(progress, _BATCH)):
         number = catalog.file_names.take_number()  # one for all: the ids keep the names of their files apart

@@ -21,7 +21,6 @@ from beacon_memory.storage.files.names import TEMP_PREFIX, new_temp
 from beacon_memory.storage.files.stored_kv import not_finite
 
 from .archive_file import FORMAT, HEAD, MANIFEST, Member, add_file, add_json, checked_documents, corrupt, pieces
-from .reading import READ_TRIES
 from .records import label_of
 from .store import MemoryStore, taken
 
@@ -56,8 +55,8 @@ def export_documents(
             # GNU: each file has one header and no more, however large it is
             with tarfile.open(temp, "w", format=tarfile.GNU_FORMAT) as tar:
                 add_json(tar, HEAD, {"format": FORMAT, "documents": len(chosen), "created_at": utc_now()})
-                for row, file, text in _documents(store, chosen, on_gone):
-                    with _document_files(row, file, text, folder) as files:
+                for row, file in _documents(store, chosen, on_gone):
+                    with _document_files(row, file, folder) as files:
                         entries += [add_file(tar, f"documents/{count:09}{end}", one) for end, one in files.items()]
                     count += 1
                     on_document(row.id)
@@ -98,7 +97,7 @@ def import_documents(
         _look_through(store, file, pairs, path, replace)
         for pair in pairs:
             with _extracted(store, file, pair, path) as (stored, label):
-                _put(store, stored, stored.text, label.label, label.created_at, replace, on_evicted)
+                _put(store, stored, label.label, label.created_at, replace, on_evicted)
             on_document(label.id)
     return len(pairs)
 
@@ -127,8 +126,8 @@ def copy_documents(
     if not replace and (there := [row.id for row in rows if row.id in target]):
         raise taken(there)
     copied = 0
-    for row, file, text in _documents(source, rows, on_gone):
-        _put(target, file, text, row.label, row.created_at, replace, on_evicted)
+    for row, file in _documents(source, rows, on_gone):
+        _put(target, file, row.label, row.created_at, replace, on_evicted)
         copied += 1
         on_document(row.id)
     return copied
@@ -137,7 +136,6 @@ def copy_documents(
 def _put(
     store: MemoryStore,
     file: StoredFile,
-    text: str,
     label: Label,
     created_at: str,
     replace: bool,
@@ -146,7 +144,7 @@ def _put(
     store.put(
         file.header,
         file.kv,
-        text,
+        file.text,
         label,
         precision="as-is",
         created_at=created_at,
@@ -162,7 +160,7 @@ def _chosen(store: MemoryStore, ids: Iterable[str] | None) -> list[DocumentRow]:
 
 def _documents(
     store: MemoryStore, rows: list[DocumentRow], on_gone: OnDocument
-) -> Iterator[tuple[DocumentRow, StoredFile, str]]:
+) -> Iterator[tuple[DocumentRow, StoredFile]]:
     """Read documents, each as it is when its turn comes; one that was renamed meanwhile has its new id by then.
 
     It is known by its text and its time of creation, which a new id does not change.
@@ -172,29 +170,17 @@ def _documents(
     while rows:
         for row in rows:
             try:
-                now, file, text = _read(store, row.id)
+                now, file = store.read(row.id)
             except DocumentNotFoundError:
                 gone[row.content_hash, row.created_at] = row.id
                 continue
             gone.pop((row.content_hash, row.created_at), None)
             done.add(row.id)
-            yield now, file, text
+            yield now, file
         found = store.list() if gone else []
         rows = [row for row in found if row.id not in done and (row.content_hash, row.created_at) in gone]
     for id in gone.values():
         on_gone(id)
-
-
-def _read(store: MemoryStore, id: str) -> tuple[DocumentRow, StoredFile, str]:
-    """Read row, file and text of one version of a document."""
-    for _ in range(READ_TRIES):
-        row, file = store.read(id)
-        if file.text_bytes is not None:
-            return row, file, file.text
-        text = store.text(id)  # of an old format
-        if store.row(id).file == row.file:
-            return row, file, text
-    raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
 
 
 @contextlib.contextmanager
@@ -222,12 +208,12 @@ def _workshop(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _document_files(row: DocumentRow, file: StoredFile, text: str, folder: Path) -> Iterator[dict[str, Path]]:
-    """Write a document into the two files that an archive holds; older formats become the present one."""
+def _document_files(row: DocumentRow, file: StoredFile, folder: Path) -> Iterator[dict[str, Path]]:
+    """Write a document into the two files that an archive holds."""
     with contextlib.ExitStack() as stack:
-        kv = stage_kv_file(folder, file.header, file.kv, Text(text))
+        kv = stage_kv_file(folder, file.header, file.kv, Text(file.text)).path
         stack.callback(unlink, kv)
-        label = stage_label(folder, label_of(row))
+        label = stage_label(folder, label_of(row, file.header.namespace))
         stack.callback(unlink, label)
         yield {".safetensors": kv, ".json": label}
 
@@ -275,6 +261,7 @@ def _extracted(
             _ = stored.text
         except CorruptFileError as error:
             raise corrupt(path, f"{pair[0].name} cannot be read: {error}") from error
-        if label.id != stored.header.id:
-            raise corrupt(path, f"{pair[0].name} is of {stored.header.id!r}, but its label of {label.id!r}")
+        of_file, of_label = ((one.namespace, one.id) for one in (stored.header, label))
+        if of_file != of_label:
+            raise corrupt(path, f"{pair[0].name} is of {of_file!r}, but its label of {of_label!r}")
         yield stored, label

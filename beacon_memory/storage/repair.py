@@ -31,7 +31,6 @@ from beacon_memory.errors import (
     MissingFileError,
     StoreError,
 )
-from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
 from beacon_memory.storage.files.access import Files, read_file
@@ -43,7 +42,7 @@ from beacon_memory.storage.files.marks import marked_labels
 from beacon_memory.storage.files.names import EVERYWHERE, NUMBERED, file_stem, number_of, stem_of, temps_in, version_of
 
 from .leftovers import suspected_files, unnamed_files
-from .parts import CATALOG
+from .parts import CATALOG, named
 from .publishing import write_label
 from .records import difference_of, label_of, row_of
 from .settings import COPY, keep_copy, read_copy
@@ -103,6 +102,12 @@ def repair(store: MemoryStore) -> list[Problem]:
     removed; files whose rows were lost with a catalog get rows again. A catalog that cannot be read is put aside, and a
     new one made from the files. Nothing that may be the only copy is ever removed.
     """
+    try:
+        store.parts.catalog()
+    except MismatchedFileError as error:  # nothing is damaged: folders have to change places
+        return [Problem("damaged-catalog", None, str(store.folder / CATALOG), str(error))]
+    except CorruptFileError:
+        pass
     done = _mend_catalog(store)
     for problem, mend in _look(store, tidying):
         mended = False
@@ -196,7 +201,7 @@ def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem
         yield from _look_at_version(store, row)
     files = store.files
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
-    suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
+    suspects = [row.id for row in catalog.documents.scan() if _label_flaw(store, row)]
     unnamed = suspected_files(catalog, files)
     with holding(store.folder):
         yield from _look_at_copy(store)
@@ -213,6 +218,7 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
+        _ = file.text
     except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
@@ -234,7 +240,7 @@ def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Itera
         yield Problem("damaged-row", row.id, None, row.message), partial(catalog.versions.forget, row)
         return
     try:
-        flaw = difference_of(row, read_file(store.files, row.file, read_kv_file))
+        flaw = difference_of(row, store.namespace, read_file(store.files, row.file, read_kv_file))
     except FileNotFoundError:
         flaw = "is missing"
     except CorruptFileError as error:
@@ -254,31 +260,32 @@ def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
 
-def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
+def _label_flaw(store: MemoryStore, row: DocumentRow | DamagedRow) -> str | None:
     """Return what is wrong with a document's label file, which must agree with its row; None if nothing."""
-    if isinstance(row, DamagedRow) or not NUMBERED.fullmatch(row.file):
-        return None  # files of a time before there were labels have none
+    if isinstance(row, DamagedRow):
+        return None
+    files = store.files
     try:
         stored = read_file(files, label_name(row.file), read_label)
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
         return str(error)
-    if replace(stored, updated_at="") == replace(label_of(row), updated_at=""):
+    if replace(stored, updated_at="") == replace(label_of(row, store.namespace), updated_at=""):
         return None
-    return "is newer than the catalog" if _is_newer(files, stored, row) else "says something else than the catalog"
+    return "is newer than the catalog" if _is_newer(store, stored, row) else "says something else than the catalog"
 
 
-def _is_newer(files: Files, stored: StoredLabel, row: DocumentRow) -> bool:
+def _is_newer(store: MemoryStore, stored: StoredLabel, row: DocumentRow) -> bool:
     """Tell whether a label was committed, but its row is one of before: the catalog has lost its last commits."""
-    newer = stored.id == row.id and stored.updated_at > row.updated_at
-    return newer and number_of(row.file) not in marked_labels(files)
+    own = (stored.id, stored.namespace) == (row.id, store.namespace)
+    return own and stored.updated_at > row.updated_at and number_of(row.file) not in marked_labels(store.files)
 
 
 def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]]:
     """Look at the label file of a document, while nobody writes."""
     row = store.parts.catalog().documents.get(id)
-    if row is not None and (flaw := _label_flaw(store.files, row)):
+    if row is not None and (flaw := _label_flaw(store, row)):
         name = label_name(row.file)
         yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_settle_label, store, row)
 
@@ -287,11 +294,11 @@ def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
     """Let row and label file of a document say the same: what the file says if it is newer, else what the row says."""
     with contextlib.suppress(CorruptFileError, FileNotFoundError):
         stored = read_file(store.files, label_name(row.file), read_label)
-        if _is_newer(store.files, stored, row):
+        if _is_newer(store, stored, row):
             row = replace(row.labelled(stored.label), created_at=stored.created_at, updated_at=stored.updated_at)
             store.parts.catalog().documents.update(row)
             return
-    write_label(store.files, row)
+    write_label(store.parts, row)
 
 
 def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Path]) -> Iterator[tuple[Problem, Mend]]:
@@ -307,12 +314,6 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
         elif NUMBERED.fullmatch(name):
             lost.setdefault(stem_of(name), []).append(name)
-        elif _NAMED.fullmatch(name):
-            message = f"{name} has no row, and no text to make one from, being of an older version"
-            yield (
-                Problem("orphan-file", _id_in(files, name), name, f"{message}: add the document anew, and remove it"),
-                None,
-            )
         else:
             message = f"{name} has no row and is not of a form that could get one; if it is not yours, remove it"
             yield Problem("orphan-file", None, name, message), None
@@ -323,8 +324,13 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
             yield Problem("orphan-file", None, names[-1], message), None
             continue
         name = documents[-1]
+        id, namespace = _owner_of(files, name)
+        if namespace not in (None, store.namespace):
+            message = f"{name} is of {named(namespace)}: somebody moved or copied it; move it back, or remove it"
+            yield Problem("orphan-file", None, name, message), None
+            continue
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
-        yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
+        yield Problem("lost-row", id, name, message), partial(_adopt, store, names)
     sync_removals = functools.cache(partial(files.sync, EVERYWHERE))
     for path in temps:
         message = f"{path} is temporary: a crash left it"
@@ -338,11 +344,12 @@ def _left_behind(folder: Path) -> Iterator[Path]:
             yield from temps_in(place, idle=_STALE_SECONDS)
 
 
-def _id_in(files: Files, name: str) -> str | None:
-    """Return the id of the document that a file belongs to, None if it cannot be read."""
+def _owner_of(files: Files, name: str) -> tuple[str, str] | tuple[None, None]:
+    """Return id and namespace of the document that a file belongs to, None if it cannot be read."""
     with contextlib.suppress(StoreError, FileNotFoundError):
-        return read_file(files, name, read_header).id
-    return None
+        header = read_file(files, name, read_header)
+        return header.id, header.namespace
+    return None, None
 
 
 def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
@@ -356,11 +363,11 @@ def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
     names = [*sorted(others, key=version_of), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
     file: StoredFile | None = None
     try:
-        row, file = _best(files, names)
+        row, file = _best(store, names)
     except CorruptFileError:
         row = damaged.believed()
     with catalog.transaction():
-        text = catalog.texts.find(row.id, row.content_hash) if file is None else _text(catalog, file)
+        text = catalog.texts.find(row.id, row.content_hash) if file is None else file.text
         if text is None:
             raise CorruptFileError(f"neither file nor text of {row.id!r} can be read")
         catalog.documents.forget(damaged)
@@ -379,13 +386,13 @@ def _remake_text(store: MemoryStore, row: DocumentRow, file: StoredFile) -> None
 def _adopt(store: MemoryStore, names: list[str]) -> None:
     """Give lost files of one document a row again: the latest that can be read, unless there is a later one by now."""
     catalog, files = store.parts.catalog(), store.files
-    row, file = _best(files, sorted(names, key=version_of))
+    row, file = _best(store, sorted(names, key=version_of))
     with catalog.transaction():
         now = catalog.documents.get(row.id)
         if now is None or version_of(now.file) < version_of(row.file):
-            row = catalog.documents.put(row, Text(_text(catalog, file)))
+            row = catalog.documents.put(row, Text(file.text))
             catalog.properties.set("last", max(catalog.properties.count("last"), version_of(row.file)))
-            write_label(files, row)
+            write_label(store.parts, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row
     for name in names:
@@ -393,30 +400,24 @@ def _adopt(store: MemoryStore, names: list[str]) -> None:
             files.remove(name)
 
 
-def _text(catalog: Catalog, file: StoredFile) -> str:
-    """Return the text of a file, or the catalog's if the file is of an old format, which keeps none."""
-    if file.text_bytes is None:
-        kept = catalog.texts.find(file.header.id, file.header.content_hash)
-        if kept is not None:
-            return kept
-    return file.text
-
-
-def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
-    """Read the last of these files that can be read; returns a row for it, and the file.
+def _best(store: MemoryStore, names: list[str]) -> tuple[DocumentRow, StoredFile]:
+    """Read the last of these files that can be read, and is of this namespace; returns a row for it, and the file.
 
     Raises CorruptFileError if none can be read.
     """
     for name in reversed([name for name in names if name.endswith(".safetensors")]):
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
-            file = read_file(files, name, read_kv_file)
-            if stem_of(name) != file_stem(file.header.id):
+            file = read_file(store.files, name, read_kv_file)
+            header = file.header
+            _ = file.text  # must be readable, too
+            if stem_of(name) != file_stem(header.id) or header.namespace != store.namespace:
                 continue
-            stored = StoredLabel(file.header.id, file.header.created_at, Label())
+            label, created_at = Label(), header.created_at
             with contextlib.suppress(CorruptFileError, FileNotFoundError):
-                beside = read_file(files, label_name(name), read_label)
-                stored = beside if beside.id == stored.id else stored
-            return row_of(name, file, stored.label, stored.created_at), file
+                beside = read_file(store.files, label_name(name), read_label)
+                if (beside.id, beside.namespace) == (header.id, header.namespace):
+                    label, created_at = beside.label, beside.created_at
+            return row_of(name, file.root, header, file.kv, label, created_at), file
     raise CorruptFileError(f"none of {', '.join(names)} can be read")
 
 

@@ -294,7 +294,8 @@ class MemoryStore:
             self.uses.flush()  # eviction goes by it
         if chosen is PrecisionRule.AUTO:
             chosen = settings.precision
-        kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv
+        kv = with_precision(kv, chosen, header.window_starts) if isinstance(chosen, Precision) else kv
+        header = replace(header, namespace=self.namespace)
         if flaw := not_finite(kv):
             raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
         with self._publisher.new_file(header, kv, text) as new:
@@ -306,7 +307,7 @@ class MemoryStore:
                 raise ConflictError(f"document {header.id!r} was changed or removed meanwhile; read it again")
             label = label or (old.label if old else Label())
             created_at = old.created_at if old else created_at or utc_now()
-            row = row_of(new.name, StoredFile(header, kv, None), label, created_at)
+            row = row_of(new.name, new.root, header, kv, label, created_at)
             new.superseded.extend(_supersede(new.catalog, old, row, keep_version))
             evicted, gone = make_room(new.catalog, row, self.settings.quota)  # read again: in step with this commit
             new.superseded.extend(gone)
@@ -342,7 +343,7 @@ class MemoryStore:
         """Give a document another id; returns its new row. Raises InputError if the new id is taken."""
         old, file = self.read(id)
         header = replace(file.header, id=check_id(new_id))
-        text = Text(self._text_of(id, file))
+        text = Text(file.text)
         with self._publisher.new_file(header, file.kv, text) as new:
             documents = new.catalog.documents
             new.superseded.extend(delete_expired(new.catalog)[1])
@@ -352,7 +353,7 @@ class MemoryStore:
             if now.file != old.file:
                 raise ConflictError(f"document {id!r} was changed or removed meanwhile; try again")
             new.superseded.extend([*new.catalog.versions.drop(id), old.file])
-            row = row_of(new.name, StoredFile(header, file.kv, None), now.label, now.created_at)
+            row = row_of(new.name, new.root, header, file.kv, now.label, now.created_at)
             row = replace(row, used_at=now.used_at)
             documents.rename(id, row)
             self._publisher.write_label(row)
@@ -368,10 +369,9 @@ class MemoryStore:
             row, file = self.read(id)
             if precision_of(file.kv) is wanted:
                 return row
-            kv = with_precision(file.kv, wanted)
+            kv = with_precision(file.kv, wanted, file.header.window_starts)
             with contextlib.suppress(ConflictError):
-                text = self._text_of(id, file)
-                return self.put(file.header, kv, text, precision=wanted, replacing=row.file, keep_version=True)
+                return self.put(file.header, kv, file.text, precision=wanted, replacing=row.file, keep_version=True)
         raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being converted; try again")
 
     def delete(self, id: str) -> None:
@@ -397,10 +397,6 @@ class MemoryStore:
             gone = catalog.versions.drop()
             self._publisher.remove(gone)
         return len(gone)
-
-    def _text_of(self, id: str, file: StoredFile) -> str:
-        """Return the text of a document's file; of an old format, which has none, that of the catalog."""
-        return self.text(id) if file.text_bytes is None else file.text
 
 
 def taken(ids: Sequence[str]) -> InputError:

@@ -60,7 +60,7 @@ def sample(
 
 def write_kv_file(path: Path, header: DocumentHeader, kv: StoredKV, text: str = TEXT) -> None:
     """Write a file under its name at once."""
-    stage_kv_file(path.parent, header, kv, Text(text)).replace(path)
+    stage_kv_file(path.parent, header, kv, Text(text)).path.replace(path)
 
 
 def same(ours: StoredKV, theirs: StoredKV) -> bool:
