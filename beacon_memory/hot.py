@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import psutil
@@ -98,8 +97,7 @@ class HotMemories:
         source: Source = "cold"
         if found is None:
             memory = (read[key] if key in read else load()).to(device, model.dtype).interpolated(span)
-            # a copy, for the values may be those of a file that is mapped
-            section = Section.of(replace(memory, values=memory.values.clone()), model.rope)
+            section = Section.of(memory, model.rope)
         else:
             section, source = found[0].to(device), "ram" if found[1] == _RAM else "device"
         with self._lock:

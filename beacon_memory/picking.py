@@ -93,7 +93,7 @@ class Query:
             after = rows[-1].id
 
     def passages(self, id: str) -> Iterator[tuple[int, int, str]]:
-        """Iterate over a document's passages of about 1,000 characters: start, stop and text of each."""
+        """Iterate over a document's passages of about 300 characters: start, stop and text of each."""
         text = self.store.text(id)
         for start, stop in split_passages(text):
             yield start, stop, text[start:stop]

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
 from beacon_memory.errors import ConflictError, MismatchedFileError, MissingFileError
+from beacon_memory.kv.levels import LEVELS
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import read_file
-from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file
+from beacon_memory.storage.files.kv_file import StoredFile, StoredIndex, read_index, read_kv_file
 
 from .parts import StoreParts
 from .records import difference_of
 
-__all__ = ["READ_TRIES", "find_row", "read_document", "require_file"]
+__all__ = [
+    "READ_TRIES",
+    "find_row",
+    "read_document",
+    "read_document_index",
+    "read_document_part",
+    "require_file",
+]
 
 READ_TRIES = 5  # times that a document may be replaced while it is being read
 
@@ -35,12 +48,58 @@ def read_document(
 
     A file is removed after its row was replaced: if it is gone, the row is read anew. Raises as `MemoryStore.get`.
     """
+    return _read(parts, document, fingerprint, read_kv_file, difference_of)
+
+
+def read_document_index(parts: StoreParts, document: DocumentRow) -> tuple[DocumentRow, StoredIndex]:
+    """Read what could be read of a document's file, given by its row; returns row and index, compared.
+
+    If the document was replaced since, the row is read anew. Raises as `MemoryStore.get`.
+    """
+    return _read(parts, document, document.fingerprint, read_index, _difference_of_index)
+
+
+def read_document_part(parts: StoreParts, row: DocumentRow, lowest: Sequence[int]) -> StoredFile:
+    """Read a part of a document's K/V: of each section the entries from its lowest level on, `LEVELS` for none.
+
+    Raises ConflictError if the document has another file by now than its row says, else as `MemoryStore.get`.
+    """
+    now, file = _read(parts, row, row.fingerprint, partial(_part, root=row.root, lowest=lowest), difference_of)
+    if now.root != row.root:
+        raise ConflictError(f"document {row.id!r} was replaced while it was being read; try again")
+    return file
+
+
+def _part(path: Path, *, root: str, lowest: Sequence[int]) -> StoredFile:
+    """Read a part of a file; of any other one than that of this root no row at all, for its sections may be others."""
+
+    def choose(index: StoredIndex) -> Sequence[int]:
+        return lowest if index.root == root else [LEVELS] * len(index.counts)
+
+    return read_kv_file(path, choose)
+
+
+def _difference_of_index(row: DocumentRow, namespace: str, index: StoredIndex) -> str | None:
+    own = (row.id, namespace, row.root) == (index.header.id, index.header.namespace, index.root)
+    return None if own else "is not the file that its row names"
+
+
+_File = TypeVar("_File")
+
+
+def _read(
+    parts: StoreParts,
+    document: str | DocumentRow,
+    fingerprint: str | None,
+    read: Callable[[Path], _File],
+    difference_of: Callable[[DocumentRow, str, _File], str | None],
+) -> tuple[DocumentRow, _File]:
     id, row = (document, None) if isinstance(document, str) else (document.id, document)
     row = row or find_row(parts.catalog(), id, fingerprint)
     missing = None
     for _ in range(READ_TRIES):
         try:
-            file = read_file(parts.files, row.file, read_kv_file)
+            file = read_file(parts.files, row.file, read)
         except FileNotFoundError:
             now = find_row(parts.catalog(), id, fingerprint)
             if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now

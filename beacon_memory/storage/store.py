@@ -216,18 +216,27 @@ class MemoryStore:
         return text
 
     def search(
-        self, query: str, limit: int = 10, *, per_text: int | None = None, conversations: bool = True
+        self,
+        query: str,
+        limit: int = 10,
+        *,
+        per_text: int | None = None,
+        conversations: bool = True,
+        documents: Sequence[str] | None = None,
     ) -> builtins.list[PassageHit]:
         """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
 
         per_text: at most so many passages of a text. Of documents with the same text, only the one whose row was
                   written last is found.
         conversations: whether to find what conversations were folded into, too.
+        documents: only passages of the documents with these ids.
 
         What words are, and how many passages are looked at, see `full_text.search`. Raises InputError for another limit
         than 1, 2, ..., and CorruptFileError if the text of a document that was found is damaged; see `text`.
         """
-        hits = self.parts.catalog().texts.search(query, limit, per_text=per_text, conversations=conversations)
+        hits = self.parts.catalog().texts.search(
+            query, limit, per_text=per_text, conversations=conversations, documents=documents
+        )
         for id in dict.fromkeys(hit.document for hit in hits):
             require_file(self.parts, id)
         return hits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,10 @@ _TOGETHER = 100  # passages from which on words are found together
 _BEST = """
     SELECT id, score FROM (
         SELECT rowid AS id, -rank AS score FROM passages_fts
-        WHERE passages_fts MATCH :match AND rowid NOT IN (
+        WHERE passages_fts MATCH :match AND (
+            :documents IS NULL
+            OR rowid IN (SELECT id FROM passages WHERE document IN (SELECT value FROM json_each(:documents)))
+        ) AND rowid NOT IN (
             SELECT passages.id FROM documents JOIN passages ON passages.document = documents.id WHERE expires_at <= :now
         )
         ORDER BY rowid DESC LIMIT :most
@@ -67,13 +71,21 @@ class PassageHit:
 
 
 def search(
-    db: Database, query: str, limit: int, now: str, *, per_text: int | None = None, conversations: bool = True
+    db: Database,
+    query: str,
+    limit: int,
+    now: str,
+    *,
+    per_text: int | None = None,
+    conversations: bool = True,
+    documents: Sequence[str] | None = None,
 ) -> list[PassageHit]:
     """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
 
     per_text: at most so many passages of a text. Of documents with the same text, only the one whose row was written
               last is found.
     conversations: whether to find what conversations were folded into, too.
+    documents: only passages of these.
 
     Question words count if there are no others, or as names: with a capital inside a sentence ("What happens in May?"),
     and, if nothing is found without them, those that are nouns. A query without any word finds nothing, and documents
@@ -87,7 +99,8 @@ def search(
             raise InputError(f"{name} must be an integer of at least 1, got {bound!r}")
     if not isinstance(query, str):
         raise InputError(f"a query must be a str, got {query!r} of type {type(query).__name__}")
-    asked = _Search(db, limit, now, per_text, conversations)
+    among = None if documents is None else json.dumps(list(documents))
+    asked = _Search(db, limit, now, per_text, conversations, among)
     names = set(words(" ".join(_INSIDE.findall(query)))) if not query.isupper() else set()
     every = words(query)
     telling = [word for word in every if word not in _QUESTION_WORDS or word in names] or every
@@ -104,6 +117,7 @@ class _Search:
     now: str
     per_text: int | None
     conversations: bool
+    documents: str | None
 
     def hits(self, words: Sequence[str]) -> list[PassageHit]:
         """Return the best passages with any of these words."""
@@ -154,7 +168,8 @@ class _Search:
         so passages with other words are scored once more, by all words that they hold.
         """
         kept = self.limit if self.per_text is None else -1  # all, of which some may be too many of a text
-        values = {"match": self._match(phrases), "now": self.now, "most": max(self.limit, _SCORED), "kept": kept}
+        bounds = {"most": max(self.limit, _SCORED), "kept": kept}
+        values = {"match": self._match(phrases), "now": self.now, "documents": self.documents, **bounds}
         scores = dict(self.db.execute(_BEST, values).fetchall())
         return scores | (self._scores(f"({phrases}) AND ({_any(others)})") if others else {})
 

@@ -19,6 +19,7 @@ from .connections import begin_immediate
 from .passages import split_passages
 from .rows import checksum, properties_of
 from .texts import misindexed
+from .words import indexed_form
 
 __all__ = ["migrate", "migrations"]
 
@@ -220,6 +221,24 @@ def m009_copies(db: Database) -> None:
 def m010_root(db: Database) -> None:
     """The hash that stands for the whole K/V file, so that no other one, such as an older one, is taken for it."""
     db.execute("ALTER TABLE documents ADD COLUMN root TEXT NOT NULL DEFAULT ''")
+
+
+@migrations()
+def m011_short_passages(db: Database) -> None:
+    """Cut texts into passages so short that what is found is little more than what was sought."""
+    for id, kind in db.execute("SELECT DISTINCT document, kind FROM passages").fetchall():
+        parts = db.execute("SELECT text FROM passages WHERE document = ? ORDER BY ordinal", [id]).fetchall()
+        if not all(isinstance(part, str) for (part,) in parts):
+            continue  # damaged, as `verify` will say
+        text = "".join(part for (part,) in parts)
+        db.execute("DELETE FROM passages WHERE document = ?", [id])
+        for number, (start, stop) in enumerate(split_passages(text)):
+            values = [id, number, start, stop, text[start:stop], indexed_form(text[start:stop]), kind]
+            db.execute(
+                "INSERT INTO passages (document, ordinal, start, stop, text, indexed_form, kind) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
 
 
 def _keep_texts(db: Database) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from sqlite_utils import Database
 
@@ -68,14 +68,22 @@ class Texts:
             db.execute("UPDATE passages SET kind = ? WHERE document = ? AND kind IS NOT ?", [kind, id, kind])
 
     def search(
-        self, query: str, limit: int = 10, *, per_text: int | None = None, conversations: bool = True
+        self,
+        query: str,
+        limit: int = 10,
+        *,
+        per_text: int | None = None,
+        conversations: bool = True,
+        documents: Sequence[str] | None = None,
     ) -> list[PassageHit]:
         """Return the passages that share words with `query`, best first; see `full_text.search`.
 
         Raises CorruptFileError if the text of a document that was found is damaged.
         """
         with self._connections.reading() as db:
-            hits = search(db, query, limit, utc_now(), per_text=per_text, conversations=conversations)
+            hits = search(
+                db, query, limit, utc_now(), per_text=per_text, conversations=conversations, documents=documents
+            )
             for id in dict.fromkeys(hit.document for hit in hits):
                 if not self._is_sound(db, id):
                     raise damaged_text(id)

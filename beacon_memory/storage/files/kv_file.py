@@ -21,7 +21,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,16 @@ from .names import new_temp
 from .nesting import file_order, groups_of, rows_of
 from .stored_kv import StoredKV, precision_of
 
-__all__ = ["Choose", "StagedFile", "StoredFile", "read_header", "read_kv_file", "stage_kv_file"]
-
-# Of each section of a document the lowest level to load, `LEVELS` for none, given its header and the counts of entries
-# [sections, levels, layers, kv_heads] uint8, levels from the top one down.
-Choose = Callable[[DocumentHeader, Tensor], Sequence[int]]
+__all__ = [
+    "Choose",
+    "StagedFile",
+    "StoredFile",
+    "StoredIndex",
+    "read_header",
+    "read_index",
+    "read_kv_file",
+    "stage_kv_file",
+]
 
 # What safetensors and torch raise for these is of types of their own, and names the error of the machine in words
 _OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
@@ -91,6 +96,23 @@ class StoredFile:
             return data.decode()
         except UnicodeDecodeError as error:
             raise CorruptFileError(f"the text in the file of {self.header.id!r} is not UTF-8: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredIndex:
+    """Tell what could be read of a file.
+
+    counts: how many entries there are, [sections, levels, layers, kv_heads] uint8, levels from the top one down.
+    root:   see `StoredFile`.
+    """
+
+    header: DocumentHeader
+    counts: Tensor
+    root: str
+
+
+# Of each section of a document the lowest level to load, `LEVELS` for none.
+Choose = Callable[[StoredIndex], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +170,18 @@ def _tensors(header: DocumentHeader, kv: StoredKV) -> dict[str, Tensor]:
 def read_header(path: Path) -> DocumentHeader:
     """Read the header of a file, not its tensors.
 
-    This and `read_kv_file` raise CorruptFileError, naming the file and what is wrong, for anything that `stage_kv_file`
-    did not write, and let FileNotFoundError through.
+    This, `read_index` and `read_kv_file` raise CorruptFileError, naming the file and what is wrong, for anything that
+    `stage_kv_file` did not write, and let FileNotFoundError through.
     """
     _require_file(path)
     with _opened(path) as file:
         return read_metadata(path, file.metadata() or {}).header
+
+
+def read_index(path: Path) -> StoredIndex:
+    """Read header and index of a file, compared with their hashes."""
+    index, _ = _mapped(path)
+    return replace(index, counts=index.counts.clone())
 
 
 def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
@@ -161,6 +189,22 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
 
     Of the text only the length is looked at: its hash is compared by `StoredFile.text`.
     """
+    index, tensors = _mapped(path)
+    header = index.header
+    try:
+        lowest = None if choose is None else list(choose(index))
+        _check_rows(path, tensors, lowest)
+        kv = _kv(header, tensors, lowest)
+        precision_of(kv)
+    except InputError as error:
+        raise corrupt(path, str(error)) from error
+    if flaw := _misfit(header, kv, whole=lowest is None):
+        raise corrupt(path, flaw)
+    return StoredFile(header, kv, tensors["text"], index.root, lowest)
+
+
+def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
+    """Map a file, and check header and index; nothing else is read of it."""
     _require_file(path)
     with _opened(path) as file:
         metadata = read_metadata(path, file.metadata() or {})
@@ -179,18 +223,11 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
         raise corrupt(path, "its index is not the one that was written: the hash differs")
     if tensors["text"].dtype != torch.uint8 or tensors["text"].ndim != 1:
         raise corrupt(path, f"its text is {_form(tensors['text'])}, and no bytes")
-    header = metadata.header
     try:
-        _require_index(header, tensors)
-        lowest = None if choose is None else list(choose(header, tensors["counts"]))
-        _check_rows(path, tensors, lowest)
-        kv = _kv(header, tensors, lowest)
-        precision_of(kv)
+        _require_index(metadata.header, tensors)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    if flaw := _misfit(header, kv, whole=lowest is None):
-        raise corrupt(path, flaw)
-    return StoredFile(header, kv, tensors["text"], metadata.root, lowest)
+    return StoredIndex(metadata.header, tensors["counts"], metadata.root), tensors
 
 
 def _require_file(path: Path) -> None:

@@ -1,0 +1,175 @@
+"""Recalling: what is loaded of stored documents for one question.
+
+Documents are stored rich. When the question is known, a budget of memory slots is spent where the passages are that the
+question is about; of the rest as much is loaded as is left (`zoom`). Without a budget, all is loaded that fits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from beacon_memory.kv.levels import LEVELS
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.storage.files.kv_file import StoredIndex
+from beacon_memory.storage.reading import read_document_index, read_document_part
+
+from .errors import InputError
+from .picking import Passage
+from .results import SourcePassage
+from .zoom import allocate, loaded
+
+if TYPE_CHECKING:
+    from beacon_memory.storage.catalog.rows import DocumentRow
+    from beacon_memory.storage.store import MemoryStore
+
+__all__ = ["Budget", "Indexes", "Portion", "portions"]
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_BUDGET = re.compile(r"(?i)\s*(?:x\s*(?P<ratio>\d+(?:\.\d+)?)|(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]i?b))\s*")
+_MOST_INDEXES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much may be loaded of the documents of a question: slots, bytes of the loaded K/V, or a ratio of tokens.
+
+        Budget.of(500)     500 memory slots, the mean over heads
+        Budget.of("64MB")  what 64 MB of K/V hold in the model's dtype
+        Budget.of("x16")   a slot for every 16 tokens of the documents
+
+    One of the three is not None.
+    """
+
+    slots: int | None = None
+    nbytes: int | None = None
+    ratio: float | None = None
+
+    @classmethod
+    def of(cls, budget: int | str) -> Budget:
+        """Read a budget; raises InputError for what is none."""
+        if isinstance(budget, str) and budget.strip().isdecimal():
+            budget = int(budget)
+        if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
+            return cls(slots=budget)
+        found = _BUDGET.fullmatch(budget) if isinstance(budget, str) else None
+        if found and found["ratio"] and float(found["ratio"]) >= 1:
+            return cls(ratio=float(found["ratio"]))
+        if found and found["unit"] and float(found["size"]) > 0:
+            return cls(nbytes=math.floor(float(found["size"]) * _UNITS[found["unit"].lower()]))
+        raise InputError(f"budget={budget!r} must be a number of memory slots, bytes as '64MB', or a ratio as 'x16'")
+
+    def slots_for(self, tokens: int, slot_bytes: int) -> int:
+        """Return the memory slots that it allows; tokens: of the documents; slot_bytes: of a slot of all heads."""
+        if self.ratio is not None:
+            return math.ceil(tokens / self.ratio)
+        return self.slots if self.slots is not None else (self.nbytes or 0) // slot_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Portion:
+    """What is loaded of one document.
+
+    row:    of the document, as its file is.
+    lowest: of each section the lowest level that is loaded, None for all of everything.
+    slots:  that this takes, the mean over heads, rounded up.
+    sources: the passages of which something is loaded.
+    """
+
+    row: DocumentRow
+    index: StoredIndex
+    lowest: tuple[int, ...] | None
+    slots: int
+    sources: tuple[SourcePassage, ...]
+
+    def load(self, store: MemoryStore, device: torch.device, dtype: torch.dtype) -> MemoryKV:
+        """Read it onto a device; raises ConflictError if the document was replaced since, else as `MemoryStore.get`."""
+        if self.lowest is None:
+            return store.get(self.row, device=device, dtype=dtype, fingerprint=self.row.fingerprint).kv
+        file = read_document_part(store.parts, self.row, self.lowest)
+        bounds = [section.first for section in self.index.header.sections] + [self.index.header.span]
+        return loaded(file.memory(device, dtype), bounds, self.lowest)
+
+
+class Indexes:
+    """The indexes of files that were read lately, by the roots of these."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, StoredIndex] = OrderedDict()
+
+    def get(self, store: MemoryStore, row: DocumentRow) -> tuple[DocumentRow, StoredIndex]:
+        """Return the index of a document's file, and its row, which is read anew if the document was replaced."""
+        index = self._kept.get(row.root)
+        if index is None:
+            row, index = read_document_index(store.parts, row)
+            self._kept[row.root] = index
+            while len(self._kept) > _MOST_INDEXES:
+                self._kept.popitem(last=False)
+        return row, index
+
+
+def portions(
+    found: Sequence[tuple[DocumentRow, StoredIndex]], passages: Mapping[str, Sequence[Passage]], slots: int | None
+) -> list[Portion]:
+    """Return what is loaded of documents within a budget of memory slots, or all if that is None.
+
+    passages: of documents, by their ids, those that the question is about, with their scores.
+    """
+    if slots is None:
+        return [_portion(row, index, None, [0.0] * len(index.counts)) for row, index in found]
+    relevance = [_relevance(index, passages.get(row.id, ())) for row, index in found]
+    sizes = torch.cat([_sizes(index.counts) for _, index in found])
+    heads = math.prod(found[0][1].counts.shape[2:])
+    every = torch.tensor([one for of_document in relevance for one in of_document])
+    lowest = [int(level) for level in allocate(sizes, every, slots * heads)]
+    ends = accumulate((len(index.counts) for _, index in found), initial=0)
+    return [
+        _portion(row, index, tuple(lowest[start:stop]), of_document)
+        for (row, index), (start, stop), of_document in zip(found, pairwise(ends), relevance, strict=True)
+    ]
+
+
+def _portion(
+    row: DocumentRow, index: StoredIndex, lowest: tuple[int, ...] | None, relevance: Sequence[float]
+) -> Portion:
+    sizes, heads, sections = _sizes(index.counts), math.prod(index.counts.shape[2:]), index.header.sections
+    levels = lowest or (0,) * len(sections)
+    entries = [int(of_section[level:].sum()) for of_section, level in zip(sizes, levels, strict=True)]
+    sources = tuple(
+        SourcePassage(row.id, section.start, section.stop, relevant, count / (heads * section.size))
+        for section, relevant, count in zip(sections, relevance, entries, strict=True)
+        if count
+    )
+    return Portion(row, index, lowest, -(-sum(entries) // heads), sources)
+
+
+def _sizes(counts: Tensor) -> Tensor:
+    """Return how many entries of each level each section has, [sections, LEVELS] int64, from the lowest level up."""
+    sizes = torch.zeros(len(counts), LEVELS, dtype=torch.int64)
+    falling = counts.sum((2, 3), dtype=torch.int64)
+    sizes[:, LEVELS - falling.shape[1] :] = falling.flip(1)
+    return sizes
+
+
+def _relevance(index: StoredIndex, passages: Sequence[Passage]) -> list[float]:
+    """Return how relevant each section is: the best score of a passage, by the share of the smaller one they share."""
+    found = []
+    for section in index.header.sections:
+        size = section.stop - section.start
+        shares = (
+            (min(one.stop, section.stop) - max(one.start, section.start)) / max(1, min(size, one.stop - one.start))
+            * one.score
+            for one in passages
+        )
+        found.append(max(0.0, *shares, 0.0))
+    return found
+
+
