@@ -17,7 +17,7 @@ from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.storage.files.locks import renew_in_forks
 
 from .errors import InputError
-from .results import Source
+from .results import Place
 
 __all__ = ["HotMemories"]
 
@@ -41,7 +41,7 @@ class HotMemories:
         if limit is not None and limit < 0:
             raise InputError(f"hot_bytes={limit} must be at least 0; 0 keeps no memory ready")
         self._limit = limit
-        self._places: dict[torch.device, _Place] = {}
+        self._places: dict[torch.device, _Kept] = {}
         self._sizes: OrderedDict[Hashable, tuple[int, int]] = OrderedDict()
         self._renew()
         renew_in_forks(self)
@@ -58,7 +58,7 @@ class HotMemories:
 
     def prefix(
         self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], MemoryKV]]], room: int
-    ) -> tuple[Prefix, list[Source]]:
+    ) -> tuple[Prefix, list[Place]]:
         """Return memories, one behind another, as a prefix of what is read, and where each was found; see `sections`.
 
         While one is in use, others of the same memories are the same, so that they are attended to together.
@@ -68,7 +68,7 @@ class HotMemories:
 
     def sections(
         self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], MemoryKV]]], room: int
-    ) -> list[tuple[Section, Source]]:
+    ) -> list[tuple[Section, Place]]:
         """Return memories ready for attention, and where each was found.
 
         wanted: what tells a memory from every other and from its earlier versions, and what loads it.
@@ -100,12 +100,12 @@ class HotMemories:
 
     def _section(
         self, model: BeaconModel, key: Hashable, load: Callable[[], MemoryKV], span: int, read: dict[Hashable, MemoryKV]
-    ) -> tuple[Section, Source]:
+    ) -> tuple[Section, Place]:
         device = model.device
         with self._lock:
             kept = [(self._place(place).take((key, span)), place) for place in dict.fromkeys((device, _RAM))]
         found = next(((section, place) for section, place in kept if section is not None), None)
-        source: Source = "cold"
+        source: Place = "cold"
         if found is None:
             memory = (read[key] if key in read else load()).to(device, model.dtype).interpolated(span)
             section = Section.of(memory, model.rope)
@@ -118,9 +118,9 @@ class HotMemories:
                     self._place(_RAM).keep(old, its_section.to(_RAM))
         return section, source
 
-    def _place(self, device: torch.device) -> _Place:
+    def _place(self, device: torch.device) -> _Kept:
         if device not in self._places:
-            self._places[device] = _Place(_free(device) // _SHARE if self._limit is None else self._limit)
+            self._places[device] = _Kept(_free(device) // _SHARE if self._limit is None else self._limit)
         return self._places[device]
 
     @contextlib.contextmanager
@@ -134,7 +134,7 @@ class HotMemories:
             yield
 
 
-class _Place:
+class _Kept:
     """Sections on one device in the order of their last use, `limit` bytes of them."""
 
     def __init__(self, limit: int) -> None:

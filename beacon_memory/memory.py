@@ -28,17 +28,30 @@ from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.reading import READ_TRIES
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
 from .conversation import Messages
 from .documents import Document
-from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
+from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
 from .hot import HotMemories
 from .ingest import Ingestion
-from .picking import DEFAULT_LIMIT, PASSAGES_EACH, Pick, Picker, Query, find_picker, fitting, last_question, pick
+from .picking import (
+    DEFAULT_LIMIT,
+    PASSAGES_EACH,
+    Passage,
+    Pick,
+    Picker,
+    Query,
+    find_picker,
+    fitting,
+    last_question,
+    pick,
+)
 from .question import Question
-from .results import Added, Answer, Progress, Source, Usage
+from .recall import Budget, Indexes, Portion, portions
+from .results import Added, Answer, Progress, Place, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +66,8 @@ _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 class _Asked:
     """Hold a question that is ready to be answered."""
 
-    ids: tuple[str, ...]
-    sources: tuple[Source, ...]
+    loaded: Sequence[Portion]
+    places: tuple[Place, ...]
     request: Request
     config: GenerationConfig
     seed: int | None
@@ -72,9 +85,11 @@ class _Asked:
             stops=self.config.stop_strings or (),
             tools=self.tools,
         )
-        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.sources)
+        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.places)
         first = generation.first_token_at - self.started
-        return Answer(generation.text, parts, self.ids, usage, first, now - self.started)
+        ids = tuple(one.row.id for one in self.loaded)
+        sources = tuple(source for one in self.loaded for source in one.sources)
+        return Answer(generation.text, parts, ids, usage, first, now - self.started, sources)
 
 
 def _wherever(name: _Named) -> _Named | Path:
@@ -125,6 +140,7 @@ class BeaconMemory:
         model, adapter = _wherever(model), _wherever(adapter)
         self._load_once = _Once(_Source(model, adapter, device, dtype, reserve, score))
         self._hot = HotMemories(hot_bytes)
+        self._indexes = Indexes()
 
     def __deepcopy__(self, memo: object) -> BeaconMemory:
         """Return a copy that shares model and store, as `within` does."""
@@ -249,6 +265,7 @@ class BeaconMemory:
         question: Messages,
         ids: str | Sequence[str] | None = None,
         *,
+        budget: int | str | None = None,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -260,9 +277,11 @@ class BeaconMemory:
         """Answer a question from the memory of some documents.
 
         question: a text, or a conversation as dicts with `role` and `content`, as the model's chat template takes them.
-        ids:      documents to answer from, loaded in this order; None chooses up to `limit`, see `pick`, as far as
-                  they fit the model's positions together.
-        optional: those of `ids` that may be left out, too, if they do not fit beside those in front of them.
+        ids:      documents to answer from, loaded in this order; None chooses up to `limit`, see `pick`.
+        budget:   how much of their memories is loaded: a number of slots, bytes as "64MB", or a ratio as "x16", a slot
+                  for 16 tokens. It is spent where the question is, see `zoom`. By default all is loaded that fits the
+                  model's positions.
+        optional: those of `ids` that may be left out if they do not fit whole beside those in front of them.
         stop:     strings at which the answer ends. seed: of sampling.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
                   `Answer.parts` has the calls.
@@ -272,7 +291,7 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
         positions, or FingerprintMismatchError for a document that another model compressed.
         """
-        given = Question(question, ids, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        given = Question(question, ids, budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
         asked = self._asked(given)
         if (asked.config.num_beams or 1) > 1:
             ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
@@ -315,6 +334,7 @@ class BeaconMemory:
         question: Messages,
         ids: str | Sequence[str] | None = None,
         *,
+        budget: int | str | None = None,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -328,7 +348,9 @@ class BeaconMemory:
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
         or not and in whatever thread, are decoded together.
         """
-        asked = self._asked(Question(question, ids, limit, optional, stop, seed, tools, chat_template_kwargs, options))
+        asked = self._asked(
+            Question(question, ids, budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        )
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
@@ -361,25 +383,59 @@ class BeaconMemory:
             chat_template_kwargs=question.chat_template_kwargs,
         )
         room = model.max_positions - slots - len(prompt) - new_tokens
-        rows = self._chosen(question, room)
-        require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
-        prefix, sources = self._prefix(rows, room + slots)
-        ids = tuple(row.id for row in rows)
+        require_room(model, slots, len(prompt), new_tokens)
+        for _ in range(READ_TRIES):
+            with contextlib.suppress(ConflictError):  # a document was replaced meanwhile: choose anew
+                loaded = self._recalled(question, room)
+                prefix, places = self._prefix(loaded, room + slots)
+                break
+        else:
+            raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
         request = Request(prefix, prompt)
-        return _Asked(ids, sources, request, config, question.seed, question.tools, model.tokenizer, started)
+        return _Asked(loaded, places, request, config, question.seed, question.tools, model.tokenizer, started)
 
-    def _chosen(self, question: Question, room: int) -> builtins.list[DocumentRow]:
-        """Return the rows of the documents to load: those that are named, or those that are found and fit."""
+    def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
+        """Choose what is loaded for a question: of which documents, and how much of each."""
+        model, budget = self.model, None if question.budget is None else Budget.of(question.budget)
+        rows, passages = self._chosen(question, room)
+        found = [self._indexes.get(self.store, row) for row in rows]
+        for row, index in found:
+            require_made(model, index.header.fingerprint, row.id, row.precision)
+        slots = room
+        if budget is not None:
+            layers, kv_heads, head_dim = model.kv_shape
+            slot_bytes = layers * kv_heads * (2 * head_dim * model.kv_dtype.itemsize + 1)
+            slots = min(room, budget.slots_for(sum(row.tokens for row, _ in found), slot_bytes))
+        if sum(row.slots for row, _ in found) <= slots:
+            return portions(found, {}, None)
+        if passages is None:
+            passages = self._passages(question, [row.id for row, _ in found])
+        return portions(found, passages, slots)
+
+    def _chosen(
+        self, question: Question, room: int
+    ) -> tuple[builtins.list[DocumentRow], Mapping[str, Sequence[Passage]] | None]:
+        """Return the rows of the documents that are named, or of those that are found, with the passages found."""
         fingerprint = self.model.fingerprint.digest
         if question.ids is not None:
             named = [question.ids] if isinstance(question.ids, str) else question.ids
-            return fitting([self.store.row(id, fingerprint) for id in named], question.optional, room)
-        rows = [one.row for one in self._picks(question.messages, question.limit, fingerprint)]
-        if not rows:
+            return fitting([self.store.row(id, fingerprint) for id in named], question.optional, room), None
+        picks = self._picks(question.messages, question.limit, fingerprint)
+        if not picks:
             known = any(self._query("", 1).documents())
             advice = "matches the question; name documents by id" if known else "is stored yet; add some"
             raise DocumentNotFoundError(f"no document {advice}")
-        return fitting(rows, {row.id for row in rows}, room)
+        return [one.row for one in picks], {one.id: one.passages for one in picks}
+
+    def _passages(self, question: Question, ids: Sequence[str]) -> dict[str, builtins.list[Passage]]:
+        """Return the passages of some documents that a question is about, by their ids."""
+        wanted = PASSAGES_EACH * len(ids)
+        query = self._query(last_question(question.messages), wanted, self.model.fingerprint.digest, tuple(ids))
+        found: dict[str, builtins.list[Passage]] = {id: [] for id in ids}
+        for passage in self._picker(query):
+            if passage.score > 0 and passage.document in found:
+                found[passage.document].append(passage)
+        return found
 
     def pick(self, question: Messages, limit: int = DEFAULT_LIMIT, room: int | None = None) -> builtins.list[Pick]:
         """Choose up to `limit` documents for a question, as `ask` does without ids: best first, [] if nothing is found.
@@ -414,10 +470,12 @@ class BeaconMemory:
         query = self._query(last_question(question), PASSAGES_EACH * limit, fingerprint)
         return pick(self._picker, query, limit)
 
-    def _query(self, text: str, passages: int, fingerprint: str | None = None) -> Query:
-        return Query(text, self.store, passages, lambda: self.model, fingerprint)
+    def _query(
+        self, text: str, passages: int, fingerprint: str | None = None, ids: tuple[str, ...] | None = None
+    ) -> Query:
+        return Query(text, self.store, passages, lambda: self.model, fingerprint, ids)
 
-    def warm(self, ids: str | Sequence[str]) -> tuple[Source, ...]:
+    def warm(self, ids: str | Sequence[str]) -> tuple[Place, ...]:
         """Make the memories of documents ready, so that the next question about one opens no file.
 
         Returns where each was: `cold`, in its file; in `ram`; or on the `device`. As much is kept as `hot_bytes`
@@ -425,18 +483,18 @@ class BeaconMemory:
         """
         named = [ids] if isinstance(ids, str) else ids
         rows = [self.store.row(id, self.model.fingerprint.digest) for id in named]
+        whole = portions([self._indexes.get(self.store, row) for row in rows], {}, None)
         room = self.room("") + self.compressor.sink.slots
-        return tuple(source for row in rows for source in self._prefix([row], room)[1])
+        return tuple(source for one in whole for source in self._prefix([one], room)[1])
 
-    def _prefix(self, rows: Sequence[DocumentRow], room: int) -> tuple[Prefix, tuple[Source, ...]]:
+    def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
         """Return sink and documents as a prefix, and where each document's memory was."""
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
-        wanted += [(self._version(row), partial(self._load, row)) for row in rows]
+        wanted += [((*self._version(one.row), one.lowest), partial(self._load, one)) for one in loaded]
         prefix, (_, *sources) = self._hot.prefix(self.model, wanted, room)
-        for row, source in zip(rows, sources, strict=True):
-            if source != "cold":
-                self.store.uses.add(row.id)
+        for one in loaded:
+            self.store.uses.add(one.row.id)
         return prefix, tuple(sources)
 
     def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
@@ -444,11 +502,8 @@ class BeaconMemory:
         place = str(self.store.folder.absolute())
         return place, row.file, row.content_hash, row.fingerprint, row.bytes, row.updated_at
 
-    def _load(self, row: DocumentRow) -> MemoryKV:
-        model = self.model
-        stored = self.store.get(row, device=model.device, dtype=model.dtype, fingerprint=model.fingerprint.digest)
-        require_made(model, stored.header.fingerprint, row.id, row.precision)
-        return stored.kv
+    def _load(self, portion: Portion) -> MemoryKV:
+        return portion.load(self.store, self.model.device, self.model.dtype)
 
     def list(
         self,

@@ -72,6 +72,7 @@ class Query:
     limit: passages that are enough, the best ones; more than `PASSAGES_EACH` of one text crowd others out.
     load:  loads the model, or returns it if it is loaded; see `model`.
     fingerprint: of the model that will read the documents, if it is known.
+    ids:   the documents whose passages are wanted; None for any.
     """
 
     text: str
@@ -79,6 +80,7 @@ class Query:
     limit: int
     load: Callable[[], BeaconModel] = field(repr=False)
     fingerprint: str | None = None
+    ids: tuple[str, ...] | None = None
 
     @property
     def model(self) -> BeaconModel:
@@ -86,7 +88,13 @@ class Query:
         return self.load()
 
     def documents(self) -> Iterator[DocumentRow]:
-        """Iterate over the rows of all documents by id; those that conversations were folded into are left out."""
+        """Iterate over the rows of the documents by id; those that conversations were folded into are left out.
+
+        With `ids` it is over the rows of these.
+        """
+        if self.ids is not None:
+            yield from (self.store.row(id, self.fingerprint) for id in self.ids)
+            return
         after = ""
         while rows := self.store.list(after=after, limit=100):
             yield from (row for row in rows if SESSION_TAG not in row.tags)
@@ -133,7 +141,11 @@ class Pick:
 
 def by_words(query: Query) -> Iterator[Passage]:
     """Find passages that share words with the question, by BM25; the picker `text`."""
-    for hit in query.store.search(query.text, query.limit, per_text=PASSAGES_EACH, conversations=False):
+    if query.ids is None:
+        hits = query.store.search(query.text, query.limit, per_text=PASSAGES_EACH, conversations=False)
+    else:
+        hits = query.store.search(query.text, query.limit, documents=query.ids)
+    for hit in hits:
         yield Passage(hit.document, hit.start, hit.stop, hit.score)
 
 

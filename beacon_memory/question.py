@@ -24,6 +24,7 @@ class Question:
 
     messages: Messages
     ids: str | Sequence[str] | None = None
+    budget: int | str | None = None
     limit: int = DEFAULT_LIMIT
     optional: Collection[str] = ()
     stop: str | Sequence[str] | None = None

@@ -165,11 +165,10 @@ def _relevance(index: StoredIndex, passages: Sequence[Passage]) -> list[float]:
     for section in index.header.sections:
         size = section.stop - section.start
         shares = (
-            (min(one.stop, section.stop) - max(one.start, section.start)) / max(1, min(size, one.stop - one.start))
+            (min(one.stop, section.stop) - max(one.start, section.start))
+            / max(1, min(size, one.stop - one.start))
             * one.score
             for one in passages
         )
         found.append(max(0.0, *shares, 0.0))
     return found
-
-

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Added", "Answer", "Progress", "Source", "Status", "ToolCall", "UnreadCall", "Usage"]
+__all__ = ["Added", "Answer", "Place", "Progress", "SourcePassage", "Status", "ToolCall", "UnreadCall", "Usage"]
 
 Status = Literal["added", "replaced", "unchanged", "appended", "recompressed"]
 # Where a document's memory was: in its file, or ready for attention, in RAM or on the model's device.
-Source = Literal["cold", "ram", "device"]
+Place = Literal["cold", "ram", "device"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,29 @@ class Progress:
 class Usage:
     """Count the memory slots loaded (sink included, the mean over heads), and the tokens of prompt and answer.
 
-    sources: where the memory of each document was, in the order of the answer's ids.
+    places: where the memory of each document was, in the order of the answer's ids.
     """
 
     slots: int
     prompt_tokens: int
     generated_tokens: int
-    sources: tuple[Source, ...] = ()
+    places: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePassage:
+    """A passage that an answer was given from: the characters from `start` to `stop` of a document's text.
+
+    relevance: score of the question's search; 0 for one that was loaded for want of a better use of the budget, or
+               because everything was.
+    loaded:    the share of its K/V that was loaded, the mean over heads; 1 for all tokens in all heads.
+    """
+
+    document: str
+    start: int
+    stop: int
+    relevance: float
+    loaded: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +101,7 @@ class Answer:
     parts: the texts and calls that it is made of, in their order; without tools it is all text.
     ids: documents in the order in which they were loaded.
     time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.
+    sources: the passages of which something was loaded, in the order of documents and their texts.
     """
 
     text: str
@@ -93,6 +110,7 @@ class Answer:
     usage: Usage
     time_to_first_token: float
     seconds: float
+    sources: tuple[SourcePassage, ...] = ()
 
     def __str__(self) -> str:
         return self.text

@@ -40,6 +40,7 @@ from .options import (
 from .terminal import (
     answer_fields,
     compressing,
+    note_sources,
     note_usage,
     prepare_streams,
     print_fields,
@@ -254,6 +255,14 @@ def ask(
     doc: Annotated[
         list[str] | None, typer.Option(help="Id of a document to answer from; repeat it for several.", metavar="ID")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="How much of their memories to load, where the question is: slots, bytes as 64MB, or a ratio as x16.",
+            show_default="all that fits the model",
+        ),
+    ] = None,
+    sources: Annotated[bool, typer.Option("--sources", help="Show the passages that were loaded.")] = False,
     limit: Annotated[int, typer.Option(help="Without --doc: how many documents may be picked.", min=1)] = 3,
     picker: Picker = "text",
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
@@ -276,14 +285,15 @@ def ask(
 ) -> None:
     """Answer a question from stored documents, without reading them again.
 
-    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, sources, time_to_first_token, seconds.
+    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, places, time_to_first_token, seconds,
+    sources.
     """
     from beacon_memory.results import Answer
 
     with reported():
         if stream and as_json:
             raise InputError("--stream prints text and --json one object: choose one")
-        options: dict[str, Any] = {"limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"budget": budget, "limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
         options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
         chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
@@ -293,15 +303,19 @@ def ask(
                     if isinstance(piece, Answer):
                         print_line()
                         note_usage(piece)
+                        if sources:
+                            note_sources(piece, memory.store)
                     else:
                         print_text(piece)
                 return
             answer = memory.ask(question, doc or None, **options)
-        if as_json:
-            print_json(answer_fields(answer))
-        else:
+            if as_json:
+                print_json(answer_fields(answer))
+                return
             print_text(f"{answer.text}\n")
             note_usage(answer)
+            if sources:
+                note_sources(answer, memory.store)
 
 
 def _template_arguments(text: str | None) -> Any:

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from beacon_memory.results import Answer
     from beacon_memory.results import Progress as Advance
     from beacon_memory.storage.catalog.rows import DocumentRow
+    from beacon_memory.storage.store import MemoryStore
 
 __all__ = [
     "answer_fields",
     "compressing",
     "counting",
     "document_fields",
+    "note_sources",
     "note_usage",
     "prepare_streams",
     "print_as_it_is",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _LINES = "\n\t"
+_MOST_SOURCES = 20  # passages that are shown
 _PIPE_COLUMNS = 10_000  # so that no line is broken in a pipe
 _STDERR = 2  # the last number of a standard stream
 # What moves the cursor, changes colours or turns the direction: an id may be any text, and so may what a model answers
@@ -128,6 +131,7 @@ def answer_fields(answer: Answer) -> dict[str, Any]:
         **asdict(answer.usage),
         "time_to_first_token": answer.time_to_first_token,
         "seconds": answer.seconds,
+        "sources": [asdict(source) for source in answer.sources],
     }
 
 
@@ -140,6 +144,20 @@ def note_usage(answer: Answer) -> None:
         style="dim",
         markup=False,
     )
+
+
+def note_sources(answer: Answer, store: MemoryStore) -> None:
+    """Print the passages that an answer was given from, the most relevant first, and how much of each was loaded."""
+    texts = {id: store.text(id) for id in answer.ids}
+    ranked = sorted(answer.sources, key=lambda source: (source.relevance, source.loaded), reverse=True)
+    for source in ranked[:_MOST_SOURCES]:
+        excerpt = " ".join(texts[source.document][source.start : source.stop].split())
+        place = f"{shown(source.document)} {source.start}-{source.stop}, {source.loaded:.0%} loaded"
+        if source.relevance:
+            place += f", relevance {source.relevance:.1f}"
+        remarks().print(f"  {place}: {shown(excerpt)}", style="dim", markup=False)
+    if len(ranked) > _MOST_SOURCES:
+        remarks().print(f"  and {len(ranked) - _MOST_SOURCES} more passages", style="dim", markup=False)
 
 
 def row_fields(row: DocumentRow) -> dict[str, Any]:

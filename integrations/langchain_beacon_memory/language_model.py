@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
@@ -30,6 +31,7 @@ class BeaconLanguageModel(BaseModel):
     document_ids: documents to answer from, loaded in this order; none by default. None lets the memory's picker find
                   some for the last question, as `BeaconMemory.ask` does.
     namespace:    where the documents are; by default the memory's own namespace.
+    budget:       how much of their memories is loaded, where the question is; see `BeaconMemory.ask`.
     max_tokens:   of an answer. temperature, top_p, seed: of sampling. stop: strings at which an answer ends.
     model_kwargs: further options of transformers' `generate`.
     model:        the name of the model in traces.
@@ -44,6 +46,7 @@ class BeaconLanguageModel(BaseModel):
     memory: BeaconMemory = Field(exclude=True, repr=False)
     document_ids: Sequence[str] | None = ()
     namespace: str | None = None
+    budget: int | str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -66,7 +69,7 @@ class BeaconLanguageModel(BaseModel):
 
     def _options(self, stop: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of `BeaconMemory.ask` for a call."""
-        own = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+        own = {name: getattr(self, name) for name in ("budget", "max_tokens", "temperature", "top_p", "seed")}
         chosen = self.model_kwargs | {name: value for name, value in own.items() if value is not None} | dict(options)
         if (most := chosen.pop("max_tokens", None)) is not None:
             chosen["max_new_tokens"] = most
@@ -75,7 +78,7 @@ class BeaconLanguageModel(BaseModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = ("model", "namespace", "document_ids", "max_tokens", "temperature", "top_p", "seed", "stop")
+        names = ("model", "namespace", "document_ids", "budget", "max_tokens", "temperature", "top_p", "seed", "stop")
         of_store = {"store": str(self.memory.store.root), "store_namespace": self.memory.store.namespace}
         return {**of_store, **{name: getattr(self, name) for name in names}, **self.model_kwargs}
 
@@ -96,10 +99,11 @@ def usage_metadata(answer: Answer) -> UsageMetadata:
 
 
 def response_metadata(answer: Answer, model: str) -> dict[str, Any]:
-    """Return the documents that an answer rests on, and how long it took."""
+    """Return the documents and passages that an answer rests on, and how long it took."""
     return {
         "model_name": model,
         "document_ids": list(answer.ids),
         "time_to_first_token": answer.time_to_first_token,
         "seconds": answer.seconds,
+        "sources": [asdict(source) for source in answer.sources],
     }

@@ -49,8 +49,8 @@ __all__ = ["BeaconMemoryLLM"]
 class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
     """A local model that answers behind the memories of stored documents.
 
-    Everything runs in this process. Each of `document_ids`, `namespace`, `temperature`, `max_tokens`, `seed` and `stop`
-    may be given with a call, too, and so may other options of transformers' `generate`. They only ever come from the
+    Everything runs in this process. Each of `document_ids`, `namespace`, `budget`, `temperature`, `max_tokens`, `seed` and
+    `stop` may be given with a call, too, and so may other options of transformers' `generate`. They only ever come from the
     program: nothing in the text or the metadata of a message can name a document or a namespace.
 
     It calls tools if the chat template of its model has a place for them (`metadata.is_function_calling_model`).
@@ -65,6 +65,9 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
     document_ids: list[str] | None = Field(
         default_factory=list,
         description="Documents to answer from, loaded in this order; None finds some for the last question.",
+    )
+    budget: int | str | None = Field(
+        default=None, description="How much of their memories is loaded, where the question is: see BeaconMemory.ask."
     )
     temperature: float = Field(default=0.0, ge=0, description="Of sampling; 0 takes the likeliest token.")
     max_tokens: int = Field(default=DEFAULT_NUM_OUTPUTS, gt=0, description="Tokens that an answer may have.")
@@ -233,7 +236,7 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
         return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
 
     def _call(self, messages: Sequence[ChatMessage], given: Mapping[str, Any]) -> Call:
-        names = ("document_ids", "temperature", "max_tokens", "seed", "stop")
+        names = ("document_ids", "budget", "temperature", "max_tokens", "seed", "stop")
         own_options = self.generate_kwargs | {name: getattr(self, name) for name in names}
         meant = {name: value for name, value in given.items() if value is not None or name == "document_ids"}
         options = own_options | meant

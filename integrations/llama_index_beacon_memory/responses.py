@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole, ToolCallBlock
 
@@ -63,6 +64,7 @@ def to_response(answer: Answer) -> ChatResponse:
         raw={
             "document_ids": list(answer.ids),
             "usage": usage,
+            "sources": [asdict(source) for source in answer.sources],
             "time_to_first_token": answer.time_to_first_token,
             "seconds": answer.seconds,
         },
