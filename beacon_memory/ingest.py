@@ -11,6 +11,7 @@ from typing import Any
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
 from beacon_memory.modeling.model import require_made
+from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
@@ -298,8 +299,9 @@ class Ingestion:
 
     def _put(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
         """Store a compressed document."""
+        breaks = [start for start, _ in split_passages(job.text.value)]
         spans = tuple(
-            WindowSpan.of(w.tokens, w.ratio, w.span, job.offsets[w.first : w.first + w.tokens])
+            WindowSpan.of(w.tokens, w.ratio, w.span, job.offsets[w.first : w.first + w.tokens], breaks)
             for w in compressed.windows
         )
         last, model = compressed.windows[-1], self.compressor.model

@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,7 +96,7 @@ class Portion:
             return store.get(self.row, device=device, dtype=dtype, fingerprint=self.row.fingerprint).kv
         file = read_document_part(store.parts, self.row, self.lowest)
         bounds = [section.first for section in self.index.header.sections] + [self.index.header.span]
-        return loaded(file.memory(device, dtype), bounds, self.lowest)
+        return loaded(file.memory(device, dtype), bounds, self.lowest, range(len(self.lowest)))
 
 
 class Indexes:
@@ -128,8 +128,7 @@ def portions(
     relevance = [_relevance(index, passages.get(row.id, ())) for row, index in found]
     sizes = torch.cat([_sizes(index.counts) for _, index in found])
     heads = math.prod(found[0][1].counts.shape[2:])
-    every = torch.tensor([one for of_document in relevance for one in of_document])
-    lowest = [int(level) for level in allocate(sizes, every, slots * heads)]
+    lowest = allocate(sizes, list(chain.from_iterable(relevance)), slots * heads)
     ends = accumulate((len(index.counts) for _, index in found), initial=0)
     return [
         _portion(row, index, tuple(lowest[start:stop]), of_document)

@@ -293,7 +293,13 @@ def ask(
     with reported():
         if stream and as_json:
             raise InputError("--stream prints text and --json one object: choose one")
-        options: dict[str, Any] = {"budget": budget, "limit": limit, "stop": stop, "seed": seed, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {
+            "budget": budget,
+            "limit": limit,
+            "stop": stop,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+        }
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
         options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
         chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)

@@ -6,7 +6,7 @@ import re
 
 __all__ = ["PASSAGE_LENGTH", "split_passages"]
 
-PASSAGE_LENGTH = 300  # characters that a passage aims at: some 64 tokens, as a section of a K/V file has
+PASSAGE_LENGTH = 300  # characters that a passage aims at: some 64 tokens
 _SLACK = PASSAGE_LENGTH // 4  # shortest passage worth a cut, and how far the last one may run over
 
 # Where a passage may end, best first: after a paragraph, a sentence or line, a word. Each matches up to the first

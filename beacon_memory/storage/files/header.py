@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 from beacon_memory.config import METHOD_NAME
@@ -12,9 +13,9 @@ from beacon_memory.documents import check_id, utc_now
 from beacon_memory.errors import InputError
 from beacon_memory.kv.fingerprint import Fingerprint
 
-__all__ = ["SECTION", "DocumentHeader", "SectionSpan", "WindowSpan"]
+__all__ = ["LONGEST_SECTION", "DocumentHeader", "SectionSpan", "WindowSpan"]
 
-SECTION = 64  # positions of a section at most; part of the stored form
+LONGEST_SECTION = 128  # positions; a passage has some 64 tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class WindowSpan:
     ratio:  raw tokens per slot; 0: the window is kept raw, one slot a token
     start, stop: where in the text the window lies, in characters
     span:   positions of the memory's span that it takes
-    cuts:   where in the text its sections after the first begin, in characters; see `DocumentHeader.sections`
+    cuts:   where its sections after the first begin: the position in the window, and the character of the text
     """
 
     tokens: int
@@ -33,29 +34,43 @@ class WindowSpan:
     start: int
     stop: int
     span: int
-    cuts: tuple[int, ...] = ()
+    cuts: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tokens", "ratio", "start", "stop", "span"):
             _check_count(f"a window's {name}", getattr(self, name))
-        for cut in self.cuts:
-            _check_count("a cut", cut)
-        bounds = (self.start, *self.cuts, self.stop)
-        if any(one > other for one, other in pairwise(bounds)):
-            raise InputError(f"a window's start, cuts and stop must not fall, got {bounds}")
-        if len(self.cuts) >= max(1, -(-self.span // SECTION)):
-            raise InputError(f"a window of {self.span} positions cannot have {len(self.cuts)} cuts")
+        for number in chain.from_iterable(self.cuts):
+            _check_count("a number of a cut", number)
+        positions, characters = (
+            [*pair] for pair in zip((0, self.start), *self.cuts, (self.span, self.stop), strict=True)
+        )
+        if any(one >= other for one, other in pairwise(positions[:-1])) or positions[-2] > max(0, self.span - 1):
+            raise InputError(f"a window of {self.span} positions must have its cuts at rising ones, got {self.cuts}")
+        if any(one > other for one, other in pairwise(characters)):
+            raise InputError(f"a window's start, the characters of its cuts and its stop must not fall: {characters}")
 
     @classmethod
-    def of(cls, tokens: int, ratio: int, span: int, offsets: Sequence[tuple[int, int]]) -> WindowSpan:
-        """Return a window whose tokens start and stop at these places in the text; its sections begin where theirs do.
+    def of(
+        cls, tokens: int, ratio: int, span: int, offsets: Sequence[tuple[int, int]], breaks: Sequence[int]
+    ) -> WindowSpan:
+        """Return a window whose tokens start and stop at `offsets` in the text, in characters.
 
-        If it takes as many positions as it has tokens, or more, each of its first ones is that of a token; the others
-        belong to all of it. If it takes fewer, each stands for as many tokens as any other.
+        breaks: where passages of the text begin; its sections begin where theirs do, and have `LONGEST_SECTION`
+        positions at most. If it takes as many positions as it has tokens, or more, each of its first ones is that of a
+        token; the others belong to all of it. If it takes fewer, each stands for as many tokens as any other.
         """
-        positions = range(SECTION, min(span, tokens), SECTION)
-        firsts = [at if span >= tokens else at * tokens // span for at in positions]
-        return cls(tokens, ratio, offsets[0][0], offsets[-1][1], span, tuple(offsets[first][0] for first in firsts))
+        starts = [start for start, _ in offsets]
+        own = breaks[bisect_right(breaks, starts[0]) : bisect_right(breaks, starts[-1])]
+        firsts = {bisect_left(starts, at): at for at in own}
+        placed = {first if span >= tokens else first * span // tokens: at for first, at in sorted(firsts.items())}
+        bounds = [0, *sorted(placed.keys() - {0}), min(span, tokens)]
+        cuts = [
+            (at, placed.get(at, starts[at if span >= tokens else at * tokens // span]))
+            for low, high in pairwise(bounds)
+            for at in (*_divided(low, high), high)
+            if at < min(span, tokens)
+        ]
+        return cls(tokens, ratio, offsets[0][0], offsets[-1][1], span, tuple(cuts))
 
     @property
     def slots(self) -> int:
@@ -65,7 +80,7 @@ class WindowSpan:
 
 @dataclass(frozen=True, slots=True)
 class SectionSpan:
-    """Describe a section: up to `SECTION` successive positions of one window.
+    """Describe a section: up to `LONGEST_SECTION` successive positions of one window.
 
     window: number of the window
     first, size: the position of the memory at which it begins, and how many it has
@@ -154,24 +169,27 @@ class DocumentHeader:
 
     @property
     def sections(self) -> list[SectionSpan]:
-        """Return all sections: each window is cut anew after every `SECTION` positions.
+        """Return all sections: of each window those between its cuts, and of what lies behind its tokens.
 
-        Those behind its last cut, such as beacons behind the tokens of a window, belong to the whole window's text.
+        That, such as beacons, belongs to the text of the whole window.
         """
         found, first = [], 0
         for number, window in enumerate(self.windows):
-            bounds = (window.start, *window.cuts, window.stop)
-            for index, at in enumerate(range(0, window.span, SECTION)):
-                own = index < len(bounds) - 1
-                start, stop = (bounds[index], bounds[index + 1]) if own else (window.start, window.stop)
-                found.append(SectionSpan(number, first + at, min(SECTION, window.span - at), start, stop))
+            own = min(window.span, window.tokens)
+            bounds = [(0, window.start), *window.cuts, (own, window.stop)]
+            for (low, start), (high, stop) in pairwise(bounds):
+                found.append(SectionSpan(number, first + low, high - low, start, stop))
+            behind = [own, *_divided(own, window.span), window.span]
+            for low, high in pairwise(behind):
+                if low < high:
+                    found.append(SectionSpan(number, first + low, high - low, window.start, window.stop))
             first += window.span
         return found
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> DocumentHeader:
         """Read what `dataclasses.asdict` gave; raises InputError, TypeError or CorruptFileError for anything else."""
-        windows = (window | {"cuts": tuple(window["cuts"])} for window in stored.get("windows", ()))
+        windows = (window | {"cuts": tuple(map(tuple, window["cuts"]))} for window in stored.get("windows", ()))
         read: dict[str, Any] = {
             "windows": tuple(WindowSpan(**window) for window in windows),
             "tail_ids": tuple(stored.get("tail_ids", ())),
@@ -180,6 +198,12 @@ class DocumentHeader:
         if missing := {"windows", "tail_ids", "method", "created_at", "namespace"} - set(stored):
             raise InputError(f"the header has no {', '.join(sorted(missing))}")
         return cls(**{**stored, **read})
+
+
+def _divided(low: int, high: int) -> list[int]:
+    """Return where a run of positions is cut into equal parts that are no longer than a section may be."""
+    parts = -(-(high - low) // LONGEST_SECTION)
+    return [low + (high - low) * part // parts for part in range(1, parts)]
 
 
 def _check_count(what: str, value: object) -> None:
