@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -154,7 +155,7 @@ def _flaws(store: MemoryStore) -> list[str]:
     try:
         catalog = store.parts.catalog(create=identity(store.folder) is not None)  # one that was lost begins anew
         found = find_flaws(catalog)
-        for _ in (*catalog.documents.scan(), *catalog.conversations.scan()):
+        for _ in itertools.chain(catalog.documents.scan(), catalog.conversations.scan()):
             pass
         _ = catalog.file_names.named(), store.files
     except (CorruptFileError, InputError) as error:  # InputError: of settings that nobody can have made

@@ -136,9 +136,11 @@ def alone(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if _is_at(lock, path):
-            unlink(path)
-        lock.release()
+        try:
+            if _is_at(lock, path):
+                unlink(path)
+        finally:
+            lock.release()
 
 
 def _is_at(lock: portalocker.Lock, path: Path) -> bool:
