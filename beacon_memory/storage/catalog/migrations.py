@@ -224,7 +224,25 @@ def m010_root(db: Database) -> None:
 
 
 @migrations()
-def m011_short_passages(db: Database) -> None:
+def m011_conversations(db: Database) -> None:
+    """Keep the recent turns of conversations."""
+    db.execute(
+        """
+        CREATE TABLE conversations (
+            id TEXT PRIMARY KEY NOT NULL,
+            turns TEXT NOT NULL,
+            parts TEXT NOT NULL,
+            folding TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            updated_at TEXT NOT NULL,
+            checksum TEXT NOT NULL
+        )
+        """
+    )
+
+
+@migrations()
+def m012_short_passages(db: Database) -> None:
     """Cut texts into passages so short that what is found is little more than what was sought."""
     for id, kind in db.execute("SELECT DISTINCT document, kind FROM passages").fetchall():
         parts = db.execute("SELECT text FROM passages WHERE document = ? ORDER BY ordinal", [id]).fetchall()
