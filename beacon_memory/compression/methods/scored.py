@@ -17,6 +17,7 @@ from torch import Tensor
 
 from beacon_memory.compression.selection import best
 from beacon_memory.errors import ConfigError
+from beacon_memory.kv.levels import levels_of
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.attention import Watch
@@ -116,36 +117,28 @@ class ScoredMethod(ABC):
         """Read windows in one pass, each behind a memory; returns their own.
 
         windows: for each the prefix, its token ids, and the ratio: it leaves tokens / ratio slots, the mean over heads.
-
-        Without beacons, ratio 0 and 1 keep every token, and nothing is scored.
+                 Ratio 0 keeps every token, and nothing is scored.
         """
-        cut = [
-            self.model.cut(Cursor(), ids, iter([self.beacon_ratio(ratio)]), tail="close") for _, ids, ratio in windows
+        pieces = [
+            Piece(Cursor(), self.model.cut(Cursor(), ids, iter([self.beacon_ratio(ratio)]), tail="close"))
+            for _, ids, ratio in windows
         ]
         watches = [self.watch(len(ids)) for _, ids, _ in windows]
-        layout = BeaconLayout.build([Piece(Cursor(), one) for one in cut], self.model.config)
+        layout = BeaconLayout.build(pieces, self.model.config)
         own = [entry for window in layout.windows for entry in window.own]
         prefixes = [prefix for prefix, _, _ in windows]
         kept = self.model.read(layout, self.model.empty_kv(), own, prefixes=prefixes, watch=_each(watches))
-        whole: list[BeaconKV] = []
-        at = 0
-        for window in layout.windows:
-            whole.append(kept[at : at + len(window.own)])
-            at += len(window.own)
-        read = [
-            ReadWindow(self.model, prefix, ids, kv[: len(ids)], watch)
-            for (prefix, ids, _), kv, watch in zip(windows, whole, watches, strict=True)
-        ]
-        beacons = [kv[len(one.ids) :] for one, kv in zip(read, whole, strict=True)]
-        budgets = [
-            slots_of(len(ids), ratio) - behind.slots for (_, ids, ratio), behind in zip(windows, beacons, strict=True)
-        ]
-        scores = iter(self._scores([one for one, budget in zip(read, budgets, strict=True) if budget < len(one.ids)]))
+        read, beacons, at = [], [], 0
+        for (prefix, ids, _), window, watch in zip(windows, layout.windows, watches, strict=True):
+            behind, end = at + len(ids), at + len(window.own)
+            read.append(ReadWindow(self.model, prefix, ids, kept[at:behind], watch))
+            beacons.append(kept[behind:end])
+            at = end
+        ratios = [ratio for _, _, ratio in windows]
+        scores = iter(self._scores([one for one, ratio in zip(read, ratios, strict=True) if ratio]))
         return [
-            MemoryKV.of(one.kv)
-            if budget == len(one.ids)
-            else MemoryKV.concat([MemoryKV.chosen(one.kv, best(next(scores), budget)), MemoryKV.of(behind)])
-            for one, budget, behind in zip(read, budgets, beacons, strict=True)
+            _chosen(one.kv, next(scores), its_beacons, ratio) if ratio else MemoryKV.of(one.kv)
+            for one, its_beacons, ratio in zip(read, beacons, ratios, strict=True)
         ]
 
     def _scores(self, windows: Sequence[ReadWindow]) -> Sequence[Tensor]:
@@ -199,6 +192,12 @@ class _Reading(Generic[Key]):
         return self.key, MemoryKV.concat(self.parts[1:])
 
 
+def _chosen(raw: BeaconKV, scores: Tensor, beacons: BeaconKV, ratio: int) -> MemoryKV:
+    """Return the entries of a window with the highest scores, and its beacons behind them."""
+    kept = best(scores, slots_of(raw.slots, ratio) - beacons.slots)
+    return MemoryKV.concat([MemoryKV.chosen(raw, kept, levels_of(scores)), MemoryKV.of(beacons)])
+
+
 def _each(watches: Sequence[Watch | None]) -> Watch | None:
     """Return what lets the watch of each sequence hear the attention of that sequence."""
 
@@ -207,4 +206,4 @@ def _each(watches: Sequence[Watch | None]) -> Watch | None:
         if its_watch is not None:
             its_watch(layer, sequence, *heard)
 
-    return watch if any(watches) else None
+    return None if all(one is None for one in watches) else watch
