@@ -190,7 +190,7 @@ class Ingestion:
         row = self._row(document.id)
         label = _label(document, row)
         tokens = self.compressor.tokenize(text.value)
-        ratios = self._ratios(document.id, len(tokens.ids), ratio)
+        ratios = self._ratios(document.id, len(tokens.ids), ratio, compression)
         if precision == PrecisionRule.AUTO:
             precision = self.store.settings.precision
         if row is not None and self._is_stored(row, text, ratios, compression, precision):
@@ -228,7 +228,7 @@ class Ingestion:
             Document(row.id, whole.value),
             whole,
             new.offsets,
-            Work(new.ids, self._ratios(row.id, len(new.ids), ratios), kept, windows),
+            Work(new.ids, self._ratios(row.id, len(new.ids), ratios, row.compression), kept, windows),
             row.compression,
             row.precision or "auto",
             "appended",
@@ -254,7 +254,7 @@ class Ingestion:
             Document(row.id, text.value),
             text,
             tokens.offsets,
-            Work(tokens.ids, self._ratios(row.id, len(tokens.ids), ratios)),
+            Work(tokens.ids, self._ratios(row.id, len(tokens.ids), ratios, row.compression)),
             row.compression,
             row.precision or "auto",
             "recompressed",
@@ -268,9 +268,9 @@ class Ingestion:
         except DocumentNotFoundError:
             return None
 
-    def _ratios(self, id: str, tokens: int, ratio: Ratio) -> list[int]:
+    def _ratios(self, id: str, tokens: int, ratio: Ratio, compression: str) -> list[int]:
         try:
-            return self.compressor.ratios(tokens, ratio)
+            return self.compressor.ratios(tokens, ratio, compression)
         except BeaconMemoryError as error:
             raise type(error)(f"document {id!r}: {error}") from error
 

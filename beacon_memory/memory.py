@@ -51,7 +51,7 @@ from .picking import (
 )
 from .question import Question
 from .recall import Budget, Indexes, Portion, portions
-from .results import Added, Answer, Progress, Place, Usage
+from .results import Added, Answer, Place, Progress, Usage
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from beacon_memory.modeling.text_tokens import text_tokens
 
 from .methods.method import CompressionMethod, MakeMethod, Plan
 from .methods.registry import find, package_of
-from .ratio import auto_ratio, positions_needed, too_long, window_ratios
+from .ratio import AUTO_RATIOS, auto_ratio, positions_needed, too_long, window_ratios
 from .scoring import check_score
 from .selection import read_sink
 from .work import CompressedDocument, CompressedWindow, Ratio, TokenizedText, Work
@@ -35,9 +35,8 @@ PACKAGE = "package"  # the parameter of a document's method that names what to i
 class BeaconCompressor:
     """Documents to memories, window after window in passes of bounded size.
 
-    rows_per_pass: rows (raw tokens and beacons) that one forward pass of the method `beacon` may have, at least one
-                   window. It bounds the memory that it takes, whatever the length of the documents, and changes no
-                   number. The other built-in methods read one window of one document at a time.
+    rows_per_pass: rows (raw tokens and beacons) that one forward pass may have, at least one window. It bounds the
+                   memory that it takes, whatever the length of the documents, and changes no number but by rounding.
     reserve:       positions of the model to leave free for question and answer behind a document.
     score:         how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
 
@@ -73,14 +72,17 @@ class BeaconCompressor:
             return TokenizedText([*bos, *ids], [(0, 0)] * len(bos) + offsets)
         return TokenizedText(ids, offsets)
 
-    def ratios(self, tokens: int, ratio: Ratio) -> list[int]:
+    def ratios(self, tokens: int, ratio: Ratio, compression: str | None = None) -> list[int]:
         """Return the ratio of each window of a document of so many tokens.
 
         ratio: raw tokens per slot; `auto` for the smallest of 2 to 32 that leaves `reserve` positions; or a list
-        with one ratio for each window. Raises ConfigError for another value, InputError for no tokens and
-        CapacityError, with the numbers, for a document that would not fit.
+        with one ratio for each window. compression: the method that reads it, if what it reads need not fit the model
+        as a whole (`CompressionMethod.any_length`); `auto` then is 2. Raises ConfigError for another value, InputError
+        for no tokens and CapacityError, with the numbers, for a document that would not fit.
         """
         config, positions = self.model.config, self.model.max_positions
+        if compression is not None and self._method(compression).any_length:
+            return window_ratios(tokens, min(AUTO_RATIOS) if ratio == "auto" else ratio, config)
         if isinstance(ratio, str):
             if ratio != "auto":
                 raise ConfigError(f"ratio={ratio!r} must be 'auto', a whole number, or a list of them")

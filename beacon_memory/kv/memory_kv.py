@@ -183,14 +183,22 @@ class MemoryKV:
 
         So it takes apart what `concat` has joined.
         """
-        kept = (self.positions >= start) & (self.positions < stop)
+        part = self.only((self.positions >= start) & (self.positions < stop))
+        return replace(part, positions=part.positions - start, span=stop - start)
+
+    def from_level(self, level: int) -> MemoryKV:
+        """Return the entries of a level and above, at their positions; all, if they have no levels."""
+        return self if self.levels is None or not level else self.only(self.levels >= level)
+
+    def only(self, kept: Tensor) -> MemoryKV:
+        """Return some entries, at their positions; kept: [entries] bool."""
         heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
-        return MemoryKV(
+        return replace(
+            self,
             keys=self.keys[kept],
             values=self.values[kept],
-            positions=self.positions[kept] - start,
+            positions=self.positions[kept],
             counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
-            span=stop - start,
             levels=None if self.levels is None else self.levels[kept],
         )
 

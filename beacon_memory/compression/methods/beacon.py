@@ -30,6 +30,11 @@ class Beacon:
         """None: the fingerprint of the model says it all."""
         return {}
 
+    @property
+    def any_length(self) -> bool:
+        """No: a window sees the beacons of all windows before it."""
+        return False
+
     def span(self, tokens: int, ratio: int) -> int:
         """Return the positions that a window takes: a beacon's slot is its position."""
         return slots_of(tokens, ratio)

@@ -67,6 +67,10 @@ class CompressionMethod(Protocol):
     def parameters(self) -> Mapping[str, str | int]:
         """Settings that change the result, by name: stored with each document, and compared before it is continued."""
 
+    @property
+    def any_length(self) -> bool:
+        """Whether it reads texts whose memory is larger than the model has positions for: a part is loaded later."""
+
     def span(self, tokens: int, ratio: int) -> int:
         """Return the positions that the memory of a window of so many tokens takes."""
 
