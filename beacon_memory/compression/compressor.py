@@ -81,11 +81,11 @@ class BeaconCompressor:
         for no tokens and CapacityError, with the numbers, for a document that would not fit.
         """
         config, positions = self.model.config, self.model.max_positions
+        if isinstance(ratio, str) and ratio != "auto":
+            raise ConfigError(f"ratio={ratio!r} must be 'auto', a whole number, or a list of them")
         if compression is not None and self._method(compression).any_length:
-            return window_ratios(tokens, min(AUTO_RATIOS) if ratio == "auto" else ratio, config)
+            return window_ratios(tokens, min(AUTO_RATIOS) if isinstance(ratio, str) else ratio, config)
         if isinstance(ratio, str):
-            if ratio != "auto":
-                raise ConfigError(f"ratio={ratio!r} must be 'auto', a whole number, or a list of them")
             ratio = auto_ratio(tokens, config, positions, self.reserve)
         ratios = window_ratios(tokens, ratio, config)
         if positions_needed(tokens, ratios, config, self.reserve) > positions:
