@@ -20,7 +20,7 @@ from kv_samples import FINGERPRINT, TEXT, same, sample
 from store_samples import change, put, put_version, version
 
 from beacon_memory.documents import Label
-from beacon_memory.errors import BeaconMemoryError, CorruptFileError
+from beacon_memory.errors import BeaconMemoryError, CorruptFileError, MismatchedFileError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.catalog.full_text import PassageHit
@@ -229,6 +229,27 @@ def test_a_file_of_an_earlier_version_or_of_another_store_is_refused(tmp_path: P
         assert store.text("doc") == TEXT
         (store.folder / row.file).write_bytes(whole)
         assert same(store.get("doc").kv, kv)
+        assert verify(store) == []
+
+
+def test_an_older_file_of_the_same_text_is_not_taken_for_the_newer(tmp_path: Path) -> None:
+    """Only the root tells them apart: text, model, method, precision and sizes are the same."""
+    with MemoryStore(tmp_path / "store") as store:
+        header, kv = sample()
+        before = store.put(header, kv, TEXT)
+        old = (store.folder / before.file).read_bytes()
+        newer = replace(kv, keys=kv.keys + 1)
+        row = store.put(header, newer, TEXT)
+        path = store.folder / row.file
+        whole = path.read_bytes()
+        path.write_bytes(old)
+        with pytest.raises(MismatchedFileError, match="disagrees with its row in the hash of the whole file;"):
+            store.get("doc")
+        for look in (verify, repair):
+            assert [(problem.kind, problem.mended) for problem in look(store)] == [("mismatched-file", False)]
+        assert (path.read_bytes(), store.text("doc")) == (old, TEXT)
+        path.write_bytes(whole)
+        assert same(store.get("doc").kv, newer)
         assert verify(store) == []
 
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 from damage import parts
 from kv_samples import FINGERPRINT, memory, same, write_kv_file
+from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from beacon_memory.config import BeaconConfig
 from beacon_memory.documents import content_hash
 from beacon_memory.errors import CorruptFileError, InputError
-from beacon_memory.kv.levels import LEVELS, TOP_LEVEL
+from beacon_memory.kv.levels import LEVELS, TOP_LEVEL, level_of
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, group_numbers
+from beacon_memory.memory import BeaconMemory
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import read_kv_file
 from beacon_memory.storage.files.nesting import file_order, groups_of, rows_of
@@ -202,3 +205,29 @@ def test_keys_that_were_quantized_across_windows_are_refused(tmp_path: Path) -> 
     assert isinstance(packed, QuantizedKV)
     with pytest.raises(InputError, match="were not quantized window by window"):
         write_kv_file(tmp_path / "a.safetensors", header, packed, TEXT)
+
+
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_a_document_read_in_part_is_the_one_compressed_more(tmp_path: Path, precision: str) -> None:
+    """At ratio 8 each window would have kept the entries of these levels, and no others: so many, and the same scores."""
+    model = tiny_model("llama", BeaconConfig(beacon_window=64), tokenizer=tiny_tokenizer())
+    memory = BeaconMemory(tmp_path, model, reserve=100)
+    memory.add("doc", TEXT, ratio=2, compression="select", precision=precision)
+    path = memory.store.folder / memory.show("doc").file
+    whole = read_kv_file(path)
+    lowest = [level_of(8)] * whole.header.section_count
+    part = read_kv_file(path, lambda *_: lowest).memory()
+    kv = whole.memory()
+    assert kv.levels is not None
+    chosen = (kv.levels >= level_of(8)).nonzero().flatten()
+    for name in ("keys", "values", "positions", "levels"):
+        assert torch.equal(getattr(part, name), getattr(kv, name)[chosen])
+    wanted = sum(-(-window.tokens // 8) for window in whole.header.windows)
+    heads = kv.counts.numel()
+    assert abs(len(part.keys) - heads * wanted) <= heads * len(whole.header.windows)
+    memory.add("eighth", TEXT, ratio=8, compression="select", precision="float32")
+    eighth = memory.store.get("eighth").kv
+    ours = part.between(0, whole.header.windows[0].span)
+    theirs = eighth.between(0, whole.header.windows[0].span)
+    assert torch.equal(ours.positions, theirs.positions)  # the first window was read behind nothing either way
+    assert torch.equal(ours.counts, theirs.counts)
