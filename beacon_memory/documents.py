@@ -185,7 +185,7 @@ def check_id(id: str) -> str:
 
 def check_namespace(name: str) -> str:
     """Return the name of a namespace unchanged; raises InputError unless it is "" or could be an id."""
-    return name if isinstance(name, str) and not name else check_id(name)
+    return name if name == "" else check_id(name)
 
 
 def content_hash(text: str) -> str:

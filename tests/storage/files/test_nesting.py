@@ -209,7 +209,7 @@ def test_keys_that_were_quantized_across_windows_are_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("precision", ["auto", "int8"])
 def test_a_document_read_in_part_is_the_one_compressed_more(tmp_path: Path, precision: str) -> None:
-    """At ratio 8 each window would have kept the entries of these levels, and no others: so many, and the same scores."""
+    """At ratio 8 each window would have kept the entries of these levels, and no others."""
     model = tiny_model("llama", BeaconConfig(beacon_window=64), tokenizer=tiny_tokenizer())
     memory = BeaconMemory(tmp_path, model, reserve=100)
     memory.add("doc", TEXT, ratio=2, compression="select", precision=precision)
