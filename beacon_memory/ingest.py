@@ -10,6 +10,7 @@ from typing import Any
 
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
+from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import require_made
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.rows import DocumentRow
@@ -322,7 +323,11 @@ class Ingestion:
         kv: StoredKV = new
         if job.stored is not None and job.work.read is not None:
             start = job.work.read.span  # what stands before it stays as it was stored, bit for bit
-            kv = job.stored.grown(start, new.between(start, new.span))
+            behind = new.between(start, new.span)
+            if isinstance(job.stored, QuantizedKV):
+                kv = job.stored.grown(start, behind, header.window_starts)
+            else:
+                kv = job.stored.grown(start, behind)
         evicted: list[str] = []
         row = self.store.put(
             header,

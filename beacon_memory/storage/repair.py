@@ -128,7 +128,7 @@ def _mend_catalog(store: MemoryStore) -> list[Problem]:
     found = left = _flaws(store)
     if found:
         with contextlib.suppress(CorruptFileError):
-            mend_catalog(store.parts.catalog(), read_copy(store.folder))
+            mend_catalog(store.parts.catalog(), store.parts.kept_properties)
             store.close()  # some damage shows when a database is opened
             left = _flaws(store)
     if left:
@@ -141,7 +141,7 @@ def _mend_catalog(store: MemoryStore) -> list[Problem]:
 
 def _put_aside(store: MemoryStore, path: Path) -> str:
     """Rename a catalog's files and let the store begin a new one; returns what was done, for the problem's message."""
-    carried = read_copy(store.folder) | _carried(store)
+    carried = store.parts.kept_properties | _carried(store)
     store.close()
     aside = path.with_name(f"{PUT_ASIDE}{int(time.time() * 1000)}.sqlite3")
     for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one

@@ -9,7 +9,7 @@ from itertools import accumulate, chain, pairwise
 from typing import Any
 
 from beacon_memory.config import METHOD_NAME
-from beacon_memory.documents import check_id, utc_now
+from beacon_memory.documents import check_id, check_namespace, utc_now
 from beacon_memory.errors import InputError
 from beacon_memory.kv.fingerprint import Fingerprint
 
@@ -41,13 +41,12 @@ class WindowSpan:
             _check_count(f"a window's {name}", getattr(self, name))
         for number in chain.from_iterable(self.cuts):
             _check_count("a number of a cut", number)
-        positions, characters = (
-            [*pair] for pair in zip((0, self.start), *self.cuts, (self.span, self.stop), strict=True)
-        )
-        if any(one >= other for one, other in pairwise(positions[:-1])) or positions[-2] > max(0, self.span - 1):
-            raise InputError(f"a window of {self.span} positions must have its cuts at rising ones, got {self.cuts}")
-        if any(one > other for one, other in pairwise(characters)):
-            raise InputError(f"a window's start, the characters of its cuts and its stop must not fall: {characters}")
+        positions = [0, *(position for position, _ in self.cuts), min(self.span, self.tokens)]
+        characters = [self.start, *(character for _, character in self.cuts), self.stop]
+        if self.cuts and not all(one < other for one, other in pairwise(positions)):
+            raise InputError(f"a window's cuts must rise between 0 and its {positions[-1]} tokens, got {self.cuts}")
+        if not all(one <= other for one, other in pairwise(characters)):
+            raise InputError(f"a window's start, cuts and stop must not fall, got {characters}")
 
     @classmethod
     def of(
@@ -55,22 +54,26 @@ class WindowSpan:
     ) -> WindowSpan:
         """Return a window whose tokens start and stop at `offsets` in the text, in characters.
 
-        breaks: where passages of the text begin; its sections begin where theirs do, and have `LONGEST_SECTION`
-        positions at most. If it takes as many positions as it has tokens, or more, each of its first ones is that of a
-        token; the others belong to all of it. If it takes fewer, each stands for as many tokens as any other.
+        breaks: where passages of the text begin; its sections begin where theirs do. If it takes as many positions as
+        it has tokens, or more, each of its first ones is that of a token; the others belong to all of it. If it takes
+        fewer, each stands for as many tokens as any other.
         """
         starts = [start for start, _ in offsets]
         own = breaks[bisect_right(breaks, starts[0]) : bisect_right(breaks, starts[-1])]
-        firsts = {bisect_left(starts, at): at for at in own}
-        placed = {first if span >= tokens else first * span // tokens: at for first, at in sorted(firsts.items())}
-        bounds = [0, *sorted(placed.keys() - {0}), min(span, tokens)]
-        cuts = [
-            (at, placed.get(at, starts[at if span >= tokens else at * tokens // span]))
-            for low, high in pairwise(bounds)
-            for at in (*_divided(low, high), high)
-            if at < min(span, tokens)
-        ]
-        return cls(tokens, ratio, offsets[0][0], offsets[-1][1], span, tuple(cuts))
+        firsts = {bisect_left(starts, at): at for at in own}  # of breaks in one token the last counts
+        cuts = {first if span >= tokens else first * span // tokens: at for first, at in firsts.items()}
+        return cls(tokens, ratio, offsets[0][0], offsets[-1][1], span, tuple(sorted(cuts.items()))[0 in cuts :])
+
+    @property
+    def pieces(self) -> list[tuple[int, int, int, int]]:
+        """Return first position and size of each piece between its cuts, with start and stop in the text.
+
+        What lies behind the positions of its tokens, such as beacons, is a piece that belongs to all of its text.
+        """
+        own = min(self.span, self.tokens)
+        bounds = [(0, self.start), *self.cuts, (own, self.stop)]
+        found = [(low, high - low, start, stop) for (low, start), (high, stop) in pairwise(bounds)]
+        return [*found, (own, self.span - own, self.start, self.stop)]
 
     @property
     def slots(self) -> int:
@@ -125,7 +128,7 @@ class DocumentHeader:
 
     def __post_init__(self) -> None:
         check_id(self.id)
-        check_id(self.namespace or self.id)
+        check_namespace(self.namespace)
         for name in ("content_hash", "created_at"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.isascii():
@@ -168,22 +171,23 @@ class DocumentHeader:
         return [0, *accumulate(window.span for window in self.windows)][:-1]
 
     @property
-    def sections(self) -> list[SectionSpan]:
-        """Return all sections: of each window those between its cuts, and of what lies behind its tokens.
+    def section_count(self) -> int:
+        """Count the sections without making a list of them, which a header may claim to be very long."""
+        return sum(-(-size // LONGEST_SECTION) for window in self.windows for _, size, *_ in window.pieces)
 
-        That, such as beacons, belongs to the text of the whole window.
-        """
-        found, first = [], 0
+    @property
+    def sections(self) -> list[SectionSpan]:
+        """Return all sections: the pieces of all windows, the longest ones in equal parts."""
+        found, before = [], 0
         for number, window in enumerate(self.windows):
-            own = min(window.span, window.tokens)
-            bounds = [(0, window.start), *window.cuts, (own, window.stop)]
-            for (low, start), (high, stop) in pairwise(bounds):
-                found.append(SectionSpan(number, first + low, high - low, start, stop))
-            behind = [own, *_divided(own, window.span), window.span]
-            for low, high in pairwise(behind):
-                if low < high:
-                    found.append(SectionSpan(number, first + low, high - low, window.start, window.stop))
-            first += window.span
+            for low, size, start, stop in window.pieces:
+                parts = -(-size // LONGEST_SECTION)
+                cuts = [before + low + size * part // max(1, parts) for part in range(parts)]
+                ends = [*cuts[1:], before + low + size]
+                found += [
+                    SectionSpan(number, one, end - one, start, stop) for one, end in zip(cuts, ends, strict=False)
+                ]
+            before += window.span
         return found
 
     @classmethod
@@ -198,12 +202,6 @@ class DocumentHeader:
         if missing := {"windows", "tail_ids", "method", "created_at", "namespace"} - set(stored):
             raise InputError(f"the header has no {', '.join(sorted(missing))}")
         return cls(**{**stored, **read})
-
-
-def _divided(low: int, high: int) -> list[int]:
-    """Return where a run of positions is cut into equal parts that are no longer than a section may be."""
-    parts = -(-(high - low) // LONGEST_SECTION)
-    return [low + (high - low) * part // parts for part in range(1, parts)]
 
 
 def _check_count(what: str, value: object) -> None:
