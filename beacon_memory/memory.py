@@ -491,7 +491,7 @@ class BeaconMemory:
         """Return sink and documents as a prefix, and where each document's memory was."""
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
-        wanted += [((*self._version(one.row), one.lowest), partial(self._load, one)) for one in loaded]
+        wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for one in loaded]
         prefix, (_, *sources) = self._hot.prefix(self.model, wanted, room)
         for one in loaded:
             self.store.uses.add(one.row.id)

@@ -17,26 +17,28 @@ from beacon_memory.errors import InputError
 from beacon_memory.kv.levels import LEVELS, TOP_LEVEL
 from beacon_memory.kv.memory_kv import MemoryKV
 
-__all__ = ["allocate", "loaded", "section_sizes"]
+__all__ = ["allocate", "section_sizes", "zoomed"]
 
 
 def allocate(sizes: Tensor, relevance: Sequence[float], budget: int) -> list[int]:
     """Return for each section the lowest level that is loaded of it, LEVELS for nothing of it.
 
-    The most relevant sections are loaded whole as far as the budget goes, of the next one the levels that still fit.
-    Sections that are equally relevant share what is left for them by level. So relevance that is the same for all gives
-    blind selection, and sections that do not match at all come after all that do.
+    The most relevant sections are loaded whole; of the last one that is begun, the levels that still fit. Sections that
+    are equally relevant share what is left for them by level: relevance that is the same for all, such as 0, gives
+    blind selection.
 
     sizes:     [sections, LEVELS] entries of each level, see `section_sizes`; of one memory or of several.
     relevance: how well each section matches the question, 0 for not at all.
-    budget:    how many entries may be loaded, those of all heads of all layers.
+    budget:    how many entries may be loaded, those of all heads of all layers together.
     """
-    lowest, left = [LEVELS] * len(sizes), budget
+    entries, lowest = sizes.tolist(), [LEVELS] * len(sizes)
     cells = ((-found, -level, section) for section, found in enumerate(relevance) for level in range(LEVELS))
-    entries = sizes.tolist()
     for _, level, section in sorted(cells):
-        if lowest[section] == 1 - level and entries[section][-level] <= left:
-            left -= entries[section][-level]
+        size = entries[section][-level]
+        if size > budget:
+            break
+        if size:
+            budget -= size
             lowest[section] = -level
     return lowest
 
@@ -50,15 +52,15 @@ def section_sizes(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
     return cells.bincount(minlength=(len(bounds) - 1) * LEVELS).view(-1, LEVELS).cpu()
 
 
-def loaded(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], order: Sequence[int]) -> MemoryKV:
-    """Return what is loaded of a memory: its sections one behind another, without those of which nothing is loaded.
+def zoomed(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], relevance: Sequence[float]) -> MemoryKV:
+    """Return what is loaded of a memory: its sections one behind another, the most relevant one last.
 
-    bounds: see `section_sizes`.
-    lowest: for each section the lowest level that is loaded, LEVELS for nothing of it.
-    order:  the numbers of all sections, in the order in which they shall stand.
+    Sections of which nothing is loaded take no positions; equally relevant ones keep the order of the text.
+
+    bounds: see `section_sizes`. lowest, relevance: see `allocate`.
     """
-    starts, span = [0] * len(order), 0
-    for section in order:
+    starts, span = [0] * len(lowest), 0
+    for section in sorted(range(len(lowest)), key=relevance.__getitem__):
         starts[section] = span
         span += (bounds[section + 1] - bounds[section]) * (lowest[section] < LEVELS)
     sections = _sections_of(memory, bounds)
