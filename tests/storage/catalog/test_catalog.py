@@ -232,6 +232,7 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m008_words",
         "m009_copies",
         "m010_root",
+        "m011_conversations",
     ]
     assert db.journal_mode == "wal"
     db.close()
