@@ -239,7 +239,7 @@ def _choosing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
         return lambda: compressor.compress_one(work, compression="select")
 
     scores = {"repeat": "at least 0.45, for 8,000 tokens 0.6", "expected": "at least 0.9"}
-    ways = [partial(_stock_forward, model, ids), *map(select, scores)]
+    ways: list[Callable[[], object]] = [partial(_stock_forward, model, ids), *map(select, scores)]
     rounds = [[_once(way, model.device) for way in ways] for _ in range(1 + _REPEATS)]  # the first warms up
     stock, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
     return [
