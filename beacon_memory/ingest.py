@@ -406,13 +406,13 @@ class _Outbox:
 
     def __contains__(self, document: Document) -> bool:
         """Tell whether a document with this id is on its way: entered, and neither settled nor left."""
-        return self._ids[document.id] > 0
+        return self._ids[str(document.id)] > 0  # which nobody has checked yet
 
     def enter(self, document: Document) -> None:
-        self._ids[document.id] += 1
+        self._ids[str(document.id)] += 1
 
     def leave(self, document: Document) -> None:
-        self._ids[document.id] -= 1
+        self._ids[str(document.id)] -= 1
 
     def put(self, document: Document, nbytes: int, store: Callable[[], Added]) -> None:
         """Store a document in the thread; waits while the K/V that wait for it take too many bytes."""
