@@ -221,6 +221,7 @@ class BeaconMemory:
     ) -> builtins.list[Added]:
         """Add many documents, or pairs of id and text, compressed together; each is stored as soon as it is done.
 
+        They are stored in a thread while the next are computed, and those of a list are tokenized in one, too.
         Returns what became of each, in the order in which they were done. Interrupted, it has lost only what was
         unfinished: run it again with the same documents, and those that are stored are skipped. `on_error` is told of a
         document that cannot be compressed or stored, and the others go on; without it the error is raised, after all
