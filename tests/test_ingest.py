@@ -201,7 +201,7 @@ def test_what_cannot_be_appended_leaves_the_document_as_it_was(
 ) -> None:
     with pytest.raises(DocumentNotFoundError, match="'grown'"):
         memory.append("grown", "text")
-    memory.add("grown", TEXT[:70], ratio=2)
+    memory.add("grown", TEXT[:70], ratio=2, compression="beacon")
     before, kv = memory.show("grown"), kv_of(memory, "grown")
     with pytest.raises(CapacityError, match=r"document 'grown': .* use a higher ratio"):
         memory.append("grown", TEXT * 5)

@@ -24,6 +24,7 @@ __all__ = [
     "read_document_index",
     "read_document_part",
     "require_file",
+    "require_same",
 ]
 
 READ_TRIES = 5  # times that a document may be replaced while it is being read
@@ -65,9 +66,14 @@ def read_document_part(parts: StoreParts, row: DocumentRow, lowest: Sequence[int
     Raises ConflictError if the document has another file by now than its row says, else as `MemoryStore.get`.
     """
     now, file = _read(parts, row, row.fingerprint, partial(_part, root=row.root, lowest=lowest), difference_of)
+    require_same(row, now)
+    return file
+
+
+def require_same(row: DocumentRow, now: DocumentRow) -> None:
+    """Raise ConflictError if a document, by its row of now, has another file than a row of it said."""
     if now.root != row.root:
         raise ConflictError(f"document {row.id!r} was replaced while it was being read; try again")
-    return file
 
 
 def _part(path: Path, *, root: str, lowest: Sequence[int]) -> StoredFile:

@@ -214,7 +214,12 @@ class TestRatios:
     @pytest.mark.parametrize("ratio", [2, 8, "auto", [2] * 1250])
     def test_a_document_that_does_not_fit_is_refused_with_the_numbers(self, ratio: Any) -> None:
         with pytest.raises(CapacityError, match=r"10000 tokens.* 512"):
-            BeaconCompressor(model_of(), reserve=100).ratios(10_000, ratio)
+            BeaconCompressor(model_of(), reserve=100).ratios(10_000, ratio, "beacon")
+
+    def test_a_document_of_any_length_fits_a_method_that_need_not_see_all_of_its_memory(self) -> None:
+        compressor = BeaconCompressor(model_of(), reserve=100)
+        for method in ("select", "hybrid"):
+            assert compressor.ratios(10_000, "auto", method) == compressor.ratios(10_000, 2, method) == [2] * 1250
 
 
 class TestSink:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from event_loop import awake_during
-from langchain_beacon_memory import ChatBeaconMemory
+from langchain_beacon_memory import BeaconMemoryLLM, ChatBeaconMemory
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import (
     AIMessage,
@@ -218,6 +219,26 @@ def test_options_of_generate_are_passed_on_and_unknown_ones_refused(
         ChatBeaconMemory(memory=memory, document_id=["roof"])  # type: ignore[call-arg]
     with pytest.raises(CapacityError):
         model.invoke("Who?", max_tokens=5000)
+
+
+def test_a_budget_bounds_what_is_loaded_and_sources_say_what_that_was(memory: BeaconMemory) -> None:
+    asked, ids = "Who mended the roof?", ["roof", "owls"]
+    whole, part = (memory.ask(asked, ids, budget=budget, max_new_tokens=12, temperature=0) for budget in (None, "x8"))
+    assert part.usage.slots < whole.usage.slots
+    settings: dict[str, Any] = {"memory": memory, "max_tokens": 12, "temperature": 0, "document_ids": ids}
+    chat, plain = ChatBeaconMemory(**settings, budget="x8"), BeaconMemoryLLM(**settings, budget="x8")
+    for answer, expected in (
+        (chat.invoke(asked), part),
+        (ChatBeaconMemory(**settings).bind(budget="x8").invoke(asked), part),
+        (ChatBeaconMemory(**settings).invoke(asked), whole),
+        (chat.invoke(asked, budget=10**6), whole),
+    ):
+        assert answer.response_metadata["sources"] == [asdict(source) for source in expected.sources]
+        assert answer.usage_metadata["input_token_details"]["cache_read"] == expected.usage.slots
+    (generation,) = plain.generate([asked]).generations[0]
+    assert generation.generation_info["sources"] == [asdict(source) for source in part.sources]
+    with pytest.raises(InputError, match="budget='much' must be"):
+        ChatBeaconMemory(**settings, budget="much").invoke(asked)
 
 
 def test_parameters_that_only_services_need_are_accepted(memory: BeaconMemory) -> None:
