@@ -16,7 +16,6 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from beacon_memory import (
     BeaconMemory,
-    CapacityError,
     ConfigError,
     Document,
     DocumentNotFoundError,

@@ -25,7 +25,7 @@ from langchain_core.tools import tool
 from langchain_samples import Lesson, babbling_model, calling, filled_memory, taught_model
 from langgraph.checkpoint.memory import InMemorySaver
 
-from beacon_memory import BeaconMemory, CapacityError, DocumentNotFoundError, InputError
+from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError
 from beacon_memory.modeling.model import BeaconModel
 
 

@@ -23,7 +23,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_samples import OWLS, ROOF, WELL, babbling_model, filled_memory
 
-from beacon_memory import BeaconMemory, CapacityError, DocumentNotFoundError, InputError, Passage, Query
+from beacon_memory import BeaconMemory, DocumentNotFoundError, InputError, Passage, Query
 
 MILL = "The mill stands by the brook. " * 20 + "Its wheel is of oak.\n\n" + "The miller is Tom. " * 20
 

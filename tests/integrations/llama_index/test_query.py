@@ -44,7 +44,7 @@ from llama_index_beacon_memory.nodes import KEY, document_id
 from llama_index_samples import OWLS, ROOF, WELL, make_llm
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from beacon_memory import BeaconMemory, CapacityError, ConfigError, DocumentNotFoundError, InputError, QuotaError
+from beacon_memory import BeaconMemory, ConfigError, DocumentNotFoundError, InputError, QuotaError
 from beacon_memory.config import BeaconConfig
 
 QUESTION = "Who mended the roof of the barn?"
