@@ -36,7 +36,7 @@ def test_add_file_prints_what_machines_need(run: Run, model: Path) -> None:
     result = run("add", "roof.txt", "--ratio", "8", "--json")
     (added,) = lines(result)
     layers, heads, head_dim = BeaconModel.from_pretrained(model).kv_shape
-    slot_bytes = layers * heads * (2 * head_dim * 4 + 2)  # keys and values in float32, and where they stand
+    slot_bytes = layers * heads * (2 * head_dim * 4 + 1)  # keys and values in float32, and where they stand
     assert result.exit_code == 0
     assert list(added) == json_fields("add")
     assert added | {"seconds": 0} == {
