@@ -1,8 +1,8 @@
 """The attention function that can read with beacons, registered with transformers under the name `beacon_memory`.
 
-A model that uses it behaves as with `sdpa`, unless a call brings an `AttentionPass` or a `MemoryCache`. Both are handed
-on as keyword arguments of the model call, never through a global variable, so that threads and gradient checkpointing
-cannot mix up two passes.
+A model that uses it behaves as with `sdpa`, unless a call brings an `AttentionPass`, a `MemoryCache` or a
+`PackedCache`. All are handed on as keyword arguments of the model call, never through a global variable, so that
+threads and gradient checkpointing cannot mix up two passes.
 
 The tokens after a memory (`Prefix`) begin at position 0, and the memory has the positions before it. That is possible
 because rotary attention depends only on the distance between two positions.
@@ -27,6 +27,7 @@ from beacon_memory.kv.prefix import Block, Prefix
 from beacon_memory.kv.rope import Rope, apply_rotation
 
 from .layout import BeaconLayout, WindowRows
+from .packed_cache import PackedCache
 from .prefix_attention import Part, PrefixBatch, attend_behind, attend_joined, mask_before
 
 __all__ = ["IMPLEMENTATION", "AttentionPass", "BeaconPass", "PassEndedError", "Watch"]
@@ -239,10 +240,13 @@ def beacon_attention(
     scaling: float | None = None,
     beacon_pass: AttentionPass | None = None,
     prefixes: PrefixBatch | None = None,
+    packed: PackedCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as the call's `AttentionPass` does, with memories if it brings prefixes, else by stock SDPA."""
     layer: int = module.layer_idx  # type: ignore[assignment]  # every stock attention module has it
+    if packed is not None:
+        return packed.attend(layer, query, key, value, scaling), None
     if prefixes:
         mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
         return attend_behind(prefixes, layer, query, key, value, mask, scaling, dropout).transpose(1, 2), None

@@ -26,7 +26,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from beacon_memory.kv.prefix import Block, Prefix, Section
 from beacon_memory.kv.rope import apply_rotation
 
-__all__ = ["Part", "PrefixBatch", "attend_behind", "attend_joined", "mask_before"]
+__all__ = ["Part", "PrefixBatch", "attend_apart", "attend_behind", "attend_joined", "for_queries", "mask_before"]
 
 _NOTHING = -1e30  # log-sum-exp of no scores: finite, so that rows which see nothing at all merge to 0
 _MOST_SCORES = 1 << 26  # scores that are held at a time where no kernel computes attention
@@ -113,6 +113,8 @@ class PrefixBatch:
 
         query: [batch, kv_heads, queries, head_dim], those of all query heads of a kv head.
         """
+        if not self:
+            return []
         turned = query.expand(self.most, *query.shape) if self._turn is None else apply_rotation(query, *self._turn)
         queries = turned.flatten(0, 2)
         if self.units is not None:
@@ -196,7 +198,7 @@ def attend_behind(
     query: [batch, heads, rows, head_dim]; key, value: [batch, kv_heads, own, head_dim], all rotated; mask: [batch or 1,
     1, rows, own], bool or added to the scores; None is causal. Returns [batch, heads, rows, head_dim].
     """
-    rows, own, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    rows, own = query.shape[2], key.shape[2]
     trained = torch.is_grad_enabled() and (batch.trained or any(part.requires_grad for part in (query, key, value)))
     joined = bool(dropout) or trained
     if mask is None and (rows > 1 or joined):
@@ -209,13 +211,58 @@ def attend_behind(
             attended.append(attend_joined(query[number], key[number], value[number], blocks, parts, scaling, dropout))
         return torch.stack(attended)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped = query.reshape(len(query), -1, groups * rows, query.shape[3])
+    return _merged(batch, layer, query, _attend_own(query, key, value, mask, scale), scale)
+
+
+def attend_apart(
+    batch: PrefixBatch,
+    layer: int,
+    query: Tensor,
+    own: Sequence[tuple[Tensor, Tensor]],
+    scaling: float | None,
+) -> Tensor:
+    """Do the same as `attend_behind`, causally, where the rows of the batch have own tokens of different number.
+
+    own: for each row its keys and values [kv_heads, own, head_dim], of which the last are those of its queries.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    count = query.shape[2]
+    pieces = [
+        _attend_own(row, key[None], value[None], _causal(count, key.shape[1], query.device), scale)
+        for row, (key, value) in zip(query.split(1), own, strict=True)
+    ]
+    outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return _merged(batch, layer, query, (outputs, sums), scale)
+
+
+def _causal(rows: int, own: int, device: torch.device) -> Tensor | None:
+    """Return the mask [1, 1, rows, own] of rows that are the last ones of all own tokens; None if they see all."""
+    if rows == 1:
+        return None
+    return torch.ones(rows, own, dtype=torch.bool, device=device).tril(own - rows)[None, None]
+
+
+def _attend_own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> _Piece:
+    """Attend to own tokens, one unit for each kv head of each row of the batch."""
+    batch, heads, rows, dim = query.shape
+    groups = heads // key.shape[1]
     if rows == 1:  # then all query heads of a kv head see the same
-        output, total = _attend(grouped, key, value, mask, scale)
+        output, total = _attend(_grouped(query, key.shape[1]), key, value, mask, scale)
     else:
         output, total = _attend(query, for_queries(key, groups), for_queries(value, groups), mask, scale)
-    units, count, dim = len(query) * key.shape[1], groups * rows, query.shape[3]
-    pieces = [(output.reshape(units, count, dim), total.reshape(units, count)), *batch.attend(layer, grouped, scale)]
+    return output.reshape(batch * key.shape[1], -1, dim), total.reshape(batch * key.shape[1], -1)
+
+
+def _grouped(query: Tensor, kv_heads: int) -> Tensor:
+    """Return queries [batch, kv_heads, groups * rows, head_dim]: those of all query heads of a kv head together."""
+    return query.reshape(len(query), kv_heads, -1, query.shape[3])
+
+
+def _merged(batch: PrefixBatch, layer: int, query: Tensor, own: _Piece, scale: float) -> Tensor:
+    """Return attention to the whole of prefixes and own tokens, [batch, heads, rows, head_dim], given that to these."""
+    units, count, dim = own[0].shape
+    grouped = _grouped(query, units // len(query))
+    pieces = [own, *batch.attend(layer, grouped, scale)]
     outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     if batch.units is not None:
         places = torch.cat((torch.arange(units, device=query.device), units + batch.units))
