@@ -38,7 +38,7 @@ from beacon_memory.memory import BeaconMemory
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["Figure", "run", "table"]
+__all__ = ["Figure", "reading", "run", "table"]
 
 QUESTION = "What is this document about?"
 _WORDS = "time year people way day man thing woman life child world school state family student group country problem"
@@ -74,6 +74,14 @@ def run(
         *_compressing(loaded, tokens, ratio),
         _peak(model, adapter, device, dtype),
     ]
+
+
+def reading(
+    model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
+) -> list[Figure]:
+    """Measure how fast texts are read into chosen tokens, a short one and one of `tokens` tokens."""
+    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    return [figure for length in (_SHORT, tokens) for figure in _choosing(loaded, length, ratio)]
 
 
 def table(figures: list[Figure]) -> str:
@@ -232,10 +240,9 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
         work = [Work(one, compressor.ratios(len(one), ratio)) for one in documents]
         return lambda: list(compressor.compress(enumerate(work), compression="beacon"))
 
-    @torch.inference_mode()
     def stock(documents: list[list[int]]) -> None:
         for one in documents:
-            model.base.model(input_ids=torch.tensor([one], device=model.device), use_cache=False)
+            _stock_forward(model, one)
 
     @torch.inference_mode()
     def window_loop() -> None:
@@ -269,6 +276,35 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
             f"{rate} / {tokens / loop:,.0f} tokens/s",
         ),
     ]
+
+
+def _choosing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
+    """Measure the reading of one document by `select`, and a stock forward of it, in turn."""
+    ids = _ids(model, tokens)
+
+    def select(score: str) -> Callable[[], object]:
+        compressor = BeaconCompressor(model, score=score)
+        work = Work(ids, compressor.ratios(tokens, ratio))
+        return lambda: compressor.compress_one(work, compression="select")
+
+    scores = {"repeat": "at least 0.45, for 8,000 tokens 0.6", "expected": "at least 0.9"}
+    ways: list[Callable[[], object]] = [partial(_stock_forward, model, ids), *map(select, scores)]
+    rounds = [[_once(way, model.device) for way in ways] for _ in range(1 + _REPEATS)]  # the first warms up
+    stock, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
+    return [
+        Figure(
+            f"reading {tokens:,} tokens, score {score}: select, ratio {ratio} / stock forward without head",
+            stock / taken,
+            bound,
+            f"{tokens / taken:,.0f} / {tokens / stock:,.0f} tokens/s",
+        )
+        for (score, bound), taken in zip(scores.items(), seconds, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _stock_forward(model: BeaconModel, ids: list[int]) -> None:
+    model.base.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
 
 
 def _peak(model: str | None, adapter: str | None, device: str | None, dtype: str) -> Figure:

@@ -353,10 +353,10 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["model", "store"],
+        Literal["model", "reading", "store"],
         typer.Argument(
-            help="model: speed and memory against the stock model; store: speed of a store of many documents, which "
-            "needs no model."
+            help="model: speed and memory against the stock model; reading: how fast tokens are chosen from a text; "
+            "store: speed of a store of many documents, which needs no model."
         ),
     ] = "model",
     tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
@@ -380,7 +380,8 @@ def bench(
 
             figures = bench_store.run(rows)
         else:
-            figures = measure.run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
+            run = measure.reading if what == "reading" else measure.run
+            figures = run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:

@@ -255,7 +255,7 @@ def _require_index(header: DocumentHeader, tensors: Mapping[str, Tensor]) -> Non
 
 def _checked_choice(lowest: Sequence[int], header: DocumentHeader) -> list[int]:
     """Return what `choose` has chosen; raises InputError for what says nothing of these sections."""
-    if len(lowest) != header.section_count or not all(0 <= one <= LEVELS for one in lowest):
+    if len(lowest) != header.section_count or not all(type(one) is int and 0 <= one <= LEVELS for one in lowest):
         raise InputError(
             f"choose must return a level from 0 to {LEVELS} for each of {header.section_count} sections of "
             f"{header.id!r}, got {list(lowest)[:20]}"
