@@ -73,15 +73,13 @@ def test_compressing(compression: str, score: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantizing_and_loading_what_was_quantized(bits: int) -> None:
+def test_loading_what_was_quantized(bits: int) -> None:
     stored = quantized(compressed(a_model(), "select"), bits)
     loaded = stored.dequantized()
     with device():
         on_device = stored.to("cuda").dequantized()
         assert same(on_device.keys, loaded.keys)
         assert same(on_device.values, loaded.values)
-        again = quantized(on_device, bits)
-        assert torch.equal(numbers(again.values), stored.values)
 
 
 def requests(model: BeaconModel) -> list[Request]:

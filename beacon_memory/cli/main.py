@@ -326,7 +326,7 @@ def info(
     """Show model, adapter, device and store.
 
     With --json one object: model, adapter, device, dtype, positions, window, ratios, compression, fingerprint, store,
-    namespace, documents, bytes.
+    namespace, documents, bytes, conversations.
     """
     with reported():
         memory = open_memory(store, namespace, model, adapter, device, dtype)
@@ -345,6 +345,7 @@ def info(
             "namespace": namespace,
             "documents": kept.documents,
             "bytes": kept.bytes,
+            "conversations": kept.conversations,
         }
         print_fields(fields, as_json)
 
@@ -352,10 +353,11 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["model", "store", "start"],
+        Literal["model", "reading", "store", "start"],
         typer.Argument(
-            help="model: speed and memory against the stock model; store: speed of a store of many documents, which "
-            "needs no model; start: how long a fresh process takes to answer."
+            help="model: speed and memory against the stock model; reading: how fast tokens are chosen from a text; "
+            "store: speed of a store of many documents, which needs no model; start: how long a fresh process takes to "
+            "answer."
         ),
     ] = "model",
     tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
@@ -383,7 +385,8 @@ def bench(
 
             figures = start.run(model, adapter, device, dtype.value)
         else:
-            figures = measure.run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
+            run = measure.reading if what == "reading" else measure.run
+            figures = run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:

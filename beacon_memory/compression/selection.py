@@ -18,7 +18,7 @@ __all__ = ["best", "read_raw", "read_sink"]
 def read_raw(model: BeaconModel, prefix: Prefix | None, ids: Sequence[int]) -> BeaconKV:
     """Return the K/V of all tokens of a window, read behind a memory or behind nothing."""
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
-    return model.run(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix]).kept
+    return model.read(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix])
 
 
 def read_sink(model: BeaconModel) -> BeaconKV:
@@ -27,10 +27,10 @@ def read_sink(model: BeaconModel) -> BeaconKV:
 
 
 def best(scores: Tensor, budget: int) -> Tensor:
-    """Return which entries have the highest scores, `budget` for each head in the mean.
+    """Return which entries have the highest scores, `budget` for each head in the mean; of equal ones the first.
 
     scores: [layers, kv_heads, tokens], as is the result, of bool.
     """
     kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[scores.flatten().topk(budget * scores[..., 0].numel()).indices] = True
+    kept[scores.flatten().argsort(descending=True, stable=True)[: budget * scores[..., 0].numel()]] = True
     return kept.view(scores.shape)

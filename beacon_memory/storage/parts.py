@@ -11,9 +11,10 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from beacon_memory.documents import check_id
-from beacon_memory.errors import CorruptFileError, InputError
+from beacon_memory.documents import check_namespace
+from beacon_memory.errors import CorruptFileError, InputError, MismatchedFileError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
@@ -23,7 +24,7 @@ from beacon_memory.storage.files.names import hash_id
 
 from .settings import Settings, keep_copy, open_files, read_copy
 
-__all__ = ["CATALOG", "StoreParts", "namespace_names"]
+__all__ = ["CATALOG", "StoreParts", "folder_of", "named", "namespace_names"]
 
 CATALOG = "catalog.sqlite3"
 
@@ -42,8 +43,8 @@ class StoreParts:
         if not os.fspath(root):
             raise InputError("a store needs a folder, got an empty path; the current folder is '.'")
         self.root = Path(root).absolute()  # the same one wherever this process goes
-        self.namespace = namespace if namespace == "" else check_id(namespace)
-        self.folder = self.root / "namespaces" / hash_id(namespace) if namespace else self.root
+        self.namespace = check_namespace(namespace)
+        self.folder = folder_of(self.root, self.namespace)
         refuse_links(self.root, self.folder)
         if identity(self.root) and not self.root.is_dir():
             raise InputError(f"{self.root} is a file; a store needs a folder, or a path where it can create one")
@@ -94,7 +95,22 @@ class StoreParts:
                 killed_at_birth = self.namespace and self._catalog.properties.get("namespace") is None
                 if not begun or killed_at_birth:
                     self._begin(self._catalog)
+                self._require_own(self._catalog)
             return self._catalog
+
+    def _require_own(self, catalog: Catalog) -> None:
+        """Raise MismatchedFileError, and close the catalog, if it is that of another namespace."""
+        try:
+            of = str(catalog.properties.get("namespace") or "")
+        except CorruptFileError:  # which those who read them learn
+            return
+        if of != self.namespace:
+            catalog.close()
+            self._catalog = None
+            raise MismatchedFileError(
+                f"{self.folder / CATALOG} is of {named(of)}, not of {named(self.namespace)}: folders were swapped or "
+                f"copied; move each back to where it belongs ({named(of)} lies in {folder_of(self.root, of)})"
+            )
 
     def make_folder(self) -> None:
         """Create the folder if it is missing; raises StoreError."""
@@ -156,7 +172,8 @@ class StoreParts:
         with catalog.transaction():
             if catalog.properties.get("namespace") is not None or catalog.properties.count("documents"):
                 return
-            if kept := read_copy(self.folder):
+            kept = self.kept_properties
+            if kept:
                 for name, value in kept.items():
                     catalog.properties.set(name, value)
             elif self.namespace:
@@ -168,6 +185,12 @@ class StoreParts:
                 keep_copy(catalog, self.folder)
 
     @property
+    def kept_properties(self) -> dict[str, Any]:
+        """The copy of the catalog's properties; none if it is missing, damaged, or of another namespace."""
+        kept = read_copy(self.folder)
+        return kept if kept.get("namespace", "") == self.namespace else {}
+
+    @property
     def _first_settings(self) -> Settings:
         """The settings that a new namespace begins with: those of the store."""
         with contextlib.closing(StoreParts(self.root)) as whole:
@@ -177,6 +200,16 @@ class StoreParts:
     def _nothing(self) -> Catalog:
         """An empty catalog in memory, for a store that was never written to."""
         return Catalog(":memory:")
+
+
+def folder_of(root: Path, namespace: str) -> Path:
+    """Return the folder of a namespace of the store in `root`."""
+    return root / "namespaces" / hash_id(namespace) if namespace else root
+
+
+def named(namespace: str) -> str:
+    """Return what to call a namespace in a message."""
+    return f"the namespace {namespace!r}" if namespace else "the store outside of all namespaces"
 
 
 def namespace_names(root: Path) -> list[str]:

@@ -47,7 +47,7 @@ def read_document(
                 raise _missing(row) from None
             missing, row = row.file, now
             continue
-        if difference := difference_of(row, file):
+        if difference := difference_of(row, parts.namespace, file):
             raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
         return row, file
     raise ConflictError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")

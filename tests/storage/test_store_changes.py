@@ -134,7 +134,7 @@ def test_a_document_is_converted_unless_the_wanted_bits_are_gone(store: MemorySt
         assert row == store.row("doc")
         assert row.precision == wanted
         assert (row.label, row.created_at, row.content_hash) == (LABEL, LONG_AGO, before.content_hash)
-        assert same(store.read("doc")[1].kv, with_precision(stored, wanted))
+        assert same(store.read("doc")[1].kv, with_precision(stored, wanted, header.window_starts))
     assert store.text("doc") == read_kv_file(store.folder / store.row("doc").file).text == TEXT
     assert len(files(store)) == len(labels(store)) == 1
     assert store.totals() == Totals(1, store.row("doc").bytes)
