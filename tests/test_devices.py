@@ -37,11 +37,11 @@ def a_model(**settings: Any) -> BeaconModel:
 
 
 @contextmanager
-def device(*models: BeaconModel, name: str = "cuda") -> Iterator[Computed]:
-    with Computed() as mode, IndexedAnywhere():
+def device(*models: BeaconModel, name: str = "cuda") -> Iterator[None]:
+    with Computed(), IndexedAnywhere():
         for model in models:
             move(model, name)
-        yield mode
+        yield
 
 
 def compressed(model: BeaconModel, compression: str, score: str = "repeat", tokens: int = 80) -> MemoryKV:

@@ -25,12 +25,11 @@ class Computed(FakeTensorMode):
     """Torch's tensors without data, which check devices, each with the numbers that a processor computes for it.
 
     So code whose way depends on numbers, such as which tokens are chosen, runs to its end, and what comes out can be
-    compared. `operators`: the operators that were called on a device.
+    compared.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.operators: list[str] = []
         self._inside = False
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +50,6 @@ class Computed(FakeTensorMode):
             real = func(*real_args, **real_kwargs)
         if fake is None:
             fake = tree_map(lambda one: self._fake(one, where), real)
-        self.operators += [str(func)] * (where != _CPU)
         for one, number in zip(tree_flatten(fake)[0], tree_flatten(real)[0], strict=True):
             if isinstance(one, FakeTensor):
                 one.number, one.constant = number, None  # a constant would be computed with once more
