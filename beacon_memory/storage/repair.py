@@ -35,7 +35,7 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
 from beacon_memory.storage.files.access import Files, read_file
-from beacon_memory.storage.files.durable import identity, unlink
+from beacon_memory.storage.files.durable import identity, is_link, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label
 from beacon_memory.storage.files.locks import looking, tidying
@@ -46,7 +46,7 @@ from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG
 from .publishing import write_label
 from .records import difference_of, label_of, row_of
-from .settings import COPY, keep_copy, read_copy
+from .settings import COPY, adopt_copy, copy_is_newer, keep_copy, read_copy
 from .store import MemoryStore
 
 __all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
@@ -138,9 +138,12 @@ def _put_aside(store: MemoryStore, path: Path) -> str:
     carried = read_copy(store.folder) | _carried(store)
     store.close()
     aside = path.with_name(f"{PUT_ASIDE}{int(time.time() * 1000)}.sqlite3")
-    for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    try:
+        for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}; see to the permissions of its folder") from error
     catalog = store.parts.catalog(create=True)
     with catalog.transaction():
         for name, value in carried.items():
@@ -249,7 +252,10 @@ def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     """Look at the copy of the settings, which must agree with the catalog."""
     catalog, path = store.parts.catalog(), store.folder / COPY
     properties = dict(catalog.properties.all())
-    if read_copy(store.folder) != properties and (identity(path) or len(properties) > 1):  # more than the identity
+    if copy_is_newer(catalog, store.folder):
+        message = "the copy of the settings is newer than the catalog"
+        yield Problem("stale-label", None, str(path), message), partial(adopt_copy, catalog, store.folder)
+    elif read_copy(store.folder) != properties and (identity(path) or len(properties) > 1):  # more than the identity
         message = "the copy of the settings is missing, damaged, or says something else than the catalog"
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
@@ -305,6 +311,12 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
         if left:
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
+        elif (place := _place_of(name)) and not files.present([place]):
+            message = f"{name} lies in another file's folder"
+            yield Problem("orphan-file", _id_in(files, name), name, message), partial(_move, files, name, place)
+        elif place and name.endswith(".json"):
+            message = f"{name} lies in another file's folder, and there is a label in its place"
+            yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
         elif NUMBERED.fullmatch(name):
             lost.setdefault(stem_of(name), []).append(name)
         elif _NAMED.fullmatch(name):
@@ -331,10 +343,23 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
         yield Problem("stale-temp", None, str(path), message), partial(_remove_temp, path, sync_removals)
 
 
+def _place_of(name: str) -> str | None:
+    """Return the name of a file where it should lie, if somebody has moved it to another folder; None if nobody has."""
+    stem = stem_of(name).rpartition("/")[2]
+    place = f"kv/{stem[:2]}/{name.rpartition('/')[2]}"
+    return place if NUMBERED.fullmatch(name) and place != name else None
+
+
+def _move(files: Files, name: str, place: str) -> None:
+    """Move a file to its place."""
+    files.publish(files.fetch(name), place)
+    _remove(files, name)
+
+
 def _left_behind(folder: Path) -> Iterator[Path]:
     """Yield temporary files of settings and sessions: not all who write those hold a lock, but it takes a moment."""
     for place in (folder, folder / "sessions"):
-        if place == folder or not place.is_symlink():
+        if place == folder or not is_link(place):
             yield from temps_in(place, idle=_STALE_SECONDS)
 
 
