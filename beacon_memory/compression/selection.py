@@ -27,10 +27,10 @@ def read_sink(model: BeaconModel) -> BeaconKV:
 
 
 def best(scores: Tensor, budget: int) -> Tensor:
-    """Return which entries have the highest scores, `budget` for each head in the mean.
+    """Return which entries have the highest scores, `budget` for each head in the mean; of equal ones the first.
 
     scores: [layers, kv_heads, tokens], as is the result, of bool.
     """
     kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[scores.flatten().topk(budget * scores[..., 0].numel()).indices] = True
+    kept[scores.flatten().argsort(descending=True, stable=True)[: budget * scores[..., 0].numel()]] = True
     return kept.view(scores.shape)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from beacon_memory.errors import InputError
 
+from .levels import TOP_LEVEL
+
 __all__ = ["BeaconKV", "MemoryKV", "fitting_spans"]
 
 
@@ -92,6 +94,7 @@ class MemoryKV:
     positions: [entries] position of each entry within the memory, 0 to span - 1; int32, or float32 once interpolated.
     counts: [layers, kv_heads] int64, on the CPU: how many entries each head has.
     span:   how many positions of the model the memory takes. An interpolated memory takes fewer than it has tokens.
+    levels: [entries] uint8, see `kv.levels`; None if no entry is ever left out.
     """
 
     keys: Tensor
@@ -99,6 +102,7 @@ class MemoryKV:
     positions: Tensor
     counts: Tensor
     span: int
+    levels: Tensor | None = None
 
     def __post_init__(self) -> None:
         entries = int(self.counts.sum())
@@ -111,6 +115,10 @@ class MemoryKV:
             raise InputError(
                 f"positions must be [{entries} entries] and counts [layers, kv_heads], "
                 f"got {tuple(self.positions.shape)} and {tuple(self.counts.shape)}"
+            )
+        if self.levels is not None and (self.levels.shape != (entries,) or self.levels.dtype != torch.uint8):
+            raise InputError(
+                f"levels must be [{entries} entries] uint8, got {tuple(self.levels.shape)} {self.levels.dtype}"
             )
 
     @classmethod
@@ -126,10 +134,10 @@ class MemoryKV:
         )
 
     @classmethod
-    def chosen(cls, stack: BeaconKV, kept: Tensor) -> MemoryKV:
+    def chosen(cls, stack: BeaconKV, kept: Tensor, levels: Tensor | None = None) -> MemoryKV:
         """Return the slots that each head keeps as a memory with the span of the whole stack.
 
-        kept: [layers, kv_heads, slots] bool.
+        kept, levels: [layers, kv_heads, slots], bool and uint8.
         """
         return cls(
             keys=stack.keys[kept],
@@ -137,6 +145,7 @@ class MemoryKV:
             positions=kept.nonzero()[:, 2].to(torch.int32),
             counts=kept.sum(-1).cpu(),
             span=stack.slots,
+            levels=None if levels is None else levels[kept],
         )
 
     @property
@@ -157,7 +166,8 @@ class MemoryKV:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the same memory on another device, with keys and values in another dtype."""
         keys, values = (part.to(device=device, dtype=dtype) for part in (self.keys, self.values))
-        return replace(self, keys=keys, values=values, positions=self.positions.to(device))
+        levels = None if self.levels is None else self.levels.to(device)
+        return replace(self, keys=keys, values=values, positions=self.positions.to(device), levels=levels)
 
     def interpolated(self, span: int) -> MemoryKV:
         """Return the same entries with all positions scaled down to a smaller span; a larger one changes nothing.
@@ -181,6 +191,7 @@ class MemoryKV:
             positions=self.positions[kept] - start,
             counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
             span=stop - start,
+            levels=None if self.levels is None else self.levels[kept],
         )
 
     def grown(self, start: int, new: MemoryKV) -> MemoryKV:
@@ -232,7 +243,19 @@ class MemoryKV:
             positions=torch.cat(positions)[order],
             counts=counts.sum(0),
             span=offsets[-1],
+            levels=_joined_levels(parts, order),
         )
+
+
+def _joined_levels(parts: Sequence[MemoryKV], order: Tensor) -> Tensor | None:
+    """Return the levels of joined memories; entries of one that has none are never left out."""
+    if all(part.levels is None for part in parts):
+        return None
+    filled = [
+        torch.full_like(part.positions, TOP_LEVEL, dtype=torch.uint8) if part.levels is None else part.levels
+        for part in parts
+    ]
+    return torch.cat(filled)[order]
 
 
 def fitting_spans(sizes: Sequence[tuple[int, int]], room: int) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from beacon_memory.compression.scoring import PIECE
 from beacon_memory.compression.selection import best
 from beacon_memory.errors import ConfigError
+from beacon_memory.kv.levels import levels_of
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.attention import Watch
@@ -100,7 +101,7 @@ class ScoredMethod(ABC):
     def read_window(self, prefix: Prefix, ids: Sequence[int], ratio: int) -> MemoryKV:
         """Read one window behind a memory; returns its own: len(ids) / ratio slots, the mean over heads.
 
-        Without beacons, ratio 0 and 1 keep every token, and nothing is scored.
+        Ratio 0 keeps every token, and nothing is scored.
         """
         (window,) = self.model.cut(Cursor(), ids, iter([self.beacon_ratio(ratio)]), tail="close")
         watch = self.watch(len(ids))
@@ -108,8 +109,7 @@ class ScoredMethod(ABC):
         own = layout.windows[0].own
         kept = self.model.run(layout, self.model.empty_kv(), own, prefixes=[prefix], watch=watch).kept
         raw, beacons = kept[: len(ids)], kept[len(ids) :]
-        budget = slots_of(len(ids), ratio) - beacons.slots
-        if budget == len(ids):
+        if not ratio:
             return MemoryKV.of(raw)
         scores = self.score(ReadWindow(self.model, prefix, ids, raw, watch))
         if scores.shape != raw.keys.shape[:-1]:
@@ -117,4 +117,6 @@ class ScoredMethod(ABC):
                 f"{type(self).__name__}.score gave scores of shape {list(scores.shape)}; a window of {len(ids)} tokens "
                 f"needs one for each entry, {list(raw.keys.shape[:-1])}: layers, kv_heads, tokens"
             )
-        return MemoryKV.concat([MemoryKV.chosen(raw, best(scores, budget)), MemoryKV.of(beacons)])
+        budget = slots_of(len(ids), ratio) - beacons.slots
+        chosen = MemoryKV.chosen(raw, best(scores, budget), levels_of(scores))
+        return MemoryKV.concat([chosen, MemoryKV.of(beacons)])

@@ -1,0 +1,38 @@
+"""Levels: how soon an entry of a memory is part of a stronger compressed one.
+
+A method that scores the entries of a window ranks them. With level l and above, they make up the memory that the same
+scores would have left at ratio 2 ** (l / 2), so a memory is nested: that of any higher ratio is a part of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEVELS", "TOP_LEVEL", "level_of", "levels_of"]
+
+LEVELS = 14  # part of the stored form, as the two that follow
+TOP_LEVEL = LEVELS - 1  # that of ratio 90 and above, and of entries that are never left out, such as beacons
+_STEPS = 2  # levels for each doubling of the ratio
+
+
+def level_of(ratio: int) -> int:
+    """Return the lowest level that belongs to the memory at a ratio; 0 for ratios 0 and 1, which keep everything."""
+    return min(TOP_LEVEL, round(_STEPS * math.log2(max(1, ratio))))
+
+
+def levels_of(scores: Tensor) -> Tensor:
+    """Return the level of each entry of a window by its rank among all of them, the highest score first.
+
+    scores: [layers, kv_heads, tokens]; the result is uint8 of the same shape. At ratio r a window keeps tokens / r
+    entries for each head, rounded up, in the mean over all heads.
+    """
+    heads, tokens = scores[..., 0].numel(), scores.shape[-1]
+    ranked = torch.zeros(scores.numel(), dtype=torch.uint8, device=scores.device)
+    for level in range(1, LEVELS):
+        ranked[: heads * math.ceil(tokens / 2 ** (level / _STEPS))] = level
+    levels = torch.empty_like(ranked)
+    levels[scores.flatten().argsort(descending=True, stable=True)] = ranked
+    return levels.view(scores.shape)
