@@ -282,11 +282,13 @@ def mutations(folder: Path, seed: int) -> int:
 
 
 def mutate(scene: Scene) -> list[str]:
-    """Do one mutation of the catalog, or several of all else; returns their names."""
+    """Do one mutation of the catalog, or several of all else, or of the cache alone; returns their names."""
     done: list[str] = []
     count = scene.rng.randint(1, 8)
+    cache = (scene.folder / "cache").is_dir() and scene.rng.random() < 0.5
+    names = OF_THE_CACHE if cache else list(MUTATIONS)
     while not done or (len(done) < count and done[0] not in OF_THE_CATALOG):
-        name = scene.rng.choice(DAMAGE if scene.rng.random() < 0.5 else list(MUTATIONS))
+        name = scene.rng.choice(DAMAGE if not cache and scene.rng.random() < 0.5 else names)
         if not done or name not in OF_THE_CATALOG:
             with suppress(ValueError, IndexError, OSError):  # there is no such file, or no more
                 MUTATIONS[name](scene)

@@ -29,24 +29,24 @@ def processes(folder: Path, seed: int, count: int = 4, seconds: float = 4) -> in
     rng = random.Random(seed)
     store_folder, until = folder / "store", time.monotonic() + seconds
     places = [NAMESPACES[number % len(NAMESPACES)] for number in range(count)]
-    keepers = [
-        fork(partial(care, MemoryStore(store_folder, place), folder / "care.log", set(), rng.getrandbits(32), until))
-        for place in places[: count // 4]
-    ]
-    writers = [
-        Writer(store_folder, (f"{number}-0", f"{number}-1"), rng, place)
-        for number, place in enumerate(places[count // 4 :])
-    ]
+    keeping, working = places[: count // 4], places[count // 4 :]
+    writers = [Writer(store_folder, (f"{n}-0", f"{n}-1"), rng, place) for n, place in enumerate(working)]
+    pids: list[int] = []
     try:
+        for place in keeping:
+            seed, store = rng.getrandbits(32), MemoryStore(store_folder, place)
+            pids.append(fork(partial(care, store, folder / "care.log", set(), seed, until)))
         for writer in writers:
             writer.live(until)
+            pids.append(writer.pid)
         time.sleep(seconds)
-        pids = [*keepers, *(writer.pid for writer in writers)]
-        assert [wait(pid, _GRACE) for pid in pids] == [0] * len(pids)
-        keepers, writers_of = [], {place: [one for one in writers if one.namespace == place] for place in NAMESPACES}
+        while pids:
+            assert wait(pids.pop(), _GRACE) == 0
     finally:
-        for pid in keepers:
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    writers_of = {place: [one for one in writers if one.namespace == place] for place in NAMESPACES}
     for place, ours in writers_of.items():
         for writer in ours:
             writer.settle()
