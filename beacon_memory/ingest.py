@@ -10,6 +10,7 @@ from typing import Any
 
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
+from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import require_made
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import read_file
@@ -280,7 +281,7 @@ class Ingestion:
         is read where the windows' ratios differ, and for a row of a time before rows had the parameters of the method.
         """
         wanted = (text.sha256, self.compressor.model.fingerprint.digest, compression, tuple(sorted(set(ratios))))
-        if (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
+        if not row.root or (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
             return False
         if precision != PrecisionRule.AUTO and (
             not row.precision or Precision(row.precision).bits < Precision(precision).bits
@@ -299,7 +300,7 @@ class Ingestion:
     def _put(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
         """Store a compressed document."""
         spans = tuple(
-            WindowSpan(w.tokens, w.ratio, job.offsets[w.first][0], job.offsets[w.first + w.tokens - 1][1], w.span)
+            WindowSpan.of(w.tokens, w.ratio, w.span, job.offsets[w.first : w.first + w.tokens])
             for w in compressed.windows
         )
         last, model = compressed.windows[-1], self.compressor.model
@@ -320,7 +321,11 @@ class Ingestion:
         kv: StoredKV = new
         if job.stored is not None and job.work.read is not None:
             start = job.work.read.span  # what stands before it stays as it was stored, bit for bit
-            kv = job.stored.grown(start, new.between(start, new.span))
+            behind = new.between(start, new.span)
+            if isinstance(job.stored, QuantizedKV):
+                kv = job.stored.grown(start, behind, header.window_starts)
+            else:
+                kv = job.stored.grown(start, behind)
         evicted: list[str] = []
         row = self.store.put(
             header,

@@ -229,12 +229,14 @@ class BeaconMemory:
     ) -> builtins.list[Added]:
         """Compress all documents that another model or adapter compressed anew from their texts, or some of them.
 
+        So are those whose files are of a format that is not read any more.
+
         Ratios, compression, precision and label stay. Interrupted, just run it again. Readers with the old model go on
         with the old K/V until all documents are renewed.
         """
         rows = self.list() if ids is None else [self.show(id) for id in ids]
         current = self.model.fingerprint.digest
-        due = [row for row in rows if row.fingerprint != current]
+        due = [row for row in rows if row.fingerprint != current or not row.root]
         done = self._ingestion.recompress(due, progress, on_added, on_error, keep_versions=True)
         if all(row.fingerprint == current for row in self.list()):
             self.store.drop_versions()

@@ -18,7 +18,7 @@ from beacon_memory.errors import InputError
 
 from .levels import TOP_LEVEL
 
-__all__ = ["BeaconKV", "MemoryKV", "fitting_spans"]
+__all__ = ["BeaconKV", "MemoryKV", "fitting_spans", "joining_order"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,19 +232,25 @@ class MemoryKV:
         if len(parts) == 1:
             return parts[0]
         offsets = [0, *accumulate(part.span for part in parts)]
-        counts = torch.stack([part.counts for part in parts])
-        heads = torch.arange(counts[0].numel())
-        order = torch.cat([heads.repeat_interleave(part.counts.flatten()) for part in parts]).argsort(stable=True)
-        order = order.to(parts[0].keys.device)
+        order = joining_order([part.counts for part in parts]).to(parts[0].keys.device)
         positions = [part.positions + offset for part, offset in zip(parts, offsets, strict=False)]
         return MemoryKV(
             keys=torch.cat([part.keys for part in parts])[order],
             values=torch.cat([part.values for part in parts])[order],
             positions=torch.cat(positions)[order],
-            counts=counts.sum(0),
+            counts=torch.stack([part.counts for part in parts]).sum(0),
             span=offsets[-1],
             levels=_joined_levels(parts, order),
         )
+
+
+def joining_order(counts: Sequence[Tensor]) -> Tensor:
+    """Return which entry of several memories, one behind another, comes next where each head has those of all.
+
+    counts: of each memory, [layers, kv_heads]; the result is [entries of all].
+    """
+    heads = torch.arange(counts[0].numel())
+    return torch.cat([heads.repeat_interleave(one.flatten()) for one in counts]).argsort(stable=True)
 
 
 def _joined_levels(parts: Sequence[MemoryKV], order: Tensor) -> Tensor | None:

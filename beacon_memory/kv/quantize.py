@@ -1,9 +1,9 @@
 """Keys and values of a memory in 8 or 4 bits.
 
 Some channels of keys are large in every token; values have no such channels (KIVI, arXiv 2402.02750). So keys are
-quantized per channel, over groups of `GROUP` successive entries of one head, and values per token. The codes divide the
+quantized per channel, over groups of up to `GROUP` entries of one head, and values per token. The codes divide the
 range from the smallest number of a group or token to its largest evenly; `zero`, the smallest number, and `scale`, the
-step, are kept in float16.
+step, are kept in float16. The entries of a group have like levels, so a part of a memory needs few groups.
 
 Before keys are quantized to 4 bits, their channels are rotated by a Hadamard matrix as in QuaRot (arXiv 2404.00456).
 Errors then spread evenly over all channels instead of being largest in the large ones.
@@ -12,6 +12,7 @@ Errors then spread evenly over all channels instead of being largest in the larg
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,31 +22,32 @@ from torch import Tensor
 from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 
-from .memory_kv import MemoryKV
+from .levels import LEVELS, TOP_LEVEL
+from .memory_kv import MemoryKV, joining_order
 
-__all__ = ["BITS", "GROUP", "QuantizedKV", "quantized"]
+__all__ = ["BITS", "GROUP", "QuantizedKV", "group_numbers", "quantized"]
 
 BITS = tuple(one.bits for one in Precision if one.quantized)
 # Both numbers are part of the stored form: with others, stored files could not be read.
 GROUP = 64
 _LARGEST_ROTATION = 256
-# The tensors that move to a device; counts stay on the CPU.
-_TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "positions")
+# The tensors that move to a device, those with one row for each entry first; counts stay on the CPU.
+_OF_ENTRIES = ("keys", "values", "value_scales", "value_zeros", "positions", "groups")
+_TENSORS = (*_OF_ENTRIES, "key_scales", "key_zeros")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedKV:
     """A memory with quantized keys and values: each number is zero + code * scale.
 
-    bits:         bits of a code, 8 or 4.
+    bits:         bits of a code, 8 or 4. In 4 bits keys were rotated before, see `_rotated`.
     keys, values: [entries, head_dim * bits / 8] uint8, the codes. With 4 bits, byte i holds the code of channel i in
                   its low half and that of channel head_dim / 2 + i in its high half.
-    key_scales, key_zeros:     [groups, head_dim] float16. A group has `GROUP` entries; the last group of each head has
-                  those that are left over.
+    groups:       [entries] int32, the group that an entry's key was quantized in.
+    key_scales, key_zeros:     [groups, head_dim] float16
     value_scales, value_zeros: [entries] float16
-    positions, counts, span:   as in a MemoryKV.
+    positions, counts, span, levels: as in a MemoryKV.
     dtype:        dtype of the keys and values before they were quantized.
-    rotated:      whether keys were rotated before they were quantized, see `_rotated`.
 
     Raises InputError for tensors that do not fit each other.
     """
@@ -53,6 +55,7 @@ class QuantizedKV:
     bits: int
     keys: Tensor
     values: Tensor
+    groups: Tensor
     key_scales: Tensor
     key_zeros: Tensor
     value_scales: Tensor
@@ -61,7 +64,7 @@ class QuantizedKV:
     counts: Tensor
     span: int
     dtype: torch.dtype
-    rotated: bool
+    levels: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
@@ -72,9 +75,7 @@ class QuantizedKV:
             )
         if not self.dtype.is_floating_point:
             raise InputError(f"dtype must be one of floating point, got {self.dtype}")
-        if type(self.rotated) is not bool:
-            raise InputError(f"rotated must be true or false, got {self.rotated!r}")
-        entries, groups = int(self.counts.sum()), int(_groups(self.counts).sum())
+        entries, groups = int(self.counts.sum()), len(self.key_scales)
         width = self.keys.shape[-1] if self.keys.ndim else 0
         head_dim = width * 8 // self.bits
         for names, shape, dtypes in (
@@ -82,6 +83,8 @@ class QuantizedKV:
             (("key_scales", "key_zeros"), (groups, head_dim), (torch.float16,)),
             (("value_scales", "value_zeros"), (entries,), (torch.float16,)),
             (("positions",), (entries,), (torch.int32, torch.float32)),
+            (("groups",), (entries,), (torch.int32,)),
+            (("levels",) if self.levels is not None else (), (entries,), (torch.uint8,)),
         ):
             for name in names:
                 tensor: Tensor = getattr(self, name)
@@ -90,6 +93,10 @@ class QuantizedKV:
                         f"{name} must be {list(shape)} {' or '.join(map(str, dtypes))}, "
                         f"got {list(tensor.shape)} {tensor.dtype}"
                     )
+        if entries and self.groups.device.type == "cpu":  # they came from a file; elsewhere, this would wait for it
+            low, high = (int(one) for one in self.groups.aminmax())
+            if not 0 <= low <= high < groups:
+                raise InputError(f"groups must be numbers from 0 to {groups - 1}, got {low} to {high}")
 
     @property
     def slots(self) -> int:
@@ -98,77 +105,96 @@ class QuantizedKV:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all tensors except the counts."""
-        return sum(int(getattr(self, name).nbytes) for name in _TENSORS)
+        """Return the bytes of all tensors except counts, levels and groups, which follow from these."""
+        return sum(int(getattr(self, name).nbytes) for name in _TENSORS if name != "groups")
 
     def to(self, device: torch.device | str | None) -> QuantizedKV:
         """Return the same memory on another device."""
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(self, **moved)
+        levels = None if self.levels is None else self.levels.to(device)
+        return replace(self, **moved, levels=levels)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the memory with numbers instead of codes, by default in the dtype that it had before."""
         dtype = dtype or self.dtype
-        group = _numbered(_group_sizes(self.counts).to(self.keys.device), len(self.keys))
-        keys = _decoded(_unpacked(self.keys, self.bits), self.key_scales[group], self.key_zeros[group])
-        if self.rotated:
+        keys = _decoded(_unpacked(self.keys, self.bits), self.key_scales[self.groups], self.key_zeros[self.groups])
+        if _is_rotated(self.bits):
             keys = _rotated(keys)
         values = _decoded(_unpacked(self.values, self.bits), self.value_scales[:, None], self.value_zeros[:, None])
-        return MemoryKV(keys.to(dtype), values.to(dtype), self.positions, self.counts, self.span)
+        return MemoryKV(keys.to(dtype), values.to(dtype), self.positions, self.counts, self.span, self.levels)
 
-    def grown(self, start: int, new: MemoryKV) -> QuantizedKV:
+    def grown(self, start: int, new: MemoryKV, windows: Sequence[int] = ()) -> QuantizedKV:
         """Return this memory with `new` in place of everything from position `start` on, quantized like this one.
 
-        Codes that stay are copied and not computed again, so that they do not drift when a memory grows many times.
-        Only keys in a group that is not full are quantized again, together with those that fill it.
+        A window begins at `start`, so groups lie on one side of it, and codes that stay are copied: they do not drift
+        when a memory grows many times.
+
+        windows: the positions at which the windows of what comes out begin, if there are several in `new`.
         """
-        grown = _quantized(self.dequantized(torch.float32).grown(start, new), self.bits, rotated=self.rotated)
-        old, now = self.counts.flatten(), grown.counts.flatten()
-        # how many entries before each entry are replaced
-        gone = torch.nn.functional.pad((self.positions >= start).cpu().long().cumsum(0), (1, 0))
-        head = _numbered(old, len(self.positions))
-        # how many first entries each head keeps
-        same = head[gone[1:] == gone[old.cumsum(0) - old][head]].bincount(minlength=len(old))
-        full = same // GROUP
-        for names, sizes, new_sizes, taken in (
-            (("values", "value_scales", "value_zeros"), old, now, same),
-            (("keys",), old, now, full * GROUP),
-            (("key_scales", "key_zeros"), _groups(self.counts), _groups(grown.counts), full),
-        ):
-            source, target = _first(sizes, taken), _first(new_sizes, taken)
-            for name in names:
-                getattr(grown, name)[target] = getattr(self, name)[source]
-        return grown
+        kept, added = self._until(start), quantized(new, self.bits, [window - start for window in windows])
+        order = joining_order([kept.counts, added.counts]).to(self.keys.device)
+        shifted = {
+            "positions": added.positions + start,
+            "groups": added.groups + len(kept.key_scales),
+        }
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(kept, name), shifted.get(name, getattr(added, name))])[order]
+            for name in _OF_ENTRIES
+        }
+        for name in ("key_scales", "key_zeros"):
+            joined[name] = torch.cat([getattr(kept, name), getattr(added, name)])
+        levels = [
+            torch.full_like(one.groups, TOP_LEVEL, dtype=torch.uint8) if one.levels is None else one.levels
+            for one in (kept, added)
+        ]
+        return replace(
+            self,
+            **joined,
+            counts=kept.counts + added.counts,
+            span=start + new.span,
+            levels=torch.cat(levels)[order],
+        )
+
+    def _until(self, stop: int) -> QuantizedKV:
+        """Return the entries at positions below `stop`, and their groups."""
+        kept = self.positions < stop
+        heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
+        numbers, groups = self.groups[kept].unique(return_inverse=True)
+        of_entries: dict[str, Any] = {name: getattr(self, name)[kept] for name in _OF_ENTRIES}
+        return replace(
+            self,
+            **of_entries | {"groups": groups.to(torch.int32)},
+            key_scales=self.key_scales[numbers],
+            key_zeros=self.key_zeros[numbers],
+            counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
+            span=stop,
+            levels=None if self.levels is None else self.levels[kept],
+        )
 
 
-def quantized(kv: MemoryKV, bits: int) -> QuantizedKV:
+def quantized(kv: MemoryKV, bits: int, windows: Sequence[int] = ()) -> QuantizedKV:
     """Quantize a memory to 8 or 4 bits. Each number is off by half a scale at most; in 4 bits, keys are rotated before.
+
+    windows: the positions at which windows begin, if there are several: no group spans two of them.
 
     Raises InputError for other bits, for an odd head_dim in 4 bits, and for numbers that are not finite or too large
     for float16.
     """
-    return _quantized(kv, bits, rotated=bits == 4)
-
-
-def _quantized(kv: MemoryKV, bits: int, *, rotated: bool) -> QuantizedKV:
     _check_bits(bits)
     head_dim = kv.keys.shape[1]
     if head_dim * bits % 8:
         raise InputError(f"head_dim is {head_dim}, but must be even for {bits} bits: two numbers share a byte")
     keys, values = kv.keys.float(), kv.values.float()
-    if rotated:
+    if _is_rotated(bits):
         keys = _rotated(keys)
-    sizes = _group_sizes(kv.counts).to(keys.device)
-    starts = sizes.cumsum(0) - sizes
-    # a group that is not full is filled up with copies of its last entry, which leave its range as it is
-    members = starts[:, None] + torch.arange(GROUP, device=keys.device).minimum(sizes[:, None] - 1)
-    key_scales, key_zeros = _fitted("keys", keys[members], bits)
-    value_scales, value_zeros = _fitted("values", values, bits)
-    group = _numbered(sizes, len(keys))
+    groups = group_numbers(kv.positions, kv.counts, kv.levels, windows)
+    key_scales, key_zeros = _fitted("keys", *_ranges(keys, groups), bits)
+    value_scales, value_zeros = _fitted("values", *values.aminmax(dim=1), bits)
     return QuantizedKV(
         bits=bits,
-        keys=_packed(_encoded(keys, key_scales[group], key_zeros[group], bits), bits),
+        keys=_packed(_encoded(keys, key_scales[groups], key_zeros[groups], bits), bits),
         values=_packed(_encoded(values, value_scales[:, None], value_zeros[:, None], bits), bits),
+        groups=groups,
         key_scales=key_scales,
         key_zeros=key_zeros,
         value_scales=value_scales,
@@ -177,13 +203,39 @@ def _quantized(kv: MemoryKV, bits: int, *, rotated: bool) -> QuantizedKV:
         counts=kv.counts,
         span=kv.span,
         dtype=kv.keys.dtype,
-        rotated=rotated,
+        levels=kv.levels,
     )
+
+
+def group_numbers(positions: Tensor, counts: Tensor, levels: Tensor | None, windows: Sequence[int] = ()) -> Tensor:
+    """Return the group of each entry: [entries] int32.
+
+    The entries of one head in one window, those of the highest levels first and then by position, make groups of
+    `GROUP`; the last has those that are left over. Groups are numbered by window, head and then in this order. For the
+    arguments see `MemoryKV` and `quantized`.
+    """
+    each = counts.flatten().to(positions.device)
+    heads = torch.arange(len(each), device=positions.device).repeat_interleave(each)
+    starts = torch.tensor([start for start in windows if start > 0], dtype=positions.dtype, device=positions.device)
+    cells = torch.bucketize(positions, starts, right=True) * len(each) + heads
+    depths = 0 if levels is None else TOP_LEVEL - levels.long()
+    order = (cells * LEVELS + depths).argsort(stable=True)
+    sizes = cells.bincount(minlength=(len(starts) + 1) * len(each))
+    groups_of = -(-sizes // GROUP)
+    ordered = cells[order]
+    rank = torch.arange(len(ordered), device=positions.device) - (sizes.cumsum(0) - sizes)[ordered]
+    groups = torch.empty_like(ordered)
+    groups[order] = (groups_of.cumsum(0) - groups_of)[ordered] + rank // GROUP
+    return groups.to(torch.int32)
 
 
 def _check_bits(bits: object) -> None:
     if type(bits) is not int or bits not in BITS:
         raise InputError(f"bits is {bits!r}, but must be one of {', '.join(map(str, BITS))}")
+
+
+def _is_rotated(bits: int) -> bool:
+    return bits == 4
 
 
 def _rotated(keys: Tensor) -> Tensor:
@@ -200,43 +252,24 @@ def _rotated(keys: Tensor) -> Tensor:
     return (blocks @ (matrix / math.sqrt(size))).flatten(1)
 
 
-def _groups(counts: Tensor) -> Tensor:
-    """Return how many groups each head has: [heads], from counts [layers, kv_heads]."""
-    return -(-counts.flatten() // GROUP)
+def _ranges(keys: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest number of each channel in each group: [groups, head_dim] each."""
+    count = int(groups.max()) + 1 if len(groups) else 0
+    index = groups.long()[:, None].expand_as(keys)
+    low, high = keys.new_zeros(count, keys.shape[1]), keys.new_zeros(count, keys.shape[1])
+    low.scatter_reduce_(0, index, keys, "amin", include_self=False)
+    high.scatter_reduce_(0, index, keys, "amax", include_self=False)
+    return low, high
 
 
-def _group_sizes(counts: Tensor) -> Tensor:
-    """Return how many entries each group has: [groups], from counts [layers, kv_heads]."""
-    counts = counts[counts > 0]  # so that every head that is left has a last group
-    groups = _groups(counts)
-    sizes = torch.full((int(groups.sum()),), GROUP)
-    sizes[groups.cumsum(0) - 1] -= -counts % GROUP
-    return sizes
-
-
-def _numbered(sizes: Tensor, entries: int) -> Tensor:
-    """Return the number of the group that each entry is in: [entries], from sizes [groups]."""
-    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=entries)
-
-
-def _first(sizes: Tensor, taken: Tensor) -> Tensor:
-    """Return the indices of the first `taken` elements of each run, where runs of these sizes follow each other.
-
-    For sizes 3, 2 and taken 2, 1: the indices 0, 1 and 3.
-    """
-    shifts = (sizes.cumsum(0) - sizes) - (taken.cumsum(0) - taken)
-    return torch.arange(int(taken.sum())) + shifts.repeat_interleave(taken)
-
-
-def _fitted(name: str, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return scales and zeros [n, ...] float16 for numbers [n, members that share them, ...] float32.
+def _fitted(name: str, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scales and zeros, float16, for numbers from `low` to `high`, float32, all of one shape.
 
     The smallest number must get code 0 and the largest the last code, although scale and zero are rounded to float16.
     Rounding changes a zero by at most 2^-11 of itself. That is less than half a scale, because the scale is made at
     least a thousandth of the zero, still four times as fine as bfloat16. Rounding changes a scale that is not
     subnormal by at most 2^-11 of itself, which at code 255 amounts to an eighth of a scale.
     """
-    low, high = numbers.aminmax(dim=1)
     zeros = low.half()
     span = (high - zeros) / (2**bits - 1)
     scales = span.maximum(zeros.abs().float() / 1000).clamp(min=torch.finfo(torch.float16).tiny).half()

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.durable import entries, identity
 from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.marks import marked_labels
@@ -61,16 +60,17 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
                     catalog.documents.delete(id)
         stems = set(map(file_stem, ids))
         unnamed = [*unnamed_files(catalog, files, suspected_files(catalog, files))]
-        _settle_labels(catalog, files)
+        _settle_labels(store, catalog)
         files.erase([name for name, left in unnamed if left or stem_of(name) in stems])
+        store.conversations.erase_temps()
         with catalog.transaction():
             catalog.file_names.settle(catalog.file_names.unsettled())
         catalog.wipe()
 
 
-def _settle_labels(catalog: Catalog, files: Files) -> None:
+def _settle_labels(store: MemoryStore, catalog: Catalog) -> None:
     """Write anew the labels that killed processes were changing, while their marks still tell that the rows count."""
-    marked = marked_labels(files)
+    marked = marked_labels(store.files)
     for row in catalog.documents.scan() if marked else ():
         if isinstance(row, DocumentRow) and number_of(row.file) in marked:
-            write_label(files, row)
+            write_label(store.parts, row)

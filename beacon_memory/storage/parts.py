@@ -11,9 +11,10 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from beacon_memory.documents import check_id
-from beacon_memory.errors import CorruptFileError, InputError
+from beacon_memory.documents import check_namespace
+from beacon_memory.errors import CorruptFileError, InputError, MismatchedFileError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
@@ -32,7 +33,7 @@ from beacon_memory.storage.files.names import hash_id
 
 from .settings import Settings, keep_copy, open_files, read_copy
 
-__all__ = ["CATALOG", "StoreParts", "namespace_names"]
+__all__ = ["CATALOG", "StoreParts", "folder_of", "named", "namespace_names"]
 
 CATALOG = "catalog.sqlite3"
 
@@ -51,8 +52,8 @@ class StoreParts:
         if not os.fspath(root):
             raise InputError("a store needs a folder, got an empty path; the current folder is '.'")
         self.root = Path(root).absolute()  # the same one wherever this process goes
-        self.namespace = namespace if namespace == "" else check_id(namespace)
-        self.folder = self.root / "namespaces" / hash_id(namespace) if namespace else self.root
+        self.namespace = check_namespace(namespace)
+        self.folder = folder_of(self.root, self.namespace)
         refuse_links(self.root, self.folder)
         if identity(self.root) and not is_folder(self.root):
             raise InputError(f"{self.root} is a file; a store needs a folder, or a path where it can create one")
@@ -103,7 +104,22 @@ class StoreParts:
                 self._opened = identity(path)
                 if not begun or self._is_bare(self._catalog):
                     self._begin(self._catalog)
+                self._require_own(self._catalog)
             return self._catalog
+
+    def _require_own(self, catalog: Catalog) -> None:
+        """Raise MismatchedFileError, and close the catalog, if it is that of another namespace."""
+        try:
+            of = str(catalog.properties.get("namespace") or "")
+        except CorruptFileError:  # which those who read them learn
+            return
+        if of != self.namespace:
+            catalog.close()
+            self._catalog = None
+            raise MismatchedFileError(
+                f"{self.folder / CATALOG} is of {named(of)}, not of {named(self.namespace)}: folders were swapped or "
+                f"copied; move each back to where it belongs ({named(of)} lies in {folder_of(self.root, of)})"
+            )
 
     def make_folder(self) -> None:
         """Create the folder if it is missing; raises StoreError."""
@@ -159,9 +175,12 @@ class StoreParts:
 
     def _is_bare(self, catalog: Catalog) -> bool:
         """Tell whether a catalog says nothing of itself: its first writer was killed, or all that it held is lost."""
-        if self.namespace:
-            return catalog.properties.get("namespace") is None
-        return catalog.properties.find_count("documents") == 0 and Settings.never_changed(catalog)
+        with contextlib.suppress(CorruptFileError):  # which those who read them learn
+            if self.namespace:
+                return catalog.properties.get("namespace") is None
+            if catalog.properties.find_count("documents") == 0 and Settings.never_changed(catalog):
+                return self.kept_properties not in ({}, dict(catalog.properties.all()))
+        return False
 
     def _begin(self, catalog: Catalog) -> None:
         """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace.
@@ -169,9 +188,11 @@ class StoreParts:
         Nothing is written if somebody else has done so meanwhile: by now there may be other settings, and documents.
         """
         with catalog.transaction():
-            if not self._is_bare(catalog) or catalog.properties.count("documents"):
+            named_by_now = catalog.properties.get("namespace") is not None
+            if named_by_now or catalog.properties.count("documents") or not Settings.never_changed(catalog):
                 return
-            if kept := read_copy(self.folder):
+            kept = self.kept_properties
+            if kept:
                 for name, value in kept.items():
                     catalog.properties.set(name, value)
             elif self.namespace:
@@ -183,6 +204,12 @@ class StoreParts:
                 keep_copy(catalog, self.folder)
 
     @property
+    def kept_properties(self) -> dict[str, Any]:
+        """The copy of the catalog's properties; none if it is missing, damaged, or of another namespace."""
+        kept = read_copy(self.folder)
+        return kept if kept.get("namespace", "") == self.namespace else {}
+
+    @property
     def _first_settings(self) -> Settings:
         """The settings that a new namespace begins with: those of the store."""
         with contextlib.closing(StoreParts(self.root)) as whole:
@@ -192,6 +219,16 @@ class StoreParts:
     def _nothing(self) -> Catalog:
         """An empty catalog in memory, for a store that was never written to."""
         return Catalog(":memory:")
+
+
+def folder_of(root: Path, namespace: str) -> Path:
+    """Return the folder of a namespace of the store in `root`."""
+    return root / "namespaces" / hash_id(namespace) if namespace else root
+
+
+def named(namespace: str) -> str:
+    """Return what to call a namespace in a message."""
+    return f"the namespace {namespace!r}" if namespace else "the store outside of all namespaces"
 
 
 def namespace_names(root: Path) -> list[str]:

@@ -40,12 +40,13 @@ class NewFile:
     """A K/V file on disk that no row names yet.
 
     catalog:    to write the row into.
-    name:       of the file.
+    name, root: of the file.
     superseded: names of files to remove when the row is committed.
     """
 
     catalog: Catalog
     name: str
+    root: str
     superseded: list[str] = field(default_factory=list)
 
 
@@ -66,17 +67,17 @@ class Publisher:
             files = self._parts.files
             name = f"{file_stem(check_id(header.id))}-{catalog.file_names.take_number():012x}.safetensors"
             mark = lay_mark(files, name)
-            new = NewFile(catalog, name)
             try:
-                temp = stage_kv_file(files.staging, header, kv, text)
+                staged = stage_kv_file(files.staging, header, kv, text)
                 try:
                     sync_mark(mark)
-                    files.publish(temp, name, more=True)  # its label follows
+                    files.publish(staged.path, name, more=True)  # its label follows
                 finally:
-                    unlink(temp)
+                    unlink(staged.path)
                 with catalog.transaction():
                     if self._parts.settings.files != place:
                         raise ConflictError(f"the files of {self._parts.folder} have got another place; try again")
+                    new = NewFile(catalog, name, staged.root)
                     yield new
             except BaseException:
                 with contextlib.suppress(StoreError):  # then the catalog cannot tell, and verify finds the file
@@ -110,13 +111,14 @@ class Publisher:
     def _has_label(self, row: DocumentRow) -> bool:
         """Tell whether the label file of a row says what the row says."""
         try:
-            return read_file(self._parts.files, label_name(row.file), read_label) == label_of(row)
+            stored = read_file(self._parts.files, label_name(row.file), read_label)
+            return stored == label_of(row, self._parts.namespace)
         except (CorruptFileError, FileNotFoundError):
             return False
 
     def write_label(self, row: DocumentRow) -> None:
         """Write the label of a document into the file beside its K/V."""
-        write_label(self._parts.files, row)
+        write_label(self._parts, row)
 
     def remove(self, names: Sequence[str]) -> bool:
         """Remove K/V files that no row names, with their labels, so that no power cut brings them back.
@@ -141,6 +143,7 @@ class Publisher:
         return len(gone) == len(names)
 
 
-def write_label(files: Files, row: DocumentRow) -> None:
+def write_label(parts: StoreParts, row: DocumentRow) -> None:
     """Write the label of a document, as its row has it, into the file beside its K/V."""
-    files.publish(stage_label(files.staging, label_of(row)), label_name(row.file))
+    files = parts.files
+    files.publish(stage_label(files.staging, label_of(row, parts.namespace)), label_name(row.file))

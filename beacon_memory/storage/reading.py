@@ -43,7 +43,7 @@ def read_document(
     missing = None
     for _ in range(READ_TRIES):
         try:
-            return row, read_file(parts.files, row.file, partial(_read_file_of, row))
+            return row, read_file(parts.files, row.file, partial(_read_file_of, row, parts.namespace))
         except FileNotFoundError:
             now = find_row(parts.catalog(), id, fingerprint)
             if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now
@@ -52,10 +52,10 @@ def read_document(
     raise ConflictError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
 
 
-def _read_file_of(row: DocumentRow, path: Path) -> StoredFile:
+def _read_file_of(row: DocumentRow, namespace: str, path: Path) -> StoredFile:
     """Read the file that a row names; raises MismatchedFileError if it is another one."""
     file = read_kv_file(path)
-    if difference := difference_of(row, file):
+    if difference := difference_of(row, namespace, file):
         raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
     return file
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,10 @@ from beacon_memory.errors import (
     MissingFileError,
     StoreError,
 )
-from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow, DocumentRow
 from beacon_memory.storage.files.access import Files, read_file
-from beacon_memory.storage.files.durable import identity, is_link, unlink
+from beacon_memory.storage.files.durable import identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label
 from beacon_memory.storage.files.locks import looking, tidying
@@ -43,7 +43,7 @@ from beacon_memory.storage.files.marks import marked_labels
 from beacon_memory.storage.files.names import EVERYWHERE, NUMBERED, file_stem, number_of, stem_of, temps_in, version_of
 
 from .leftovers import suspected_files, unnamed_files
-from .parts import CATALOG
+from .parts import CATALOG, named
 from .publishing import write_label
 from .records import difference_of, label_of, row_of
 from .settings import COPY, adopt_copy, copy_is_newer, keep_copy, read_copy
@@ -71,7 +71,7 @@ RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  #
 
 _NAMED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{8,12}\.safetensors")  # those of older stores have 8
 
-_STALE_SECONDS = 60  # after which a small file has got its name, or its writer is dead
+_STALE_SECONDS = 60  # after which a copy of the settings, written without a lock, has its name, or its writer is dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,12 @@ def repair(store: MemoryStore) -> list[Problem]:
     removed; files whose rows were lost with a catalog get rows again. A catalog that cannot be read is put aside, and a
     new one made from the files. Nothing that may be the only copy is ever removed.
     """
+    try:
+        store.parts.catalog()
+    except MismatchedFileError as error:  # nothing is damaged: folders have to change places
+        return [Problem("damaged-catalog", None, str(store.folder / CATALOG), str(error))]
+    except CorruptFileError:
+        pass
     done = _mend_catalog(store)
     for problem, mend in _look(store, tidying):
         mended = False
@@ -122,7 +128,7 @@ def _mend_catalog(store: MemoryStore) -> list[Problem]:
     found = left = _flaws(store)
     if found:
         with contextlib.suppress(CorruptFileError):
-            mend_catalog(store.parts.catalog(), read_copy(store.folder))
+            mend_catalog(store.parts.catalog(), store.parts.kept_properties)
             store.close()  # some damage shows when a database is opened
             left = _flaws(store)
     if left:
@@ -135,7 +141,7 @@ def _mend_catalog(store: MemoryStore) -> list[Problem]:
 
 def _put_aside(store: MemoryStore, path: Path) -> str:
     """Rename a catalog's files and let the store begin a new one; returns what was done, for the problem's message."""
-    carried = read_copy(store.folder) | _carried(store)
+    carried = store.parts.kept_properties | _carried(store)
     store.close()
     aside = path.with_name(f"{PUT_ASIDE}{int(time.time() * 1000)}.sqlite3")
     try:
@@ -157,7 +163,7 @@ def _flaws(store: MemoryStore) -> list[str]:
     try:
         catalog = store.parts.catalog(create=identity(store.folder) is not None)  # one that was lost begins anew
         found = find_flaws(catalog)
-        for _ in catalog.documents.scan():
+        for _ in itertools.chain(catalog.documents.scan(), catalog.conversations.scan()):
             pass
         _ = catalog.file_names.named(), store.files
     except (CorruptFileError, InputError) as error:  # InputError: of settings that nobody can have made
@@ -186,7 +192,7 @@ def _look(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]
 
 
 def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
-    """Look at catalog, documents, versions, copy of the settings, labels and unnamed files, in this order."""
+    """Look at catalog, documents, versions, copy of the settings, labels, conversations and unnamed files."""
     catalog = store.parts.catalog()
     for message in find_flaws(catalog):
         yield Problem("damaged-catalog", None, str(store.folder / CATALOG), message), None
@@ -199,13 +205,15 @@ def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem
         yield from _look_at_version(store, row)
     files = store.files
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
-    suspects = [row.id for row in catalog.documents.scan() if _label_flaw(files, row)]
-    unnamed = suspected_files(catalog, files)
+    suspects = [row.id for row in catalog.documents.scan() if _label_flaw(store, row)]
+    unnamed, conversations = suspected_files(catalog, files), store.conversations.suspected()
     with holding(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
-        temps = [*files.temps(), *_left_behind(store.folder)]
+        for flaw in store.conversations.flaws(conversations):
+            yield Problem(flaw.kind, None, str(flaw.path), flaw.message), flaw.mend
+        temps = [*files.temps(), *store.conversations.temps(), *temps_in(store.folder, idle=_STALE_SECONDS)]
         if temps:  # one may be the mark of a file that came after the others were listed
             unnamed |= suspected_files(catalog, files)
         yield from _look_at_unnamed(store, unnamed, temps)
@@ -216,6 +224,7 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
+        _ = file.text
     except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
@@ -237,7 +246,7 @@ def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Itera
         yield Problem("damaged-row", row.id, None, row.message), partial(catalog.versions.forget, row)
         return
     try:
-        flaw = difference_of(row, read_file(store.files, row.file, read_kv_file))
+        flaw = difference_of(row, store.namespace, read_file(store.files, row.file, read_kv_file))
     except FileNotFoundError:
         flaw = "is missing"
     except CorruptFileError as error:
@@ -260,31 +269,32 @@ def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
 
-def _label_flaw(files: Files, row: DocumentRow | DamagedRow) -> str | None:
+def _label_flaw(store: MemoryStore, row: DocumentRow | DamagedRow) -> str | None:
     """Return what is wrong with a document's label file, which must agree with its row; None if nothing."""
-    if isinstance(row, DamagedRow) or not NUMBERED.fullmatch(row.file):
-        return None  # files of a time before there were labels have none
+    if isinstance(row, DamagedRow):
+        return None
+    files = store.files
     try:
         stored = read_file(files, label_name(row.file), read_label)
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
         return str(error)
-    if replace(stored, updated_at="") == replace(label_of(row), updated_at=""):
+    if replace(stored, updated_at="") == replace(label_of(row, store.namespace), updated_at=""):
         return None
-    return "is newer than the catalog" if _is_newer(files, stored, row) else "says something else than the catalog"
+    return "is newer than the catalog" if _is_newer(store, stored, row) else "says something else than the catalog"
 
 
-def _is_newer(files: Files, stored: StoredLabel, row: DocumentRow) -> bool:
+def _is_newer(store: MemoryStore, stored: StoredLabel, row: DocumentRow) -> bool:
     """Tell whether a label was committed, but its row is one of before: the catalog has lost its last commits."""
-    newer = stored.id == row.id and stored.updated_at > row.updated_at
-    return newer and number_of(row.file) not in marked_labels(files)
+    own = (stored.id, stored.namespace) == (row.id, store.namespace)
+    return own and stored.updated_at > row.updated_at and number_of(row.file) not in marked_labels(store.files)
 
 
 def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]]:
     """Look at the label file of a document, while nobody writes."""
     row = store.parts.catalog().documents.get(id)
-    if row is not None and (flaw := _label_flaw(store.files, row)):
+    if row is not None and (flaw := _label_flaw(store, row)):
         name = label_name(row.file)
         yield Problem("stale-label", id, name, f"the label of {id!r} {flaw}"), partial(_settle_label, store, row)
 
@@ -293,11 +303,11 @@ def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
     """Let row and label file of a document say the same: what the file says if it is newer, else what the row says."""
     with contextlib.suppress(CorruptFileError, FileNotFoundError):
         stored = read_file(store.files, label_name(row.file), read_label)
-        if _is_newer(store.files, stored, row):
+        if _is_newer(store, stored, row):
             row = replace(row.labelled(stored.label), created_at=stored.created_at, updated_at=stored.updated_at)
             store.parts.catalog().documents.update(row)
             return
-    write_label(store.files, row)
+    write_label(store.parts, row)
 
 
 def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Path]) -> Iterator[tuple[Problem, Mend]]:
@@ -313,18 +323,12 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
         elif (place := _place_of(name)) and not files.present([place]):
             message = f"{name} lies in another file's folder"
-            yield Problem("orphan-file", _id_in(files, name), name, message), partial(_move, files, name, place)
+            yield Problem("orphan-file", _owner_of(files, name)[0], name, message), partial(_move, files, name, place)
         elif place and name.endswith(".json"):
             message = f"{name} lies in another file's folder, and there is a label in its place"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
         elif NUMBERED.fullmatch(name):
             lost.setdefault(stem_of(name), []).append(name)
-        elif _NAMED.fullmatch(name):
-            message = f"{name} has no row, and no text to make one from, being of an older version"
-            yield (
-                Problem("orphan-file", _id_in(files, name), name, f"{message}: add the document anew, and remove it"),
-                None,
-            )
         else:
             message = f"{name} has no row and is not of a form that could get one; if it is not yours, remove it"
             yield Problem("orphan-file", None, name, message), None
@@ -335,8 +339,13 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
             yield Problem("orphan-file", None, names[-1], message), None
             continue
         name = documents[-1]
+        id, namespace = _owner_of(files, name)
+        if namespace not in (None, store.namespace):
+            message = f"{name} is of {named(namespace)}: somebody moved or copied it; move it back, or remove it"
+            yield Problem("orphan-file", None, name, message), None
+            continue
         message = f"{name} has no row, and the catalog is damaged or of another time: the row was lost"
-        yield Problem("lost-row", _id_in(files, name), name, message), partial(_adopt, store, names)
+        yield Problem("lost-row", id, name, message), partial(_adopt, store, names)
     sync_removals = functools.cache(partial(files.sync, EVERYWHERE))
     for path in temps:
         message = f"{path} is temporary: a crash left it"
@@ -356,18 +365,12 @@ def _move(files: Files, name: str, place: str) -> None:
     _remove(files, name)
 
 
-def _left_behind(folder: Path) -> Iterator[Path]:
-    """Yield temporary files of settings and sessions: not all who write those hold a lock, but it takes a moment."""
-    for place in (folder, folder / "sessions"):
-        if place == folder or not is_link(place):
-            yield from temps_in(place, idle=_STALE_SECONDS)
-
-
-def _id_in(files: Files, name: str) -> str | None:
-    """Return the id of the document that a file belongs to, None if it cannot be read."""
+def _owner_of(files: Files, name: str) -> tuple[str, str] | tuple[None, None]:
+    """Return id and namespace of the document that a file belongs to, None if it cannot be read."""
     with contextlib.suppress(StoreError, FileNotFoundError):
-        return read_file(files, name, read_header).id
-    return None
+        header = read_file(files, name, read_header)
+        return header.id, header.namespace
+    return None, None
 
 
 def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
@@ -381,11 +384,11 @@ def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
     names = [*sorted(others, key=version_of), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
     file: StoredFile | None = None
     try:
-        row, file = _best(files, names)
+        row, file = _best(store, names)
     except CorruptFileError:
         row = damaged.believed()
     with catalog.transaction():
-        text = catalog.texts.find(row.id, row.content_hash) if file is None else _text(catalog, file)
+        text = catalog.texts.find(row.id, row.content_hash) if file is None else file.text
         if text is None:
             raise CorruptFileError(f"neither file nor text of {row.id!r} can be read")
         catalog.documents.forget(damaged)
@@ -404,13 +407,13 @@ def _remake_text(store: MemoryStore, row: DocumentRow, file: StoredFile) -> None
 def _adopt(store: MemoryStore, names: list[str]) -> None:
     """Give lost files of one document a row again: the latest that can be read, unless there is a later one by now."""
     catalog, files = store.parts.catalog(), store.files
-    row, file = _best(files, sorted(names, key=version_of))
+    row, file = _best(store, sorted(names, key=version_of))
     with catalog.transaction():
         now = catalog.documents.get(row.id)
         if now is None or version_of(now.file) < version_of(row.file):
-            row = catalog.documents.put(row, Text(_text(catalog, file)))
+            row = catalog.documents.put(row, Text(file.text))
             catalog.properties.set("last", max(catalog.properties.count("last"), version_of(row.file)))
-            write_label(files, row)
+            write_label(store.parts, row)
             names = [*names, *([now.file, label_name(now.file)] if now else [])]
             now = row
     for name in names:
@@ -418,30 +421,24 @@ def _adopt(store: MemoryStore, names: list[str]) -> None:
             files.remove(name)
 
 
-def _text(catalog: Catalog, file: StoredFile) -> str:
-    """Return the text of a file, or the catalog's if the file is of an old format, which keeps none."""
-    if file.text_bytes is None:
-        kept = catalog.texts.find(file.header.id, file.header.content_hash)
-        if kept is not None:
-            return kept
-    return file.text
-
-
-def _best(files: Files, names: list[str]) -> tuple[DocumentRow, StoredFile]:
-    """Read the last of these files that can be read; returns a row for it, and the file.
+def _best(store: MemoryStore, names: list[str]) -> tuple[DocumentRow, StoredFile]:
+    """Read the last of these files that can be read, and is of this namespace; returns a row for it, and the file.
 
     Raises CorruptFileError if none can be read.
     """
     for name in reversed([name for name in names if name.endswith(".safetensors")]):
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
-            file = read_file(files, name, read_kv_file)
-            if stem_of(name) != file_stem(file.header.id):
+            file = read_file(store.files, name, read_kv_file)
+            header = file.header
+            _ = file.text  # must be readable, too
+            if stem_of(name) != file_stem(header.id) or header.namespace != store.namespace:
                 continue
-            stored = StoredLabel(file.header.id, file.header.created_at, Label())
+            label, created_at = Label(), header.created_at
             with contextlib.suppress(CorruptFileError, FileNotFoundError):
-                beside = read_file(files, label_name(name), read_label)
-                stored = beside if beside.id == stored.id else stored
-            return row_of(name, file, stored.label, stored.created_at), file
+                beside = read_file(store.files, label_name(name), read_label)
+                if (beside.id, beside.namespace) == (header.id, header.namespace):
+                    label, created_at = beside.label, beside.created_at
+            return row_of(name, file.root, header, file.kv, label, created_at), file
     raise CorruptFileError(f"none of {', '.join(names)} can be read")
 
 

@@ -2,6 +2,7 @@
 
     folder/catalog.sqlite3                               the rows, source texts and their full-text index, and settings
     folder/settings.json                                 a copy of the settings, once there are any
+    folder/sessions/<hash of id>.json                    a copy of the row of a conversation
     folder/kv/<2 hex>/<hash of id>-<number>.safetensors  K/V and text, a new file for each version of a document
     folder/kv/<2 hex>/<hash of id>-<number>.json         its label
     folder/namespaces/<hash of name>/                    the same once more for each namespace
@@ -10,7 +11,7 @@ A file is complete and on disk before a row names it, and is removed only after 
 So a reader sees the old version or the new one, and a crash leaves at worst files that no row names.
 
 `MemoryStore` is the front. Behind it are `parts` (what a store is made of), `reading`, `publishing` (files in step with
-rows) and `eviction`; `repair` checks and mends a store from outside.
+rows), `conversations` and `eviction`; `repair` checks and mends a store from outside.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.files.stored_kv import StoredKV, not_finite, precision_of, with_precision
 
+from .conversations import StoredConversations
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
 from .publishing import Publisher
@@ -83,8 +85,8 @@ class MemoryStore:
                store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
 
     root is the folder of the whole store, folder that of the namespace, both absolute. The first write creates it, and
-    before that the store reads as empty. parts is for modules that check or mend a store, uses for those that use a
-    document without reading its file.
+    before that the store reads as empty. conversations has those that `Session` keeps here. parts is for modules that
+    check or mend a store, uses for those that use a document without reading its file.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class MemoryStore:
         self.namespace = self.parts.namespace
         self._publisher = Publisher(self.parts)
         self.uses = UseLog(self.parts)
+        self.conversations = StoredConversations(self.parts)
 
     def __enter__(self) -> Self:
         return self
@@ -168,9 +171,10 @@ class MemoryStore:
         return self.parts.files
 
     def totals(self) -> Totals:
-        """Count the documents of this namespace, and the bytes of their K/V."""
-        properties = self.parts.catalog().properties
-        return Totals(properties.count("documents"), properties.count("bytes"))
+        """Count the documents of this namespace, the bytes of their K/V, and its conversations."""
+        catalog = self.parts.catalog()
+        properties = catalog.properties
+        return Totals(properties.count("documents"), properties.count("bytes"), catalog.conversations.count())
 
     def __contains__(self, id: object) -> bool:
         try:
@@ -295,7 +299,8 @@ class MemoryStore:
             self.uses.flush()  # eviction goes by it
         if chosen is PrecisionRule.AUTO:
             chosen = settings.precision
-        kv = with_precision(kv, chosen) if isinstance(chosen, Precision) else kv
+        kv = with_precision(kv, chosen, header.window_starts) if isinstance(chosen, Precision) else kv
+        header = replace(header, namespace=self.namespace)
         if flaw := not_finite(kv):
             raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
         with self._publisher.new_file(header, kv, text) as new:
@@ -307,7 +312,7 @@ class MemoryStore:
                 raise ConflictError(f"document {header.id!r} was changed or removed meanwhile; read it again")
             label = label or (old.label if old else Label())
             created_at = old.created_at if old else created_at or utc_now()
-            row = row_of(new.name, StoredFile(header, kv, None), label, created_at)
+            row = row_of(new.name, new.root, header, kv, label, created_at)
             new.superseded.extend(_supersede(new.catalog, old, row, keep_version))
             evicted, gone = make_room(new.catalog, row, self.settings.quota)  # read again: in step with this commit
             new.superseded.extend(gone)
@@ -343,7 +348,7 @@ class MemoryStore:
         """Give a document another id; returns its new row. Raises InputError if the new id is taken."""
         old, file = self.read(id)
         header = replace(file.header, id=check_id(new_id))
-        text = Text(self._text_of(id, file))
+        text = Text(file.text)
         with self._publisher.new_file(header, file.kv, text) as new:
             documents = new.catalog.documents
             new.superseded.extend(delete_expired(new.catalog)[1])
@@ -353,7 +358,7 @@ class MemoryStore:
             if now.file != old.file:
                 raise ConflictError(f"document {id!r} was changed or removed meanwhile; try again")
             new.superseded.extend([*new.catalog.versions.drop(id), old.file])
-            row = row_of(new.name, StoredFile(header, file.kv, None), now.label, now.created_at)
+            row = row_of(new.name, new.root, header, file.kv, now.label, now.created_at)
             row = replace(row, used_at=now.used_at)
             documents.rename(id, row)
             self._publisher.write_label(row)
@@ -369,10 +374,9 @@ class MemoryStore:
             row, file = self.read(id)
             if precision_of(file.kv) is wanted:
                 return row
-            kv = with_precision(file.kv, wanted)
+            kv = with_precision(file.kv, wanted, file.header.window_starts)
             with contextlib.suppress(ConflictError):
-                text = self._text_of(id, file)
-                return self.put(file.header, kv, text, precision=wanted, replacing=row.file, keep_version=True)
+                return self.put(file.header, kv, file.text, precision=wanted, replacing=row.file, keep_version=True)
         raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being converted; try again")
 
     def delete(self, id: str) -> None:
@@ -399,15 +403,11 @@ class MemoryStore:
             self._publisher.remove(gone)
         return len(gone)
 
-    def _text_of(self, id: str, file: StoredFile) -> str:
-        """Return the text of a document's file; of an old format, which has none, that of the catalog."""
-        return self.text(id) if file.text_bytes is None else file.text
 
-
-def taken(ids: Sequence[str]) -> InputError:
-    """Return the error for documents that are stored already and must not be replaced."""
+def taken(ids: Sequence[str], what: str = "documents") -> InputError:
+    """Return the error for documents, or something else, that are stored already and must not be replaced."""
     named = ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-    return InputError(f"{named} would replace stored documents: allow that with replace, or remove them first")
+    return InputError(f"{named} would replace stored {what}: allow that with replace, or remove them first")
 
 
 def _supersede(catalog: Catalog, old: DocumentRow | None, row: DocumentRow, keep_version: bool) -> builtins.list[str]:

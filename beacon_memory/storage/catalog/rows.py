@@ -43,6 +43,8 @@ class DocumentRow:
     created_at, updated_at: ISO 8601, UTC; the first survives replacement
     used_at:      when it was last read or written, in seconds since 1970, to a minute or so
     method:       the parameters of the compression method; None in rows older than the column
+    root:         the hash that stands for the whole K/V file; empty in rows older than the column, whose files are of
+                  formats that are not read any more
     """
 
     id: str
@@ -63,6 +65,7 @@ class DocumentRow:
     updated_at: str
     used_at: int = 0
     method: Mapping[str, str | int] | None = None
+    root: str = ""
 
     @property
     def label(self) -> Label:
@@ -106,10 +109,11 @@ class DamagedRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """How many documents a store holds, and how many bytes all K/V take."""
+    """How many documents a store holds, how many bytes all K/V take, and how many conversations there are."""
 
     documents: int
     bytes: int
+    conversations: int = 0
 
 
 COLUMNS = (*(field.name for field in fields(DocumentRow)), "checksum")
@@ -154,8 +158,10 @@ def checksum(record: Mapping[str, Any]) -> str:
     checked = dict(record)
     for name in _NOT_CHECKED:
         checked.pop(name, None)
-    if checked.get("method") is None:  # as in rows older than the column, whose checksums go on
+    if checked.get("method") is None:  # as in rows older than the column, whose checksums go on; so with the root
         checked.pop("method", None)
+    if not checked.get("root"):
+        checked.pop("root", None)
     return hashlib.sha256(_ENCODER.encode(checked).encode()).hexdigest()[:32]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 from beacon_memory.config import METHOD_NAME
-from beacon_memory.documents import check_id, utc_now
+from beacon_memory.documents import check_id, check_namespace, utc_now
 from beacon_memory.errors import InputError
 from beacon_memory.kv.fingerprint import Fingerprint
 
-__all__ = ["DocumentHeader", "WindowSpan"]
+__all__ = ["SECTION", "DocumentHeader", "SectionSpan", "WindowSpan"]
+
+SECTION = 64  # positions of a section at most; part of the stored form
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class WindowSpan:
     ratio:  raw tokens per slot; 0: the window is kept raw, one slot a token
     start, stop: where in the text the window lies, in characters
     span:   positions of the memory's span that it takes
+    cuts:   where in the text its sections after the first begin, in characters; see `DocumentHeader.sections`
     """
 
     tokens: int
@@ -29,17 +33,50 @@ class WindowSpan:
     start: int
     stop: int
     span: int
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tokens", "ratio", "start", "stop", "span"):
             _check_count(f"a window's {name}", getattr(self, name))
-        if self.stop < self.start:
-            raise InputError(f"a window's stop {self.stop} lies before its start {self.start}")
+        for cut in self.cuts:
+            _check_count("a cut", cut)
+        bounds = (self.start, *self.cuts, self.stop)
+        if any(one > other for one, other in pairwise(bounds)):
+            raise InputError(f"a window's start, cuts and stop must not fall, got {bounds}")
+        if len(self.cuts) >= max(1, -(-self.span // SECTION)):
+            raise InputError(f"a window of {self.span} positions cannot have {len(self.cuts)} cuts")
+
+    @classmethod
+    def of(cls, tokens: int, ratio: int, span: int, offsets: Sequence[tuple[int, int]]) -> WindowSpan:
+        """Return a window whose tokens start and stop at these places in the text; its sections begin where theirs do.
+
+        If it takes as many positions as it has tokens, or more, each of its first ones is that of a token; the others
+        belong to all of it. If it takes fewer, each stands for as many tokens as any other.
+        """
+        positions = range(SECTION, min(span, tokens), SECTION)
+        firsts = [at if span >= tokens else at * tokens // span for at in positions]
+        return cls(tokens, ratio, offsets[0][0], offsets[-1][1], span, tuple(offsets[first][0] for first in firsts))
 
     @property
     def slots(self) -> int:
         """Count the slots of the window in each head, on average; its last, incomplete unit has one, too."""
         return -(-self.tokens // self.ratio) if self.ratio else self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SectionSpan:
+    """Describe a section: up to `SECTION` successive positions of one window.
+
+    window: number of the window
+    first, size: the position of the memory at which it begins, and how many it has
+    start, stop: where in the text it lies, in characters
+    """
+
+    window: int
+    first: int
+    size: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +93,7 @@ class DocumentHeader:
     fingerprint: of the model, adapter and settings that made the K/V
     method:      the parameters of that method, see `BeaconCompressor.parameters`; None if they are not known
     created_at:  when they were made, ISO 8601, UTC
+    namespace:   of the store, in which the document is; "" is the one outside of all others
     """
 
     id: str
@@ -68,9 +106,11 @@ class DocumentHeader:
     fingerprint: Fingerprint
     method: Mapping[str, str | int] | None = None
     created_at: str = field(default_factory=utc_now)
+    namespace: str = ""
 
     def __post_init__(self) -> None:
         check_id(self.id)
+        check_namespace(self.namespace)
         for name in ("content_hash", "created_at"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.isascii():
@@ -107,15 +147,42 @@ class DocumentHeader:
         """Return the different ratios of the windows, ascending."""
         return tuple(sorted({window.ratio for window in self.windows}))
 
+    @property
+    def window_starts(self) -> list[int]:
+        """Return the position of the memory at which each window begins."""
+        return [0, *accumulate(window.span for window in self.windows)][:-1]
+
+    @property
+    def section_count(self) -> int:
+        """Count the sections without making a list of them, which a header may claim to be very long."""
+        return sum(-(-window.span // SECTION) for window in self.windows)
+
+    @property
+    def sections(self) -> list[SectionSpan]:
+        """Return all sections: each window is cut anew after every `SECTION` positions.
+
+        Those behind its last cut, such as beacons behind the tokens of a window, belong to the whole window's text.
+        """
+        found, first = [], 0
+        for number, window in enumerate(self.windows):
+            bounds = (window.start, *window.cuts, window.stop)
+            for index, at in enumerate(range(0, window.span, SECTION)):
+                own = index < len(bounds) - 1
+                start, stop = (bounds[index], bounds[index + 1]) if own else (window.start, window.stop)
+                found.append(SectionSpan(number, first + at, min(SECTION, window.span - at), start, stop))
+            first += window.span
+        return found
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> DocumentHeader:
         """Read what `dataclasses.asdict` gave; raises InputError, TypeError or CorruptFileError for anything else."""
+        windows = (window | {"cuts": tuple(window["cuts"])} for window in stored.get("windows", ()))
         read: dict[str, Any] = {
-            "windows": tuple(WindowSpan(**window) for window in stored.get("windows", ())),
+            "windows": tuple(WindowSpan(**window) for window in windows),
             "tail_ids": tuple(stored.get("tail_ids", ())),
             "fingerprint": Fingerprint.from_dict(stored.get("fingerprint", {})),
         }
-        if missing := {"windows", "tail_ids", "method", "created_at"} - set(stored):
+        if missing := {"windows", "tail_ids", "method", "created_at", "namespace"} - set(stored):
             raise InputError(f"the header has no {', '.join(sorted(missing))}")
         return cls(**{**stored, **read})
 

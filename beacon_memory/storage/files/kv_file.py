@@ -1,9 +1,13 @@
 """One document as one file that describes itself.
 
-A file is a safetensors file with the tensors of a memory, `keys` and `values` [entries, head_dim], `places` [entries]
-and `counts` [layers, kv_heads], the last two whole numbers, and `text`, the source text in UTF-8 [bytes]. Quantized
-keys and values have their scales beside them, see `QuantizedKV`. The metadata tells the rest: see `kv_formats`, which
-also says in what older formats differ.
+A file is a safetensors file. These tensors have a row for each entry of the memory, in the order that `nesting` tells
+of: `keys` and `values` [entries, head_dim] and `places` [entries], and quantized ones `value_scales` and `value_zeros`.
+These make up the index: `counts`, how many entries there are of each section, level, layer and head; `hashes`, of each
+section and level the XXH3 hash of its rows; and of quantized ones `key_scales` and `key_zeros` [groups, head_dim].
+`text` [bytes] is the source text in UTF-8. The metadata tells the rest: see `kv_metadata`. docs/file-format.md is the
+whole of it.
+
+So a part of a file can be read, and what is read is compared with its hash, without reading the rest.
 
 Files are never changed in place: `stage_kv_file` writes and syncs a temporary file, which `files` gives its name.
 """
@@ -13,12 +17,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +33,46 @@ from torch import Tensor
 
 from beacon_memory.documents import Text
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
-from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.quantize import QuantizedKV
+from beacon_memory.kv.levels import LEVELS
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import QuantizedKV, group_numbers
 
-from .checked_json import json_checksum
 from .durable import identity, make_folder, share_file, sync_file
 from .header import DocumentHeader
-from .kv_formats import ENTRY, FORMAT_VERSION, LONGEST_ENTRY, LONGEST_HEADER, SCALES, corrupt, read_entry
+from .kv_metadata import ENTRY, LONGEST_HEADER, KVMetadata, corrupt, read_metadata
 from .names import new_temp
-from .stored_kv import StoredKV, narrow, precision_of
+from .nesting import file_order, groups_of, rows_of
+from .stored_kv import StoredKV, precision_of
 
-__all__ = [
-    "StoredFile",
-    "read_header",
-    "read_kv_file",
-    "stage_kv_file",
-]
+__all__ = ["Choose", "StagedFile", "StoredFile", "read_header", "read_kv_file", "stage_kv_file"]
+
+# Of each section of a document the lowest level to load, `LEVELS` for none, given its header and the counts of entries
+# [sections, levels, layers, kv_heads] uint8, levels from the top one down.
+Choose = Callable[[DocumentHeader, Tensor], Sequence[int]]
 
 # What safetensors and torch raise for these is of types of their own, and names the error of the machine in words
 _OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+_PLAIN_ROWS, _QUANTIZED_ROWS = ("keys", "values", "places"), ("value_scales", "value_zeros")
+_INDEX, _QUANTIZED_INDEX = ("counts", "hashes"), ("key_scales", "key_zeros")
+_HASH = 16  # bytes
 _LARGEST_EMPTY = 1 << 24  # product of the other axes of a tensor without elements: more is a lie, and would cost memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredFile:
-    """Hold the content of a file. text_bytes: the source text in UTF-8 [bytes]; None in files of a format without."""
+    """Hold the content of a file.
+
+    kv:         all of the memory, or the part that was chosen.
+    text_bytes: the source text in UTF-8 [bytes], which is compared with its hash by `text` only.
+    root:       the hash that stands for the whole file.
+    lowest:     of each section the lowest level that was loaded, None if all was.
+    """
 
     header: DocumentHeader
     kv: StoredKV
-    text_bytes: Tensor | None
+    text_bytes: Tensor
+    root: str
+    lowest: Sequence[int] | None = None
 
     def memory(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the K/V on a device, dequantized there; dtype: as stored, or float32 if they are quantized."""
@@ -70,8 +84,6 @@ class StoredFile:
     @property
     def text(self) -> str:
         """Return the source text; raises CorruptFileError if the file has none that fits its header."""
-        if self.text_bytes is None:
-            raise CorruptFileError(f"the file of {self.header.id!r} is of a format that does not keep the text")
         data = self.text_bytes.numpy().tobytes()
         if hashlib.sha256(data).hexdigest() != self.header.content_hash:
             raise CorruptFileError(f"the text in the file of {self.header.id!r} is not the one that its header names")
@@ -81,40 +93,30 @@ class StoredFile:
             raise CorruptFileError(f"the text in the file of {self.header.id!r} is not UTF-8: {error}") from None
 
 
-def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text) -> Path:
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """A file that was written and synced under a temporary name. root: see `StoredFile`."""
+
+    path: Path
+    root: str
+
+
+def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text) -> StagedFile:
     """Write a temporary file into `folder`, created if missing, and sync it to disk.
 
     Raises InputError if `kv` is not a memory that the header describes, or is interpolated, or the text is another one;
     StoreError if the file cannot be written. Nothing is left behind then.
     """
-    if flaw := _misfit(header, kv) or _misplaced(kv):
+    if flaw := _misfit(header, kv):
         raise InputError(f"the K/V of {header.id!r} cannot be stored: {flaw}")
     if text.sha256 != header.content_hash:
         raise InputError(f"the header of {header.id!r} was made for another text: its content_hash differs")
     precision_of(kv)  # refuses what has none
-    data = text.value.encode()
-    scales, rotated = {}, {}
-    if isinstance(kv, QuantizedKV):
-        scales, rotated = {name: getattr(kv, name) for name in SCALES}, {"rotated": kv.rotated}
-    tensors = {
-        "keys": kv.keys,
-        "values": kv.values,
-        "places": narrow(kv),
-        "counts": kv.counts.to(torch.int32),
-        "text": torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8),
-        **scales,
-    }
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses those that overlap
-    described = {
-        "format": FORMAT_VERSION,
-        "header": asdict(header),
-        "tensors": {**{name: _form(tensor) for name, tensor in tensors.items()}, "xxh3": _hash(tensors), **rotated},
-    }
-    entry = json.dumps({**described, "sha256": json_checksum(described)})
-    if len(entry) > LONGEST_ENTRY:
-        raise InputError(f"the header of {header.id!r} would take {len(entry)} bytes; split the document")
+    tensors = _tensors(header, kv.to("cpu"))
+    data = bytearray(text.value.encode())
+    tensors["text"] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    metadata = KVMetadata(header, {name: _form(tensor) for name, tensor in tensors.items()}, _index_hash(tensors))
+    entry = metadata.entry()
     make_folder(folder)
     temp = new_temp(folder)
     try:
@@ -126,7 +128,21 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
         if isinstance(error, (SafetensorError, OSError)):
             raise StoreError(f"the K/V of {header.id!r} could not be written into {folder}: {error}") from error
         raise
-    return temp
+    return StagedFile(temp, metadata.root)
+
+
+def _tensors(header: DocumentHeader, kv: StoredKV) -> dict[str, Tensor]:
+    """Return all tensors of a file but the text."""
+    order, places, counts = file_order(kv, header.sections)
+    tensors = {"keys": kv.keys[order], "values": kv.values[order], "places": places, "counts": counts}
+    if isinstance(kv, QuantizedKV):
+        if not torch.equal(kv.groups, group_numbers(kv.positions, kv.counts, kv.levels, header.window_starts)):
+            raise InputError(f"the K/V of {header.id!r} were not quantized window by window; see `quantized`")
+        tensors |= {name: getattr(kv, name)[order] for name in _QUANTIZED_ROWS}
+        tensors |= {name: getattr(kv, name).contiguous() for name in _QUANTIZED_INDEX}
+    hashes = b"".join(_rows_hash(tensors, start, stop) for start, stop in _runs(counts))
+    tensors["hashes"] = torch.tensor([*hashes], dtype=torch.uint8).view(*counts.shape[:2], _HASH)
+    return tensors
 
 
 def read_header(path: Path) -> DocumentHeader:
@@ -137,45 +153,48 @@ def read_header(path: Path) -> DocumentHeader:
     """
     _require_file(path)
     with _opened(path) as file:
-        return read_entry(path, file.metadata() or {})[0]
+        return read_metadata(path, file.metadata() or {}).header
 
 
-def read_kv_file(path: Path) -> StoredFile:
-    """Read a file and compare every byte with the hash taken when it was written.
+def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
+    """Read a file, or the part of its K/V that `choose` tells, and compare what is read with its hashes.
 
-    The tensors are mapped: what is not used of them is read once, for the hash, and takes no memory of this process.
+    Of the text only the length is looked at: its hash is compared by `StoredFile.text`. Raises InputError if `choose`
+    returns something else than one level for each section.
     """
     _require_file(path)
     with _opened(path) as file:
-        header, described = read_entry(path, file.metadata() or {})
-        checks = {name: described.pop(name) for name in ("xxh3", "sha256") if name in described}
-        rotated = described.pop("rotated", False)
+        metadata = read_metadata(path, file.metadata() or {})
         names = sorted(file.keys())
-        if names != sorted(described):
-            raise corrupt(
-                path, f"it holds {len(names)} tensors, but its header tells of {', '.join(sorted(described))}"
-            )
-        tensors = {name: file.get_tensor(name) for name in names}
+        quantized = "key_scales" in metadata.tensors
+        wanted = {*_PLAIN_ROWS, *_INDEX, "text", *((_QUANTIZED_ROWS + _QUANTIZED_INDEX) if quantized else ())}
+        if not set(names) == set(metadata.tensors) == wanted:
+            raise corrupt(path, f"it holds {', '.join(names)}, but should hold {', '.join(sorted(wanted))}")
+        tensors = {name: file.get_tensor(name) for name in names}  # mapped, so nothing is read yet
     for name, tensor in tensors.items():
-        if _form(tensor) != described[name]:
-            raise corrupt(path, f"its {name} are {_form(tensor)}, not {described[name]}")
+        if _form(tensor) != metadata.tensors[name]:
+            raise corrupt(path, f"its {name} are {_form(tensor)}, not {metadata.tensors[name]}")
         if not tensor.numel() and math.prod(filter(None, tensor.shape)) > _LARGEST_EMPTY:
             raise corrupt(path, f"its {name} have a shape that no model has: {list(tensor.shape)}")
-    if ("xxh3" in checks and checks["xxh3"] != _hash(tensors)) or (
-        "sha256" in checks and checks["sha256"] != _digest(tensors)
-    ):
-        raise corrupt(path, "its tensors are not those that were written: their hash differs")
-    text = tensors.pop("text", None)
-    if text is not None and (text.dtype != torch.uint8 or text.ndim != 1):
-        raise corrupt(path, f"its text is {_form(text)}, and no bytes")
+    if metadata.index != _index_hash(tensors):
+        raise corrupt(path, "its index is not the one that was written: the hash differs")
+    if tensors["text"].dtype != torch.uint8 or tensors["text"].ndim != 1:
+        raise corrupt(path, f"its text is {_form(tensors['text'])}, and no bytes")
+    header = metadata.header
     try:
-        kv = _kv(tensors, header.span, rotated)
+        _require_index(header, tensors)
+    except InputError as error:
+        raise corrupt(path, str(error)) from error
+    lowest = None if choose is None else _checked_choice(choose(header, tensors["counts"]), header)
+    _check_rows(path, tensors, lowest)
+    try:
+        kv = _kv(header, tensors, lowest)
         precision_of(kv)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    if flaw := _misfit(header, kv) or _misplaced(kv):
+    if flaw := _misfit(header, kv, whole=lowest is None):
         raise corrupt(path, flaw)
-    return StoredFile(header, kv, text)
+    return StoredFile(header, kv, tensors["text"], metadata.root, lowest)
 
 
 def _require_file(path: Path) -> None:
@@ -215,24 +234,71 @@ def _opened(path: Path) -> Iterator[Any]:
         raise corrupt(path, f"torch cannot read it ({error})") from error
 
 
-def _kv(tensors: Mapping[str, Tensor], span: int, rotated: bool) -> StoredKV:
-    """Make K/V of the tensors of a file; raises InputError for tensors that cannot be any."""
-    if "counts" not in tensors:  # format 1
-        return MemoryKV.of(BeaconKV(**tensors))
-    if tensors["counts"].dtype != torch.int32 or tensors["places"].dtype not in (torch.int16, torch.int32):
+def _require_index(header: DocumentHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for an index that is none of this document, or promises other rows than there are."""
+    counts, hashes = tensors["counts"], tensors["hashes"]
+    of_bytes = counts.dtype == hashes.dtype == torch.uint8
+    fitting = counts.ndim == 4 and 1 <= counts.shape[1] <= LEVELS and [*hashes.shape] == [*counts.shape[:2], _HASH]
+    if not of_bytes or not fitting or len(counts) != header.section_count:
+        flaw = f"its counts are {_form(counts)} and its hashes {_form(hashes)}"
+        raise InputError(f"{flaw}, which cannot be those of {header.section_count} sections")
+    entries = int(counts.sum(dtype=torch.int64))
+    for name in (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors)):
+        if not tensors[name].ndim or len(tensors[name]) != entries:
+            raise InputError(f"its {name} are {_form(tensors[name])}, but its counts tell of {entries} entries")
+    sizes = torch.tensor([section.size for section in header.sections], dtype=torch.int64)
+    if len(sizes) and bool((counts.sum(1, dtype=torch.int64).amax((1, 2)) > sizes).any()):
+        raise InputError("a head has more entries in a section than that has positions")
+    if tensors["places"].dtype != torch.uint8 or tensors["places"].ndim != 1:
+        raise InputError(f"its places are {_form(tensors['places'])}")
+
+
+def _checked_choice(lowest: Sequence[int], header: DocumentHeader) -> list[int]:
+    """Return what `choose` has chosen; raises InputError for what says nothing of these sections."""
+    if len(lowest) != header.section_count or not all(0 <= one <= LEVELS for one in lowest):
         raise InputError(
-            f"its counts must be int32 and its places int16 or int32, got {tensors['counts'].dtype} and "
-            f"{tensors['places'].dtype}"
+            f"choose must return a level from 0 to {LEVELS} for each of {header.section_count} sections of "
+            f"{header.id!r}, got {list(lowest)[:20]}"
         )
-    # by one thread, see `_misplaced`
-    positions = torch.from_numpy(tensors["places"].numpy().astype("int32", copy=False))
-    whole = {"counts": tensors["counts"].long(), "positions": positions}
-    given = {name: tensor for name, tensor in tensors.items() if name != "places"}
+    return list(lowest)
+
+
+def _check_rows(path: Path, tensors: Mapping[str, Tensor], lowest: Sequence[int] | None) -> None:
+    """Compare the rows that are loaded with their hashes; raises CorruptFileError."""
+    hashes, depths = tensors["hashes"].numpy().tobytes(), tensors["counts"].shape[1]
+    for number, (start, stop) in enumerate(_runs(tensors["counts"])):
+        if lowest is not None and number % depths >= LEVELS - lowest[number // depths]:
+            continue
+        if _rows_hash(tensors, start, stop) != hashes[_HASH * number : _HASH * (number + 1)]:
+            raise corrupt(path, "its tensors are not those that were written: their hash differs")
+
+
+def _runs(counts: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each section and level, and the one behind its last."""
+    stops = counts.sum((2, 3), dtype=torch.int64).flatten().cumsum(0).tolist()
+    return zip([0, *stops], stops, strict=False)
+
+
+def _kv(header: DocumentHeader, tensors: Mapping[str, Tensor], lowest: Sequence[int] | None) -> StoredKV:
+    """Make K/V of the tensors of a file; raises InputError for tensors that cannot be any."""
+    rows = rows_of(tensors["counts"], tensors["places"], header.sections, lowest)
+    levels = rows.levels if tensors["counts"].shape[1] > 1 else None
+    # index_select copies whole rows, three times as fast as indexing does
+    whole: dict[str, Any] = {
+        "keys": tensors["keys"].index_select(0, rows.numbers),
+        "values": tensors["values"].index_select(0, rows.numbers),
+        "positions": rows.positions,
+        "counts": rows.counts,
+        "span": header.span,
+        "levels": levels,
+    }
     if "key_scales" not in tensors:
-        return MemoryKV(**{**given, **whole}, span=span)
+        return MemoryKV(**whole)
     width, head_dim = (tensors[name].shape[-1] if tensors[name].ndim else 0 for name in ("keys", "key_scales"))
-    bits = 8 * width // max(1, head_dim)
-    return QuantizedKV(**{**given, **whole}, bits=bits, span=span, dtype=torch.float32, rotated=rotated)
+    whole |= {name: tensors[name].index_select(0, rows.numbers) for name in _QUANTIZED_ROWS}
+    whole |= {name: tensors[name] for name in _QUANTIZED_INDEX}
+    groups = groups_of(tensors["counts"], header.sections, rows)
+    return QuantizedKV(**whole, bits=8 * width // max(1, head_dim), groups=groups, dtype=torch.float32)
 
 
 def _form(tensor: Tensor) -> dict[str, Any]:
@@ -240,47 +306,40 @@ def _form(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hash tensors with XXH3, which is fast and finds every accident; a sha256 would also find an attack."""
-    return _feed(xxhash.xxh3_128(), tensors)
+def _index_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Hash the index, each tensor behind its dtype and shape, with XXH3, which is fast and finds every accident."""
+    hasher = xxhash.xxh3_128()
+    for name in (*_INDEX, *(name for name in _QUANTIZED_INDEX if name in tensors)):
+        hasher.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        hasher.update(_bytes(tensors[name]))
+    return hasher.hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hash tensors with sha256, as older files have it."""
-    return _feed(hashlib.sha256(), tensors)
+def _rows_hash(tensors: Mapping[str, Tensor], start: int, stop: int) -> bytes:
+    """Hash some rows of all tensors that have one for each entry."""
+    hasher = xxhash.xxh3_128()
+    for name in (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors)):
+        hasher.update(_bytes(tensors[name][start:stop]))
+    return hasher.digest()
 
 
-def _feed(hasher: Any, tensors: Mapping[str, Tensor]) -> str:
-    """Hash dtypes, shapes and bytes of tensors in the order of their names; all contiguous and on the CPU."""
-    for _, tensor in sorted(tensors.items()):
-        hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return str(hasher.hexdigest())
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _misfit(header: DocumentHeader, kv: StoredKV) -> str | None:
-    """Say in what K/V differ from the header of their document, None if in nothing; reads the counts only."""
+def _misfit(header: DocumentHeader, kv: StoredKV, *, whole: bool = True) -> str | None:
+    """Say in what K/V differ from the header of their document, None if in nothing."""
     if kv.keys.dtype != kv.values.dtype:
         return f"its keys and values must have one dtype, got {kv.keys.dtype} and {kv.values.dtype}"
     if kv.positions.dtype != torch.int32:
         return f"its positions must be int32, got {kv.positions.dtype}; keep it before it is interpolated"
     if kv.span != header.span:
         return f"it spans {kv.span} positions, but its header says {header.span}"
-    heads = kv.counts.numel()
-    if not heads or len(kv.positions) != header.slots * heads:
-        return (
-            f"it holds {len(kv.positions)} entries, but its windows take {header.slots} slots of each of {heads} heads"
-        )
-    return None
-
-
-def _misplaced(kv: StoredKV) -> str | None:
-    """Say whether a head has fewer than no entries or an entry lies outside the span, None if neither."""
-    if (kv.counts < 0).any():
-        return f"one of its heads has {int(kv.counts.min())} entries"
-    positions = (
-        kv.positions.cpu().numpy()
-    )  # torch would share this among threads, and wait for the last of them to wake
-    if len(positions) and (positions.min() < 0 or positions.max() >= kv.span):
-        return f"its positions go from {positions.min()} to {positions.max()}, but it spans {kv.span} positions"
-    return None
+    entries, heads = len(kv.positions), kv.counts.numel()
+    if not heads or (kv.counts < 0).any():
+        return f"one of its {heads} heads has {int(kv.counts.min()) if heads else 0} entries"
+    if whole and entries != header.slots * heads:
+        return f"it holds {entries} entries, but its windows take {header.slots} slots of each of {heads} heads"
+    low, high = (int(kv.positions.min()), int(kv.positions.max())) if entries else (0, 0)
+    outside = entries and not 0 <= low <= high < kv.span
+    return f"its positions go from {low} to {high}, but it spans {kv.span} positions" if outside else None

@@ -1,8 +1,8 @@
 """A document's label as a small file beside its K/V, so that a lost catalog loses nothing.
 
-A JSON object: `format`, `id`, `created_at`, `updated_at`, the fields of a `Label`, and `sha256` of all these. Unlike a
-K/V file it is replaced when the label changes. The row counts, unless the file is newer: then the catalog has lost what
-was committed last.
+A JSON object: `format`, `id`, `namespace`, `created_at`, `updated_at`, the fields of a `Label`, and `sha256` of all
+these. Unlike a K/V file it is replaced when the label changes. The row counts, unless the file is newer: then the
+catalog has lost what was committed last.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from beacon_memory.documents import Label, check_id
+from beacon_memory.documents import Label, check_id, check_namespace
 from beacon_memory.errors import CorruptFileError, InputError
 
 from .checked_json import read_checked, stage_checked
@@ -20,15 +20,16 @@ __all__ = ["StoredLabel", "label_name", "read_label", "stage_label"]
 
 @dataclass(frozen=True, slots=True)
 class StoredLabel:
-    """Hold the label of a document, with its id and time of creation.
+    """Hold the label of a document, with its id, the namespace that it is in, and its time of creation.
 
-    updated_at: of the row that it was written for; "" in files older than the field. Later rows have later ones.
+    updated_at: of the row that it was written for. Later rows have later ones.
     """
 
     id: str
+    namespace: str
     created_at: str
     label: Label
-    updated_at: str = ""
+    updated_at: str
 
 
 def label_name(file: str) -> str:
@@ -39,7 +40,7 @@ def label_name(file: str) -> str:
 def stage_label(folder: Path, stored: StoredLabel) -> Path:
     """Write a label into a temporary file, and sync it; raises as `stage_checked`."""
     times = {"created_at": stored.created_at, "updated_at": stored.updated_at}
-    fields = {"id": stored.id, **times, **asdict(stored.label)}
+    fields = {"id": stored.id, "namespace": stored.namespace, **times, **asdict(stored.label)}
     return stage_checked(folder, fields, f"the label of {stored.id!r}")
 
 
@@ -47,9 +48,10 @@ def read_label(path: Path) -> StoredLabel:
     """Read a label; raises FileNotFoundError, or CorruptFileError for anything that `stage_label` did not write."""
     fields = read_checked(path)
     try:
-        id, times = check_id(fields.pop("id")), (fields.pop("created_at"), fields.pop("updated_at", ""))
+        id, namespace = check_id(fields.pop("id")), check_namespace(fields.pop("namespace"))
+        times = fields.pop("created_at"), fields.pop("updated_at")
         if not all(isinstance(time, str) and time.isascii() for time in times):
             raise ValueError(f"created_at and updated_at are {times!r}")
-        return StoredLabel(id, times[0], Label(**fields), times[1])
+        return StoredLabel(id, namespace, times[0], Label(**fields), times[1])
     except (ValueError, KeyError, TypeError, InputError) as error:
         raise CorruptFileError(f"{path} is no label ({error}); `beacon-memory repair` writes it anew") from error

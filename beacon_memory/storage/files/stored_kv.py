@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,9 @@ from beacon_memory.errors import InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, quantized
 
-__all__ = ["StoredKV", "narrow", "not_finite", "precision_of", "stored_bytes", "with_precision"]
+__all__ = ["StoredKV", "not_finite", "precision_of", "stored_bytes", "with_precision"]
 
 StoredKV = MemoryKV | QuantizedKV
-_POSITIONS_16 = 1 << 15  # span up to which positions take two bytes
 
 
 def precision_of(kv: StoredKV) -> Precision:
@@ -25,20 +26,23 @@ def precision_of(kv: StoredKV) -> Precision:
     return Precision(str(kv.keys.dtype).removeprefix("torch."))
 
 
-def with_precision(kv: StoredKV, precision: Precision | str) -> StoredKV:
-    """Convert K/V to another precision; raises InputError if they hold less than that, as int4 K/V for int8."""
+def with_precision(kv: StoredKV, precision: Precision | str, windows: Sequence[int] = ()) -> StoredKV:
+    """Convert K/V to another precision; raises InputError if they hold less than that, as int4 K/V for int8.
+
+    windows: the positions at which windows begin, if there are several.
+    """
     now, wanted = precision_of(kv), Precision(precision)
     if now is wanted:
         return kv
     if now.quantized and wanted.bits > now.bits:
         raise InputError(f"{now} K/V hold no more than that: to keep them as {wanted}, compress the document anew")
     memory = kv.dequantized(torch.float32) if isinstance(kv, QuantizedKV) else kv
-    return quantized(memory, wanted.bits) if wanted.quantized else memory.to(dtype=getattr(torch, wanted))
+    return quantized(memory, wanted.bits, windows) if wanted.quantized else memory.to(dtype=getattr(torch, wanted))
 
 
 def stored_bytes(kv: StoredKV) -> int:
-    """Count the bytes that keys, values and positions take in a file."""
-    return kv.nbytes - kv.positions.nbytes + narrow(kv).nbytes
+    """Count the bytes that keys, values and positions take in a file, where a position takes one."""
+    return kv.nbytes - kv.positions.nbytes + len(kv.positions)
 
 
 def not_finite(kv: StoredKV) -> str | None:
@@ -53,10 +57,3 @@ def not_finite(kv: StoredKV) -> str | None:
         if tensor.numel() and not all(one.isfinite() for one in tensor.aminmax()):  # of NaN both are NaN
             return f"its {name.replace('_', ' ')}, kept in {precision_of(kv)}, hold NaN or infinity"
     return None
-
-
-def narrow(kv: StoredKV) -> Tensor:
-    """Return the positions in the integers that a file keeps them in: 16 bits if the span allows it, else 32."""
-    if kv.span <= _POSITIONS_16 and kv.positions.dtype == torch.int32:
-        return kv.positions.to(torch.int16)
-    return kv.positions
