@@ -361,7 +361,7 @@ def _extracted_conversation(store: MemoryStore, file: IO[bytes], member: Member,
     """Copy a conversation of an archive into a temporary file, and read it from there."""
     with _extracted(store, file, [member], path) as (temp,):
         try:
-            return read_conversation(temp)
+            return read_conversation(temp)[0]
         except CorruptFileError as error:
             raise corrupt(path, f"{member.name} cannot be read: {error}") from error
 

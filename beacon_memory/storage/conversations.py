@@ -35,7 +35,7 @@ from beacon_memory.storage.files.durable import (
 from beacon_memory.storage.files.locks import alone
 from beacon_memory.storage.files.names import TEMP_PREFIX, hash_id, temps_in
 
-from .parts import StoreParts
+from .parts import StoreParts, named
 
 __all__ = ["ConversationFlaw", "StoredConversations"]
 
@@ -203,14 +203,16 @@ class StoredConversations:
 
     def _stage(self, conversation: Conversation) -> Path:
         self._make_folder()
-        return stage_conversation(self._folder, conversation)
+        return stage_conversation(self._folder, conversation, self._parts.namespace)
 
     def _copy(self, path: Path) -> Conversation:
         """Read a copy; raises FileNotFoundError, or CorruptFileError if it is damaged or of another conversation."""
         refuse_links(self._parts.folder, path.parent)
-        copy = read_conversation(path)
+        copy, namespace = read_conversation(path)
         if _name(copy.id) != path.name:
             raise CorruptFileError(f"{path} is of another conversation, {copy.id!r}")
+        if namespace != self._parts.namespace:
+            raise CorruptFileError(f"{path} is of {named(namespace)}: somebody moved or copied it")
         return copy
 
     @property

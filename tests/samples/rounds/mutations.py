@@ -22,6 +22,7 @@ from kv_samples import FINGERPRINT, same, write_kv_file
 from store_samples import kept_text
 from workload import State, after, document, label, look, perform
 
+from beacon_memory.conversation import Conversation
 from beacon_memory.errors import BeaconMemoryError, CorruptFileError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.archive import export_documents, import_documents
@@ -34,6 +35,7 @@ SCENES = 10  # of a round
 NAMESPACES = ("", "other")
 OLD_MODEL = replace(FINGERPRINT, adapter="old")
 QUOTA = 10**12
+OLD_TURN, TURN = "a conversation", "a conversation goes on"
 
 Documents = dict[str, State]
 Read = TypeVar("Read")
@@ -82,6 +84,7 @@ def fill(world: World, rng: random.Random, older: Path) -> None:
         for id in ("same", "changed", "labelled", "narrow", "removed", "old name"):
             world.do(name, "put", id, version())
         world.do(name, "convert", "narrow")
+        talk(store, OLD_TURN)
     copied(world.folder, older)
     for name in world.stores:
         world.do(name, "put", "changed", version())
@@ -89,6 +92,7 @@ def fill(world: World, rng: random.Random, older: Path) -> None:
         world.do(name, "rename", "old name", "new name")
         world.do(name, "delete", "removed")
         world.do(name, "put", "new", version())
+        talk(world.stores[name], TURN)
 
 
 FILES = {
@@ -98,10 +102,11 @@ FILES = {
     "log": "catalog.sqlite3-wal",
     "index of the log": "catalog.sqlite3-shm",
     "settings": "settings.json",
+    "conversation": "sessions/*.json",
     "lock": "*.lock",
     "cached file": "cache/kv/*/*",
 }
-FOLDERS = {name: name for name in ("kv", "kv/*", "cache", "cache/kv", "cache/kv/*")}
+FOLDERS = {name: name for name in ("kv", "kv/*", "sessions", "cache", "cache/kv", "cache/kv/*")}
 
 
 @dataclass
@@ -274,7 +279,7 @@ def mutate(scene: Scene) -> list[str]:
     while not done or (len(done) < count and done[0] not in OF_THE_CATALOG):
         name = scene.rng.choice(DAMAGE if not cache and scene.rng.random() < 0.5 else names)
         if not done or name not in OF_THE_CATALOG:
-            with suppress(ValueError, IndexError, OSError):  # there is no such file, or no more
+            with suppress(ValueError, IndexError, OSError, CorruptFileError):  # there is none, or none that is whole
                 MUTATIONS[name](scene)
                 done.append(name)
     return done
@@ -340,6 +345,8 @@ def survey(store: MemoryStore, states: Documents, past: Mapping[str, set[State]]
     for id, found in (rows or {}).items():
         assert id in past
         assert found in [label(one.label) for one in past[id]]
+    said = attempt("conversation", lambda: turn(store), f"{TURN} in {store.namespace!r}")
+    assert said in (None, f"{TURN} in {store.namespace!r}", f"{OLD_TURN} in {store.namespace!r}")
     attempt("totals", lambda: store.totals().documents, len(states))
     attempt("settings", lambda: store.settings.quota, QUOTA)
     kept = tried(lambda: store.read("renewed", OLD_MODEL.digest)[1].text)
@@ -377,6 +384,7 @@ def assert_back(store: MemoryStore, states: Documents, mutated: Sequence[str]) -
             store.put(header, kv, text, label(state.label), precision=state.precision)
         assert look(store, id) == state, f"{id!r} is not what it was"
     assert {row.id for row in store.list()} == states.keys()
+    assert turn(store) == f"{TURN} in {store.namespace!r}"
     assert store.settings.quota == QUOTA
     assert verify(store) == []
 
@@ -386,6 +394,18 @@ def remove_strangers(store: MemoryStore) -> None:
     while strangers := [problem for problem in verify(store) if problem.kind in ("orphan-file", "lost-row")]:
         for problem in strangers:
             assert store.files.remove(str(problem.path))
+
+
+def talk(store: MemoryStore, content: str) -> None:
+    """Let the last turn of a conversation be this one, in its namespace."""
+    turns = [{"role": "user", "content": f"{content} in {store.namespace!r}"}]
+    store.conversations.put(Conversation("talk", turns))
+
+
+def turn(store: MemoryStore) -> str | None:
+    """The last turn of the conversation, None if there is none."""
+    found = store.conversations.get("talk")
+    return None if found is None else found.turns[-1]["content"]
 
 
 def text_of(state: State) -> str:
