@@ -18,7 +18,7 @@ __all__ = ["best", "read_raw", "read_sink"]
 def read_raw(model: BeaconModel, prefix: Prefix | None, ids: Sequence[int]) -> BeaconKV:
     """Return the K/V of all tokens of a window, read behind a memory or behind nothing."""
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
-    return model.run(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix]).kept
+    return model.read(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix])
 
 
 def read_sink(model: BeaconModel) -> BeaconKV:
