@@ -209,6 +209,16 @@ def obstruct(scene: Scene, pattern: str) -> None:
 def bring_from_other(scene: Scene, pattern: str) -> None:
     """Copy something of the other namespace to where it would lie in this one."""
     theirs = scene.rng.choice(sorted(scene.other.glob(pattern)))
+    if pattern in (FILES["catalog"], FILES["log"]):  # then it is that of the other: nothing is damaged, but misplaced
+        ours = {path: path.read_bytes() for path in scene.folder.glob("catalog.sqlite3*")}
+
+        def undo() -> None:
+            for path in scene.folder.glob("catalog.sqlite3*"):
+                path.unlink()
+            for path, data in ours.items():
+                path.write_bytes(data)
+
+        scene.undo.append(undo)
     put_back(replace(scene, older=scene.other), theirs.relative_to(scene.other).as_posix())
 
 
@@ -250,12 +260,12 @@ def mutations(folder: Path, seed: int) -> int:
     older = copied(folder / "older", folder / "older template")
     done = of_an_archive(world, folder, rng) if rng.random() < 0.2 else 0
     world.close()
-    for _ in range(SCENES):
+    for number in range(1, SCENES + 1):
         copied(template, place)
         copied(older, folder / "older")
         name, other = rng.sample(NAMESPACES, 2)
-        scene = Scene(*(world.stores[name].folder for _ in range(2)), world.stores[other].folder, rng)
-        scene.older = folder / "older" / scene.folder.relative_to(world.folder)
+        ours, theirs = world.stores[name].folder, world.stores[other].folder
+        scene = Scene(ours, folder / "older" / ours.relative_to(world.folder), theirs, rng)
         mutated = mutate(scene)
         done += len(mutated)
         try:
@@ -263,7 +273,7 @@ def mutations(folder: Path, seed: int) -> int:
             id, state = rng.choice(list(world.states[other].items()))
             assert look(world.stores[other], id) == state
         except BaseException as error:
-            error.add_note(f"after mutations of {name!r} in scene {_ + 1}: {', '.join(mutated)}")
+            error.add_note(f"after mutations of {name!r} in scene {number}: {', '.join(mutated)}")
             raise
         finally:
             world.close()
@@ -295,6 +305,7 @@ def check(world: World, namespace: str, mutated: Sequence[str], scene: Scene) ->
     assert not missed or not all(name in OF_THE_CACHE for name in mutated), missed
     repaired = tried(lambda: repair(store))
     if isinstance(repaired, BeaconMemoryError) or not all(problem.mended for problem in repaired):
+        store.close()
         for undo in reversed(scene.undo):
             with suppress(OSError, ValueError):  # of what lies in a folder that is gone, too
                 undo()
