@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 from beacon_memory.errors import ConflictError, MismatchedFileError, MissingFileError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
@@ -40,17 +43,21 @@ def read_document(
     missing = None
     for _ in range(READ_TRIES):
         try:
-            file = read_file(parts.files, row.file, read_kv_file)
+            return row, read_file(parts.files, row.file, partial(_read_file_of, row, parts.namespace))
         except FileNotFoundError:
             now = find_row(parts.catalog(), id, fingerprint)
             if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now
                 raise _missing(row) from None
             missing, row = row.file, now
-            continue
-        if difference := difference_of(row, parts.namespace, file):
-            raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
-        return row, file
     raise ConflictError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
+
+
+def _read_file_of(row: DocumentRow, namespace: str, path: Path) -> StoredFile:
+    """Read the file that a row names; raises MismatchedFileError if it is another one."""
+    file = read_kv_file(path)
+    if difference := difference_of(row, namespace, file):
+        raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
+    return file
 
 
 def require_file(parts: StoreParts, id: str) -> None:

@@ -37,11 +37,31 @@ from beacon_memory.storage.publishing import Publisher
 from beacon_memory.storage.repair import ProblemKind, repair, verify
 from beacon_memory.storage.store import MemoryStore
 
+QUOTA = 10**9
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[MemoryStore]:
     with MemoryStore(tmp_path / "store") as store:
         yield store
+
+
+def move(path: Path, folder: Path) -> None:
+    path.rename(folder / path.name)
+
+
+def swap_folders(one: Path, other: Path) -> None:
+    one.rename(one.with_name("between"))
+    other.rename(one)
+    one.with_name("between").rename(other)
+
+
+def lose_settings(store: MemoryStore) -> None:
+    """Let the catalog be one of before its settings were changed."""
+    catalog = leave_catalog(store).read_bytes()
+    store.configure(quota=QUOTA)
+    leave_catalog(store).write_bytes(catalog)
+    assert store.settings.quota is None
 
 
 MENDED: dict[str, tuple[Callable[[MemoryStore], object], list[ProblemKind]]] = {
@@ -105,6 +125,15 @@ MENDED: dict[str, tuple[Callable[[MemoryStore], object], list[ProblemKind]]] = {
         lambda store: leave_catalog(store).write_text("once upon a time " * 1000),
         ["damaged-catalog", "lost-row", "lost-row"],
     ),
+    "K/V in the folder of another": (
+        lambda store: move(file(store), file(store, "other").parent),
+        ["missing-file", "orphan-file"],
+    ),
+    "folders swapped": (
+        lambda store: swap_folders(file(store).parent, file(store, "other").parent),
+        ["missing-file"] * 2 + ["stale-label"] * 2 + ["orphan-file"] * 4,
+    ),
+    "settings lost with the log": (lose_settings, ["stale-label"]),
     "table gone": (
         lambda store: change(store, "DROP TABLE passages_fts_data"),
         ["damaged-catalog", "lost-row", "lost-row"],
@@ -138,6 +167,7 @@ def test_what_files_or_rows_still_tell_is_found_and_mended(store: MemoryStore, n
     assert {row.id for row in store.list(tags=["x"], metadata={"b": "x"})} == {"doc", "other"}
     assert store.totals() == Totals(2, 2 * BYTES)
     assert len(files(store)) == len(labels(store)) == 2
+    assert store.settings.quota == (QUOTA if make is lose_settings else None)
 
 
 UNMENDED: dict[str, tuple[Callable[[MemoryStore], object], ProblemKind]] = {
