@@ -506,7 +506,7 @@ class BeaconMemory:
     def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
-        wanted += [((*self._version(one.row), one.lowest), partial(self._load, one)) for one in loaded]
+        wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for one in loaded]
         prefix, (_, *places) = self._hot.prefix(self.model, wanted, room)
         for one in loaded:
             self.store.uses.add(one.row.id)

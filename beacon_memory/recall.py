@@ -25,7 +25,7 @@ from beacon_memory.storage.reading import read_document_index, read_document_par
 from .errors import InputError
 from .picking import Passage
 from .results import SourcePassage
-from .zoom import allocate, loaded
+from .zoom import allocate, zoomed
 
 if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
@@ -80,6 +80,7 @@ class Portion:
 
     row:    of the document, as its file is.
     lowest: of each section the lowest level that is loaded, None for all of everything.
+    relevance: of each section.
     slots:  that this takes, the mean over heads, rounded up.
     sources: the passages of which something is loaded.
     """
@@ -87,8 +88,17 @@ class Portion:
     row: DocumentRow
     index: StoredIndex
     lowest: tuple[int, ...] | None
+    relevance: tuple[float, ...]
     slots: int
     sources: tuple[SourcePassage, ...]
+
+    @property
+    def key(self) -> tuple[tuple[int, int], ...] | None:
+        """Return what tells it from every other portion of the document: sections in their order, with their levels."""
+        if self.lowest is None:
+            return None
+        chosen = [section for section, level in enumerate(self.lowest) if level < LEVELS]
+        return tuple((one, self.lowest[one]) for one in sorted(chosen, key=self.relevance.__getitem__))
 
     def load(self, store: MemoryStore, device: torch.device, dtype: torch.dtype) -> MemoryKV:
         """Read it onto a device; raises ConflictError if the document was replaced since, else as `MemoryStore.get`."""
@@ -98,7 +108,7 @@ class Portion:
             return whole.kv
         file = read_document_part(store.parts, self.row, self.lowest)
         bounds = [section.first for section in self.index.header.sections] + [self.index.header.span]
-        return loaded(file.memory(device, dtype), bounds, self.lowest, range(len(self.lowest)))
+        return zoomed(file.memory(device, dtype), bounds, self.lowest, self.relevance)
 
 
 class Indexes:
@@ -153,7 +163,7 @@ def _portion(
         for section, relevant, count in zip(sections, relevance, entries, strict=True)
         if count
     )
-    return Portion(row, index, lowest, -(-sum(entries) // heads), sources)
+    return Portion(row, index, lowest, tuple(relevance), -(-sum(entries) // heads), sources)
 
 
 def _sizes(counts: Tensor) -> Tensor:

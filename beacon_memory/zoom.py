@@ -3,6 +3,10 @@
 The text of a memory is cut into *sections*, and every entry has a level (`kv.levels`). The entries of a section from
 some level on are what blind compression would have kept of it at the ratio of that level. So what is loaded of a
 section is told by one number, the lowest level that is loaded, and less of it is always a part of more.
+
+The budget goes to few sections as a whole, not to more of them in part: a reader takes what stands out, so that names
+from passages which do not matter lead it astray. For the same reason nothing is loaded of the rest, and what matters
+most stands nearest to the question.
 """
 
 from __future__ import annotations
@@ -17,26 +21,28 @@ from beacon_memory.errors import InputError
 from beacon_memory.kv.levels import LEVELS, TOP_LEVEL
 from beacon_memory.kv.memory_kv import MemoryKV
 
-__all__ = ["allocate", "loaded", "section_sizes"]
+__all__ = ["allocate", "section_sizes", "zoomed"]
 
 
 def allocate(sizes: Tensor, relevance: Sequence[float], budget: int) -> list[int]:
     """Return for each section the lowest level that is loaded of it, LEVELS for nothing of it.
 
-    The most relevant sections are loaded whole as far as the budget goes, of the next one the levels that still fit.
-    Sections that are equally relevant share what is left for them by level. So relevance that is the same for all gives
-    blind selection, and sections that do not match at all come after all that do.
+    The most relevant sections are loaded whole; of the last one that is begun, the levels that still fit. Sections that
+    are equally relevant share what is left for them by level: relevance that is the same for all, such as 0, gives
+    blind selection.
 
     sizes:     [sections, LEVELS] entries of each level, see `section_sizes`; of one memory or of several.
     relevance: how well each section matches the question, 0 for not at all.
-    budget:    how many entries may be loaded, those of all heads of all layers.
+    budget:    how many entries may be loaded, those of all heads of all layers together.
     """
-    lowest, left = [LEVELS] * len(sizes), budget
+    entries, lowest = sizes.tolist(), [LEVELS] * len(sizes)
     cells = ((-found, -level, section) for section, found in enumerate(relevance) for level in range(LEVELS))
-    entries = sizes.tolist()
     for _, level, section in sorted(cells):
-        if lowest[section] == 1 - level and entries[section][-level] <= left:
-            left -= entries[section][-level]
+        size = entries[section][-level]
+        if size > budget:
+            break
+        if size:
+            budget -= size
             lowest[section] = -level
     return lowest
 
@@ -50,15 +56,16 @@ def section_sizes(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
     return cells.bincount(minlength=(len(bounds) - 1) * LEVELS).view(-1, LEVELS).cpu()
 
 
-def loaded(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], order: Sequence[int]) -> MemoryKV:
-    """Return what is loaded of a memory: its sections one behind another, without those of which nothing is loaded.
+def zoomed(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], relevance: Sequence[float]) -> MemoryKV:
+    """Return what is loaded of a memory: its sections one behind another, the most relevant one last.
 
-    bounds: see `section_sizes`.
-    lowest: for each section the lowest level that is loaded, LEVELS for nothing of it.
-    order:  the numbers of all sections, in the order in which they shall stand.
+    Sections of which nothing is loaded take no positions; equally relevant ones keep the order of the text.
+
+    memory: one or several, joined by `MemoryKV.concat`, at their own positions: what is interpolated has no sections.
+    bounds: see `section_sizes`. lowest, relevance: see `allocate`.
     """
-    starts, span = [0] * len(order), 0
-    for section in order:
+    starts, span = [0] * len(lowest), 0
+    for section in sorted(range(len(lowest)), key=relevance.__getitem__):
         starts[section] = span
         span += (bounds[section + 1] - bounds[section]) * (lowest[section] < LEVELS)
     sections = _sections_of(memory, bounds)
@@ -81,6 +88,8 @@ def loaded(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], order
 
 def _sections_of(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
     """Return the section of each entry, [entries] int64; raises InputError for bounds that are not of this memory."""
+    if memory.positions.is_floating_point():
+        raise InputError("an interpolated memory has no sections: take what is loaded out of it before")
     if bounds[0] != 0 or bounds[-1] != memory.span or any(start >= stop for start, stop in pairwise(bounds)):
         raise InputError(f"bounds={list(bounds)} must rise from 0 to the memory's span of {memory.span} positions")
     inner = torch.tensor(bounds[1:-1], device=memory.positions.device)

@@ -105,17 +105,27 @@ def _read(
     missing = None
     for _ in range(READ_TRIES):
         try:
-            file = read_file(parts.files, row.file, read)
+            return row, read_file(parts.files, row.file, partial(_compared, row, parts.namespace, read, difference_of))
         except FileNotFoundError:
             now = find_row(parts.catalog(), id, fingerprint)
             if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now
                 raise _missing(row) from None
             missing, row = row.file, now
-            continue
-        if difference := difference_of(row, parts.namespace, file):
-            raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
-        return row, file
     raise ConflictError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
+
+
+def _compared(
+    row: DocumentRow,
+    namespace: str,
+    read: Callable[[Path], _File],
+    difference_of: Callable[[DocumentRow, str, _File], str | None],
+    path: Path,
+) -> _File:
+    """Read the file that a row names; raises MismatchedFileError if it is another one."""
+    file = read(path)
+    if difference := difference_of(row, namespace, file):
+        raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
+    return file
 
 
 def require_file(parts: StoreParts, id: str) -> None:
