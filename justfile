@@ -32,7 +32,7 @@ docs *args:
 test *args:
     pytest -n logical {{ args }}
 
-# Random work on a store under kills and power cuts: `just torture --minutes 10 --seed 1`; a failure names its seed.
+# A store under kills, power cuts, mutations, failing calls and many processes: `just torture --minutes 60 --seed 1`.
 torture *args:
     python tests/samples/torture.py {{ args }}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -34,6 +37,7 @@ from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
 
+_MOST_BYTES = 1 << 28  # of K/V that wait to be stored while more are computed
 _TRIES = 5  # times that a document may be changed by others while it is being continued
 
 OnAdded = Callable[[Added], None]
@@ -86,7 +90,8 @@ class Ingestion:
             return self._prepare(document, ratio, compression, precision)
 
         given = (one if isinstance(one, Document) else Document(*one) for one in documents)
-        return self._run(given, prepare, compression, progress, on_added, on_error)
+        ahead = isinstance(documents, Sequence)  # what is at hand can be taken early; others may have to be waited for
+        return self._run(given, prepare, compression, progress, on_added, on_error, ahead=ahead)
 
     def append(self, id: str, text: str, ratio: int | None) -> Added:
         """Append a text to a document, as `BeaconMemory.append` does."""
@@ -131,7 +136,7 @@ class Ingestion:
                 return self._renew(by_id[document.id], keep_versions)
 
             documents = (Document(id, "") for id in by_id)
-            done += self._run(documents, renew, compression, progress, on_added, on_error)
+            done += self._run(documents, renew, compression, progress, on_added, on_error, ahead=True)
         return done
 
     def _run(
@@ -142,8 +147,14 @@ class Ingestion:
         progress: Callable[[Progress], None],
         on_added: OnAdded,
         on_error: OnError | None,
+        *,
+        ahead: bool,
     ) -> list[Added]:
-        """Prepare, compress and store documents; returns what became of each, in the order in which they were done."""
+        """Prepare, compress and store documents; returns what became of each, in the order in which they were done.
+
+        They are stored in a thread beside the computing, and each is prepared in one while that before it is computed,
+        if it may be taken `ahead`. All else is done in the thread of the caller.
+        """
         added: list[Added] = []
         begun = read = 0
 
@@ -151,36 +162,79 @@ class Ingestion:
             added.append(one)
             on_added(one)
 
-        def jobs() -> Iterator[tuple[_Job, Work]]:
-            nonlocal begun
-            for document in documents:
-                try:
-                    prepared = prepare(document)
-                except BeaconMemoryError as error:
-                    _tell(on_error, document, error)
-                    continue
-                if isinstance(prepared, Added):
-                    take(prepared)
-                else:
-                    begun += len(prepared.work.ids)
-                    yield prepared, prepared.work
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
+            outbox = _Outbox(writer, take, on_error)
 
-        def advance(tokens: int) -> None:
-            nonlocal read
-            read += tokens
-            progress(Progress(read, begun))
+            def jobs() -> Iterator[tuple[_Job, Work]]:
+                nonlocal begun
+                for document, prepared in self._prepared(documents, prepare, outbox, reader if ahead else None):
+                    try:
+                        job = prepared()
+                    except BeaconMemoryError as error:
+                        outbox.leave(document)
+                        _tell(on_error, document, error)
+                        continue
+                    if isinstance(job, Added):
+                        outbox.put(document, 0, partial(_same, job))
+                    else:
+                        begun += len(job.work.ids)
+                        yield job, job.work
 
-        since = time.perf_counter()
-        for job, compressed in self.compressor.compress(jobs(), advance, compression=compression):
-            now = time.perf_counter()
+            def advance(tokens: int) -> None:
+                nonlocal read
+                read += tokens
+                progress(Progress(read, begun))
+                outbox.settle()
+
+            since = time.perf_counter()
             try:
-                stored = self._put(job, compressed, now - since)
-            except BeaconMemoryError as error:
-                _tell(on_error, job.document, error)
-            else:
-                take(stored)
-            since = now
+                for job, compressed in self.compressor.compress(jobs(), advance, compression=compression):
+                    now = time.perf_counter()
+                    store = partial(self._put, job, compressed, now - since)
+                    outbox.put(job.document, compressed.kv.nbytes, store)
+                    since = now
+            finally:
+                outbox.settle(wait=True)
         return added
+
+    def _prepared(
+        self,
+        documents: Iterable[Document],
+        prepare: Callable[[Document], _Job | Added],
+        outbox: _Outbox,
+        reader: ThreadPoolExecutor | None,
+    ) -> Iterator[tuple[Document, Callable[[], _Job | Added]]]:
+        """Iterate over documents and what prepares them, which `reader` does while the one before is in use.
+
+        What a document finds in the store must be settled before: one with the id of another that is still on its way,
+        or any, where others may have to go for room, is prepared when those before it are stored.
+        """
+        last: tuple[Document, Callable[[], _Job | Added]] | None = None
+        rest, failure = iter(documents), None
+        bounded = self.store.settings.quota is not None
+        while True:
+            try:
+                document = next(rest, None)
+            except Exception as error:  # noqa: BLE001  # raised behind what came before
+                document, failure = None, error
+            apart = document is None or bounded or document in outbox
+            if last is not None and apart:
+                yield last
+                last = None
+            if document is None:
+                break
+            if apart:
+                outbox.settle(wait=True)
+            outbox.enter(document)
+            if reader is None or apart:
+                yield document, partial(prepare, document)
+                continue
+            one = document, reader.submit(prepare, document).result
+            if last is not None:
+                yield last
+            last = one
+        if failure is not None:
+            raise failure
 
     def _prepare(self, document: Document, ratio: Ratio, compression: str, precision: str) -> _Job | Added:
         """Check a document before any work on it; returns `unchanged` if there is none."""
@@ -340,6 +394,68 @@ class Ingestion:
             on_evicted=lambda gone: evicted.append(gone.id),
         )
         return replace(_added(row, job.status, seconds), evicted=tuple(evicted))
+
+
+class _Outbox:
+    """What becomes of documents, in their order: they are stored in a thread, beside what is computed meanwhile.
+
+    take: called with each that is stored, in the thread of the caller. Errors go to on_error, or are raised; then none
+    of those behind is stored.
+    """
+
+    def __init__(self, writer: ThreadPoolExecutor, take: OnAdded, on_error: OnError | None) -> None:
+        self._writer = writer
+        self._take = take
+        self._on_error = on_error
+        self._broken = False
+        self._ids: Counter[str] = Counter()
+        self._waiting: deque[tuple[Document, Future[Added | None], int]] = deque()
+
+    def __contains__(self, document: Document) -> bool:
+        """Tell whether a document with this id is on its way: entered, and neither settled nor left."""
+        return self._ids[str(document.id)] > 0  # which nobody has checked yet
+
+    def enter(self, document: Document) -> None:
+        self._ids[str(document.id)] += 1
+
+    def leave(self, document: Document) -> None:
+        self._ids[str(document.id)] -= 1
+
+    def put(self, document: Document, nbytes: int, store: Callable[[], Added]) -> None:
+        """Store a document in the thread; waits while the K/V that wait for it take too many bytes."""
+        self._waiting.append((document, self._writer.submit(self._store, store), nbytes))
+        while len(self._waiting) > 1 and sum(size for *_, size in self._waiting) > _MOST_BYTES:
+            self._settle_first()
+        self.settle()
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Take what is stored; wait: until all is."""
+        while self._waiting and (wait or self._waiting[0][1].done()):
+            self._settle_first()
+
+    def _settle_first(self) -> None:
+        document, stored, _ = self._waiting.popleft()
+        self.leave(document)
+        try:
+            added = stored.result()
+        except BeaconMemoryError as error:
+            _tell(self._on_error, document, error)
+        else:
+            if added is not None:
+                self._take(added)
+
+    def _store(self, store: Callable[[], Added]) -> Added | None:
+        if self._broken:
+            return None
+        try:
+            return store()
+        except BaseException as error:
+            self._broken = self._on_error is None or not isinstance(error, BeaconMemoryError)
+            raise
+
+
+def _same(one: Added) -> Added:
+    return one
 
 
 def _tell(on_error: OnError | None, document: Document, error: BeaconMemoryError) -> None:

@@ -221,6 +221,7 @@ class BeaconMemory:
     ) -> builtins.list[Added]:
         """Add many documents, or pairs of id and text, compressed together; each is stored as soon as it is done.
 
+        They are stored in a thread while the next are computed, and those of a list are tokenized in one, too.
         Returns what became of each, in the order in which they were done. Interrupted, it has lost only what was
         unfinished: run it again with the same documents, and those that are stored are skipped. `on_error` is told of a
         document that cannot be compressed or stored, and the others go on; without it the error is raised, after all
@@ -281,15 +282,16 @@ class BeaconMemory:
         budget:   how much of their memories is loaded: a number of slots, bytes as "64MB", or a ratio as "x16", a slot
                   for 16 tokens. It is spent where the question is, see `zoom`. By default all is loaded that fits the
                   model's positions.
-        optional: those of `ids` that may be left out if they do not fit whole beside those in front of them.
+        optional: those of `ids` that are left out if they do not fit whole beside those in front of them, as those that
+                  are chosen are. With a budget none is.
         stop:     strings at which the answer ends. seed: of sampling.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
                   `Answer.parts` has the calls.
         chat_template_kwargs: what else the chat template knows, such as {"enable_thinking": False} for Qwen3.
         options:  as for transformers' `generate`: max_new_tokens (256), temperature, top_p, num_beams, ...
 
-        Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
-        positions, or FingerprintMismatchError for a document that another model compressed.
+        Raises DocumentNotFoundError, CapacityError (before any work) if prompt and answer exceed the model's positions,
+        or FingerprintMismatchError for a document that another model compressed.
         """
         given = Question(question, ids, budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
         asked = self._asked(given)
@@ -384,13 +386,7 @@ class BeaconMemory:
         )
         room = model.max_positions - slots - len(prompt) - new_tokens
         require_room(model, slots, len(prompt), new_tokens)
-        for _ in range(READ_TRIES):
-            with contextlib.suppress(ConflictError):  # a document was replaced meanwhile: choose anew
-                loaded = self._recalled(question, room)
-                prefix, places = self._prefix(loaded, room + slots)
-                break
-        else:
-            raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + slots)
         request = Request(prefix, prompt)
         return _Asked(loaded, places, request, config, question.seed, question.tools, model.tokenizer, started)
 
@@ -401,15 +397,17 @@ class BeaconMemory:
         found = [self._indexes.get(self.store, row) for row in rows]
         for row, index in found:
             require_made(model, index.header.fingerprint, row.id, row.precision)
-        slots = room
+        slots = room - max(0, len(found) - 1)  # what each takes is rounded up
         if budget is not None:
             layers, kv_heads, head_dim = model.kv_shape
             slot_bytes = layers * kv_heads * (2 * head_dim * model.kv_dtype.itemsize + 1)
-            slots = min(room, budget.slots_for(sum(row.tokens for row, _ in found), slot_bytes))
+            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), slot_bytes))
         if sum(row.slots for row, _ in found) <= slots:
             return portions(found, {}, None)
         if passages is None:
             passages = self._passages(question, [row.id for row, _ in found])
+        else:
+            found.reverse()  # so that the best one stands nearest to the question
         return portions(found, passages, slots)
 
     def _chosen(
@@ -419,13 +417,15 @@ class BeaconMemory:
         fingerprint = self.model.fingerprint.digest
         if question.ids is not None:
             named = [question.ids] if isinstance(question.ids, str) else question.ids
-            return fitting([self.store.row(id, fingerprint) for id in named], question.optional, room), None
+            rows = [self.store.row(id, fingerprint) for id in named]
+            return rows if question.budget is not None else fitting(rows, question.optional, room), None
         picks = self._picks(question.messages, question.limit, fingerprint)
         if not picks:
             known = any(self._query("", 1).documents())
             advice = "matches the question; name documents by id" if known else "is stored yet; add some"
             raise DocumentNotFoundError(f"no document {advice}")
-        return [one.row for one in picks], {one.id: one.passages for one in picks}
+        rows, passages = [one.row for one in picks], {one.id: one.passages for one in picks}
+        return rows if question.budget is not None else fitting(rows, passages, room), passages
 
     def _passages(self, question: Question, ids: Sequence[str]) -> dict[str, builtins.list[Passage]]:
         """Return the passages of some documents that a question is about, by their ids."""
@@ -481,21 +481,38 @@ class BeaconMemory:
         Returns where each was: `cold`, in its file; in `ram`; or on the `device`. As much is kept as `hot_bytes`
         allows, the last ones first. Raises DocumentNotFoundError, CorruptFileError or FingerprintMismatchError.
         """
-        named = [ids] if isinstance(ids, str) else ids
-        rows = [self.store.row(id, self.model.fingerprint.digest) for id in named]
-        whole = portions([self._indexes.get(self.store, row) for row in rows], {}, None)
         room = self.room("") + self.compressor.sink.slots
-        return tuple(source for one in whole for source in self._prefix([one], room)[1])
+        return tuple(self._warm(id, room) for id in ([ids] if isinstance(ids, str) else ids))
+
+    def _warm(self, id: str, room: int) -> Place:
+        def whole() -> builtins.list[Portion]:
+            row = self.store.row(id, self.model.fingerprint.digest)
+            return portions([self._indexes.get(self.store, row)], {}, None)
+
+        _, _, (place,) = self._loaded(whole, room)
+        return place
+
+    def _loaded(
+        self, choose: Callable[[], builtins.list[Portion]], room: int
+    ) -> tuple[builtins.list[Portion], Prefix, tuple[Place, ...]]:
+        """Load what is chosen; returns it, it as a prefix behind the sink, and where each document's memory was.
+
+        It is chosen anew if a document is replaced meanwhile.
+        """
+        for _ in range(READ_TRIES):
+            with contextlib.suppress(ConflictError):
+                loaded = choose()
+                return loaded, *self._prefix(loaded, room)
+        raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
 
     def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
-        """Return sink and documents as a prefix, and where each document's memory was."""
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
         wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for one in loaded]
-        prefix, (_, *sources) = self._hot.prefix(self.model, wanted, room)
+        prefix, (_, *places) = self._hot.prefix(self.model, wanted, room)
         for one in loaded:
             self.store.uses.add(one.row.id)
-        return prefix, tuple(sources)
+        return prefix, tuple(places)
 
     def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
         """Return what tells the K/V of a row from those of every other document, and of every other time."""

@@ -114,7 +114,7 @@ class Picker(Protocol):
 
         def newest(query):
             for row in query.documents():
-                yield Passage(row.id, 0, 1000, datetime.fromisoformat(row.updated_at).timestamp())
+                yield Passage(row.id, 0, 300, datetime.fromisoformat(row.updated_at).timestamp())
     """
 
     def __call__(self, query: Query, /) -> Iterable[Passage]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from beacon_memory.kv.levels import LEVELS
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.kv_file import StoredIndex
-from beacon_memory.storage.reading import read_document_index, read_document_part
+from beacon_memory.storage.reading import read_document_index, read_document_part, require_same
 
 from .errors import InputError
 from .picking import Passage
@@ -103,7 +103,9 @@ class Portion:
     def load(self, store: MemoryStore, device: torch.device, dtype: torch.dtype) -> MemoryKV:
         """Read it onto a device; raises ConflictError if the document was replaced since, else as `MemoryStore.get`."""
         if self.lowest is None:
-            return store.get(self.row, device=device, dtype=dtype, fingerprint=self.row.fingerprint).kv
+            whole = store.get(self.row, device=device, dtype=dtype, fingerprint=self.row.fingerprint)
+            require_same(self.row, whole.row)
+            return whole.kv
         file = read_document_part(store.parts, self.row, self.lowest)
         bounds = [section.first for section in self.index.header.sections] + [self.index.header.span]
         return zoomed(file.memory(device, dtype), bounds, self.lowest, self.relevance)
@@ -114,6 +116,10 @@ class Indexes:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, StoredIndex] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[Indexes], tuple[()]]:
+        """Pickle none of them."""
+        return Indexes, ()
 
     def get(self, store: MemoryStore, row: DocumentRow) -> tuple[DocumentRow, StoredIndex]:
         """Return the index of a document's file, and its row, which is read anew if the document was replaced."""

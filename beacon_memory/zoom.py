@@ -3,6 +3,10 @@
 The text of a memory is cut into *sections*, and every entry has a level (`kv.levels`). The entries of a section from
 some level on are what blind compression would have kept of it at the ratio of that level. So what is loaded of a
 section is told by one number, the lowest level that is loaded, and less of it is always a part of more.
+
+The budget goes to few sections as a whole, not to more of them in part: a reader takes what stands out, so that names
+from passages which do not matter lead it astray. For the same reason nothing is loaded of the rest, and what matters
+most stands nearest to the question.
 """
 
 from __future__ import annotations
@@ -57,6 +61,7 @@ def zoomed(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], relev
 
     Sections of which nothing is loaded take no positions; equally relevant ones keep the order of the text.
 
+    memory: one or several, joined by `MemoryKV.concat`, at their own positions: what is interpolated has no sections.
     bounds: see `section_sizes`. lowest, relevance: see `allocate`.
     """
     starts, span = [0] * len(lowest), 0
@@ -83,6 +88,8 @@ def zoomed(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], relev
 
 def _sections_of(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
     """Return the section of each entry, [entries] int64; raises InputError for bounds that are not of this memory."""
+    if memory.positions.is_floating_point():
+        raise InputError("an interpolated memory has no sections: take what is loaded out of it before")
     if bounds[0] != 0 or bounds[-1] != memory.span or any(start >= stop for start, stop in pairwise(bounds)):
         raise InputError(f"bounds={list(bounds)} must rise from 0 to the memory's span of {memory.span} positions")
     inner = torch.tensor(bounds[1:-1], device=memory.positions.device)

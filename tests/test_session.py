@@ -256,7 +256,7 @@ def test_long_message_becomes_several_documents(memory: BeaconMemory) -> None:
     session.add(exchange(0))
     words = " ".join(f"word{n}" for n in range(600))
     with pytest.raises(CapacityError):
-        memory.add("whole", words, ratio=2)
+        memory.add("whole", words, ratio=2, compression="beacon")
     session.add([{"role": "user", "content": words}, {"role": "assistant", "content": "Done."}])
     assert whole(session) == "".join(
         map(line, [*exchange(0), {"role": "user", "content": words}, {"role": "assistant", "content": "Done."}])

@@ -29,6 +29,7 @@ from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.selection import best
 from beacon_memory.compression.sequence import SequenceState, advance
 from beacon_memory.compression.work import Work
+from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
@@ -46,6 +47,8 @@ _SHORT = 1000  # tokens of a short document
 _PEAK_TOKENS = (10_000, 100_000)
 _SLOTS = (1000, 8000)  # of the memories that tokens are generated behind
 _STEPS = 11
+_REQUESTS = 8  # that are decoded together
+_ANSWER = 64  # tokens of the answer to each
 _PEAK_RATIO = 32
 
 
@@ -67,6 +70,7 @@ def run(
     return [
         *_answering(loaded, tokens, ratio),
         *(figure for slots in _SLOTS for figure in _generating(loaded, slots)),
+        *_together(loaded, _SLOTS[0]),
         *_compressing(loaded, tokens, ratio),
         _peak(model, adapter, device, dtype),
     ]
@@ -152,9 +156,9 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 @torch.inference_mode()
 def _generating(model: BeaconModel, slots: int) -> list[Figure]:
     """Measure a token behind memories of random K/V, and behind a stock cache of as many tokens."""
-    layers, heads, head_dim = model.kv_shape
+    layers, heads, _ = model.kv_shape
     draw = torch.Generator().manual_seed(0)
-    wide = BeaconKV(*(torch.randn(layers, heads, 2 * slots, head_dim, generator=draw) for _ in "kv"))
+    wide = _random_kv(model, 2 * slots, draw)
     scores = torch.rand(layers, heads, 1, generator=draw) * torch.rand(layers, heads, 2 * slots, generator=draw)
     even = wide[:slots].to(model.device, model.dtype)
     stock = DynamicCache(config=model.base.config)
@@ -180,6 +184,51 @@ def _generating(model: BeaconModel, slots: int) -> list[Figure]:
         )
         for kind in ("even", "ragged")
     ]
+
+
+def _together(model: BeaconModel, slots: int) -> list[Figure]:
+    """Measure answers behind memories of random K/V: decoded together, and one after another by stock `generate`."""
+    draw = torch.Generator().manual_seed(0)
+    memories = [
+        model.prefix(MemoryKV.of(_random_kv(model, slots, draw).to(model.device, model.dtype)))
+        for _ in range(_REQUESTS)
+    ]
+    config = generation_config(model, None, {"max_new_tokens": _ANSWER, "eos_token_id": None})
+    prompt = chat_prompt(model, QUESTION, behind_memory=True)
+    requests = [Request(memory, prompt) for memory in memories]
+
+    def one_by_one(count: int) -> None:
+        for request in requests[:count]:
+            generate(model, [request], config)
+
+    def together(count: int) -> None:
+        loop = DecodeLoop(model)
+        for ticket in [loop.submit(request, config) for request in requests[:count]]:
+            ticket.result()
+
+    ways = [partial(way, count) for count in (_REQUESTS, 1) for way in (one_by_one, together)]
+    rounds = [[_once(way, model.device) for way in ways] for _ in range(1 + _REPEATS)]
+    apart, joined, single, looped = (statistics.median(times[1:]) for times in zip(*rounds, strict=True))
+    rates = " / ".join(f"{_REQUESTS * _ANSWER / seconds:.1f}" for seconds in (joined, apart))
+    return [
+        Figure(
+            f"answers to {_REQUESTS} requests behind {_REQUESTS} memories: together / one after another",
+            apart / joined,
+            "at least 4",
+            f"{rates} tokens/s, {slots:,} slots each, {_ANSWER} tokens",
+        ),
+        Figure(
+            "an answer to one request: in the loop / by generate",
+            single / looped,
+            "at least 1",
+            f"{_ANSWER / looped:.1f} / {_ANSWER / single:.1f} tokens/s",
+        ),
+    ]
+
+
+def _random_kv(model: BeaconModel, slots: int, draw: torch.Generator) -> BeaconKV:
+    layers, heads, head_dim = model.kv_shape
+    return BeaconKV(*(torch.randn(layers, heads, slots, head_dim, generator=draw) for _ in "kv"))
 
 
 def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:

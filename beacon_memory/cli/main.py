@@ -13,7 +13,7 @@ import typer
 from beacon_memory import __version__
 from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
 
-from . import archive, documents, store
+from . import archive, documents, process, store
 from . import eval as evaluation
 from .help import Commands
 from .options import (
@@ -373,10 +373,11 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["model", "reading", "store"],
+        Literal["model", "reading", "store", "start"],
         typer.Argument(
             help="model: speed and memory against the stock model; reading: how fast tokens are chosen from a text; "
-            "store: speed of a store of many documents, which needs no model."
+            "store: speed of a store of many documents, which needs no model; start: how long a fresh process takes to "
+            "answer."
         ),
     ] = "model",
     tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
@@ -399,6 +400,10 @@ def bench(
             from beacon_memory.bench import store as bench_store
 
             figures = bench_store.run(rows)
+        elif what == "start":
+            from beacon_memory.bench import start
+
+            figures = start.run(model, adapter, device, dtype.value)
         else:
             run = measure.reading if what == "reading" else measure.run
             figures = run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
@@ -447,6 +452,10 @@ def train(
 
 def main() -> None:
     """Run the command `beacon-memory`."""
+    process.begin()
     prepare_streams()
-    with reported():  # what happens outside of commands, as when the disk is full that help is written to
-        app()
+    try:
+        with reported():  # what happens outside of commands, as when the disk is full that help is written to
+            app()
+    finally:
+        process.end()

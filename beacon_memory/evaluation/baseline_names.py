@@ -10,9 +10,13 @@
     select-expected:R   the same, chosen by the cheaper score
     hybrid:R       both, beacons and K/V of chosen tokens
     NAME:R         another compression method, by its registered name
+    zoom:R         K/V of the passages that match the question best, up to 1/R of all, out of the memory of select:2;
+                   they were read in their text, and stand one behind another, the best match last
+    slice:R        the same out of the K/V of all tokens
+    nested:R       what select would have kept at ratio R, out of the memory of select:2; blind to the question
     beacon:R:N     beacon:R of a text cut into N documents, which are compressed one by one and then joined; likewise
-                   select:R:N, select-expected:R:N and hybrid:R:N
-    beacon:R@int8, beacon:R@int4   beacon:R with quantized K/V; likewise for the other three, also with N
+                   all others that compress the text, from beacon:R to nested:R
+    beacon:R@int8, beacon:R@int4   beacon:R with quantized K/V; likewise select, select-expected and hybrid, also with N
     expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip of the package
                    kvpress
 
@@ -33,13 +37,14 @@ from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
-from .baselines import Baseline, Compressed, NoText, Retrieved, Truncated
+from .baselines import Baseline, Compressed, NoText, Retrieved, Truncated, Zoomed
 from .presses import PRESSES, Selected, stock_model
 from .untouched import Untouched
 
 __all__ = ["baselines"]
 
 _PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R")
+_ZOOMED = ("zoom", "slice", "nested")
 _BITS = {one.value: one.bits for one in Precision if one.quantized}
 
 
@@ -56,7 +61,7 @@ def baselines(names: Sequence[str], model: BeaconModel) -> list[Baseline]:
     by_reading = defaultdict(list)
     for one in found:
         if isinstance(one, Compressed):
-            by_reading[one.name.partition("@")[0]].append(one)
+            by_reading[one.reads].append(one)
     for group in by_reading.values():
         if len(group) > 1:
             Compressed.share_reading(group)
@@ -69,7 +74,7 @@ def _compressed() -> tuple[str, ...]:
 
 
 def _names() -> tuple[str, ...]:
-    compressed = (f"{name}{numbers}" for name in _compressed() for numbers in (":R", ":R:N"))
+    compressed = (f"{name}{numbers}" for name in (*_compressed(), *_ZOOMED) for numbers in (":R", ":R:N"))
     return (*_PLAIN, *compressed, *(f"{name}:R" for name in PRESSES))
 
 
@@ -109,5 +114,8 @@ def _baseline(
         "base": lambda: Untouched(name, model),
         "truncated": lambda ratio: Truncated(name, model, ratio),
         "bm25": lambda ratio=4: Retrieved(name, model, ratio),
+        "zoom": partial(Zoomed, name, model),
+        "slice": partial(Zoomed, name, model, rich=1),
+        "nested": partial(Zoomed, name, model, blind=True),
     }
     return by_kind[kind](*numbers)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -24,10 +26,11 @@ from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import quantized
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, document_slots, slots_of
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.zoom import allocate, section_sizes, zoomed
 
 from .items import Item
 from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
-from .retrieval import rank_passages
+from .retrieval import matches, rank_passages
 
 __all__ = [
     "BATCH",
@@ -40,6 +43,7 @@ __all__ = [
     "ReadingBaseline",
     "Retrieved",
     "Truncated",
+    "Zoomed",
     "greedy",
     "mean_nll",
 ]
@@ -192,10 +196,14 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
 
     def memories(self, documents: Sequence[Sequence[int]], ratio: int, compression: str = "beacon") -> list[MemoryKV]:
         """Return the memory of each document, without the sink. Ratio 0 keeps the K/V of every token."""
-        lead = [] if self.model.sink_ids else self.model.leading_bos
-        whole = [[*lead, *ids] for ids in documents]
+        whole = [[*self.lead, *ids] for ids in documents]
         work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
         return [one.kv for _, one in self.compressor.compress(enumerate(work), compression=compression)]
+
+    @property
+    def lead(self) -> list[int]:
+        """Return the token ids that stand before each document: a bos where the model has no sink, but sets one."""
+        return [] if self.model.sink_ids else self.model.leading_bos
 
     def composed(self, memories: Sequence[MemoryKV]) -> MemoryKV:
         """Join the sink and the memories of documents."""
@@ -206,6 +214,16 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
         """Return the sink and the K/V of every token as a memory."""
         (memory,) = self.memories([ids], 0)
         return PrefixMemory(self.composed([memory]), self.kept_bytes([memory]), cut)
+
+    def asked(self, question: str | None) -> str:
+        """Return the question of an item; raises InputError where a continuation is scored and there is none."""
+        if question is None:
+            raise InputError(f"{self.name} needs a question: leave it out where a continuation is scored")
+        return question
+
+    def texts(self, pieces: Passages) -> list[str]:
+        """Return the texts of token ids."""
+        return [str(self.model.tokenizer.decode(list(piece))) for piece in pieces]
 
     def kept_bytes(self, memories: Sequence[MemoryKV]) -> int:
         """Return the bytes of memories as a store keeps them, in the dtype of the checkpoint."""
@@ -246,12 +264,10 @@ class Retrieved(PrefixBaseline):
 
     def read(self, passages: Passages, question: str | None) -> PrefixMemory:
         """Keep the passages that match best and fit the budget, in the order of the text; one of them may be cut."""
-        if question is None:
-            raise InputError(f"{self.name} needs a question: leave it out where a continuation is scored")
         pieces = [chunk for passage in passages for chunk in chunks(passage)]
         budget = min(-(-sum(map(len, passages)) // self.ratio), self.room)
         chosen: dict[int, list[int]] = {}
-        for number in rank_passages([str(self.model.tokenizer.decode(piece)) for piece in pieces], question):
+        for number in rank_passages(self.texts(pieces), self.asked(question)):
             if budget <= 0:
                 break
             chosen[number] = pieces[number][:budget]
@@ -280,21 +296,22 @@ class Compressed(PrefixBaseline):
 
     @staticmethod
     def share_reading(alike: Sequence[Compressed]) -> None:
-        """Let baselines that differ only in their bits read each text of a batch once."""
+        """Let baselines with the same `reads` read each text of a batch once."""
         timed = lru_cache(maxsize=BATCH)(alike[0]._compress)
         for one in alike:
             one._timed = timed
 
-    def read(self, passages: Passages, question: str | None) -> PrefixMemory:  # noqa: ARG002  # not used to compress
-        """Compress the text, as one or more documents, and join their memories."""
+    def read(self, passages: Passages, question: str | None) -> PrefixMemory:
+        """Compress the text, as one or more documents, and join what is loaded of their memories."""
         parts = split_documents(passages, self.documents)
         cut = sum(self._slots(len(part) + 1) for part in parts) > self.room  # a bos leads where there is no sink
         if cut:
-            kept = cut_middle([id for passage in passages for id in passage], self.capacity)
-            parts = split_documents([kept], self.documents)
+            passages = [cut_middle([id for passage in passages for id in passage], self.capacity)]
+            parts = split_documents(passages, self.documents)
         started = time.perf_counter()
-        memories, seconds = self._timed(tuple(map(tuple, parts)))
+        read, seconds = self._timed(tuple(map(tuple, parts)))
         saved = max(0.0, seconds - (time.perf_counter() - started))
+        memories = self.loaded(read, passages, question)
         kv_bytes = self.kept_bytes(memories)
         if self.bits is not None:
             stored = [quantized(memory, self.bits) for memory in memories]
@@ -302,14 +319,28 @@ class Compressed(PrefixBaseline):
             memories = [one.dequantized() for one in stored]
         return PrefixMemory(self.composed(memories), kv_bytes, cut, saved)
 
+    def loaded(
+        self,
+        memories: Sequence[MemoryKV],
+        passages: Passages,  # noqa: ARG002  # for those that look at the text
+        question: str | None,  # noqa: ARG002  # for those that know it
+    ) -> Sequence[MemoryKV]:
+        """Return what is loaded of the memories of documents: all of it, whatever the question."""
+        return memories
+
     def _compress(self, documents: tuple[tuple[int, ...], ...]) -> tuple[list[MemoryKV], float]:
         """Return the memories of documents, and the seconds that they took."""
         started = time.perf_counter()
         return self.memories(documents, self.ratio, self.compression), time.perf_counter() - started
 
     @property
+    def reads(self) -> tuple[str, str, int, int]:
+        """Return what decides how texts are read: method, score, ratio and number of documents."""
+        return self.compression, self.compressor.score, self.ratio, self.documents
+
+    @property
     def reading(self) -> object:
-        """Return the function that compresses documents, which baselines of other bits may share."""
+        """Return the function that compresses documents, which baselines with the same `reads` may share."""
         return self._timed
 
     def forget(self) -> None:
@@ -328,6 +359,38 @@ class Compressed(PrefixBaseline):
         if windows < 1:
             raise CapacityError(f"{self.name}: the model has no positions for so many long documents; name fewer")
         return windows * window - self.documents
+
+
+class Zoomed(Compressed):
+    """The baselines `zoom:R`, `slice:R` and `nested:R`: 1/R of the text's K/V, out of a memory that serves every R.
+
+    ratio: R.
+    rich:  the ratio of that memory.
+    blind: whether levels alone decide what is loaded, and not the question; see `zoom.allocate`.
+    """
+
+    def __init__(
+        self, name: str, model: BeaconModel, ratio: int, documents: int = 1, *, rich: int = 2, blind: bool = False
+    ) -> None:
+        super().__init__(name, model, "select", rich, documents)
+        self.budget, self.asks_first = ratio, not blind
+
+    def loaded(self, memories: Sequence[MemoryKV], passages: Passages, question: str | None) -> list[MemoryKV]:
+        """Return what is loaded of all documents together, as one memory."""
+        pieces = [chunk for passage in passages for chunk in chunks(passage)]
+        relevance = [0.0] * len(pieces)
+        if self.asks_first:
+            relevance = matches(self.texts(pieces), self.asked(question))
+        memory, bounds = MemoryKV.concat(memories), self._bounds(memories, pieces)
+        budget = slots_of(memory.span, self.budget) * memory.counts.numel()
+        lowest = allocate(section_sizes(memory, bounds), relevance, budget)
+        return [zoomed(memory, bounds, lowest, relevance)]
+
+    def _bounds(self, memories: Sequence[MemoryKV], pieces: Passages) -> list[int]:
+        """Return where in the joined memories the pieces of the text begin, and where the last one ends."""
+        lead = len(self.lead)
+        ends = [*accumulate(memory.span - lead for memory in memories)]  # of documents, in tokens of the text
+        return [0, *(end + lead * (bisect_left(ends, end) + 1) for end in accumulate(map(len, pieces)))]
 
 
 def greedy(model: BeaconModel, max_new_tokens: int) -> GenerationConfig:

@@ -6,11 +6,17 @@ from collections.abc import Sequence
 
 from beacon_memory.errors import MissingDependencyError
 
-__all__ = ["rank_passages"]
+__all__ = ["matches", "rank_passages"]
 
 
 def rank_passages(passages: Sequence[str], question: str) -> list[int]:
-    """Return the numbers of the passages, the best match of the question first; equal ones in their order.
+    """Return the numbers of the passages, the best match of the question first; equal ones in their order."""
+    scores = matches(passages, question)
+    return sorted(range(len(scores)), key=lambda number: -scores[number])
+
+
+def matches(passages: Sequence[str], question: str) -> list[float]:
+    """Return how well each passage matches the question, 0 where they share no word.
 
     Scores are those of BM25 in the package bm25s, without English stop words. Raises MissingDependencyError without it.
     """
@@ -22,8 +28,8 @@ def rank_passages(passages: Sequence[str], question: str) -> list[int]:
         bm25s.tokenize(texts, stopwords="en", show_progress=False) for texts in (list(passages), [question])
     )
     if not any(words.ids):
-        return list(range(len(passages)))  # there are only stop words, which cannot be indexed
+        return [0.0] * len(passages)  # there are only stop words, which cannot be indexed
     index = bm25s.BM25()
     index.index(words, show_progress=False)
     (numbers,), (scores,) = index.retrieve(asked, k=len(passages), show_progress=False)
-    return [int(number) for _, number in sorted(zip(-scores, numbers, strict=True))]
+    return [float(score) for _, score in sorted(zip(numbers, scores, strict=True))]

@@ -38,7 +38,8 @@ from .attention import IMPLEMENTATION, AttentionPass, BeaconPass, PassEndedError
 from .cache import bring_prefixes
 from .default_model import default_adapter, ensure_default_model
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
-from .loading import load_base, lora_digest, merge_lora, tokenizer_digest
+from .loading import load_base, tokenizer_digest
+from .lora import lora_digest, merge_lora
 from .projections import beacon_parameters, install_projections, remove_projections
 from .ratio_mix import mixed_ratios
 from .repetition import RepeatedWindow, Repetition

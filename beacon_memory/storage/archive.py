@@ -6,7 +6,6 @@ With all documents go all conversations; with some, none.
 from __future__ import annotations
 
 import contextlib
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputE
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.checked_json import json_checksum
 from beacon_memory.storage.files.conversation_file import read_conversation, stage_conversation
-from beacon_memory.storage.files.durable import move_into_place, sync_file, unlink
+from beacon_memory.storage.files.durable import is_there, move_into_place, sync_file, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, read_label, stage_label
 from beacon_memory.storage.files.locks import alone, writing
-from beacon_memory.storage.files.names import TEMP_PREFIX, new_temp
+from beacon_memory.storage.files.names import new_temp, temps_in
 from beacon_memory.storage.files.stored_kv import not_finite
 
 from .archive_file import (
@@ -274,17 +273,17 @@ def _workshop(path: Path) -> Iterator[Path]:
     """
     folder = path.with_name(f"{path.name}.part")
     lock = folder / "export.lock"
-    if os.path.lexists(path):
+    if is_there(path):
         raise InputError(f"{path} exists; remove it, or choose another name")
     with alone(lock, f"{path} is being exported by another"):
-        if os.path.lexists(path):
+        if is_there(path):
             raise InputError(f"{path} has been exported by another meanwhile; choose another name")
         try:
-            for temp in folder.glob(f"{TEMP_PREFIX}*"):
+            for temp in temps_in(folder):
                 unlink(temp)
             yield folder
         finally:
-            for left in (*folder.glob(f"{TEMP_PREFIX}*"), lock):
+            for left in (*temps_in(folder), lock):
                 unlink(left)
             with contextlib.suppress(OSError):  # of somebody who has put something of their own there
                 folder.rmdir()
@@ -349,7 +348,6 @@ def _extracted_document(
     with _extracted(store, file, pair, path) as temps:
         try:
             stored, label = read_kv_file(temps[0]), read_label(temps[1])
-            _ = stored.text
         except CorruptFileError as error:
             raise corrupt(path, f"{pair[0].name} cannot be read: {error}") from error
         of_file, of_label = ((one.namespace, one.id) for one in (stored.header, label))
@@ -362,7 +360,7 @@ def _extracted_conversation(store: MemoryStore, file: IO[bytes], member: Member,
     """Copy a conversation of an archive into a temporary file, and read it from there."""
     with _extracted(store, file, [member], path) as (temp,):
         try:
-            return read_conversation(temp)
+            return read_conversation(temp)[0]
         except CorruptFileError as error:
             raise corrupt(path, f"{member.name} cannot be read: {error}") from error
 

@@ -24,6 +24,8 @@ from beacon_memory.storage.catalog.rows import DamagedRow
 from beacon_memory.storage.files.conversation_file import read_conversation, stage_conversation
 from beacon_memory.storage.files.durable import (
     entries,
+    is_folder,
+    is_link,
     make_folder,
     move_into_place,
     refuse_links,
@@ -33,7 +35,7 @@ from beacon_memory.storage.files.durable import (
 from beacon_memory.storage.files.locks import alone
 from beacon_memory.storage.files.names import TEMP_PREFIX, hash_id, temps_in
 
-from .parts import StoreParts
+from .parts import StoreParts, named
 
 __all__ = ["ConversationFlaw", "StoredConversations"]
 
@@ -129,7 +131,7 @@ class StoredConversations:
 
     def temps(self) -> Iterator[Path]:
         """Yield the temporary files that a crash left, provided that nobody is writing to the store."""
-        if not self._folder.is_symlink():
+        if not is_link(self._folder):
             yield from temps_in(self._folder)
 
     def erase_temps(self) -> None:
@@ -153,7 +155,7 @@ class StoredConversations:
             known.add(path)
             if (among is None or path in among) and (flaw := self._flaw_of(row, path)):
                 yield flaw
-        if self._folder.is_symlink():
+        if is_link(self._folder):
             return
         for entry in entries(self._folder):
             path = Path(entry.path)
@@ -201,14 +203,16 @@ class StoredConversations:
 
     def _stage(self, conversation: Conversation) -> Path:
         self._make_folder()
-        return stage_conversation(self._folder, conversation)
+        return stage_conversation(self._folder, conversation, self._parts.namespace)
 
     def _copy(self, path: Path) -> Conversation:
         """Read a copy; raises FileNotFoundError, or CorruptFileError if it is damaged or of another conversation."""
         refuse_links(self._parts.folder, path.parent)
-        copy = read_conversation(path)
+        copy, namespace = read_conversation(path)
         if _name(copy.id) != path.name:
             raise CorruptFileError(f"{path} is of another conversation, {copy.id!r}")
+        if namespace != self._parts.namespace:
+            raise CorruptFileError(f"{path} is of {named(namespace)}: somebody moved or copied it")
         return copy
 
     @property
@@ -221,7 +225,7 @@ class StoredConversations:
 
     def _sync_folder(self) -> None:
         try:
-            if self._folder.is_dir():
+            if is_folder(self._folder):
                 sync_folder(self._folder)
         except OSError as error:
             raise StoreError(f"{self._folder} cannot be written: {error.strerror}; see to the disk") from error

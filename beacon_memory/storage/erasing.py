@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.durable import entries, identity
 from beacon_memory.storage.files.locks import tidying
 from beacon_memory.storage.files.marks import marked_labels
 from beacon_memory.storage.files.names import file_stem, number_of, stem_of
@@ -39,11 +40,11 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
     cannot be removed: the documents are gone then, and `erase(store)` goes on with what is left.
     """
     ids = list(dict.fromkeys(ids))
-    if not store.folder.exists():
+    if not identity(store.folder):
         for id in ids:
             store.row(id)
         return
-    if aside := sorted(path.name for path in store.folder.glob(f"{PUT_ASIDE}*")):
+    if aside := [one.name for one in entries(store.folder) if one.name.startswith(PUT_ASIDE)]:
         raise StoreError(
             f"{store.folder} holds {', '.join(aside)}, put aside by `repair` with all texts of that time: when you "
             f"need it no more, remove it, and erase again"

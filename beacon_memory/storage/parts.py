@@ -18,7 +18,16 @@ from beacon_memory.errors import CorruptFileError, InputError, MismatchedFileErr
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
-from beacon_memory.storage.files.durable import create_file, entries, identity, make_folder, refuse_links
+from beacon_memory.storage.files.durable import (
+    create_file,
+    entries,
+    identity,
+    is_folder,
+    is_link,
+    make_folder,
+    refuse_links,
+    status,
+)
 from beacon_memory.storage.files.locks import renew_in_forks, tidying, writing
 from beacon_memory.storage.files.names import hash_id
 
@@ -46,7 +55,7 @@ class StoreParts:
         self.namespace = check_namespace(namespace)
         self.folder = folder_of(self.root, self.namespace)
         refuse_links(self.root, self.folder)
-        if identity(self.root) and not self.root.is_dir():
+        if identity(self.root) and not is_folder(self.root):
             raise InputError(f"{self.root} is a file; a store needs a folder, or a path where it can create one")
         if isinstance(given, str):
             check_scheme(given)
@@ -80,8 +89,9 @@ class StoreParts:
         """Return the catalog; an empty one in memory if there is none yet, unless `create`."""
         path = self.folder / CATALOG
         with self._opening:
-            there = identity(path)
-            begun = there is not None and path.stat().st_size > 0  # an empty one is what a killed process left
+            found = status(path)
+            there = (found.st_dev, found.st_ino) if found else None
+            begun = found is not None and found.st_size > 0  # an empty one is what a killed process left
             if self._catalog is not None and there != self._opened:  # somebody removed it, or put it aside
                 self._catalog.close()
                 self._catalog = None
@@ -92,8 +102,7 @@ class StoreParts:
                 create_file(path)  # SQLite would let others read it; the log beside it has the same rights
                 self._catalog = Catalog(path)
                 self._opened = identity(path)
-                killed_at_birth = self.namespace and self._catalog.properties.get("namespace") is None
-                if not begun or killed_at_birth:
+                if not begun or self._is_bare(self._catalog):
                     self._begin(self._catalog)
                 self._require_own(self._catalog)
             return self._catalog
@@ -164,13 +173,23 @@ class StoreParts:
             check_scheme(settings.files)
         return open_files(settings, self.folder, str(catalog.properties.get("identity")), self._backend)
 
+    def _is_bare(self, catalog: Catalog) -> bool:
+        """Tell whether a catalog says nothing of itself: its first writer was killed, or all that it held is lost."""
+        with contextlib.suppress(CorruptFileError):  # which those who read them learn
+            if self.namespace:
+                return catalog.properties.get("namespace") is None
+            if catalog.properties.find_count("documents") == 0 and Settings.never_changed(catalog):
+                return self.kept_properties not in ({}, dict(catalog.properties.all()))
+        return False
+
     def _begin(self, catalog: Catalog) -> None:
         """Write the first properties of a new catalog: those of a lost one, or the name and settings of a namespace.
 
         Nothing is written if somebody else has done so meanwhile: by now there may be other settings, and documents.
         """
         with catalog.transaction():
-            if catalog.properties.get("namespace") is not None or catalog.properties.count("documents"):
+            named_by_now = catalog.properties.get("namespace") is not None
+            if named_by_now or catalog.properties.count("documents") or not Settings.never_changed(catalog):
                 return
             kept = self.kept_properties
             if kept:
@@ -218,7 +237,7 @@ def namespace_names(root: Path) -> list[str]:
     refuse_links(root, root / "namespaces")
     for folder in entries(root / "namespaces"):
         path = Path(folder.path, CATALOG)
-        if folder.is_symlink() or not identity(path):
+        if is_link(Path(folder.path)) or not identity(path):
             continue
         try:
             with contextlib.closing(Catalog(path)) as catalog:

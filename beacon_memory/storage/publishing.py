@@ -81,6 +81,7 @@ class Publisher:
                     yield new
             except BaseException:
                 with contextlib.suppress(StoreError):  # then the catalog cannot tell, and verify finds the file
+                    catalog.overwrite()
                     # the failure may have followed the commit
                     if name in catalog.file_names.named(header.id) or self._remove(files, [name]):
                         unlink(mark)

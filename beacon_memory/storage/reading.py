@@ -24,6 +24,7 @@ __all__ = [
     "read_document_index",
     "read_document_part",
     "require_file",
+    "require_same",
 ]
 
 READ_TRIES = 5  # times that a document may be replaced while it is being read
@@ -65,9 +66,14 @@ def read_document_part(parts: StoreParts, row: DocumentRow, lowest: Sequence[int
     Raises ConflictError if the document has another file by now than its row says, else as `MemoryStore.get`.
     """
     now, file = _read(parts, row, row.fingerprint, partial(_part, root=row.root, lowest=lowest), difference_of)
+    require_same(row, now)
+    return file
+
+
+def require_same(row: DocumentRow, now: DocumentRow) -> None:
+    """Raise ConflictError if a document, by its row of now, has another file than a row of it said."""
     if now.root != row.root:
         raise ConflictError(f"document {row.id!r} was replaced while it was being read; try again")
-    return file
 
 
 def _part(path: Path, *, root: str, lowest: Sequence[int]) -> StoredFile:
@@ -99,17 +105,27 @@ def _read(
     missing = None
     for _ in range(READ_TRIES):
         try:
-            file = read_file(parts.files, row.file, read)
+            return row, read_file(parts.files, row.file, partial(_compared, row, parts.namespace, read, difference_of))
         except FileNotFoundError:
             now = find_row(parts.catalog(), id, fingerprint)
             if missing == row.file == now.file:  # twice: a remote one may have been dropped from the cache just now
                 raise _missing(row) from None
             missing, row = row.file, now
-            continue
-        if difference := difference_of(row, parts.namespace, file):
-            raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
-        return row, file
     raise ConflictError(f"document {id!r} was replaced {READ_TRIES} times while it was being read; try again")
+
+
+def _compared(
+    row: DocumentRow,
+    namespace: str,
+    read: Callable[[Path], _File],
+    difference_of: Callable[[DocumentRow, str, _File], str | None],
+    path: Path,
+) -> _File:
+    """Read the file that a row names; raises MismatchedFileError if it is another one."""
+    file = read(path)
+    if difference := difference_of(row, namespace, file):
+        raise MismatchedFileError(f"{row.file} {difference}; `beacon-memory repair` mends it")
+    return file
 
 
 def require_file(parts: StoreParts, id: str) -> None:

@@ -46,7 +46,7 @@ from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG, named
 from .publishing import write_label
 from .records import difference_of, label_of, row_of
-from .settings import COPY, keep_copy, read_copy
+from .settings import COPY, adopt_copy, copy_is_newer, keep_copy, read_copy
 from .store import MemoryStore
 
 __all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
@@ -144,9 +144,12 @@ def _put_aside(store: MemoryStore, path: Path) -> str:
     carried = store.parts.kept_properties | _carried(store)
     store.close()
     aside = path.with_name(f"{PUT_ASIDE}{int(time.time() * 1000)}.sqlite3")
-    for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    try:
+        for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}; see to the permissions of its folder") from error
     catalog = store.parts.catalog(create=True)
     with catalog.transaction():
         for name, value in carried.items():
@@ -221,7 +224,6 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
-        _ = file.text
     except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
@@ -258,7 +260,10 @@ def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     """Look at the copy of the settings, which must agree with the catalog."""
     catalog, path = store.parts.catalog(), store.folder / COPY
     properties = dict(catalog.properties.all())
-    if read_copy(store.folder) != properties and (identity(path) or len(properties) > 1):  # more than the identity
+    if copy_is_newer(catalog, store.folder):
+        message = "the copy of the settings is newer than the catalog"
+        yield Problem("stale-label", None, str(path), message), partial(adopt_copy, catalog, store.folder)
+    elif read_copy(store.folder) != properties and (identity(path) or len(properties) > 1):  # more than the identity
         message = "the copy of the settings is missing, damaged, or says something else than the catalog"
         yield Problem("stale-label", None, str(path), message), partial(keep_copy, catalog, store.folder)
 
@@ -315,6 +320,12 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
         if left:
             message = f"{name} has no row: it was replaced or removed, or a crash came before its row"
             yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
+        elif (place := _place_of(name)) and not files.present([place]):
+            message = f"{name} lies in another file's folder"
+            yield Problem("orphan-file", _owner_of(files, name)[0], name, message), partial(_move, files, name, place)
+        elif place and name.endswith(".json"):
+            message = f"{name} lies in another file's folder, and there is a label in its place"
+            yield Problem("orphan-file", None, name, message), partial(_remove, files, name)
         elif NUMBERED.fullmatch(name):
             lost.setdefault(stem_of(name), []).append(name)
         else:
@@ -338,6 +349,19 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
     for path in temps:
         message = f"{path} is temporary: a crash left it"
         yield Problem("stale-temp", None, str(path), message), partial(_remove_temp, path, sync_removals)
+
+
+def _place_of(name: str) -> str | None:
+    """Return the name of a file where it should lie, if somebody has moved it to another folder; None if nobody has."""
+    stem = stem_of(name).rpartition("/")[2]
+    place = f"kv/{stem[:2]}/{name.rpartition('/')[2]}"
+    return place if NUMBERED.fullmatch(name) and place != name else None
+
+
+def _move(files: Files, name: str, place: str) -> None:
+    """Move a file to its place."""
+    files.publish(files.fetch(name), place)
+    _remove(files, name)
 
 
 def _owner_of(files: Files, name: str) -> tuple[str, str] | tuple[None, None]:
@@ -405,7 +429,6 @@ def _best(store: MemoryStore, names: list[str]) -> tuple[DocumentRow, StoredFile
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
             file = read_file(store.files, name, read_kv_file)
             header = file.header
-            _ = file.text  # must be readable, too
             if stem_of(name) != file_stem(header.id) or header.namespace != store.namespace:
                 continue
             label, created_at = Label(), header.created_at

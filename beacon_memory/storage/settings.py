@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from beacon_memory.documents import KEEP, Keep, Precision, PrecisionRule, given_of
+from beacon_memory.documents import KEEP, Keep, Precision, PrecisionRule, given_of, utc_after, utc_now
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
@@ -17,9 +18,11 @@ from beacon_memory.storage.files.checked_json import read_checked, stage_checked
 from beacon_memory.storage.files.durable import move_into_place
 from beacon_memory.storage.files.local import LocalFiles
 
-__all__ = ["COPY", "Settings", "keep_copy", "open_files", "read_copy"]
+__all__ = ["COPY", "Settings", "adopt_copy", "copy_is_newer", "keep_copy", "keeping_copy", "open_files", "read_copy"]
 
 COPY = "settings.json"
+
+_CHANGED_AT = "settings_at"  # the property that tells when settings were changed last
 
 _MOST = 2**63 - 1  # that SQLite keeps
 
@@ -58,6 +61,11 @@ class Settings:
         known = catalog.properties.all()
         return cls(**{field.name: known[field.name] for field in fields(cls) if field.name in known})
 
+    @staticmethod
+    def never_changed(catalog: Catalog) -> bool:
+        """Tell whether a catalog has had no settings but those of a new store."""
+        return _changed_at(catalog.properties.all()) == ""
+
     def changed(
         self,
         precision: str | Keep = KEEP,
@@ -70,7 +78,9 @@ class Settings:
         return replace(self, **given_of(given))  # type: ignore[arg-type]  # by name
 
     def write(self, catalog: Catalog) -> None:
-        """Write these settings into a catalog."""
+        """Write these settings into a catalog, and that they are newer than those it has."""
+        last = catalog.properties.get(_CHANGED_AT)
+        catalog.properties.set(_CHANGED_AT, utc_after(last) if last else utc_now())
         for field in fields(self):
             value = getattr(self, field.name)
             catalog.properties.set(field.name, str(value) if isinstance(value, str) else value)
@@ -84,6 +94,36 @@ def keep_copy(catalog: Catalog, folder: Path) -> None:
     """Write a catalog's properties into a file beside it, from which `repair` takes them if the catalog is lost."""
     properties = dict(catalog.properties.all())
     move_into_place(stage_checked(folder, properties, "the copy of the settings"), folder / COPY)
+
+
+@contextlib.contextmanager
+def keeping_copy(catalog: Catalog, folder: Path) -> Iterator[None]:
+    """Write the copy anew from the catalog if what is done inside fails, and has changed the copy by then."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError):  # then `repair` finds a copy that is newer
+            if copy_is_newer(catalog, folder):
+                keep_copy(catalog, folder)
+        raise
+
+
+def copy_is_newer(catalog: Catalog, folder: Path) -> bool:
+    """Tell whether the copy is of a later change than the catalog, which has lost its last commits then."""
+    copy, own = read_copy(folder), catalog.properties.all()
+    return copy.get("identity") == own.get("identity") and _changed_at(copy) > _changed_at(own)
+
+
+def adopt_copy(catalog: Catalog, folder: Path) -> None:
+    """Write what the copy says into the catalog."""
+    copy = read_copy(folder)
+    with catalog.transaction():
+        for name in {*copy, *catalog.properties.all()}:
+            catalog.properties.set(name, copy.get(name))
+
+
+def _changed_at(properties: Mapping[str, Any]) -> str:
+    return str(properties.get(_CHANGED_AT) or "")
 
 
 def read_copy(folder: Path) -> dict[str, Any]:

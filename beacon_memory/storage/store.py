@@ -57,7 +57,7 @@ from .parts import StoreParts, namespace_names
 from .publishing import Publisher
 from .reading import READ_TRIES, find_row, read_document, require_file
 from .records import row_of
-from .settings import Settings, keep_copy
+from .settings import Settings, keep_copy, keeping_copy
 
 __all__ = ["MemoryStore", "StoredDocument", "taken"]
 
@@ -151,6 +151,7 @@ class MemoryStore:
                 catalog = held.enter_context(self.parts.alone())
             else:
                 catalog = held.enter_context(self.parts.writing(create=True))
+            held.enter_context(keeping_copy(catalog, self.folder))
             held.enter_context(catalog.transaction())
             now = Settings.of(catalog)
             settings = now.changed(precision, quota, files, cache_bytes)

@@ -70,8 +70,9 @@ class Call:
             ids = list(dict.fromkeys([*(self.ids or ()), *self.conversations]))
             rows = [memory.show(id) for id in ids]
             optional = set(ids).difference(self.conversations)
-            kept = fitting(rows, optional, memory.room(to_turns(self.messages), **given))
-        return [row.id for row in kept if row.id in optional]
+            if self.options["budget"] is None:
+                rows = fitting(rows, optional, memory.room(to_turns(self.messages), **given))
+        return [row.id for row in rows if row.id in optional]
 
     def _asked(self, memory: BeaconMemory) -> dict[str, Any]:
         """Return the arguments of `BeaconMemory.ask`."""

@@ -49,9 +49,9 @@ __all__ = ["BeaconMemoryLLM"]
 class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
     """A local model that answers behind the memories of stored documents.
 
-    Everything runs in this process. Each of `document_ids`, `namespace`, `budget`, `temperature`, `max_tokens`, `seed` and
-    `stop` may be given with a call, too, and so may other options of transformers' `generate`. They only ever come from the
-    program: nothing in the text or the metadata of a message can name a document or a namespace.
+    Everything runs in this process. Each of `document_ids`, `namespace`, `budget`, `temperature`, `max_tokens`, `seed`
+    and `stop` may be given with a call, too, and so may other options of transformers' `generate`. They only ever come
+    from the program: nothing in the text or the metadata of a message can name a document or a namespace.
 
     It calls tools if the chat template of its model has a place for them (`metadata.is_function_calling_model`).
 

@@ -19,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_PEAK_TOKENS", (1000, 2000))
     monkeypatch.setattr(bench, "_SLOTS", (100,))
+    monkeypatch.setattr(bench, "_ANSWER", 4)
     figures = bench.run(str(folder), None, "cpu", "auto", tokens=1200, ratio=8)
     assert [figure.name.split(":")[0] for figure in figures] == [
         "time to first token",
@@ -26,6 +27,8 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
         "bytes",
         "a token behind 100 slots, even",
         "a token behind 100 slots, ragged",
+        "answers to 8 requests behind 8 memories",
+        "an answer to one request",
         "throughput",
         "throughput",
         "throughput",

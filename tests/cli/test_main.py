@@ -36,7 +36,7 @@ def test_add_file_prints_what_machines_need(run: Run, model: Path) -> None:
     result = run("add", "roof.txt", "--ratio", "8", "--json")
     (added,) = lines(result)
     layers, heads, head_dim = BeaconModel.from_pretrained(model).kv_shape
-    slot_bytes = layers * heads * (2 * head_dim * 4 + 2)  # keys and values in float32, and where they stand
+    slot_bytes = layers * heads * (2 * head_dim * 4 + 1)  # keys and values in float32, and where they stand
     assert result.exit_code == 0
     assert list(added) == json_fields("add")
     assert added | {"seconds": 0} == {
@@ -345,6 +345,7 @@ def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None
         (["ask", "Who?", "--chat-template-kwargs", "{"], "--chat-template-kwargs must be a JSON object, got '{'"),
         (["ask", "Who?", "--chat-template-kwargs", "[]"], "chat_template_kwargs=[] must be a dict"),
         (["ask", "Who?", "--chat-template-kwargs", '{"absent": 1}'], "absent=1 is not known to the model's chat templ"),
+        (["ask", "Who?", "--budget", "much"], "budget='much' must be a number of memory slots, bytes as '64MB'"),
         (["ask", "Who?", "--picker", "absent"], "picker='absent' must be one of 'text'"),
         (["ask", "Who?", "--model", "absent/folder/of/a/model"], "cannot be loaded"),
         (["show", "absent"], "'absent'"),
@@ -592,3 +593,28 @@ def test_a_document_named_twice_is_removed_once(run: Run) -> None:
     write("a.txt")
     run("add", "a.txt")
     assert lines(run("remove", "a.txt", "a.txt", "--json")) == [{"id": "a.txt", "status": "removed"}]
+
+
+def test_a_budget_is_spent_where_the_question_is_and_sources_show_where(run: Run) -> None:
+    rest = "Nobody in the village could tell us any more of it, whomever we have asked. " * 3 + "\n\n"
+    names = ("otter", "badger", "heron", "raven")
+    text = "".join(f"The {name} is found behind the mill. {rest}" for name in names)
+    Path("animals.txt").write_text(text, encoding="utf-8")
+    run("add", "animals.txt", "--ratio", "2")
+    question = ["ask", "What about the heron?", "--doc", "animals.txt", "--max-new-tokens", "2"]
+    (whole,) = lines(run(*question, "--json"))
+    (part,) = lines(run(*question, "--budget", "x8", "--json"))
+    assert list(part) == list(whole) == json_fields("ask")
+    assert part["slots"] - 1 <= -(-len(text) // 8) < whole["slots"]
+    assert {source["relevance"] for source in whole["sources"]} == {0.0}
+    best = max(part["sources"], key=lambda source: source["relevance"])
+    assert best.keys() == {"document", "start", "stop", "relevance", "loaded"}
+    assert "heron" in text[best["start"] : best["stop"]]
+    for more in ([], ["--stream"]):
+        shown = run(*question, "--budget", "x8", "--sources", *more)
+        assert f"{part['answer']}\n" in shown.stdout
+        _, first, *others = shown.stderr.splitlines()
+        share = f"{best['loaded']:.0%} loaded, relevance {best['relevance']:.1f}: "
+        assert " ".join(first.split()).startswith(f"animals.txt {best['start']}-{best['stop']}, {share}")
+        assert any("0% loaded" in line or "% loaded: " in line for line in others)
+    assert "loaded" not in run(*question, "--budget", "x8").stderr

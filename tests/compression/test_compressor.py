@@ -37,6 +37,7 @@ from torch import Tensor
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.methods import ReadWindow
 from beacon_memory.compression.methods.registry import BUILT_IN
+from beacon_memory.compression.methods.scored import ScoredMethod
 from beacon_memory.compression.methods.select import Select
 from beacon_memory.compression.work import CompressedWindow, Work
 from beacon_memory.config import BeaconConfig
@@ -214,7 +215,12 @@ class TestRatios:
     @pytest.mark.parametrize("ratio", [2, 8, "auto", [2] * 1250])
     def test_a_document_that_does_not_fit_is_refused_with_the_numbers(self, ratio: Any) -> None:
         with pytest.raises(CapacityError, match=r"10000 tokens.* 512"):
-            BeaconCompressor(model_of(), reserve=100).ratios(10_000, ratio)
+            BeaconCompressor(model_of(), reserve=100).ratios(10_000, ratio, "beacon")
+
+    def test_a_document_of_any_length_fits_a_method_that_need_not_see_all_of_its_memory(self) -> None:
+        compressor = BeaconCompressor(model_of(), reserve=100)
+        for method in ("select", "hybrid"):
+            assert compressor.ratios(10_000, "auto", method) == compressor.ratios(10_000, 2, method) == [2] * 1250
 
 
 class TestSink:
@@ -447,7 +453,7 @@ class TestChosenTokens:
     @pytest.mark.parametrize(
         ("compression", "ratio", "span"), [("select", 4, 160), ("hybrid", 4, 170), ("select", 2, 160)]
     )
-    def test_a_text_longer_than_the_model_s_positions_is_read_behind_a_interpolated_memory(
+    def test_a_text_longer_than_the_model_s_positions_is_read_behind_the_last_windows_that_fit(
         self, compression: str, ratio: int, span: int
     ) -> None:
         small, large = (
@@ -460,15 +466,60 @@ class TestChosenTokens:
         assert ours.slots == roomy.slots == 160 // ratio
         method, room = BUILT_IN[compression](BeaconCompressor(small)), 80 - 16 - 16  # the window is read and repeated
         assert isinstance(method, Select)
-        parts = [MemoryKV.of(method.reader.sink)]
+        sink, parts = MemoryKV.of(method.reader.sink), []
         for number in range(10):
-            prefix = MemoryKV.concat(parts, room).interpolated(room)
-            assert prefix.span == MemoryKV.concat(parts).span if number < 3 else room - len(parts) < prefix.span <= room
+            prefix = MemoryKV.concat([sink, *parts[-2:]])
+            assert prefix.span <= room
+            assert number < 2 or room < prefix.span + span // 10  # a third one would not fit
             with torch.no_grad():
                 window = ids[16 * number : 16 * (number + 1)]
                 parts += method.read_windows([(small.prefix(prefix), window, ratio)])
-        assert_same(ours, MemoryKV.concat(parts[1:]))
+        assert_same(ours, MemoryKV.concat(parts))
         assert not torch.equal(ours.counts, roomy.counts)
+
+    def test_a_window_that_leaves_no_room_for_another_one_is_read_behind_one_that_is_interpolated(self) -> None:
+        model = tiny_model(
+            "llama", BeaconConfig(beacon_window=16), tokenizer=tiny_tokenizer(), max_position_embeddings=40
+        )
+        ids = some_ids(48, seed=3)
+        ours, method = self.compress(model, ids, [2] * 3, compression="select"), Select(BeaconCompressor(model))
+        sink, parts = MemoryKV.of(method.reader.sink), []
+        for number in range(3):
+            prefix = MemoryKV.concat([sink, *parts[-1:]], 8).interpolated(8)  # as many as reading and repeating leave
+            with torch.no_grad():
+                parts += method.read_windows([(model.prefix(prefix), ids[16 * number : 16 * (number + 1)], 2)])
+        assert_same(ours, MemoryKV.concat(parts))
+
+    @by_choice
+    def test_a_window_of_a_long_text_is_read_behind_a_bounded_part_of_its_memory(
+        self, compression: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = tiny_model(
+            "llama", BeaconConfig(beacon_window=16), tokenizer=tiny_tokenizer(), max_position_embeddings=512
+        )
+        seen: list[tuple[int, int]] = []
+        read = ScoredMethod.read_windows
+
+        def spied(method: ScoredMethod, windows: Any) -> list[MemoryKV]:
+            seen.extend((prefix.slots, prefix.span) for prefix, _, _ in windows)
+            return read(method, windows)
+
+        monkeypatch.setattr(ScoredMethod, "read_windows", spied)
+        ids, memories, views = some_ids(160, seed=3), [], []
+        for bound in (2048, 10**9, 72, 20):
+            monkeypatch.setattr("beacon_memory.compression.methods.scored._VIEW", bound)
+            memories.append(self.compress(model, ids, [2] * 10, compression=compression))
+            views.append(seen.copy())
+            seen.clear()
+        usual, *unbounded, bounded = memories
+        for memory, view in zip(unbounded, views[1:], strict=False):  # the memory in front of the last has 72 slots
+            assert_same(memory, usual)
+            assert view == views[0]
+        assert [slots for slots, _ in views[0]] == [1 + 8 * number for number in range(10)]
+        assert [span for _, span in views[3]] == [span for _, span in views[0]]  # of all windows something is seen
+        assert max(slots for slots, _ in views[3]) <= 1 + 20
+        assert bounded.slots == usual.slots
+        assert not torch.equal(bounded.values, usual.values)
 
     @by_choice
     @every_score

@@ -5,7 +5,7 @@ from evaluation_samples import saved_model
 
 from beacon_memory.errors import InputError
 from beacon_memory.evaluation.baseline_names import baselines
-from beacon_memory.evaluation.baselines import Compressed, NoText, Retrieved, Truncated
+from beacon_memory.evaluation.baselines import Compressed, NoText, Retrieved, Truncated, Zoomed
 from beacon_memory.evaluation.presses import Selected
 from beacon_memory.evaluation.untouched import Untouched
 
@@ -31,6 +31,10 @@ KINDS = {
     "select:4:3@int4": Compressed,
     "hybrid:4@int4": Compressed,
     "select-expected:4@int8": Compressed,
+    "zoom:8": Zoomed,
+    "zoom:8:3": Zoomed,
+    "slice:4": Zoomed,
+    "nested:4": Zoomed,
 }
 
 
@@ -42,8 +46,11 @@ def test_every_name_has_its_baseline_in_order() -> None:
     parts = [tuple(vars(one)[name] for name in ("compression", "ratio", "documents")) for one in found[6:14]]
     assert parts == [(name, 4, documents) for name in ("beacon", "select", "hybrid", "select") for documents in (1, 3)]
     assert [vars(one)["compressor"].score for one in found[6:14]] == ["repeat"] * 6 + ["expected"] * 2
-    assert [vars(one)["bits"] for one in (*found[6:14], *found[17:])] == [None] * 8 + [8, 4, 4, 8]
+    assert [vars(one)["bits"] for one in (*found[6:14], *found[17:21])] == [None] * 8 + [8, 4, 4, 8]
     assert (vars(found[18])["documents"], vars(found[20])["compressor"].score) == (3, "expected")
+    settings = [tuple(vars(one)[name] for name in ("ratio", "budget", "documents")) for one in found[21:]]
+    assert settings == [(2, 8, 1), (2, 8, 3), (1, 4, 1), (2, 4, 1)]
+    assert [one.asks_first for one in found[21:]] == [True, True, True, False]
 
 
 def test_presses_share_one_stock_model() -> None:
@@ -55,7 +62,7 @@ UNKNOWN = ("", "fulll", "Beacon:4", "auto:4", "full:2", "none:1", "base:1", "bm2
 MALFORMED = ("beacon", "beacon:", "beacon:x", "beacon:0", "beacon:-2", "beacon:4.5", "beacon:²", "select", "hybrid:0:2",
              "truncated", "kvzip")  # fmt: skip
 UNQUANTIZED = ("full@int8", "bm25:4@int4", "kvzip:4@int8", "select:4@int2", "select:4@", "select@int8:4", "@int8",
-               "beacon:4@int8@int4", "beacon@int8")  # fmt: skip
+               "zoom:4@int8", "beacon:4@int8@int4", "beacon@int8")  # fmt: skip
 REPEATED = (["full", "full"], ["full", "beacon:4", "beacon:4"])
 
 

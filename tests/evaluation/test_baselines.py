@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -270,6 +270,60 @@ class TestQuantized:
 
         by_hand([ids_of(text) for text in self.DOCUMENTS], 4, compression, noted)
         assert answer(baseline(f"{compression}:4:2@int{bits}")).kv_bytes == sum(sizes)
+
+
+class TestZoomed:
+    LINES = (*accumulate((len(line) + bool(number) for number, line in enumerate(CONTEXT)), initial=0),)
+
+    def line(self, memory: MemoryKV, number: int, lead: int = 0) -> MemoryKV:
+        start, stop = self.LINES[number : number + 2]
+        return memory.between(lead + start if number else 0, lead + stop)
+
+    @pytest.mark.parametrize("sink", [0, 1])
+    def test_the_passage_with_the_words_of_the_question_is_loaded_as_it_was_read_in_the_text(self, sink: int) -> None:
+        model = saved_model(sink=sink)
+        whole = prefix_of(baseline("select:1", model)).between(sink, 1 + TOKENS)
+        one = baseline("slice:7", model)  # more than one line
+        for number, name in enumerate(RIVERS):
+            prefix, line = prefix_of(one, f"Where does the {name} rise?"), self.line(whole, number, 1 - sink)
+            assert same(prefix.between(prefix.span - line.span, prefix.span), line)
+
+    def test_the_next_best_stands_before_it(self) -> None:
+        whole = prefix_of(baseline("select:1")).between(1, 1 + TOKENS)
+        prefix = prefix_of(baseline("slice:3"), "Where does the Dune rise, rise, and where does Dune end: in Amber?")
+        both = MemoryKV.concat([self.line(whole, number) for number in (0, 3)])
+        assert same(prefix.between(prefix.span - both.span, prefix.span), both)
+
+    def test_it_takes_what_half_of_the_tokens_leave_of_the_passage(self) -> None:
+        rich, question = prefix_of(baseline("select:2")).between(1, 1 + TOKENS), "Where does the Fern rise?"
+        prefix, line = prefix_of(baseline("zoom:7"), question), self.line(rich, 5)
+        assert same(prefix.between(prefix.span - line.span, prefix.span), line)
+        assert prefix.slots < prefix_of(baseline("select:2")).slots / 3
+
+    def test_documents_compete_for_one_budget(self) -> None:
+        parts = [baseline("select:2").memories([ids_of(text)], 2, "select")[0] for text in TestQuantized.DOCUMENTS]
+        prefix = prefix_of(baseline("zoom:7:2"), "Where does the Fern rise?")
+        line = self.line(MemoryKV.concat(parts), 5)
+        assert same(prefix.between(prefix.span - line.span, prefix.span), line)
+
+    def test_without_words_in_common_it_selects_as_blindly_as_nested_does(self) -> None:
+        assert same(prefix_of(baseline("zoom:6"), "Why?"), prefix_of(baseline("nested:6"), "Where does the Fern rise?"))
+
+    def test_of_a_text_of_one_window_nested_memories_are_those_that_are_read_at_their_ratio(self) -> None:
+        for ratio in (2, 4, 8):
+            read, nested = (prefix_of(baseline(f"{name}:{ratio}"), None, (TEXT[:32],)) for name in ("select", "nested"))
+            assert same(read, nested)
+
+    @pytest.mark.parametrize("ratio", [2, 4, 9])
+    def test_it_has_no_more_bytes_than_others_of_its_ratio_and_hardly_less(self, ratio: int) -> None:
+        budget, size = answer(baseline(f"bm25:{ratio}")).kv_bytes, saved_model().slot_bytes + HEADS * PLACE
+        for name in ("zoom", "slice", "nested"):
+            assert budget - 0.3 * 64 * size < answer(baseline(f"{name}:{ratio}")).kv_bytes <= budget
+
+    @pytest.mark.parametrize("name", ["zoom:4", "slice:4"])
+    def test_it_has_no_score_without_a_question(self, name: str) -> None:
+        with pytest.raises(InputError, match=f"{name} needs a question"):
+            baseline(name).score(ids_of(TEXT), CONTINUATION)
 
 
 def test_the_expected_score_chooses_as_many_tokens_and_others() -> None:

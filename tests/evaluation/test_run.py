@@ -133,6 +133,18 @@ class TestAnswers:
             ]
         assert len(read) == 18 + 5 * 9
 
+    def test_what_is_loaded_of_one_memory_needs_one_reading(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        read, compress = [], Compressed.memories
+
+        def counting(self: Compressed, documents: Any, *arguments: Any) -> Any:
+            read.append(self.ratio)
+            return compress(self, documents, *arguments)
+
+        monkeypatch.setattr(Compressed, "memories", counting)
+        field = baselines(["nested:4", "zoom:4", "zoom:8", "select:2", "slice:4"], saved_model())
+        run(field, [an_item(question, id=question) for question in ("One?", "Two?")])
+        assert read == [2, 1]
+
     def test_what_was_read_is_let_go_of(self) -> None:
         field = baselines(["beacon:2", "beacon:2@int8", "full"], saved_model())
         memories = []

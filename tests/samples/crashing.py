@@ -22,9 +22,12 @@ import xxhash
 
 import beacon_memory
 from beacon_memory.errors import DocumentNotFoundError
+from beacon_memory.storage.repair import repair
 from beacon_memory.storage.store import MemoryStore
 
 Act = Callable[[MemoryStore], object]
+
+LEFT_BY_CRASHES = {"orphan-file", "stale-temp", "stale-label"}  # kinds of problems
 
 _PACKAGE = str(Path(beacon_memory.__file__).parent)
 _SECONDS = 120  # after which a process that should have ended hangs
@@ -177,6 +180,13 @@ def everything(folder: Path) -> dict[tuple[str, str], object]:
     """
     with MemoryStore(folder) as store:
         return {(name, id): seen for name in store.namespaces() for id, seen in _documents(store, name)}
+
+
+def mend(store: MemoryStore) -> None:
+    """Repair a store in which there must be nothing but what crashes leave."""
+    found = repair(store)
+    assert {problem.kind for problem in found} <= LEFT_BY_CRASHES, found
+    assert all(problem.mended for problem in found), found
 
 
 def seen(store: MemoryStore, id: str) -> object:

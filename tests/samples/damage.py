@@ -69,10 +69,10 @@ class Damage:
 
 
 FORMS = ("bfloat16", "float32", "int8", "int4")
-_KINDS = ("flip", "flip", "flip", "cut", "extend", "zero", "noise", "zero page", "move page", "swap")
+KINDS = ("flip", "flip", "flip", "cut", "extend", "zero", "noise", "zero page", "move page", "swap")
 damages = st.builds(
     Damage,
-    kind=st.sampled_from(_KINDS),
+    kind=st.sampled_from(KINDS),
     at=st.floats(0, 1, exclude_max=True),
     size=st.sampled_from([1, 2, 4, 16, 100, 1000]),
     seed=st.integers(0, 2**16),

@@ -35,8 +35,9 @@ from crashing import system_calls
 
 PAGE, SECTOR = 4096, 512
 _LEFT_OUT = "-shm"
-_SYSCALL_INFO, _ENTRY, _EXIT = 0x420E, 1, 2  # of Linux' ptrace
-_SAID = b"/said/"  # begins the path that a process asks for to say a word
+ENTRY, EXIT = 1, 2  # where a process is stopped
+_SYSCALL_INFO = 0x420E  # of Linux' ptrace
+_SAID = "/said/"  # begins the path that a process asks for to say a word
 
 # The calls that are followed, by what has to be looked at: names; the bytes of the open file that is their first or
 # third argument; which file is synced; what is said.
@@ -100,7 +101,7 @@ Event = Bytes | Names | Sync | Said
 
 def say(word: object) -> None:
     """Let whoever records this process know how far it is."""
-    os.access(_SAID + str(word).encode(), os.F_OK)
+    os.access(f"{_SAID}{word}", os.F_OK)
 
 
 class Disk:
@@ -134,15 +135,16 @@ class Disk:
         if not _KINDS:
             raise PermissionError(f"the system calls of a {platform.machine()} are not known")
         most = None if kill_after is None else len(self.events) + kill_after
-        kind, arguments = "", (0, 0, 0)
+        kind, arguments = "", tuple[int, ...]()
         with closing(system_calls(act)) as stops:
             for pid in stops:
-                call = _Call.at(pid)
-                if call.stop == _ENTRY:
+                call = Call.at(pid)
+                if call.stop == ENTRY:
                     kind, arguments = _KINDS.get(call.first, ""), call.arguments
-                    if kind == "asks" and (word := _word(pid, arguments[call.first != _ACCESS])):
-                        self.events.append(Said(word))
-                elif call.stop == _EXIT and kind and call.first < 1 << 63:
+                    asked = text_at(pid, arguments[call.first != _ACCESS]) if kind == "asks" else ""
+                    if asked.startswith(_SAID):
+                        self.events.append(Said(asked.removeprefix(_SAID)))
+                elif call.stop == EXIT and kind and call.first < 1 << 63:
                     self._note(pid, kind, arguments)
                 if most is not None and len(self.events) >= most:
                     return False
@@ -174,7 +176,7 @@ class Disk:
             else:
                 (target / name).write_bytes(_kept_bytes(self._first_bytes.get(node, b""), node, past, rng))
 
-    def _note(self, pid: int, kind: str, arguments: tuple[int, int, int]) -> None:
+    def _note(self, pid: int, kind: str, arguments: tuple[int, ...]) -> None:
         if kind == "names":
             self._look_at_names()
         if kind in ("names", "asks"):
@@ -245,29 +247,37 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """Where a process was stopped: at the entry of a call with this number, or at its exit with this result."""
 
     stop: int
     first: int
-    arguments: tuple[int, int, int]
+    arguments: tuple[int, ...]
 
     @classmethod
-    def at(cls, pid: int) -> _Call:
+    def at(cls, pid: int) -> Call:
         info = (ctypes.c_uint64 * 11)()
         ptrace = ctypes.CDLL(None, use_errno=True).ptrace
         ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
         if ptrace(_SYSCALL_INFO, pid, ctypes.sizeof(info), ctypes.addressof(info)) < 0:
             raise PermissionError("this system does not tell of system calls")
-        return cls(info[0] & 0xFF, info[3], (info[4], info[5], info[6]))
+        return cls(info[0] & 0xFF, info[3], tuple(info[4:10]))
 
 
-def _word(pid: int, address: int) -> str:
-    """The word that a process says with the path at this address; "" if that is another path."""
-    with Path(f"/proc/{pid}/mem").open("rb") as memory:
+def memory_at(pid: int, address: int, size: int) -> bytes:
+    """The bytes that stand in the memory of a process at an address."""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         memory.seek(address)
-        text = memory.read(64).partition(b"\0")[0]
-    return text.removeprefix(_SAID).decode() if text.startswith(_SAID) else ""
+        return memory.read(size)
+
+
+def text_at(pid: int, address: int) -> str:
+    """The text that stands in the memory of a process at an address, a path for instance."""
+    found = b""
+    while address and b"\0" not in found:  # to the end of a page at a time, behind which there may be nothing
+        at = address + len(found)
+        found += memory_at(pid, at, min(256, PAGE - at % PAGE))
+    return os.fsdecode(found.partition(b"\0")[0])
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""Random work on a store whose process is killed and whose power fails, again and again.
+"""Torture a store: kills, power cuts, failing calls, damage, and many processes at a time, again and again.
 
-    python tests/samples/torture.py --minutes 10 --seed 1
+    python tests/samples/torture.py --minutes 60 --seed 1
 
-Each round begins with a seed of its own, counted up from the one given; one that fails is printed, and repeated by
-`--seed` alone. A new kind of fault is one more function in ROUNDS, of an empty folder and a seed.
+Each round begins with a seed of its own, counted up from the one given for each kind. One that fails is printed with
+the command that repeats it. Without --minutes there is one round of each kind. A new kind is one more line in KINDS.
 """
 
 from __future__ import annotations
@@ -13,157 +13,100 @@ import random
 import shutil
 import sys
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from in_memory import folder_in_memory
-from power_cuts import Disk, Said, say
-from workload import Operation, State, after, look, perform
+from rounds.faults import faults
+from rounds.kills import kills
+from rounds.mutations import mutations
+from rounds.power import power_cuts
+from rounds.processes import processes
 
-from beacon_memory.storage.erasing import erase
-from beacon_memory.storage.repair import repair, verify
-from beacon_memory.storage.store import MemoryStore
-
-IDS = ("anna", "bela", "cora")
-LEFT_BY_CRASHES = {"orphan-file", "stale-temp", "stale-label"}
-States = dict[str, State]
+MOST_SECONDS = 600  # that many processes work at a time
 
 
-def mend(store: MemoryStore) -> None:
-    """Repair a store in which there must be nothing but what crashes leave."""
-    found = repair(store)
-    assert {problem.kind for problem in found} <= LEFT_BY_CRASHES, found
-    assert all(problem.mended for problem in found), found
+@dataclass
+class Kind:
+    """A kind of rounds.
 
-
-_CARE: Mapping[str, Callable[[MemoryStore], object]] = {
-    "repair": mend,
-    "erase": erase,
-    "close": MemoryStore.close,
-}
-
-
-def seen(store: MemoryStore) -> States:
-    """All documents of a store."""
-    found = {row.id: look(store, row.id) for row in store.list()}
-    return {id: state for id, state in found.items() if state}
-
-
-def live(folder: Path, operations: Sequence[Operation], possible: Sequence[States]) -> None:
-    """Do operations on a store, and say before and after each; first say in which of the possible states it is."""
-    store = MemoryStore(folder)
-    say(f"is {possible.index(seen(store))}")
-    for number, operation in enumerate(operations):
-        say(f"begin {number}")
-        if operation[0] in _CARE:
-            _CARE[operation[0]](store)
-            say(f"kept {number}")
-        else:
-            say(f"done {number}" if perform(store, operation) else f"kept {number}")
-
-
-class Expectation:
-    """What may be in a store after each event that was recorded of it.
-
-    What is acknowledged is on disk. What was begun may be, and may also be seen by the next process without being on
-    disk, if the one before was killed.
+    round: does one in an empty folder, from a seed, and returns how often it struck.
+    what:  it struck with.
+    share: of the time that all kinds take.
     """
 
-    def __init__(self, states: States) -> None:
-        self.now = states
-        self.possible = [states]
-        self._since = [(0, [states])]
-        self._read = 0
-
-    def at(self, moment: int) -> list[States]:
-        return self._since[bisect_right([since for since, _ in self._since], moment) - 1][1]
-
-    def follow(self, disk: Disk, operations: Sequence[Operation]) -> None:
-        """Read what a process has said since the last one."""
-        for at, event in enumerate(disk.events[self._read :], self._read):
-            if not isinstance(event, Said):
-                continue
-            word, number = event.word.split()
-            if word == "is":
-                self.now = self.possible[int(number)]
-                continue
-            then = after(self.now, operations[int(number)])
-            if word == "begin" and then not in self.possible:
-                self.possible = [*self.possible, then]
-            elif word == "kept":
-                assert then == self.now, f"{operations[int(number)]} was refused"
-            elif word == "done" and then != self.now:
-                self.now, self.possible = then, [then]
-            # the event before is the last at which this had not been said
-            self._since.append((at + (word != "begin"), self.possible))
-        self._read = len(disk.events)
+    round: Callable[[Path, int], int]
+    what: str
+    share: float
+    rounds: int = 0
+    struck: int = 0
+    seconds: float = 0.0
 
 
-def some_operations(rng: random.Random) -> list[Operation]:
-    def one() -> Operation:
-        name = rng.choice(["put", "put", "replace", "update", "convert", "rename", "delete", "delete", *_CARE])
-        version = str(rng.getrandbits(50))
-        more = {"put": [version], "replace": [version], "update": [version], "rename": [rng.choice(IDS)]}
-        return [name, rng.choice(IDS), *more.get(name, [])]
-
-    return [one() for _ in range(rng.randint(1, 4))]
-
-
-def power_cuts(folder: Path, seed: int) -> None:
-    """Let a few processes after each other work on a store, some killed, until the power fails; three times."""
-    rng = random.Random(seed)
-    store_folder, states = folder / "store", {}
-    for cut in range(3):
-        disk, expected = Disk(store_folder), Expectation(states)
-        for _ in range(rng.randint(1, 3)):
-            operations = some_operations(rng)
-            kill_after = rng.randint(1, 200) if rng.random() < 0.5 else None
-            possible = expected.possible
-            disk.record(lambda: live(store_folder, operations, possible), kill_after=kill_after)  # noqa: B023
-            expected.follow(disk, operations)
-        moment = rng.choice(disk.moments)
-        store_folder = disk.leave(moment, rng, folder / f"store {cut}")
-        with MemoryStore(store_folder) as store:
-            states = seen(store)
-            assert states in expected.at(moment), f"{states} is none of {expected.at(moment)}"
-            if rng.random() < 0.7:
-                mend(store)
-                assert seen(store) == states, f"{seen(store)} came of a repair, not {states}"
-                assert verify(store) == []
-
-
-ROUNDS: Mapping[str, Callable[[Path, int], None]] = {"power cuts": power_cuts}
+KINDS = {
+    "kills": Kind(kills, "kills of processes", 0.15),
+    "power cuts": Kind(power_cuts, "power cuts", 0.2),
+    "mutations": Kind(mutations, "mutations of files and folders", 0.3),
+    "faults": Kind(faults, "failed calls of the system", 0.25),
+    "processes": Kind(processes, "processes at work together", 0.1),
+}
 
 
 def run(name: str, seed: int) -> None:
     """Run one round in a folder of its own, in memory where there is some."""
-    folder = folder_in_memory()
+    kind, folder, began = KINDS[name], folder_in_memory(), time.monotonic()
     try:
-        ROUNDS[name](folder, seed)
+        kind.struck += kind.round(folder, seed)
     except BaseException as error:
         error.add_note(f"in the round of {name} with seed {seed}")
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        kind.rounds += 1
+        kind.seconds += time.monotonic() - began
 
 
 def main() -> None:
-    """Run rounds of each kind in turn until the time is over."""
+    """Run rounds until the time is over, each kind for its share of it, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=0, help="how long to go on; 0: one round of each kind")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the first round")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the first round of each kind")
+    parser.add_argument("--only", choices=KINDS, action="append", help="a kind; without, all")
+    parser.add_argument("--processes", type=int, default=50, help="how many work together, given --minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    end, seed = time.monotonic() + 60 * given.minutes, given.seed
+    kinds = {name: KINDS[name] for name in given.only or KINDS}
+    seconds = 60 * given.minutes
+    if seconds:
+        share = KINDS["processes"].share / sum(kind.share for kind in kinds.values())
+        many = partial(processes, count=given.processes, seconds=min(MOST_SECONDS, share * seconds))
+        KINDS["processes"].round = many
+    sys.stdout.write(f"seed {given.seed}\n")
+    end = time.monotonic() + seconds
     while True:
-        for name in ROUNDS:
-            run(name, seed)
-        if time.monotonic() > end:
+        name = min(kinds, key=lambda name: kinds[name].seconds / kinds[name].share)
+        if kinds[name].rounds and time.monotonic() > end:
             break
-        seed += 1
-    sys.stdout.write(f"seeds {given.seed} to {seed}: nothing was lost, and nothing came back\n")
+        seed = given.seed + kinds[name].rounds
+        try:
+            run(name, seed)
+        except BaseException as error:
+            report(kinds)
+            many = f" --minutes {given.minutes} --processes {given.processes}" if name == "processes" else ""
+            error.add_note(f"a promise was broken; again: just torture --only '{name}' --seed {seed}{many}")
+            raise
+    report(kinds)
+    sys.stdout.write(f"all promises held; again: just torture --minutes {given.minutes} --seed {given.seed}\n")
+
+
+def report(kinds: dict[str, Kind]) -> None:
+    """Say how often each kind struck."""
+    for kind in kinds.values():
+        sys.stdout.write(f"{kind.struck:>9,} {kind.what}, in {kind.rounds:,} rounds and {kind.seconds:,.0f} s\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ in. From these all of its bytes follow.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import secrets
+import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,13 +23,25 @@ from kv_samples import sample
 from torch import Tensor
 
 from beacon_memory.documents import Label
-from beacon_memory.errors import DocumentNotFoundError
+from beacon_memory.errors import DocumentNotFoundError, StoreError
 from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.storage.archive import export_documents, import_documents
+from beacon_memory.storage.erasing import erase
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.stored_kv import StoredKV, with_precision
+from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 _, _KV = sample(dtype=torch.float32)
+
+_BUSY = "busy"
+_WAITED = (  # what errors say if others were at work for too long
+    "has been writing for",
+    "has been reading for",
+    "is being written to",
+    "is being repaired",
+    "times while it was being",
+)
 
 Operation = Sequence[str]  # a name, an id, and perhaps a version or another id
 
@@ -120,7 +136,7 @@ def look(store: MemoryStore, id: str, *, still: bool = True) -> State | None:
     content = file.text.split()[-1]
     header, kv, text = document(id, content)
     assert file.text == text
-    assert replace(file.header, id=id) == header
+    assert replace(file.header, id=id) == replace(header, namespace=store.namespace)
     assert row.content_hash == header.content_hash
     assert _tensors(file.kv) == _tensors(with_precision(kv, row.precision, header.window_starts))
     version = str(row.metadata.get("version", ""))
@@ -133,11 +149,13 @@ def look(store: MemoryStore, id: str, *, still: bool = True) -> State | None:
     return State(content, version, row.precision)
 
 
-def work(store: MemoryStore, log: Path, own: Sequence[str], shared: Sequence[str], seed: int) -> None:
-    """Change documents for ever, and read some of others."""
+def work(
+    store: MemoryStore, log: Path, own: Sequence[str], shared: Sequence[str], seed: int, until: float = math.inf
+) -> None:
+    """Change documents until that time, and read some of others."""
     rng = random.Random(seed)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    while True:
+    while time.monotonic() < until:
         chosen = rng.choice([*own, *shared])
         names = ["put", "put", "update", "convert", "delete"] + ["replace", "rename"] * (chosen in own)
         operation = [rng.choice(names), chosen]
@@ -145,10 +163,75 @@ def work(store: MemoryStore, log: Path, own: Sequence[str], shared: Sequence[str
             operation[0], [str(rng.getrandbits(50))]
         )
         _note(handle, operation)
-        _note(handle, perform(store, operation))
+        try:
+            _note(handle, perform(store, operation))
+        except StoreError as error:
+            require_busy(error)
+            _note(handle, _BUSY)
         look(store, rng.choice(shared), still=False)
         if rng.random() < 0.05:
             store.close()
+
+
+def care(store: MemoryStore, log: Path, expected: Collection[str], seed: int, until: float = math.inf) -> None:
+    """Look after a store until that time, and read all of it; fails if it finds problems of other kinds than expected.
+
+    Notes what was done to the end.
+    """
+    rng = random.Random(seed)
+    aside = Path(tempfile.mkdtemp(dir=log.parent))
+    with log.open("a", buffering=1) as done:
+        while time.monotonic() < until:
+            act = rng.choice([_repair, _verify, _erase, _export, _read])
+            try:
+                assert act(store, aside) <= {*expected}
+            except StoreError as error:
+                require_busy(error)
+            else:
+                done.write(f"{act.__name__}\n")
+            store.close()
+
+
+def _repair(store: MemoryStore, _: Path) -> set[str]:
+    return {problem.kind for problem in repair(store)}
+
+
+def _verify(store: MemoryStore, _: Path) -> set[str]:
+    return {problem.kind for problem in verify(store)}
+
+
+def _erase(store: MemoryStore, _: Path) -> set[str]:
+    erase(store)
+    return set()
+
+
+def _export(store: MemoryStore, aside: Path) -> set[str]:
+    """Export all, and look at it where it is imported."""
+    archive = aside / secrets.token_hex(8)
+    export_documents(store, archive)
+    with MemoryStore(aside / f"{archive.name} imported") as imported:
+        import_documents(imported, archive)
+        for row in imported.list():
+            assert look(imported, row.id)
+    archive.unlink()
+    shutil.rmtree(imported.folder, ignore_errors=True)
+    return set()
+
+
+def _read(store: MemoryStore, _: Path) -> set[str]:
+    rows = store.list()
+    assert not rows or store.namespace in store.namespaces()
+    for row in rows:
+        look(store, row.id, still=False)
+    for hit in store.search("version"):
+        assert hit.text == document(hit.document, hit.text.split()[-1])[2]
+    return set()
+
+
+def require_busy(error: StoreError) -> None:
+    """Raise an error again unless others have written, or tidied up, for too long, and nothing was done."""
+    if not any(words in str(error) for words in _WAITED):
+        raise error
 
 
 def history(log: Path, end: float) -> list[Entry]:
@@ -156,7 +239,7 @@ def history(log: Path, end: float) -> list[Entry]:
     noted = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     noted += [[end, None]] * (len(noted) % 2)
     pairs = zip(noted[::2], noted[1::2], strict=True)
-    return [Entry(operation, begin, ended, done) for (begin, operation), (ended, done) in pairs]
+    return [Entry(operation, begin, ended, done) for (begin, operation), (ended, done) in pairs if done != _BUSY]
 
 
 def outcomes(entries: Iterable[Entry], id: str) -> dict[str, set[str | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -306,3 +307,20 @@ def test_a_removal_that_fails_leaves_the_conversation(store: MemoryStore, monkey
             store.conversations.remove("talk")
     assert store.conversations.get("talk") == kept
     assert verify(store) == []
+
+
+def test_a_copy_of_another_namespace_is_never_taken(tmp_path: Path) -> None:
+    copies = {}
+    for name in ("", "other"):
+        with MemoryStore(tmp_path / "store", name) as store:
+            store.conversations.put(Conversation("talk", [{"role": "user", "content": f"hello {name}"}]))
+            (copies[name],) = (store.folder / "sessions").glob("*.json")
+    shutil.copyfile(copies["other"], copies[""])  # it is the later one
+    with MemoryStore(tmp_path / "store") as store:
+        assert [(problem.kind, problem.mended) for problem in repair(store)] == [("stale-label", True)]
+        assert store.conversations.get("talk").turns[0]["content"] == "hello "
+        store.conversations.remove("talk")
+        shutil.copyfile(copies["other"], copies[""])
+        with pytest.raises(CorruptFileError, match="is of the namespace 'other'"):
+            store.conversations.get("talk")
+        assert [(problem.kind, problem.mended) for problem in repair(store)] == [("damaged-file", False)]

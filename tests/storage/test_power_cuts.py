@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from changes import CRASHING, Act, expired, full, put, two
-from crashing import copied, everything, fork, wait
+from crashing import copied, everything, fork, mend, wait
 from power_cuts import Disk, Names
-from torture import States, mend, run, seen
+from rounds.power import States, seen
 from workload import State
 
 from beacon_memory.storage.erasing import erase
@@ -131,15 +131,6 @@ def test_what_is_stored_after_a_kill_outlasts_a_power_cut(folder: Path) -> None:
             cut = disk.leave(len(disk.events), rng, folder / "cut") / "store"
             assert everything(cut) == stored
             assert repaired(cut) == stored
-
-
-@pytest.mark.parametrize("seed", [1002, 2031, 2045, 7015])
-def test_random_work_outlasts_kills_and_power_cuts(seed: int) -> None:
-    """The short form of `just torture`, with rounds that once failed."""
-    try:
-        run("power cuts", seed)
-    except PermissionError as error:
-        pytest.skip(str(error))
 
 
 def with_ext4(folder: Path, act: Callable[[Path, Callable[[], Path]], None]) -> None:

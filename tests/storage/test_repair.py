@@ -19,6 +19,7 @@ from upkeep_samples import (
     everything,
     file,
     flip,
+    flip_keys,
     kinds,
     leave_catalog,
     replaced_file,
@@ -36,11 +37,31 @@ from beacon_memory.storage.publishing import Publisher
 from beacon_memory.storage.repair import ProblemKind, repair, verify
 from beacon_memory.storage.store import MemoryStore
 
+QUOTA = 10**9
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[MemoryStore]:
     with MemoryStore(tmp_path / "store") as store:
         yield store
+
+
+def move(path: Path, folder: Path) -> None:
+    path.rename(folder / path.name)
+
+
+def swap_folders(one: Path, other: Path) -> None:
+    one.rename(one.with_name("between"))
+    other.rename(one)
+    one.with_name("between").rename(other)
+
+
+def lose_settings(store: MemoryStore) -> None:
+    """Let the catalog be one of before its settings were changed."""
+    catalog = leave_catalog(store).read_bytes()
+    store.configure(quota=QUOTA)
+    leave_catalog(store).write_bytes(catalog)
+    assert store.settings.quota is None
 
 
 MENDED: dict[str, tuple[Callable[[MemoryStore], object], list[ProblemKind]]] = {
@@ -104,6 +125,15 @@ MENDED: dict[str, tuple[Callable[[MemoryStore], object], list[ProblemKind]]] = {
         lambda store: leave_catalog(store).write_text("once upon a time " * 1000),
         ["damaged-catalog", "lost-row", "lost-row"],
     ),
+    "K/V in the folder of another": (
+        lambda store: move(file(store), file(store, "other").parent),
+        ["missing-file", "orphan-file"],
+    ),
+    "folders swapped": (
+        lambda store: swap_folders(file(store).parent, file(store, "other").parent),
+        ["missing-file"] * 2 + ["stale-label"] * 2 + ["orphan-file"] * 4,
+    ),
+    "settings lost with the log": (lose_settings, ["stale-label"]),
     "table gone": (
         lambda store: change(store, "DROP TABLE passages_fts_data"),
         ["damaged-catalog", "lost-row", "lost-row"],
@@ -137,11 +167,13 @@ def test_what_files_or_rows_still_tell_is_found_and_mended(store: MemoryStore, n
     assert {row.id for row in store.list(tags=["x"], metadata={"b": "x"})} == {"doc", "other"}
     assert store.totals() == Totals(2, 2 * BYTES)
     assert len(files(store)) == len(labels(store)) == 2
+    assert store.settings.quota == (QUOTA if make is lose_settings else None)
 
 
 UNMENDED: dict[str, tuple[Callable[[MemoryStore], object], ProblemKind]] = {
     "file gone": (lambda store: file(store).unlink(), "missing-file"),
-    "file flipped": (lambda store: flip(file(store), -5), "damaged-file"),
+    "keys flipped": (lambda store: flip_keys(file(store)), "damaged-file"),
+    "text flipped": (lambda store: flip(file(store), -5), "damaged-file"),
     "header flipped": (lambda store: flip(file(store), 200), "damaged-file"),
     "file cut": (lambda store: file(store).write_bytes(file(store).read_bytes()[:-10]), "damaged-file"),
     "file empty": (lambda store: file(store).write_bytes(b""), "damaged-file"),
@@ -204,7 +236,7 @@ def test_a_file_that_contradicts_its_row_is_refused(store: MemoryStore, changed:
         changed = {}
     header = replace(header, **changed)  # type: ignore[arg-type]  # by field name
     write_kv_file(file(store), header, memory(13, 6 * header.slots).to(dtype=sample()[1].keys.dtype), text)
-    with pytest.raises(CorruptFileError, match=f"disagrees with its row in the {named}; `beacon-memory repair` mends"):
+    with pytest.raises(CorruptFileError, match=f"in the {named}, hash of the whole file; `beacon-memory repair` mends"):
         store.get("doc")
     assert kinds(verify(store)) == [("mismatched-file", "doc")]
     assert file(store).exists()
@@ -299,7 +331,12 @@ def test_a_row_that_names_another_file_finds_its_own_again(store: MemoryStore) -
 
 
 def test_a_damaged_version_is_dropped(store: MemoryStore) -> None:
-    for damage in (Path.unlink, lambda path: flip(path, -5), lambda path: shutil.copy(file(store, "other"), path)):
+    for damage in (
+        Path.unlink,
+        flip_keys,
+        lambda path: flip(path, -5),
+        lambda path: shutil.copy(file(store, "other"), path),
+    ):
         put(store, "other")
         put_version(store, "a")
         put_version(store, "b")

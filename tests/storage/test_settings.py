@@ -15,7 +15,7 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.local import LocalFiles
 from beacon_memory.storage.files.locks import writing
 from beacon_memory.storage.repair import verify
-from beacon_memory.storage.settings import Settings, open_files
+from beacon_memory.storage.settings import Settings, keep_copy, open_files, read_copy
 from beacon_memory.storage.store import MemoryStore
 
 
@@ -58,6 +58,23 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path, changes: 
     with pytest.raises(InputError, match=message):
         store.configure(**{"quota": 20_000, **changes})
     assert store.settings == Settings(quota=10_000)
+
+
+def test_settings_that_were_refused_are_not_taken_from_their_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MemoryStore(tmp_path / "store") as store:
+        store.configure(quota=7)
+
+        def fail(catalog: Catalog, folder: Path) -> None:
+            keep_copy(catalog, folder)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("beacon_memory.storage.store.keep_copy", fail)
+        with pytest.raises(KeyboardInterrupt):
+            store.configure(quota=8)
+        assert verify(store) == []
+        assert store.settings.quota == read_copy(store.folder)["quota"] == 7
 
 
 def test_a_setting_that_there_is_not_is_refused(tmp_path: Path) -> None:

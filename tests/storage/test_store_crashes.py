@@ -1,4 +1,4 @@
-"""Processes are killed at every step of whatever changes a store, and at random moments under load.
+"""Processes are killed at every step of whatever changes a store; at random moments under load, see `torture`.
 
 Whenever that happens, what was acknowledged is there byte for byte, what was being done has happened or not, and the
 store goes on, with `repair` or without.
@@ -6,25 +6,18 @@ store goes on, with `repair` or without.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from changes import CRASHING, Prepared, prepare, put, two
-from crashing import changing_steps, copied, copies_between, everything, fork, killed_at, wait
-from workload import Entry, State, after, history, look, outcomes, work
+from crashing import changing_steps, copied, copies_between, everything, killed_at, mend
+from workload import State, look
 
-from beacon_memory.errors import StoreError
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
-
-LEFT_BY_CRASHES = {"orphan-file", "stale-temp", "stale-label"}
 
 
 @pytest.fixture
@@ -32,13 +25,11 @@ def prepared(folder: Path, request: pytest.FixtureRequest) -> Prepared:
     return prepare(folder, request.param)
 
 
-def mend(folder: Path) -> None:
+def mend_all(folder: Path) -> None:
     with MemoryStore(folder) as whole:
         for name in whole.namespaces():
             with MemoryStore(folder, name) as store:
-                found = repair(store)
-                assert {problem.kind for problem in found} <= LEFT_BY_CRASHES
-                assert all(problem.mended for problem in found)
+                mend(store)
                 assert verify(store) == []
 
 
@@ -47,7 +38,7 @@ def check(folder: Path, prepared: Prepared, *, repaired: bool) -> None:
     found = everything(folder)
     assert found in (prepared.before, prepared.after)
     if repaired:
-        mend(folder)
+        mend_all(folder)
         assert everything(folder) == found
     with MemoryStore(folder) as store:
         if found == prepared.before:
@@ -59,7 +50,7 @@ def check(folder: Path, prepared: Prepared, *, repaired: bool) -> None:
         if repaired:
             assert verify(store) == []
     if not repaired:
-        mend(folder)
+        mend_all(folder)
 
 
 @pytest.mark.parametrize("prepared", CRASHING, indirect=True)
@@ -129,118 +120,3 @@ def test_a_repair_that_is_killed_at_any_step_can_be_repeated(folder: Path, damag
             assert [problem for problem in repair(store) if not problem.mended] == []
             assert verify(store) == []
         assert everything(killed) == expected
-
-
-KILLS = 100
-SHARED = ("shared-0", "shared-1")
-
-
-@dataclass
-class Writer:
-    """A process that works on a store until it is killed; also on documents that nobody else changes."""
-
-    folder: Path
-    own: tuple[str, ...]
-    states: dict[str, State] = field(default_factory=dict)
-    shared: list[Entry] = field(default_factory=list)
-    lives: int = 0
-    pid: int = 0
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.own[0]}.{self.lives}.log")
-
-    def live(self) -> None:
-        self.lives += 1
-        seed = random.randrange(2**32)
-        self.pid = fork(lambda: work(MemoryStore(self.folder), self.log, self.own, SHARED, seed))
-
-    def die(self) -> None:
-        """Be killed; what nobody else changes must be what the log says."""
-        self.pid = killed(self.pid)
-        possible = [self.states]
-        for entry in history(self.log, time.monotonic()):
-            if entry.operation[1] not in self.own:
-                self.shared.append(entry)
-                continue
-            changed = after(possible[0], entry.operation)
-            assert entry.done is not False or changed == possible[0], f"{entry} was refused"
-            possible = [possible[0], changed] if entry.done is None else [changed]
-        with MemoryStore(self.folder) as store:
-            self.states = {id: state for id in self.own if (state := look(store, id))}
-        assert self.states in possible
-
-
-class Repairer:
-    """A process that repairs a store again and again, and fails if it finds more than crashes leave."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log = folder.with_name("repairs.log")
-        self.pid = 0
-
-    def live(self) -> None:
-        self.pid = fork(self._repair)
-
-    def die(self) -> None:
-        self.pid = killed(self.pid)
-
-    def _repair(self) -> None:
-        with self.log.open("a", buffering=1) as log:
-            while True:
-                try:
-                    with MemoryStore(self.folder) as store:
-                        found = [*repair(store), *verify(store)]
-                except StoreError as error:
-                    if "is being written to" not in str(error):
-                        raise
-                else:
-                    assert {problem.kind for problem in found} <= LEFT_BY_CRASHES, found
-                    log.write("repaired\n")
-
-
-def killed(pid: int) -> int:
-    os.kill(pid, signal.SIGKILL)
-    assert wait(pid) == -signal.SIGKILL, "it had ended by itself"
-    return 0
-
-
-@pytest.mark.parametrize("repairing", [False, True], ids=["alone", "beside repairs"])
-def test_what_writers_acknowledged_survives_their_kills(folder: Path, repairing: bool) -> None:
-    store_folder = folder / "store"
-    writers = [Writer(store_folder, (f"{name}-0", f"{name}-1")) for name in ("anna", "bela", "cora")]
-    repairer = Repairer(store_folder)
-    processes = [*writers, *([repairer] if repairing else [])]
-    try:
-        for _ in range(KILLS):
-            for process in processes:
-                if not process.pid:
-                    process.live()
-            time.sleep(random.uniform(0, 0.1))
-            random.choice(processes if random.random() < 0.3 else writers).die()
-        for process in processes:
-            if process.pid:
-                process.die()
-    finally:
-        for process in processes:
-            if process.pid:
-                os.kill(process.pid, signal.SIGKILL)
-    assert not repairing or repairer.log.read_text().count("repaired") > 3
-    for _ in range(2):
-        with MemoryStore(store_folder) as store:
-            found = {row.id: look(store, row.id) for row in store.list()}
-        check_work(found, writers)
-        mend(store_folder)
-
-
-def check_work(found: Mapping[str, State | None], writers: Sequence[Writer]) -> None:
-    own = {id: state for writer in writers for id, state in writer.states.items()}
-    assert {id: state for id, state in found.items() if id not in SHARED} == own
-    shared = [entry for writer in writers for entry in writer.shared]
-    assert len(shared) > KILLS / 4
-    for id in SHARED:
-        possible = outcomes(shared, id)
-        if (state := found.get(id)) is None:
-            assert None in possible["content"]
-        else:
-            assert all(getattr(state, name) in values for name, values in possible.items()), (state, possible)

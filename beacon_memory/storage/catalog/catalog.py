@@ -26,7 +26,7 @@ from pathlib import Path
 from beacon_memory.errors import StoreError
 from beacon_memory.storage.files.durable import sync_file
 
-from .connections import BUSY_SECONDS, Connections
+from .connections import BUSY_SECONDS, Connections, overwrite
 from .conversations import Conversations
 from .documents import Documents
 from .file_names import FileNames
@@ -72,6 +72,11 @@ class Catalog:
         """
         with self.connections.transaction():
             yield
+
+    def overwrite(self) -> None:
+        """Make sure that a commit which failed does not come back, whoever is killed now; raises StoreError."""
+        with self.connections.use() as db:
+            overwrite(db)
 
     def sync(self) -> None:
         """Wait until all that can be read outlasts a power cut; raises StoreError.

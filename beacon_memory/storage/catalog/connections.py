@@ -21,6 +21,7 @@ from urllib.parse import quote
 from sqlite_utils import Database
 
 from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.storage.files.durable import status
 from beacon_memory.storage.files.locks import renew_in_forks
 
 __all__ = ["BUSY_SECONDS", "Connections", "begin_immediate"]
@@ -39,6 +40,8 @@ _REFUSED = {  # by the system, whatever is in the database
     sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_TOOBIG,
 }
+_SEEN_AS_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}  # and not their finer codes
+_PIECE = 1 << 20  # bytes read at a time
 
 _pools: weakref.WeakSet[Connections] = weakref.WeakSet()
 _inherited: list[Database] = []  # kept for ever: SQLite forbids to use a connection, and even to close it, after a fork
@@ -198,11 +201,35 @@ class Connections:
             return StoreError(f"{self.path}: another process has been writing for {BUSY_SECONDS:.0f} s; try again")
         cut = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ  # a file ends too early
         barred = _code(error) == sqlite3.SQLITE_READONLY and self._forbids_writing()
-        if _code(error) in _REFUSED and not (cut or barred):
+        if (_code(error) in _REFUSED and not (cut or barred)) or self._misread(error):
             return StoreError(f"{self.path} cannot be written or read: {error}; see to space and permissions")
         return CorruptFileError(
             f"{self.path} cannot be used as a catalog: {error}; `beacon-memory repair` makes it anew"
         )
+
+    def _misread(self, error: sqlite3.Error) -> bool:
+        """Tell whether what SQLite calls damage was an error of the machine.
+
+        SQLite takes a disk that cannot read something (EIO) for one that holds something wrong. So the database is
+        looked at anew: all of it, since nothing less tells.
+        """
+        if getattr(error, "sqlite_errorcode", None) not in _SEEN_AS_DAMAGE or self.path == ":memory:":
+            return False
+        try:
+            for end in ("", "-wal"):
+                with contextlib.suppress(FileNotFoundError), Path(f"{self.path}{end}").open("rb") as file:
+                    while file.read(_PIECE):
+                        pass
+        except OSError:
+            return True
+        with contextlib.suppress(sqlite3.Error, UnicodeDecodeError), contextlib.closing(_opened(self.path)) as anew:
+            anew.execute("PRAGMA cell_size_check = ON")
+            tables = anew.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage > 0").fetchall()
+            for (name,) in tables:
+                for _ in anew.execute(f'SELECT * FROM "{name}"'):  # noqa: S608  # read from the schema
+                    pass
+            return anew.execute("PRAGMA integrity_check(1)").fetchall() == [("ok",)]
+        return False
 
     def _forbids_writing(self) -> bool:
         """Tell whether the database file itself asks not to be written; in a catalog, only damage can make it do so.
@@ -228,6 +255,28 @@ def begin_immediate(db: Database) -> Iterator[None]:
     try:
         db.execute("BEGIN IMMEDIATE")
         yield
+    except BaseException:
+        db.rollback()
+        raise
+    try:
+        db.execute("COMMIT")
+    except BaseException:
+        db.rollback()
+        with contextlib.suppress(sqlite3.Error):
+            overwrite(db)
+        raise
+
+
+def overwrite(db: Database) -> None:
+    """Write and sync a commit in place of one that failed in the end, if there is one; raises sqlite3.Error.
+
+    If the log cannot be synced, SQLite takes a commit back, but leaves it in the log behind its end, where whoever
+    reads the log anew after this process was killed would find it whole.
+    """
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute(f"PRAGMA user_version = {version}")  # is written, though it stays the same
         db.execute("COMMIT")
     except BaseException:
         db.rollback()
@@ -262,10 +311,8 @@ def _unsharable(error: sqlite3.Error) -> bool:
 
 
 def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0
+    found = status(Path(path))
+    return found.st_size if found else 0
 
 
 def _opened(path: Path | str) -> sqlite3.Connection:

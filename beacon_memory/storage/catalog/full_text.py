@@ -137,6 +137,8 @@ class _Search:
         """
         held = {one: self._count(one, _COUNTED) for one in phrases}
         phrases = sorted(filter(held.get, phrases), key=held.__getitem__)[:_LONGEST]
+        if self.documents is not None:  # there are few passages of these, whatever others hold
+            return self._scores(_any(phrases)) if phrases else {}
         together = itertools.accumulate(held[one] for one in phrases)
         rare = phrases[: sum(count <= max(self.limit, _SCORED) for count in together)]
         others = phrases[len(rare) :]

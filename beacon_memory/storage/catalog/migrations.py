@@ -17,8 +17,8 @@ from beacon_memory.errors import CorruptFileError, StoreError
 
 from .connections import begin_immediate
 from .passages import split_passages
-from .rows import checksum, properties_of
-from .texts import misindexed
+from .rows import checksum, printable, properties_of
+from .texts import misindexed, sound_text
 from .words import indexed_form
 
 __all__ = ["migrate", "migrations"]
@@ -243,20 +243,27 @@ def m011_conversations(db: Database) -> None:
 
 @migrations()
 def m012_short_passages(db: Database) -> None:
-    """Cut texts into passages so short that what is found is little more than what was sought."""
-    for id, kind in db.execute("SELECT DISTINCT document, kind FROM passages").fetchall():
-        parts = db.execute("SELECT text FROM passages WHERE document = ? ORDER BY ordinal", [id]).fetchall()
-        if not all(isinstance(part, str) for (part,) in parts):
-            continue  # damaged, as `verify` will say
-        text = "".join(part for (part,) in parts)
+    """Cut texts into passages so short that what is found is little more than what was sought.
+
+    Damaged ones stay as they are, for `verify` to find.
+    """
+    insert = """
+        INSERT INTO passages (document, ordinal, start, stop, text, indexed_form, kind) VALUES (?, ?, ?, ?, ?, ?, ?)
+    """
+    for id, content_hash in db.execute("SELECT id, content_hash FROM documents").fetchall():
+        if not isinstance(id, str) or printable(id) != id or not (text := sound_text(db, id, content_hash)):
+            continue
+        cuts = split_passages(text)
+        before = db.execute(
+            "SELECT start, stop, kind FROM passages WHERE document = ? ORDER BY ordinal", [id]
+        ).fetchall()
+        if [(start, stop) for start, stop, _ in before] == cuts:
+            continue
+        kind = before[0][2]
         db.execute("DELETE FROM passages WHERE document = ?", [id])
-        for number, (start, stop) in enumerate(split_passages(text)):
-            values = [id, number, start, stop, text[start:stop], indexed_form(text[start:stop]), kind]
-            db.execute(
-                "INSERT INTO passages (document, ordinal, start, stop, text, indexed_form, kind) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                values,
-            )
+        for number, (start, stop) in enumerate(cuts):
+            passage = text[start:stop]
+            db.execute(insert, [id, number, start, stop, passage, indexed_form(passage), kind])
 
 
 def _keep_texts(db: Database) -> None:

@@ -16,7 +16,7 @@ from .passages import split_passages
 from .rows import printable
 from .words import indexed_form
 
-__all__ = ["Texts", "damaged_text", "misindexed"]
+__all__ = ["Texts", "damaged_text", "misindexed", "sound_text"]
 
 _BATCH = 1000  # passages that are read together
 _INDEXED = """
@@ -34,22 +34,9 @@ class Texts:
         self._connections = connections
 
     def find(self, id: str, content_hash: str) -> str | None:
-        """Return the text that is kept of a document, whether it has a row or not; None if it is damaged.
-
-        It is sound if it has this hash, and its passages say where in it they stand.
-        """
+        """Return the text that is kept of a document, whether it has a row or not; see `sound_text`."""
         with self._connections.use() as db:
-            select = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
-            passages = db.execute(select, [id]).fetchall()
-        text = b"".join(passage or b"" for *_, passage in passages)
-        if hashlib.sha256(text).hexdigest() != content_hash:
-            return None
-        stop = 0
-        for number, (*place, passage) in enumerate(passages):
-            start, stop = stop, stop + len((passage or b"").decode(errors="replace"))
-            if place != [number, start, stop]:
-                return None
-        return text.decode()
+            return sound_text(db, id, content_hash)
 
     def write(self, id: str, text: str) -> None:
         """Write the text of a document in place of the one it has."""
@@ -95,6 +82,24 @@ class Texts:
             return False
         row = db.execute("SELECT content_hash FROM documents WHERE id = ?", [id]).fetchone()
         return row is not None and self.find(id, row[0]) is not None
+
+
+def sound_text(db: Database, id: str, content_hash: str) -> str | None:
+    """Return the text that passages keep of a document; None if it is damaged.
+
+    It is sound if it has this hash, and its passages say where in it they stand.
+    """
+    select = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
+    passages = db.execute(select, [id]).fetchall()
+    text = b"".join(passage or b"" for *_, passage in passages)
+    if hashlib.sha256(text).hexdigest() != content_hash:
+        return None
+    stop = 0
+    for number, (*place, passage) in enumerate(passages):
+        start, stop = stop, stop + len((passage or b"").decode(errors="replace"))
+        if place != [number, start, stop]:
+            return None
+    return text.decode()
 
 
 def damaged_text(id: str) -> CorruptFileError:

@@ -19,10 +19,14 @@ __all__ = [
     "create_file",
     "entries",
     "identity",
+    "is_folder",
+    "is_link",
+    "is_there",
     "make_folder",
     "move_into_place",
     "refuse_links",
     "share_file",
+    "status",
     "sync_file",
     "sync_folder",
     "unlink",
@@ -88,7 +92,7 @@ def refuse_links(root: Path, folder: Path) -> None:
     for one in (folder, *folder.parents):
         if one == root:
             return
-        if one.is_symlink():
+        if is_link(one):
             raise CorruptFileError(f"{one} is a link, which would lead out of the store; put a folder in its place")
 
 
@@ -132,13 +136,38 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def identity(path: Path) -> tuple[int, int] | None:
     """Return device and inode of the file at a path, None if there is none; raises StoreError if it is out of reach."""
+    found = status(path)
+    return (found.st_dev, found.st_ino) if found else None
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether a path leads to a folder; raises StoreError if it is out of reach."""
+    found = status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def is_link(path: Path) -> bool:
+    """Tell whether there is a link at a path; raises StoreError if it is out of reach."""
+    found = status(path, follow=False)
+    return found is not None and stat.S_ISLNK(found.st_mode)
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is anything at a path, even a link that leads nowhere; raises StoreError as the others."""
+    return status(path, follow=False) is not None
+
+
+def status(path: Path, *, follow: bool = True) -> os.stat_result | None:
+    """Return what the system says of a path, None if there is nothing; raises StoreError if it does not say.
+
+    Use this and what is made of it in place of `pathlib`, which raises errors of the system or takes them for a no.
+    """
     try:
-        status = path.stat()
+        return path.stat(follow_symlinks=follow)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StoreError(f"{path} cannot be reached: {error.strerror}; see to its permissions") from error
-    return status.st_dev, status.st_ino
 
 
 def sync_file(path: Path) -> None:

@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 
 from beacon_memory.errors import InputError
 
-from .durable import identity, make_folder, refuse_links, sync_file, unlink
+from .durable import identity, is_link, make_folder, refuse_links, sync_file, unlink
 from .local import LocalFiles
 from .names import new_temp, temps_in
 
@@ -98,6 +98,6 @@ class FolderBackend:
 
     def _sweep(self) -> None:
         """Remove what killed processes left of files that they were copying."""
-        if not self._files.staging.is_symlink():
+        if not is_link(self._files.staging):
             for temp in temps_in(self._files.staging, idle=_STALE_SECONDS):
                 unlink(temp)

@@ -68,7 +68,7 @@ class StoredFile:
     """Hold the content of a file.
 
     kv:         all of the memory, or the part that was chosen.
-    text_bytes: the source text in UTF-8 [bytes], which is compared with its hash by `text` only.
+    text_bytes: the source text in UTF-8 [bytes]; of a part, it is compared with its hash by `text` only.
     root:       the hash that stands for the whole file.
     lowest:     of each section the lowest level that was loaded, None if all was.
     """
@@ -187,7 +187,7 @@ def read_index(path: Path) -> StoredIndex:
 def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
     """Read a file, or the part of its K/V that `choose` tells, and compare what is read with its hashes.
 
-    Of the text only the length is looked at: its hash is compared by `StoredFile.text`. Raises InputError if `choose`
+    Of a part, the text is not read: its hash is compared by `StoredFile.text`. Raises InputError if `choose`
     returns something else than one level for each section.
     """
     index, tensors = _mapped(path)
@@ -201,11 +201,17 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
         raise corrupt(path, str(error)) from error
     if flaw := _misfit(header, kv, whole=lowest is None):
         raise corrupt(path, flaw)
-    return StoredFile(header, kv, tensors["text"], index.root, lowest)
+    file = StoredFile(header, kv, tensors["text"], index.root, lowest)
+    if choose is None:
+        try:
+            _ = file.text  # so a damaged copy in a cache is known for one while it can be fetched anew
+        except CorruptFileError as error:
+            raise corrupt(path, str(error)) from error
+    return file
 
 
 def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
-    """Map a file, and check header and index; nothing else is read of it."""
+    """Return header and index of a file, read and compared, and all its tensors, mapped."""
     _require_file(path)
     with _opened(path) as file:
         metadata = read_metadata(path, file.metadata() or {})
@@ -289,7 +295,7 @@ def _require_index(header: DocumentHeader, tensors: Mapping[str, Tensor]) -> Non
 
 def _checked_choice(lowest: Sequence[int], header: DocumentHeader) -> list[int]:
     """Return what `choose` has chosen; raises InputError for what says nothing of these sections."""
-    if len(lowest) != header.section_count or not all(0 <= one <= LEVELS for one in lowest):
+    if len(lowest) != header.section_count or not all(type(one) is int and 0 <= one <= LEVELS for one in lowest):
         raise InputError(
             f"choose must return a level from 0 to {LEVELS} for each of {header.section_count} sections of "
             f"{header.id!r}, got {list(lowest)[:20]}"

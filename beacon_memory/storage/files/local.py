@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from beacon_memory.errors import CorruptFileError, StoreError
+from beacon_memory.errors import StoreError
 
-from .durable import entries, make_folder, move_into_place, refuse_links, sync_folder, unlink
+from .durable import (
+    entries,
+    is_folder,
+    is_link,
+    is_there,
+    make_folder,
+    move_into_place,
+    refuse_links,
+    sync_folder,
+    unlink,
+)
 from .names import EVERYWHERE, TEMP_PREFIX, check_name, temps_in
 
 __all__ = ["LocalFiles"]
@@ -59,21 +68,21 @@ class LocalFiles:
         """Remove a file if it exists; returns False if it cannot be removed now."""
         try:
             return unlink(self.fetch(name))
-        except CorruptFileError:
+        except StoreError:
             return False
 
     def sync(self, names: Iterable[str]) -> None:
         """Sync the folders of removed files; raises StoreError."""
         try:
             for folder in {(self.folder / name).parent for name in names}:
-                if folder.is_dir():
+                if is_folder(folder):
                     sync_folder(folder)
         except OSError as error:
             raise StoreError(f"{self.folder} cannot be synced: {error.strerror}; see to the disk") from error
 
     def present(self, names: Iterable[str]) -> set[str]:
         """Return those of these names that there is something of."""
-        return {name for name in names if os.path.lexists(self.folder / name)}
+        return {name for name in names if is_there(self.folder / name)}
 
     def erase(self, names: Iterable[str]) -> None:
         """Remove files, then all temporary ones, marks among them; raises StoreError if something is left."""
@@ -87,10 +96,10 @@ class LocalFiles:
 
         A folder that is a link is not followed: its own name is yielded, which no file has.
         """
-        if self.staging.is_symlink():
+        if is_link(self.staging):
             yield "kv"
         for folder in self._folders():
-            if folder.is_symlink():
+            if is_link(folder):
                 yield f"kv/{folder.name}"
                 continue
             for entry in entries(folder):
@@ -100,12 +109,12 @@ class LocalFiles:
     def temps(self) -> Iterator[Path]:
         """Yield the temporary files that a crash left, in any folder; raises StoreError if they cannot be listed."""
         for folder in (self.staging, *self._folders()):
-            if not folder.is_symlink():
+            if not is_link(folder):
                 yield from temps_in(folder)
 
     def _folders(self) -> list[Path]:
         """Return the folders of files; none if they lie behind a link."""
-        if self.staging.is_symlink():
+        if is_link(self.staging):
             return []
         return [Path(one.path) for one in entries(self.staging) if one.is_dir()]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import secrets
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from beacon_memory.errors import CorruptFileError
 
-from .durable import create_file, entries
+from .durable import create_file, entries, status
 
 __all__ = [
     "EVERYWHERE",
@@ -80,9 +79,10 @@ def temps_in(folder: Path, *, idle: float = 0.0) -> Iterator[Path]:
     """
     for entry in entries(folder):
         if entry.name.startswith(TEMP_PREFIX):
-            with contextlib.suppress(FileNotFoundError):  # it has just got its name
-                if not idle or time.time() - entry.stat().st_mtime > idle:
-                    yield Path(entry.path)
+            path = Path(entry.path)
+            found = status(path) if idle else None  # none, too, if it has just got its name
+            if not idle or (found and time.time() - found.st_mtime > idle):
+                yield path
 
 
 def new_temp(folder: Path) -> Path:

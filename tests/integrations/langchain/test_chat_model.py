@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from event_loop import awake_during
-from langchain_beacon_memory import ChatBeaconMemory
+from langchain_beacon_memory import BeaconMemoryLLM, ChatBeaconMemory
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import (
     AIMessage,
@@ -220,6 +221,26 @@ def test_options_of_generate_are_passed_on_and_unknown_ones_refused(
         model.invoke("Who?", max_tokens=5000)
 
 
+def test_a_budget_bounds_what_is_loaded_and_sources_say_what_that_was(memory: BeaconMemory) -> None:
+    asked, ids = "Who mended the roof?", ["roof", "owls"]
+    whole, part = (memory.ask(asked, ids, budget=budget, max_new_tokens=12, temperature=0) for budget in (None, "x8"))
+    assert part.usage.slots < whole.usage.slots
+    settings: dict[str, Any] = {"memory": memory, "max_tokens": 12, "temperature": 0, "document_ids": ids}
+    chat, plain = ChatBeaconMemory(**settings, budget="x8"), BeaconMemoryLLM(**settings, budget="x8")
+    for answer, expected in (
+        (chat.invoke(asked), part),
+        (ChatBeaconMemory(**settings).bind(budget="x8").invoke(asked), part),
+        (ChatBeaconMemory(**settings).invoke(asked), whole),
+        (chat.invoke(asked, budget=10**6), whole),
+    ):
+        assert answer.response_metadata["sources"] == [asdict(source) for source in expected.sources]
+        assert answer.usage_metadata["input_token_details"]["cache_read"] == expected.usage.slots
+    (generation,) = plain.generate([asked]).generations[0]
+    assert generation.generation_info["sources"] == [asdict(source) for source in part.sources]
+    with pytest.raises(InputError, match="budget='much' must be"):
+        ChatBeaconMemory(**settings, budget="much").invoke(asked)
+
+
 def test_parameters_that_only_services_need_are_accepted(memory: BeaconMemory) -> None:
     services: dict[str, Any] = {"timeout": 60, "max_retries": 2, "api_key": "none", "base_url": "http://localhost"}
     assert ChatBeaconMemory(memory=memory, **services) == ChatBeaconMemory(memory=memory)
@@ -358,8 +379,14 @@ def test_ten_threads_give_the_answers_of_one(model: ChatBeaconMemory) -> None:
     questions = [f"What about {number}?" for number in range(10)]
     one_by_one = [model.invoke(question, document_ids=["roof"]).content for question in questions]
     bound = model.bind(document_ids=["roof"])
+    together: list[int] = []
+    hook = model.memory.model.base.register_forward_pre_hook(
+        lambda _module, _args, kwargs: together.append(len(kwargs["logits_to_keep"])), with_kwargs=True
+    )
     assert [answer.content for answer in bound.batch(list(questions), {"max_concurrency": 10})] == one_by_one
+    hook.remove()
     assert len(set(map(str, one_by_one))) > 5
+    assert max(together) > 2  # they are decoded together
 
 
 async def test_ten_tasks_give_the_answers_of_one(model: ChatBeaconMemory) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def test_store_or_memory_is_needed_and_they_must_not_differ(llm: BeaconMemoryLLM
         BeaconMemoryLLM()
     with pytest.raises(InputError, match="is not the store of the memory"):
         BeaconMemoryLLM(tmp_path / "another", memory=llm.memory)
+
+
+def test_a_budget_bounds_what_is_loaded_and_sources_say_what_that_was(llm: BeaconMemoryLLM) -> None:
+    ids = ["roof", "well"]
+    whole, part = (
+        llm.memory.ask("Who mended the roof?", ids, budget=budget, max_new_tokens=8) for budget in (None, "x8")
+    )
+    assert part.usage.slots < whole.usage.slots
+    with_budget = BeaconMemoryLLM(memory=llm.memory, max_tokens=8, budget="x8")
+    for response, answer in (
+        (llm.chat(QUESTION, document_ids=ids), whole),
+        (llm.chat(QUESTION, document_ids=ids, budget="x8"), part),
+        (with_budget.chat(QUESTION, document_ids=ids), part),
+        (with_budget.complete(str(QUESTION[0].content), document_ids=ids), part),
+    ):
+        assert response.raw["sources"] == [asdict(source) for source in answer.sources]
+        assert response.raw["usage"]["memory_slots"] == answer.usage.slots
+    with pytest.raises(InputError, match="budget='much' must be"):
+        llm.chat(QUESTION, document_ids=ids, budget="much")
 
 
 def test_metadata_is_that_of_the_model(llm: BeaconMemoryLLM, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from llama_index_beacon_memory.nodes import KEY, document_id
 from llama_index_samples import OWLS, ROOF, WELL, make_llm
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from beacon_memory import BeaconMemory, CapacityError, ConfigError, DocumentNotFoundError, InputError, QuotaError
+from beacon_memory import BeaconMemory, ConfigError, DocumentNotFoundError, InputError, QuotaError
 from beacon_memory.config import BeaconConfig
 
 QUESTION = "Who mended the roof of the barn?"
@@ -142,7 +142,7 @@ def test_document_that_is_too_long_is_left_out_and_the_others_go_on(
 ) -> None:
     texts = {"roof": ROOF, "long": "word " * 2000, "broken": "half a \ud83d", "owls": OWLS}
     documents = [Document(id_=id, text=text) for id, text in texts.items()]
-    transform = BeaconCompressionTransform(memory=llm.memory, ratio=2)
+    transform = BeaconCompressionTransform(memory=llm.memory, ratio=2, compression="beacon")
     nodes = IngestionPipeline(transformations=[transform], disable_cache=True).run(documents=documents)
     assert [node.node_id for node in nodes] == ["roof", "owls"]
     assert [row.id for row in llm.memory.list()] == ["owls", "roof"]
@@ -326,8 +326,20 @@ def test_retriever_engine_and_model_load_what_ask_loads(tmp_path: Path, streamin
         assert text.strip() == expected.text
     expected = memory.ask(asked, max_new_tokens=8, temperature=0)
     assert llm.chat([ChatMessage(asked)], document_ids=None).raw["document_ids"] == list(expected.ids)
-    with pytest.raises(CapacityError):
-        llm.chat([ChatMessage(asked)], document_ids=ids)  # named ones are not left out
+    assert llm.chat([ChatMessage(asked)], document_ids=ids).raw["document_ids"] == ids  # named ones are not left out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_engine_with_a_budget_loads_a_part_of_all_that_was_found(tmp_path: Path, streaming: bool) -> None:
+    memory = crowded(tmp_path)
+    picks = [pick.id for pick in memory.pick("Which owl?", 4)]
+    llm = BeaconMemoryLLM(memory=memory, max_tokens=8, budget="x8")
+    response = BeaconQueryEngine.from_llm(llm, similarity_top_k=4, streaming=streaming).query("Which owl?")
+    assert [one.node.node_id for one in response.source_nodes] == picks
+    expected = memory.ask("Which owl?", limit=4, budget="x8", max_new_tokens=8, temperature=0)
+    assert list(expected.ids) == picks
+    text = str(response.get_response()) if isinstance(response, StreamingResponse) else str(response)
+    assert text.strip() == expected.text
 
 
 def test_found_documents_leave_room_for_the_conversation(tmp_path: Path) -> None:
@@ -379,7 +391,7 @@ def test_nodes_without_a_memory_are_an_error_or_compressed(llm: BeaconMemoryLLM)
     inner = Fixed([TextNode(id_="new", text=ROOF)])
     with pytest.raises(DocumentNotFoundError, match="node 'new' has no memory in this store and namespace"):
         BeaconRetriever(llm.memory, retriever=inner).retrieve(QUESTION)
-    transform = BeaconCompressionTransform(memory=llm.memory, ratio=4)
+    transform = BeaconCompressionTransform(memory=llm.memory, ratio=4, compression="beacon")
     (found,) = BeaconRetriever(llm.memory, retriever=inner, transform=transform).retrieve(QUESTION)
     assert document_id(llm.memory, found.node) == "new"
     assert found.node.metadata == {}  # a node of somebody else's index stays as it is

@@ -233,6 +233,7 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m009_copies",
         "m010_root",
         "m011_conversations",
+        "m012_short_passages",
     ]
     assert db.journal_mode == "wal"
     db.close()

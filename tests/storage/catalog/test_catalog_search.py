@@ -94,7 +94,7 @@ def test_conversations_leave_their_places_to_documents(catalog: Catalog) -> None
         add(catalog, f"talk {n}", f"The pump, the primed pump! {n}", tags=("session", "talk"))
     assert "manual" not in {hit.document for hit in catalog.texts.search("pump", 50)}
     for query in ("pump", "How is the pump primed?", "pump talk", "pump keys"):
-        assert [hit.document for hit in catalog.texts.search(query, 50, conversations=False)] == ["manual"]
+        assert {hit.document for hit in catalog.texts.search(query, 50, conversations=False)} == {"manual"}
     add(catalog, "talk 1", "The pump, the pump! 1")
     catalog.documents.update(row("talk 2", "The pump, the primed pump! 2"))
     catalog.documents.rename("talk 3", row("talk three", "The pump, the primed pump! 3", tags=("session",)))
@@ -103,6 +103,26 @@ def test_conversations_leave_their_places_to_documents(catalog: Catalog) -> None
     catalog.documents.update(row("manual", catalog.documents.text("manual"), tags=("session",)))
     assert catalog.texts.search("manual", conversations=False) == []
     assert find_flaws(catalog) == []
+
+
+@pytest.mark.usefixtures("bounded")
+def test_only_passages_of_the_documents_that_are_asked_for_are_found(catalog: Catalog) -> None:
+    """Though others match better, and there are more of them than are ever scored."""
+    add(catalog, "manual", "The manual says how it is primed. " * 20 + "Wait for the pump. " + "Turn the key. " * 30)
+    add(catalog, "leaflet", "A leaflet on pumps.")
+    add(catalog, "talk", "The pump that was talked of.", tags=("session",))
+    add(catalog, "gone", "The pump of last year.", expires_at=LONG_AGO)
+    for n in range(100):
+        add(catalog, f"other {n}", f"The pump, the primed pump! {n}")
+    for query in ("pump", "How is the pump primed?"):
+        hits = catalog.texts.search(query, 50, documents=["manual"])
+        assert {hit.document for hit in hits} == {"manual"}
+        assert any("Wait for the pump" in hit.text for hit in hits)
+        assert all(catalog.documents.text("manual")[hit.start : hit.stop] == hit.text for hit in hits)
+        hits = catalog.texts.search(query, 50, documents=("talk", "leaflet", "gone", "unknown"))
+        assert {hit.document for hit in hits} == {"talk", "leaflet"}
+        assert catalog.texts.search(query, 50, documents=[]) == []
+    assert len(catalog.texts.search("pump", 200)) > 50
 
 
 @pytest.mark.usefixtures("bounded")

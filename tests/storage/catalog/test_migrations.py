@@ -18,6 +18,7 @@ from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.migrations import migrations
 from beacon_memory.storage.catalog.passages import split_passages
+from beacon_memory.storage.catalog.words import indexed_form
 from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
 
@@ -79,7 +80,7 @@ def test_an_old_catalog_keeps_all_it_has(old: Path) -> None:
 def test_an_old_catalog_is_searched_counted_and_filtered(old: Path) -> None:
     with contextlib.closing(Catalog(old)) as catalog:
         assert [hit.document for hit in catalog.texts.search("apples")] == ["short"]
-        hits = catalog.texts.search("zebras", limit=20)
+        hits = catalog.texts.search("zebras", limit=100)
         assert [hit.text for hit in sorted(hits, key=lambda hit: hit.start)] == [
             LONG[start:stop] for start, stop in split_passages(LONG)
         ]
@@ -183,3 +184,65 @@ def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
     with MemoryStore(tmp_path) as store:
         assert store.settings == settings
         assert verify(store) == []
+
+
+def with_long_passages(path: Path, texts: dict[str, str]) -> None:
+    """Make a catalog of before passages were short."""
+    with contextlib.closing(Catalog(path)) as catalog, catalog.connections.transaction() as db:
+        for id, text in texts.items():
+            add(catalog, id, text, tags=("session",) if id == "talk" else ())
+            (kind,) = db.execute("SELECT kind FROM passages WHERE document = ?", [id]).fetchone()
+            db.execute("DELETE FROM passages WHERE document = ?", [id])
+            for n, start in enumerate(range(0, len(text), 1000)):
+                part = text[start : start + 1000]
+                db.execute(
+                    "INSERT INTO passages (document, ordinal, start, stop, text, indexed_form, kind) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    [id, n, start, start + len(part), part, indexed_form(part), kind],
+                )
+        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'm012_short_passages'")
+
+
+def passages(path: Path, id: str) -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        select = "SELECT start, stop, CAST(text AS BLOB), kind FROM passages WHERE document = ? ORDER BY ordinal"
+        return db.execute(select, [id]).fetchall()
+
+
+def test_texts_in_long_passages_are_cut_into_short_ones(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    text = LONG + "磨坊的租金由磨坊主艾达支付。" * 40
+    with_long_passages(path, {"doc": text, "talk": text, "short": "about apples"})
+    before = passages(path, "short")
+    assert len(passages(path, "doc")) == -(-len(text) // 1000)
+    with contextlib.closing(Catalog(path)) as catalog:
+        for id in ("doc", "talk"):
+            assert catalog.documents.text(id) == text
+            kind = "conversation" if id == "talk" else None
+            cuts = [(start, stop, text[start:stop].encode(), kind) for start, stop in split_passages(text)]
+            assert passages(path, id) == cuts
+        assert passages(path, "short") == before
+        hits = catalog.texts.search("租金", 100, documents=["doc"])
+        assert hits
+        assert all("租金" in hit.text == text[hit.start : hit.stop] for hit in hits)
+        assert {hit.document for hit in catalog.texts.search("zebra", 500, conversations=False)} == {"doc"}
+        assert find_flaws(catalog) == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["text = 'about plums'", "text = CAST(x'ff6162' AS TEXT)", "text = x'6162'", "start = 7", "ordinal = 99"]
+)
+def test_damaged_texts_are_not_cut_anew(tmp_path: Path, damage: str) -> None:
+    """Whoever looks at them shall still see that they are damaged, and what is left of them."""
+    path = tmp_path / "catalog.sqlite3"
+    with_long_passages(path, {"damaged": LONG, "sound": LONG})
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"UPDATE passages SET {damage} WHERE document = 'damaged' AND ordinal = 1")
+        db.commit()
+    before = passages(path, "damaged")
+    with contextlib.closing(Catalog(path)) as catalog:
+        assert passages(path, "damaged") == before
+        with pytest.raises(StoreError, match="text of 'damaged' is damaged"):
+            catalog.documents.text("damaged")
+        assert catalog.documents.text("sound") == LONG
+        assert len(passages(path, "sound")) == len(split_passages(LONG)) > len(before)

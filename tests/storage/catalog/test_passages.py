@@ -28,7 +28,7 @@ def test_passages_end_at_paragraphs_then_sentences_then_words() -> None:
     sentences = _passages("This is the end of a sentence. " * 100)
     assert all(text.endswith("sentence.") for text in sentences)
     assert all(text.endswith("word") for text in _passages("word " * 1000))
-    assert [len(text) for text in _passages("x" * 2500)] == [1000, 1000, 500]
+    assert [len(text) for text in _passages("x" * 800)] == [300, 300, 200]
     assert _passages("") == []
     assert _passages("short\n\ntext") == ["short\n\ntext"]
     assert _passages("Heading\n\n" + "One sentence of many. " * 60)[0].startswith("Heading\n\nOne sentence")

@@ -9,7 +9,6 @@ import torch
 from damage import parts
 from kv_samples import FINGERPRINT, memory, same, write_kv_file
 from tiny_models import tiny_model, tiny_tokenizer
-from torch import Tensor
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.documents import content_hash
@@ -19,7 +18,7 @@ from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, group_numbers
 from beacon_memory.memory import BeaconMemory
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import read_kv_file
+from beacon_memory.storage.files.kv_file import StoredIndex, read_index, read_kv_file
 from beacon_memory.storage.files.nesting import file_order, groups_of, rows_of
 from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
 
@@ -79,10 +78,10 @@ def test_a_part_has_exactly_the_entries_of_the_chosen_levels(
     header, kv = document(precision, levels=levels)
     path, lowest = tmp_path / "a.safetensors", CHOICES[choice]
     write_kv_file(path, header, kv, TEXT)
-    seen: list[tuple[DocumentHeader, Tensor]] = []
+    seen: list[StoredIndex] = []
 
-    def choose(header: DocumentHeader, counts: Tensor) -> list[int]:
-        seen.append((header, counts))
+    def choose(index: StoredIndex) -> list[int]:
+        seen.append(index)
         return lowest
 
     part, whole = read_kv_file(path, choose), read_kv_file(path)
@@ -91,10 +90,11 @@ def test_a_part_has_exactly_the_entries_of_the_chosen_levels(
     assert precision_of(part.kv) == precision
     assert (part.header, part.text, part.root) == (header, TEXT, whole.root)
     assert (part.lowest, whole.lowest) == (lowest, None)
-    ((told, counts),) = seen
-    assert told == header
-    assert counts.shape == (8, LEVELS if levels else 1, 2, 3)
-    assert counts.sum() == 6 * SLOTS
+    (told,) = seen
+    for index in (told, read_index(path)):
+        assert (index.header, index.root) == (header, whole.root)
+        assert index.counts.shape == (8, LEVELS if levels else 1, 2, 3)
+        assert index.counts.sum() == 6 * SLOTS
 
 
 @pytest.mark.parametrize("levels", [True, False])
@@ -167,19 +167,19 @@ def test_what_is_read_is_checked_and_what_is_not_is_left_alone(tmp_path: Path, p
             path.write_bytes(flipped)
             of_rows = name in ("keys", "values", "places", "value_scales", "value_zeros")
             if name == "text":
-                for choose in (None, lambda *_: lowest):
+                for choose in (None, lambda _: lowest):
                     with pytest.raises(CorruptFileError, match="the text in the file of 'doc' is not the one"):
                         _ = read_kv_file(path, choose).text
                 continue
             with pytest.raises(CorruptFileError, match="hash differs"):
                 read_kv_file(path)
             if of_rows and row not in loaded:
-                part = read_kv_file(path, lambda *_: lowest)
+                part = read_kv_file(path, lambda _: lowest)
                 path.write_bytes(whole)
-                assert same(part.kv, read_kv_file(path, lambda *_: lowest).kv)
+                assert same(part.kv, read_kv_file(path, lambda _: lowest).kv)
             else:
                 with pytest.raises(CorruptFileError, match="hash differs"):
-                    read_kv_file(path, lambda *_: lowest)
+                    read_kv_file(path, lambda _: lowest)
 
 
 @pytest.mark.parametrize("lowest", [[0] * 7, [0] * 9, [], [-1] * 8, [15] * 8, [0.5] * 8])
@@ -187,13 +187,13 @@ def test_a_choice_that_cannot_be_is_the_fault_of_who_chooses(tmp_path: Path, low
     path = tmp_path / "a.safetensors"
     write_kv_file(path, *document(), TEXT)
     with pytest.raises(InputError, match="a level from 0 to 14 for each of 8 sections"):
-        read_kv_file(path, lambda *_: lowest)
+        read_kv_file(path, lambda _: lowest)
 
 
 def test_a_part_cannot_be_stored_as_the_document(tmp_path: Path) -> None:
     header, kv = document()
     write_kv_file(tmp_path / "a.safetensors", header, kv, TEXT)
-    part = read_kv_file(tmp_path / "a.safetensors", lambda *_: CHOICES["some levels"])
+    part = read_kv_file(tmp_path / "a.safetensors", lambda _: CHOICES["some levels"])
     with pytest.raises(InputError, match="entries, but its windows take"):
         write_kv_file(tmp_path / "b.safetensors", header, part.kv, TEXT)
 
@@ -215,7 +215,7 @@ def test_a_document_read_in_part_is_the_one_compressed_more(tmp_path: Path, prec
     path = memory.store.folder / memory.show("doc").file
     whole = read_kv_file(path)
     lowest = [level_of(8)] * whole.header.section_count
-    part = read_kv_file(path, lambda *_: lowest).memory()
+    part = read_kv_file(path, lambda _: lowest).memory()
     kv = whole.memory()
     assert kv.levels is not None
     chosen = (kv.levels >= level_of(8)).nonzero().flatten()

@@ -1,0 +1,51 @@
+"""The short form of `just torture`: rounds of each kind, among them such that once failed."""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+from rounds.faults import let_fail
+from torture import KINDS, run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, traces and forks processes as Linux lets it")
+
+SEEDS = {
+    "kills": [1],
+    "power cuts": [1002, 2031, 2045, 7015],
+    "mutations": [2, 5, 6],
+    "faults": [2, 17],
+    "processes": [1],
+}
+
+
+@pytest.mark.parametrize(("name", "seed"), [(name, seed) for name in KINDS for seed in SEEDS[name]])
+def test_a_store_keeps_its_promises_under_torture(name: str, seed: int) -> None:
+    try:
+        run(name, seed)
+    except PermissionError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("operation", "call"),
+    [
+        ("replacement", ("sync", "-wal")),  # a commit that was taken back, and is in the log
+        ("update", ("sync", "-wal")),
+        ("configure", ("sync", "-wal")),
+        ("read", ("read", "catalog.sqlite3")),  # SQLite takes a disk that cannot be read for damage
+        ("verify", ("read", "catalog.sqlite3")),
+        ("erase", ("stat", ".safetensors")),  # what cannot be looked at is not gone
+        ("export", ("stat", "archive")),
+        ("update", ("stat", "catalog.sqlite3")),
+    ],
+)
+def test_whichever_of_these_calls_fails_nothing_is_lost_and_nothing_called_damage(
+    folder: Path, operation: str, call: tuple[str, str]
+) -> None:
+    try:
+        assert let_fail(folder, operation, count(1), 0, call)
+    except PermissionError as error:
+        pytest.skip(str(error))
