@@ -103,9 +103,9 @@ class Portion:
     def load(self, store: MemoryStore, device: torch.device, dtype: torch.dtype) -> MemoryKV:
         """Read it onto a device; raises ConflictError if the document was replaced since, else as `MemoryStore.get`."""
         if self.lowest is None:
-            whole = store.get(self.row, device=device, dtype=dtype, fingerprint=self.row.fingerprint)
-            require_same(self.row, whole.row)
-            return whole.kv
+            row, whole = store.read(self.row, self.row.fingerprint)
+            require_same(self.row, row)
+            return whole.memory(device, dtype)
         file = read_document_part(store.parts, self.row, self.lowest)
         bounds = [section.first for section in self.index.header.sections] + [self.index.header.span]
         return zoomed(file.memory(device, dtype), bounds, self.lowest, self.relevance)
