@@ -249,7 +249,7 @@ def test_many_questions_are_answered_in_order_as_each_by_itself(memory: BeaconMe
     ]
     assert [one.text for one in answers] == [one.text for one in alone]
     assert [one.ids for one in answers] == [("well",), ("roof",), ("roof", "owls"), ()]
-    assert [replace(one.usage, sources=()) for one in answers] == [replace(one.usage, sources=()) for one in alone]
+    assert [replace(one.usage, places=()) for one in answers] == [replace(one.usage, places=()) for one in alone]
     assert all(0 < one.time_to_first_token <= one.seconds for one in answers)
     assert memory.ask_many([]) == []
 
