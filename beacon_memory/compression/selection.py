@@ -7,12 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from beacon_memory.kv.memory_kv import BeaconKV
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["best", "read_raw", "read_sink"]
+from .scoring import PIECE
+
+__all__ = ["best", "prefix_of", "read_raw", "read_sink"]
+
+
+def prefix_of(model: BeaconModel, parts: Sequence[MemoryKV], tokens: int) -> Prefix:
+    """Return memories, the sink first, as the prefix of a window of so many tokens, interpolated if they must be.
+
+    There is room for the window and a piece of its repetition: for all scores, so that they see the same prefix.
+    """
+    room = max(1, model.max_positions - tokens - min(PIECE, tokens))
+    return model.prefix(MemoryKV.concat(parts, room).interpolated(room))
 
 
 def read_raw(model: BeaconModel, prefix: Prefix | None, ids: Sequence[int]) -> BeaconKV:

@@ -15,8 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from beacon_memory.compression.scoring import PIECE
-from beacon_memory.compression.selection import best
+from beacon_memory.compression.selection import best, prefix_of
 from beacon_memory.errors import ConfigError
 from beacon_memory.kv.levels import levels_of
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
@@ -91,10 +90,7 @@ class ScoredMethod(ABC):
         parts = [MemoryKV.of(self.reader.sink), *plan.before]
         for window in plan.unread:
             ids = plan.ids[window.first : window.first + window.tokens]
-            # room for the window and a piece of its repetition; for all scores, so that they see the same prefix
-            room = max(1, self.model.max_positions - len(ids) - min(PIECE, len(ids)))
-            prefix = self.model.prefix(MemoryKV.concat(parts, room).interpolated(room))
-            parts.append(self.read_window(prefix, ids, window.ratio))
+            parts.append(self.read_window(prefix_of(self.model, parts, len(ids)), ids, window.ratio))
             progress(len(ids))
         return MemoryKV.concat(parts[1:])
 
