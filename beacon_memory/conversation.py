@@ -1,16 +1,78 @@
-"""Conversations as chat templates take them, checked where they come in."""
+"""Conversations as chat templates take them and as a store keeps them, checked where they come in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from .documents import check_utf8
+from .documents import check_id, check_utf8
 from .errors import InputError
 
-__all__ = ["Messages", "checked_tools", "turns_of"]
+__all__ = ["Conversation", "Messages", "checked_tools", "turns_of"]
 
 Messages = str | Sequence[Mapping[str, Any]]
+
+_MOST_PARTS = 100_000  # documents of a conversation, which are looked for one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation as a store keeps it, beside the documents with its older turns: `<id>/1`, `<id>/2`, ...
+
+    turns:   turns that are kept as text: system turns that stay in force, then recent ones.
+    parts:   numbers of the first and the last of its documents; (1, 0) if there are none.
+    folding: set while turns are folded: which turns stay, what `parts` will be, and the sha256 of the text of the last
+             document, which is stored last. After a crash, this hash tells whether all is folded.
+    created_at, updated_at: ISO 8601, UTC, given by the store; "" before. Each change has a later time than the last.
+
+    Raises InputError for anything else.
+    """
+
+    id: str
+    turns: Sequence[Mapping[str, Any]] = ()
+    parts: tuple[int, int] = (1, 0)
+    folding: tuple[Sequence[int], tuple[int, int], str] | None = None
+    created_at: str = ""
+    updated_at: str = ""
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+        object.__setattr__(self, "turns", [] if self.turns in ((), []) else turns_of(self.turns))
+        object.__setattr__(self, "parts", self._checked_parts(self.parts))
+        if self.folding is not None:
+            object.__setattr__(self, "folding", self._checked_folding(self.folding))
+        for time in filter(lambda time: time != "", (self.created_at, self.updated_at)):
+            try:
+                datetime.fromisoformat(time)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"the conversation {self.id!r}: {time!r} is no time: {error}") from error
+
+    @property
+    def document_ids(self) -> list[str]:
+        """Return the ids that its documents may have, oldest first, those of an unfinished fold included."""
+        first, last = self.parts
+        if self.folding is not None:
+            last = max(last, self.folding[1][1])
+        return [f"{self.id}/{number}" for number in range(first, last + 1)]
+
+    def _checked_parts(self, parts: object) -> tuple[int, int]:
+        match parts:
+            case [int(first), int(last)] if 1 <= first <= last + 1 <= first + _MOST_PARTS:
+                return first, last
+        raise InputError(
+            f"the conversation {self.id!r}: parts={parts!r} must be the numbers of its first and last document, at "
+            f"most {_MOST_PARTS:,} of them"
+        )
+
+    def _checked_folding(self, folding: object) -> tuple[list[int], tuple[int, int], str]:
+        match folding:
+            case [list(stay), parts, str(digest)]:
+                places = range(len(self.turns))
+                if all(type(place) is int and place in places for place in stay) and stay == sorted({*stay}):
+                    return stay, self._checked_parts(parts), digest
+        raise InputError(f"the conversation {self.id!r}: folding={folding!r} says nothing of how its turns are folded")
 
 
 def turns_of(messages: Messages) -> list[dict[str, Any]]:

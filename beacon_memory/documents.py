@@ -28,6 +28,7 @@ __all__ = [
     "PrecisionRule",
     "Text",
     "check_id",
+    "check_namespace",
     "check_utf8",
     "choose_precision",
     "content_hash",
@@ -180,6 +181,11 @@ def check_id(id: str) -> str:
         raise InputError("a document id must not be empty; give the document a name, for example its path or URL")
     _encode(id, "the document id")
     return id
+
+
+def check_namespace(name: str) -> str:
+    """Return the name of a namespace unchanged; raises InputError unless it is "" or could be an id."""
+    return name if name == "" else check_id(name)
 
 
 def content_hash(text: str) -> str:

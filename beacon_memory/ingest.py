@@ -11,6 +11,8 @@ from typing import Any
 
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import require_made
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import read_file
@@ -272,7 +274,8 @@ class Ingestion:
             span=header.span + count,
             created_at=utc_now(),
         )
-        kv = file.kv.grown(header.span, self.compressor.read_raw(file.memory(), tokens.ids).to("cpu"))
+        raw = self.compressor.read_raw(file.memory(), tokens.ids).to("cpu")
+        kv = _grown(file.kv, header.span, raw, grown)
         return _Made(grown, kv, whole, row.precision or "auto", "appended", replacing=row.file)
 
     def _read_anew(self, row: DocumentRow, file: StoredFile, text: str, ratio: int | None, status: Status) -> _Made:
@@ -408,7 +411,7 @@ class Ingestion:
         kv: StoredKV = new
         if job.stored is not None and job.work.read is not None:
             start = job.work.read.span  # what stands before it stays as it was stored, bit for bit
-            kv = job.stored.grown(start, new.between(start, new.span))
+            kv = _grown(job.stored, start, new.between(start, new.span), header)
         return _Made(header, kv, job.text, job.precision, job.status, job.label, job.replacing, job.keep_version)
 
     def _put(self, made: _Made, seconds: float) -> Added:
@@ -432,6 +435,13 @@ def _tell(on_error: OnError | None, document: Document, error: BeaconMemoryError
     if on_error is None:
         raise error
     on_error(document, error)
+
+
+def _grown(stored: StoredKV, start: int, new: MemoryKV, header: DocumentHeader) -> StoredKV:
+    """Return K/V with `new` in place of everything from position `start` on, for a document with this header."""
+    if isinstance(stored, QuantizedKV):
+        return stored.grown(start, new, header.window_starts)
+    return stored.grown(start, new)
 
 
 def _due(header: DocumentHeader, window: int) -> list[int]:

@@ -6,19 +6,16 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from beacon_memory.compression.ratio import AUTO_RATIOS
 from beacon_memory.generation.tool_calls import with_calls_as_text
 from beacon_memory.modeling.layout import document_slots
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files.checked_json import read_checked, stage_checked
-from beacon_memory.storage.files.durable import move_into_place, unlink
-from beacon_memory.storage.files.locks import alone
-from beacon_memory.storage.files.names import hash_id
+from beacon_memory.storage.conversations import StoredConversations
 
+from .conversation import Conversation
 from .documents import SESSION_TAG, Document, check_id, check_utf8, content_hash
 from .errors import CapacityError, CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from .memory import BeaconMemory
@@ -30,22 +27,6 @@ Turn = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
 _STANDING = "system"  # the role of turns that stay in force
-
-
-@dataclass(slots=True)
-class _State:
-    """The part of a session that is kept in its own file, beside its documents.
-
-    turns:   turns that are kept as text: system turns that stay in force, then recent ones.
-    parts:   numbers of the first and the last of its documents.
-    folding: set while turns are folded: which turns stay, what `parts` will be, and the sha256 of the text of the last
-             document, which is stored last. After a crash, this hash tells whether all is folded. Older files have the
-             number of turns that go, and the number of the last document.
-    """
-
-    turns: list[Turn] = field(default_factory=list)
-    parts: tuple[int, int] = (1, 0)
-    folding: tuple[list[int], tuple[int, int], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +83,12 @@ class Session:
     @property
     def turns(self) -> list[Turn]:
         """Return the turns that are kept as text, as they were added: system turns, then recent ones, oldest first."""
-        return self._read().turns
+        return [*map(dict, self._now()[0].turns)]
 
     @property
     def ids(self) -> list[str]:
         """Return the ids of the documents with the older turns, oldest first; load them before the recent turns."""
-        return [row.id for row in self._rows(self._read())]
+        return [row.id for row in self._now()[1].values()]
 
     def add(self, turns: Sequence[Mapping[str, Any]], *, fold: bool = True) -> None:
         """Add turns to the conversation, and fold older ones if there are too many. Added turns survive a crash.
@@ -121,11 +102,11 @@ class Session:
         full, or CapacityError if the model has no positions beside `reserve`; then the conversation is as it was.
         """
         new = [_turn(turn) for turn in turns]
-        with self._alone():
-            before = self._read()
-            said = [*before.turns, *new]
+        with self._conversations.alone(self.id):
+            before, rows = self._now()
+            said: list[Turn] = [*map(dict, before.turns), *new]
             if not fold:
-                self._write(_State(said, before.parts))
+                self._conversations.put(replace(before, turns=said))
                 return
             bounds = self._bounds()
             stay = self._staying(said, bounds)
@@ -134,45 +115,52 @@ class Session:
             kept = {*map(_line, left)}
             text = "".join(_line(turn) for turn in gone if not (_stands(turn) and _line(turn) in kept))
             if text:
-                self._fold(before, _State(said, before.parts), stay, text, bounds.slots)
+                self._fold(before, rows, said, stay, text, bounds.slots)
             else:
-                self._write(_State(left, before.parts))
+                self._conversations.put(replace(before, turns=left))
 
     def ask(self, question: str, **options: Any) -> Answer:
         """Answer a question from the whole conversation, and add both to it. For `options` see `BeaconMemory.ask`."""
         asked = {"role": "user", "content": question}
-        state = self._read()
-        answer = self.memory.ask([*state.turns, asked], [row.id for row in self._rows(state)], **options)
+        state, rows = self._now()
+        answer = self.memory.ask([*state.turns, asked], [row.id for row in rows.values()], **options)
         self.add([asked, {"role": "assistant", "content": answer.text}])
         return answer
 
     def clear(self) -> None:
         """Remove the conversation and its documents."""
-        with self._alone():
+        with self._conversations.alone(self.id):
             self._keep((1, 0))
-            unlink(self._path)
+            self._conversations.remove(self.id)
 
     @property
-    def _path(self) -> Path:
-        return self.memory.store.folder / "sessions" / f"{hash_id(self.id)}.json"
+    def _conversations(self) -> StoredConversations:
+        return self.memory.store.conversations
 
     @property
     def _window(self) -> int:
         return self.memory.model.config.beacon_window
 
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
-        return alone(self._path.with_suffix(".lock"), f"the session {self.id!r} is being written by another")
-
     def _id(self, part: int) -> str:
         return f"{self.id}/{part}"  # no other session has documents with these ids
 
-    def _rows(self, state: _State) -> list[DocumentRow]:
-        first, last = state.parts
-        found = []
-        for part in range(first, last + 1):
-            with contextlib.suppress(DocumentNotFoundError):
-                found.append(self.memory.show(self._id(part)))
-        return [row for row in found if SESSION_TAG in row.tags]
+    def _now(self) -> tuple[Conversation, dict[int, DocumentRow]]:
+        """Return the conversation as it is now, with the rows of its documents by their numbers, oldest first."""
+        catalog = self.memory.store.parts.catalog()
+        with catalog.reading():
+            kept = self._conversations.get(self.id) or Conversation(self.id)
+            if kept.folding is not None:
+                stay, parts, expected = kept.folding
+                last = catalog.documents.get(self._id(parts[1]))
+                if last is not None and last.content_hash == expected:  # all is folded
+                    kept = replace(kept, turns=[kept.turns[n] for n in stay], parts=parts)
+            first, end = kept.parts
+            found = {part: catalog.documents.get(self._id(part)) for part in range(first, end + 1)}
+        try:
+            kept = replace(kept, turns=[*map(_turn, kept.turns)], folding=None)
+        except InputError as error:
+            raise CorruptFileError(f"the session {self.id!r} cannot be read ({error}); call clear()") from error
+        return kept, {part: row for part, row in found.items() if row is not None and SESSION_TAG in row.tags}
 
     def _bounds(self) -> _Bounds:
         """Return the bounds of this session, as far as the model has positions for them."""
@@ -203,20 +191,30 @@ class Session:
                 room -= sizes[n]
         return [*sorted(standing.values()), *range(recent, len(turns))]
 
-    def _fold(self, before: _State, state: _State, stay: list[int], text: str, slots: int) -> None:
-        """Fold a text, so that of the turns of `state` those of `stay` are left. If that fails, `before` holds."""
-        rows = {int(row.id.rpartition("/")[2]): row for row in self._rows(before)}
+    def _fold(
+        self,
+        before: Conversation,
+        rows: Mapping[int, DocumentRow],
+        said: Sequence[Turn],
+        stay: list[int],
+        text: str,
+        slots: int,
+    ) -> None:
+        """Fold a text, so that of all turns those of `stay` are left. If that fails, `before` holds.
+
+        rows: of the documents that there are, by their numbers.
+        """
         stored = [_Part(n, row.tokens, row.slots, max(row.ratios)) for n, row in rows.items()]
         parts = self._bounded([*stored, *self._new(stored, before.parts[1], text, slots)], slots)
         new = [part for part in parts if part.text]
         last = new[-1]
-        left = _State([state.turns[n] for n in stay], (parts[0].number, last.number))
-        state.folding = (stay, left.parts, content_hash(last.text))
+        left = replace(before, turns=[said[n] for n in stay], parts=(parts[0].number, last.number))
+        folding = replace(before, turns=said, folding=(stay, left.parts, content_hash(last.text)))
         try:
             for part in parts:  # what is stored already, first: the conversation stays the same by that
                 if not part.text and part.ratio > max(rows[part.number].ratios):
                     self.memory.add(self._id(part.number), self._text(part.number), ratio=part.ratio)
-            self._write(state)
+            self._conversations.put(folding)
             for part in new:
                 self._store(part)
         except BaseException:
@@ -224,10 +222,13 @@ class Session:
                 for part in new:
                     if not part.grows:
                         self._forget(self._id(part.number))
-                self._write(before) if before != _State() else unlink(self._path)
+                if before == Conversation(self.id):
+                    self._conversations.remove(self.id)
+                else:
+                    self._conversations.put(before)
             raise
         try:  # the turns are folded; what is left to do is done with the next fold, if not now
-            self._write(left)
+            self._conversations.put(left)
             self._keep(left.parts)
         except StoreError as error:
             _logger.warning("the session %r could not be tidied up, the next fold does it: %s", self.id, error)
@@ -324,28 +325,9 @@ class Session:
         except DocumentNotFoundError:
             return ""
 
-    def _read(self) -> _State:
-        try:
-            fields = read_checked(self._path)
-            turns, (first, last) = [_turn(turn) for turn in fields["turns"]], fields["parts"]
-            stay, parts, expected = fields["folding"] or ([], last, "")
-            left = turns[stay:] if isinstance(stay, int) else [turns[n] for n in stay]
-            folded = (first, parts) if isinstance(parts, int) else (parts[0], parts[1])
-        except FileNotFoundError:
-            return _State()
-        except (CorruptFileError, ValueError, LookupError, TypeError, InputError) as error:
-            raise CorruptFileError(f"{self._path} is no session ({error}); remove it, or call clear()") from error
-        if expected and content_hash(self._text(folded[1])) == expected:
-            return _State(left, folded)
-        return _State(turns, (first, last))
-
-    def _write(self, state: _State) -> None:
-        temp = stage_checked(self._path.parent, {"id": self.id, **asdict(state)}, f"the session {self.id!r}")
-        move_into_place(temp, self._path)
-
 
 def _turn(turn: Mapping[str, Any]) -> Turn:
-    """Return a turn with all of its fields, as its file will give them back."""
+    """Return a turn with all of its fields, as the store will give them back."""
     try:
         kept: Turn = json.loads(json.dumps(dict(turn)))
         if kept.get("tool_calls"):  # templates take such a turn without a text

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_samples import change
 from tiny_models import tiny_model, tiny_tokenizer
 
 from beacon_memory import (
     BeaconMemory,
     CapacityError,
     CorruptFileError,
-    Document,
     DocumentNotFoundError,
     InputError,
     QuotaError,
@@ -25,10 +25,10 @@ from beacon_memory import (
 )
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
-from beacon_memory.documents import content_hash
+from beacon_memory.conversation import Conversation
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.storage.files.checked_json import stage_checked
-from beacon_memory.storage.files.durable import move_into_place
+from beacon_memory.storage.archive import copy_documents, export_documents, import_documents
+from beacon_memory.storage.files.names import hash_id
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,9 @@ def before_each_step(session: Session, act: Callable[[], None], monkeypatch: pyt
 
         return wrapped
 
-    monkeypatch.setattr(Session, "_write", watched(Session._write))
+    kept = session.memory.store.conversations
+    for name in ("put", "remove"):
+        monkeypatch.setattr(kept, name, watched(getattr(kept, name)))
     for name in ("add_many", "append", "remove"):
         monkeypatch.setattr(session.memory, name, watched(getattr(session.memory, name)))
 
@@ -245,18 +247,8 @@ def test_first_turns_that_cannot_be_folded_leave_nothing_behind(model: BeaconMod
         with pytest.raises(CapacityError, match="2048 positions, and reserve=2048 leaves too few of them"):
             session.add(exchange(1))
         assert (session.turns, session.ids, memory.list()) == ([], [], [])
-        assert [*(memory.store.folder / "sessions").glob("*.json")] == []
-
-
-def test_fold_that_an_older_version_did_not_finish_is_finished(memory: BeaconMemory) -> None:
-    session = Session(memory, "chat", recent=1000)
-    turns = [*exchange(1), *exchange(2)]
-    folded = "".join(map(line, exchange(1)))
-    state = {"id": "chat", "turns": turns, "parts": (1, 0), "folding": (2, 1, content_hash(folded))}
-    move_into_place(stage_checked(session._path.parent, state, "it"), session._path)
-    assert (session.turns, session.ids) == (turns, [])
-    memory.add_many([Document("chat/1", folded, tags=["session"])], ratio=2)
-    assert (session.turns, session.ids) == (exchange(2), ["chat/1"])
+        assert memory.store.conversations.ids() == []
+        assert [*(memory.store.folder / "sessions").iterdir()] == []
 
 
 def test_long_message_becomes_several_documents(memory: BeaconMemory) -> None:
@@ -438,11 +430,6 @@ def test_what_is_no_conversation_is_refused(memory: BeaconMemory) -> None:
         Session(memory, "chat", recent=0)
     with pytest.raises(InputError, match="system=-1"):
         Session(memory, "chat", system=-1)
-    session.add(exchange(1))
-    (path,) = (memory.store.folder / "sessions").glob("*.json")
-    path.write_text(path.read_text().replace("answer 1", "answer 2"))
-    with pytest.raises(CorruptFileError, match="is no session"):
-        session.turns  # noqa: B018
 
 
 def test_sessions_and_documents_of_like_ids_keep_apart(memory: BeaconMemory) -> None:
@@ -464,9 +451,97 @@ def test_sessions_and_documents_of_like_ids_keep_apart(memory: BeaconMemory) -> 
 def test_a_damaged_session_can_be_cleared(memory: BeaconMemory) -> None:
     session = Session(memory, "chat", recent=20)
     session.add(exchange(1))
-    (path,) = (memory.store.folder / "sessions").glob("*.json")
-    path.write_text("{}")
-    with pytest.raises(CorruptFileError, match=r"is no session .*call clear\(\)"):
-        session.add(exchange(2))
+    session.add(exchange(2), fold=False)
+    change(memory.store, "UPDATE conversations SET turns = replace(turns, 'answer 2', 'answer 3')")
+    for read in (lambda: session.turns, lambda: session.ids, lambda: session.add(exchange(2))):
+        with pytest.raises(CorruptFileError, match=r"row of the conversation 'chat' is damaged .*clear\(\) removes it"):
+            read()
     session.clear()
     assert (session.turns, session.ids, memory.list()) == ([], [], [])
+    assert memory.verify() == []
+
+
+def test_turns_that_no_session_keeps_are_refused_where_they_are_read(memory: BeaconMemory) -> None:
+    memory.store.conversations.put(Conversation("chat", [{"role": "assistant", "content": "", "tool_calls": [7]}]))
+    session = Session(memory, "chat")
+    with pytest.raises(CorruptFileError, match=r"the session 'chat' cannot be read .*call clear\(\)"):
+        session.turns  # noqa: B018
+    session.clear()
+    assert session.turns == []
+
+
+def test_a_conversation_goes_on_when_the_catalog_was_lost(memory: BeaconMemory, model: BeaconModel) -> None:
+    session = Session(memory, "chat", recent=60)
+    for n in range(5):
+        session.add(exchange(n))
+    before = whole(session)
+    memory.close()
+    (memory.store.folder / "catalog.sqlite3").unlink()
+    with BeaconMemory(memory.store.root, model, reserve=100) as again:
+        again.repair()
+        found = Session(again, "chat", recent=60)
+        assert whole(found) == before
+        found.add(exchange(5))
+        assert whole(found) == before + "".join(map(line, exchange(5)))
+        assert again.verify() == []
+
+
+@pytest.mark.parametrize("way", ["export", "copy"])
+def test_a_conversation_goes_on_where_it_was_taken(memory: BeaconMemory, tmp_path: Path, way: str) -> None:
+    session = Session(memory, "chat", recent=60)
+    for n in range(5):
+        session.add(exchange(n))
+    other = memory.within("other")
+    if way == "export":
+        export_documents(memory.store, tmp_path / "a.tar")
+        import_documents(other.store, tmp_path / "a.tar")
+    else:
+        copy_documents(memory.store, other.store)
+    taken = Session(other, "chat", recent=60)
+    assert (taken.turns, taken.ids, whole(taken)) == (session.turns, session.ids, whole(session))
+    taken.add([*exchange(5), *exchange(6)])
+    assert whole(taken) == whole(session) + "".join(map(line, [*exchange(5), *exchange(6)]))
+    assert other.verify() == memory.verify() == []
+
+
+def test_what_is_exported_while_turns_are_folded_is_whole(
+    memory: BeaconMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(memory, "chat", recent=60)
+    for n in range(4):
+        session.add(exchange(n))
+    before = whole(session)
+    new = [{"role": "user", "content": "word " * 40}, *exchange(6), *exchange(7)]
+    taken: list[str] = []
+
+    def take() -> None:
+        path, into = tmp_path / f"{len(taken)}.tar", memory.within(f"taken {len(taken)}")
+        export_documents(memory.store, path)
+        import_documents(into.store, path)
+        taken.append(whole(Session(into, "chat")))
+
+    with monkeypatch.context() as patched:
+        before_each_step(session, take, patched)
+        session.add(new)
+    take()
+    assert {*taken} == {before, before + "".join(map(line, new))}
+
+
+def test_nothing_is_found_of_a_conversation_that_was_cleared_and_erased(memory: BeaconMemory) -> None:
+    words = ("quicksilver", "Jabberwock", "zymurgy")
+    for id in ("Ytterbium", "kept"):
+        session = Session(memory, id, recent=60)
+        for word in words:
+            session.add([{"role": "user", "content": f"{word} {id} " * 10}])
+        session.add([{"role": "user", "content": f"{words[0]} {id}"}])
+    assert b"Ytterbium" in (memory.store.folder / "sessions" / f"{hash_id('Ytterbium')}.json").read_bytes()
+    (memory.store.folder / "sessions" / ".tmp-0123456789abcdef").write_text("Ytterbium of a killed process")
+    kept = whole(session)
+    Session(memory, "Ytterbium").clear()
+    memory.erase()
+    for path in memory.store.root.rglob("*"):
+        if path.is_file():
+            assert b"ytterbium" not in path.read_bytes().lower(), path
+            assert hash_id("Ytterbium") not in path.name
+    assert whole(session) == kept
+    assert memory.verify() == []

@@ -24,9 +24,11 @@ import torch
 
 from beacon_memory.documents import Label, Text, content_hash, utc_now
 from beacon_memory.kv.fingerprint import Fingerprint
+from beacon_memory.kv.levels import LEVELS, level_of, levels_of
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.storage.files.durable import sync_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
+from beacon_memory.storage.files.kv_file import read_kv_file
 from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.records import row_of
 from beacon_memory.storage.store import MemoryStore
@@ -45,7 +47,7 @@ _LOOKUPS = 300  # of each kind
 _PUTS = 40
 _OPENINGS = 11
 _LOADS = 15
-_ROW_MB, _PUT_MB, _LOAD_MB = 0.2, 3, (20, 200)  # K/V of a document
+_ROW_MB, _PUT_MB, _LOAD_MB, _PART_MB = 0.2, 3, (20, 200), 50  # K/V of a document
 _STRATA = ((1, 100), (100, 3000), (3000, _WORDS))  # very common, medium and rare words, by rank
 
 
@@ -65,7 +67,8 @@ def run(rows: int) -> list[Figure]:
             fill(store, rows)
             _read_through(store.folder / "catalog.sqlite3")
             figures = [*_looking_up(store), _picking(store), _putting(store)]
-        return [*figures, _opening(Path(folder)), *(_loading(Path(folder), size) for size in _LOAD_MB)]
+        loading = [_loading(Path(folder), size) for size in _LOAD_MB]
+        return [*figures, _opening(Path(folder)), *loading, *_reading_parts(Path(folder))]
 
 
 def _read_through(path: Path) -> None:
@@ -222,6 +225,32 @@ def _loading(folder: Path, megabytes: int) -> Figure:
     loaded, copied = (statistics.median(times) for times in zip(*pairs, strict=True))
     detail = f"{size / loaded / 1e6:.3g} / {size / copied / 1e6:.3g} GB/s"
     return Figure(f"load {megabytes} MB: rate / copying out of a memory map", copied / loaded, "at least 0.5", detail)
+
+
+def _reading_parts(folder: Path) -> Iterator[Figure]:
+    """Measure how long reading parts of a document takes, compared with the whole; its file is in the page cache."""
+    layers, heads, dim = _SHAPE
+    tokens = math.ceil(_PART_MB * 1e6 / (layers * heads * dim * 2))
+    levels = levels_of(torch.rand(layers, heads, tokens))
+    keys, values = (torch.randn(layers, heads, tokens, dim).to(torch.bfloat16) for _ in range(2))
+    kv = MemoryKV.chosen(BeaconKV(keys, values), levels >= level_of(2), levels)
+    window = WindowSpan(tokens, 2, 0, 0, tokens)
+    header = replace(document("part", "", 0)[0], tokens=tokens, windows=(window,), span=tokens, compression="select")
+    sections = header.section_count
+    some = set(random.Random(5).sample(range(sections), max(1, sections // 16)))
+    parts = {
+        "a quarter of the entries": [level_of(8)] * sections,
+        "all of one section in 16": [0 if section in some else LEVELS for section in range(sections)],
+    }
+    with MemoryStore(folder / "parts") as store:
+        path = store.folder / store.put(header, kv, "").file
+        for what, lowest in parts.items():
+            read = partial(read_kv_file, path, lambda *_, lowest=lowest: lowest)
+            pairs = [(_milliseconds(partial(read_kv_file, path)), _milliseconds(read)) for _ in range(_LOADS)]
+            whole, part = (statistics.median(times) for times in zip(*pairs, strict=True))
+            share = len(read().kv.keys) / len(kv.keys)
+            detail = f"{share:.3g} of the entries, {part:.3g} ms of {whole:.3g} for {_PART_MB} MB"
+            yield Figure(f"read {what}: time / that of the whole", part / whole, "under 0.5", detail)
 
 
 def _timed(name: str, bound: str, calls: Sequence[Callable[[], object]]) -> Figure:

@@ -27,7 +27,7 @@ app = Commands()
 
 _STORE = "The store"
 
-Replace = Annotated[bool, typer.Option("--replace", help="Let documents take the place of stored ones.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Let them take the place of stored ones.")]
 Docs = Annotated[
     list[str] | None,
     typer.Option(help="Id of a document; repeat it for several.", metavar="ID", show_default="all"),
@@ -43,6 +43,8 @@ def export_archive(
     as_json: AsJson = False,
 ) -> None:
     """Write documents, with all that is known of them, into one file, for a backup or another store.
+
+    Without --doc, conversations go with them.
 
     With --json one object: documents, path.
     """
@@ -63,7 +65,7 @@ def import_archive(
     namespace: Namespace = "",
     as_json: AsJson = False,
 ) -> None:
-    """Take all documents of an archive into the store.
+    """Take all documents and conversations of an archive into the store.
 
     The archive is checked as a whole before anything is stored.
 
@@ -99,7 +101,7 @@ def copy(
     namespace: Namespace = "",
     as_json: AsJson = False,
 ) -> None:
-    """Copy documents into another store or namespace.
+    """Copy documents into another store or namespace; without --doc, with all conversations.
 
     With --json one object: documents, path.
     """

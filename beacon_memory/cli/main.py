@@ -326,7 +326,7 @@ def info(
     """Show model, adapter, device and store.
 
     With --json one object: model, adapter, device, dtype, positions, window, ratios, compression, fingerprint, store,
-    namespace, documents, bytes.
+    namespace, documents, bytes, conversations.
     """
     with reported():
         memory = open_memory(store, namespace, model, adapter, device, dtype)
@@ -345,6 +345,7 @@ def info(
             "namespace": namespace,
             "documents": kept.documents,
             "bytes": kept.bytes,
+            "conversations": kept.conversations,
         }
         print_fields(fields, as_json)
 

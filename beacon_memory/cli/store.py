@@ -72,7 +72,7 @@ def expire(store: Store = None, namespace: Namespace = "", as_json: AsJson = Fal
 def namespaces(store: Store = None, as_json: AsJson = False) -> None:
     """List the namespaces of a store, with what each holds.
 
-    With --json one object a line: namespace, documents, bytes.
+    With --json one object a line: namespace, documents, bytes, conversations.
     """
     with reported():
         documents = open_store(store, "")
@@ -81,7 +81,8 @@ def namespaces(store: Store = None, as_json: AsJson = False) -> None:
             if as_json:
                 print_json({"namespace": name, **asdict(kept)})
             else:
-                print_line(f"{name or '(none)'}: {kept.documents:,} documents, {kept.bytes / 1e6:,.1f} MB")
+                talks = f", {kept.conversations:,} conversations" if kept.conversations else ""
+                print_line(f"{name or '(none)'}: {kept.documents:,} documents, {kept.bytes / 1e6:,.1f} MB{talks}")
 
 
 @app.command(rich_help_panel=_STORE)
@@ -225,7 +226,8 @@ def verify(store: Store = None, namespace: Namespace = "", as_json: AsJson = Fal
         if problems and not as_json:
             remarks().print(f"problems: {len(problems)}; `beacon-memory repair` mends what can be mended")
         elif not as_json:
-            remarks().print(f"documents: {documents.totals().documents}, all sound")
+            kept = documents.totals()
+            remarks().print(f"documents: {kept.documents}, conversations: {kept.conversations}, all sound")
     if problems:
         raise typer.Exit(1)
 

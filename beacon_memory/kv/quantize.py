@@ -93,8 +93,10 @@ class QuantizedKV:
                         f"{name} must be {list(shape)} {' or '.join(map(str, dtypes))}, "
                         f"got {list(tensor.shape)} {tensor.dtype}"
                     )
-        if entries and not 0 <= int(self.groups.min()) <= int(self.groups.max()) < groups:
-            raise InputError(f"groups must be numbers from 0 to {groups - 1}, got {self.groups.aminmax()}")
+        if entries and self.groups.device.type == "cpu":  # they came from a file; elsewhere, this would wait for it
+            low, high = (int(one) for one in self.groups.aminmax())
+            if not 0 <= low <= high < groups:
+                raise InputError(f"groups must be numbers from 0 to {groups - 1}, got {low} to {high}")
 
     @property
     def slots(self) -> int:
@@ -121,13 +123,15 @@ class QuantizedKV:
         values = _decoded(_unpacked(self.values, self.bits), self.value_scales[:, None], self.value_zeros[:, None])
         return MemoryKV(keys.to(dtype), values.to(dtype), self.positions, self.counts, self.span, self.levels)
 
-    def grown(self, start: int, new: MemoryKV) -> QuantizedKV:
+    def grown(self, start: int, new: MemoryKV, windows: Sequence[int] = ()) -> QuantizedKV:
         """Return this memory with `new` in place of everything from position `start` on, quantized like this one.
 
         A window begins at `start`, so groups lie on one side of it, and codes that stay are copied: they do not drift
         when a memory grows many times.
+
+        windows: the positions at which the windows of what comes out begin, if there are several in `new`.
         """
-        kept, added = self._until(start), quantized(new, self.bits)
+        kept, added = self._until(start), quantized(new, self.bits, [window - start for window in windows])
         order = joining_order([kept.counts, added.counts]).to(self.keys.device)
         shifted = {
             "positions": added.positions + start,

@@ -1,8 +1,9 @@
-"""An archive of documents: a plain tar file, without compression, since K/V do not shrink.
+"""An archive of documents and conversations: a plain tar file, without compression, since K/V do not shrink.
 
     beacon-memory.json               format, and the number of documents that were asked for
     documents/<number>.safetensors   K/V and text as a store keeps them, see `kv_file`
     documents/<number>.json          the label, see `label_file`
+    conversations/<number>.json      a conversation, see `conversation_file`
     manifest.json                    for each of these its size and sha256, and a sha256 of the list
 
 The manifest comes last, so an archive that was cut has none. An archive is read as if somebody had written it to do
@@ -29,11 +30,22 @@ from typing import IO, Any
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.files.checked_json import json_checksum
 
-__all__ = ["FORMAT", "HEAD", "MANIFEST", "Member", "add_file", "add_json", "checked_documents", "corrupt", "pieces"]
+__all__ = [
+    "FORMAT",
+    "HEAD",
+    "MANIFEST",
+    "Contents",
+    "Member",
+    "add_file",
+    "add_json",
+    "checked_contents",
+    "corrupt",
+    "pieces",
+]
 
 FORMAT = 1
 HEAD, MANIFEST = "beacon-memory.json", "manifest.json"
-_MEMBER = re.compile(r"documents/\d{9}\.(safetensors|json)")
+_MEMBER = re.compile(r"(documents/\d{9}\.(safetensors|json)|conversations/\d{9}\.json)")
 _PIECE = 1 << 20  # bytes read at a time
 _LISTED = 256  # bytes of a manifest for each file, at most
 
@@ -51,6 +63,14 @@ class Member:
     def listed(self) -> list[object]:
         """Return the line of the manifest for it."""
         return [self.name, self.size, self.sha256]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Locate all of an archive: K/V file and label of each document, and its conversations."""
+
+    documents: list[tuple[Member, Member]]
+    conversations: list[Member]
 
 
 def add_file(tar: tarfile.TarFile, name: str, path: Path) -> Member:
@@ -94,8 +114,8 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
         place = start + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def checked_documents(file: IO[bytes], path: Path) -> list[tuple[Member, Member]]:
-    """Read a whole archive and return the K/V file and label of each document in it; raises CorruptFileError."""
+def checked_contents(file: IO[bytes], path: Path) -> Contents:
+    """Read a whole archive and return where its contents lie; raises CorruptFileError."""
     found: list[Member] = []
     manifest: Any = None
     try:
@@ -117,11 +137,20 @@ def checked_documents(file: IO[bytes], path: Path) -> list[tuple[Member, Member]
     listed = [entry.listed for entry in found]
     if not isinstance(manifest, dict) or manifest != {"files": listed, "sha256": json_checksum(listed)}:
         raise corrupt(path, "what it holds is not what its manifest lists, or it was cut")
-    pairs = list(zip(found[::2], found[1::2], strict=False))
+    return _numbered(found, path)
+
+
+def _numbered(found: list[Member], path: Path) -> Contents:
+    """Return documents and conversations in the order of their numbers; raises CorruptFileError for any other order."""
+    documents = [entry for entry in found if entry.name.startswith("documents/")]
+    conversations = [entry for entry in found if entry.name.startswith("conversations/")]
+    pairs = list(zip(documents[::2], documents[1::2], strict=False))
     numbered = [f"documents/{number:09}{end}" for number in range(len(pairs)) for end in (".safetensors", ".json")]
-    if [entry.name for entry in found] != numbered:
+    if [entry.name for entry in documents] != numbered:
         raise corrupt(path, "its documents are not numbered as an export does it")
-    return pairs
+    if [entry.name for entry in conversations] != [f"conversations/{n:09}.json" for n in range(len(conversations))]:
+        raise corrupt(path, "its conversations are not numbered as an export does it")
+    return Contents(pairs, conversations)
 
 
 def pieces(file: IO[bytes], start: int, size: int) -> Iterator[bytes]:

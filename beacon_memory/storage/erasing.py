@@ -61,6 +61,7 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
         unnamed = [*unnamed_files(catalog, files, suspected_files(catalog, files))]
         _settle_labels(store, catalog)
         files.erase([name for name, left in unnamed if left or stem_of(name) in stems])
+        store.conversations.erase_temps()
         with catalog.transaction():
             catalog.file_names.settle(catalog.file_names.unsettled())
         catalog.wipe()

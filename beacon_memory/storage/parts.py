@@ -11,8 +11,9 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from beacon_memory.documents import check_id
+from beacon_memory.documents import check_namespace
 from beacon_memory.errors import CorruptFileError, InputError, MismatchedFileError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.access import Files
@@ -42,7 +43,7 @@ class StoreParts:
         if not os.fspath(root):
             raise InputError("a store needs a folder, got an empty path; the current folder is '.'")
         self.root = Path(root).absolute()  # the same one wherever this process goes
-        self.namespace = namespace if namespace == "" else check_id(namespace)
+        self.namespace = check_namespace(namespace)
         self.folder = folder_of(self.root, self.namespace)
         refuse_links(self.root, self.folder)
         if identity(self.root) and not self.root.is_dir():
@@ -171,9 +172,7 @@ class StoreParts:
         with catalog.transaction():
             if catalog.properties.get("namespace") is not None or catalog.properties.count("documents"):
                 return
-            kept = read_copy(self.folder)
-            if kept.get("namespace", "") != self.namespace:  # of another folder
-                kept = {}
+            kept = self.kept_properties
             if kept:
                 for name, value in kept.items():
                     catalog.properties.set(name, value)
@@ -184,6 +183,12 @@ class StoreParts:
                 catalog.properties.set("files", url_of(self._backend))
             if not kept and (self.namespace or self._backend is not None):
                 keep_copy(catalog, self.folder)
+
+    @property
+    def kept_properties(self) -> dict[str, Any]:
+        """The copy of the catalog's properties; none if it is missing, damaged, or of another namespace."""
+        kept = read_copy(self.folder)
+        return kept if kept.get("namespace", "") == self.namespace else {}
 
     @property
     def _first_settings(self) -> Settings:

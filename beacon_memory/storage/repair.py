@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +71,7 @@ RECOMPRESSED = frozenset({"missing-file", "damaged-file", "mismatched-file"})  #
 
 _NAMED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{8,12}\.safetensors")  # those of older stores have 8
 
-_STALE_SECONDS = 60  # after which a small file has got its name, or its writer is dead
+_STALE_SECONDS = 60  # after which a copy of the settings, written without a lock, has its name, or its writer is dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def _mend_catalog(store: MemoryStore) -> list[Problem]:
     found = left = _flaws(store)
     if found:
         with contextlib.suppress(CorruptFileError):
-            mend_catalog(store.parts.catalog(), read_copy(store.folder))
+            mend_catalog(store.parts.catalog(), store.parts.kept_properties)
             store.close()  # some damage shows when a database is opened
             left = _flaws(store)
     if left:
@@ -140,7 +141,7 @@ def _mend_catalog(store: MemoryStore) -> list[Problem]:
 
 def _put_aside(store: MemoryStore, path: Path) -> str:
     """Rename a catalog's files and let the store begin a new one; returns what was done, for the problem's message."""
-    carried = read_copy(store.folder) | _carried(store)
+    carried = store.parts.kept_properties | _carried(store)
     store.close()
     aside = path.with_name(f"{PUT_ASIDE}{int(time.time() * 1000)}.sqlite3")
     for end in ("-wal", "-shm", ""):  # a new database must never be given the log of another one
@@ -159,7 +160,7 @@ def _flaws(store: MemoryStore) -> list[str]:
     try:
         catalog = store.parts.catalog(create=identity(store.folder) is not None)  # one that was lost begins anew
         found = find_flaws(catalog)
-        for _ in catalog.documents.scan():
+        for _ in itertools.chain(catalog.documents.scan(), catalog.conversations.scan()):
             pass
         _ = catalog.file_names.named(), store.files
     except (CorruptFileError, InputError) as error:  # InputError: of settings that nobody can have made
@@ -188,7 +189,7 @@ def _look(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]
 
 
 def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
-    """Look at catalog, documents, versions, copy of the settings, labels and unnamed files, in this order."""
+    """Look at catalog, documents, versions, copy of the settings, labels, conversations and unnamed files."""
     catalog = store.parts.catalog()
     for message in find_flaws(catalog):
         yield Problem("damaged-catalog", None, str(store.folder / CATALOG), message), None
@@ -202,12 +203,14 @@ def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem
     files = store.files
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(store, row)]
-    unnamed = suspected_files(catalog, files)
+    unnamed, conversations = suspected_files(catalog, files), store.conversations.suspected()
     with holding(store.folder):
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
-        temps = [*files.temps(), *_left_behind(store.folder)]
+        for flaw in store.conversations.flaws(conversations):
+            yield Problem(flaw.kind, None, str(flaw.path), flaw.message), flaw.mend
+        temps = [*files.temps(), *store.conversations.temps(), *temps_in(store.folder, idle=_STALE_SECONDS)]
         if temps:  # one may be the mark of a file that came after the others were listed
             unnamed |= suspected_files(catalog, files)
         yield from _look_at_unnamed(store, unnamed, temps)
@@ -335,13 +338,6 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
     for path in temps:
         message = f"{path} is temporary: a crash left it"
         yield Problem("stale-temp", None, str(path), message), partial(_remove_temp, path, sync_removals)
-
-
-def _left_behind(folder: Path) -> Iterator[Path]:
-    """Yield temporary files of settings and sessions: not all who write those hold a lock, but it takes a moment."""
-    for place in (folder, folder / "sessions"):
-        if place == folder or not place.is_symlink():
-            yield from temps_in(place, idle=_STALE_SECONDS)
 
 
 def _owner_of(files: Files, name: str) -> tuple[str, str] | tuple[None, None]:

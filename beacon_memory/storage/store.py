@@ -2,6 +2,7 @@
 
     folder/catalog.sqlite3                               the rows, source texts and their full-text index, and settings
     folder/settings.json                                 a copy of the settings, once there are any
+    folder/sessions/<hash of id>.json                    a copy of the row of a conversation
     folder/kv/<2 hex>/<hash of id>-<number>.safetensors  K/V and text, a new file for each version of a document
     folder/kv/<2 hex>/<hash of id>-<number>.json         its label
     folder/namespaces/<hash of name>/                    the same once more for each namespace
@@ -10,7 +11,7 @@ A file is complete and on disk before a row names it, and is removed only after 
 So a reader sees the old version or the new one, and a crash leaves at worst files that no row names.
 
 `MemoryStore` is the front. Behind it are `parts` (what a store is made of), `reading`, `publishing` (files in step with
-rows) and `eviction`; `repair` checks and mends a store from outside.
+rows), `conversations` and `eviction`; `repair` checks and mends a store from outside.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.files.stored_kv import StoredKV, not_finite, precision_of, with_precision
 
+from .conversations import StoredConversations
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
 from .publishing import Publisher
@@ -83,8 +85,8 @@ class MemoryStore:
                store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
 
     root is the folder of the whole store, folder that of the namespace, both absolute. The first write creates it, and
-    before that the store reads as empty. parts is for modules that check or mend a store, uses for those that use a
-    document without reading its file.
+    before that the store reads as empty. conversations has those that `Session` keeps here. parts is for modules that
+    check or mend a store, uses for those that use a document without reading its file.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class MemoryStore:
         self.namespace = self.parts.namespace
         self._publisher = Publisher(self.parts)
         self.uses = UseLog(self.parts)
+        self.conversations = StoredConversations(self.parts)
 
     def __enter__(self) -> Self:
         return self
@@ -167,9 +170,10 @@ class MemoryStore:
         return self.parts.files
 
     def totals(self) -> Totals:
-        """Count the documents of this namespace, and the bytes of their K/V."""
-        properties = self.parts.catalog().properties
-        return Totals(properties.count("documents"), properties.count("bytes"))
+        """Count the documents of this namespace, the bytes of their K/V, and its conversations."""
+        catalog = self.parts.catalog()
+        properties = catalog.properties
+        return Totals(properties.count("documents"), properties.count("bytes"), catalog.conversations.count())
 
     def __contains__(self, id: object) -> bool:
         try:
@@ -399,10 +403,10 @@ class MemoryStore:
         return len(gone)
 
 
-def taken(ids: Sequence[str]) -> InputError:
-    """Return the error for documents that are stored already and must not be replaced."""
+def taken(ids: Sequence[str], what: str = "documents") -> InputError:
+    """Return the error for documents, or something else, that are stored already and must not be replaced."""
     named = ", ".join(map(repr, ids[:3])) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-    return InputError(f"{named} would replace stored documents: allow that with replace, or remove them first")
+    return InputError(f"{named} would replace stored {what}: allow that with replace, or remove them first")
 
 
 def _supersede(catalog: Catalog, old: DocumentRow | None, row: DocumentRow, keep_version: bool) -> builtins.list[str]:

@@ -248,6 +248,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_LOADS": 2,
         "_PUT_MB": 0.1,
         "_LOAD_MB": (1,),
+        "_PART_MB": 1,
     }.items():
         monkeypatch.setattr(bench_store, name, value)
 
@@ -262,6 +263,8 @@ def test_figures_of_a_run_have_bounds_and_parts() -> None:
         "put",
         "open",
         "load 1 MB",
+        "read a quarter of the entries",
+        "read all of one section in 16",
     ]
     assert all(figure.value > 0 for figure in figures if not figure.name.startswith("put"))
     assert "95% of them under" in bench.table(figures)

@@ -16,6 +16,7 @@ import pytest
 from cli_samples import Run, lines
 from command_page import json_fields, sections
 from installed import install
+from old_formats import write_old_store
 from tiny_models import tiny_base, tiny_checkpoint
 
 from beacon_memory import BeaconModel, __version__
@@ -490,6 +491,20 @@ class TestRecompress:
         assert result.exit_code == 1
         assert "no document 'b.txt' is stored; did you mean 'a.txt'?" in result.stderr
         assert run("list", "--json").stdout == before
+
+
+def test_recompress_makes_files_of_an_older_format_anew(run: Run, tmp_path: Path) -> None:
+    write_old_store(tmp_path / "store", {"a.txt": "The red house stands on the hill.", "b.txt": "A boat lies there."})
+    assert [row["id"] for row in lines(run("list", "--json"))] == ["a.txt", "b.txt"]
+    assert run("show", "b.txt", "--text").stdout == "A boat lies there."
+    refused = run("ask", "Who?", "--doc", "a.txt")
+    assert refused.exit_code == 1
+    assert "`beacon-memory recompress`" in " ".join(refused.stderr.split())
+    assert {problem["kind"] for problem in lines(run("verify", "--json"))} == {"damaged-file", "stale-label"}
+    assert "2 recompressed" in run("recompress").stderr
+    assert run("verify").exit_code == 0
+    assert run("ask", "Who?", "--doc", "a.txt", "--max-new-tokens", "2").exit_code == 0
+    assert "0 recompressed, 2 were up to date" in run("recompress").stderr
 
 
 def test_repair_compresses_what_was_lost_anew(run: Run, tmp_path: Path) -> None:

@@ -361,7 +361,10 @@ class TestVerifyAndRepair:
     def test_of_a_sound_store_find_nothing(self, run: Run, store: MemoryStore) -> None:
         assert run("verify").exit_code == 0  # nor of one that there is not
         put(store, "a")
-        for command, remark in (("verify", "documents: 1, all sound\n"), ("repair", "problems: 0, mended: 0\n")):
+        for command, remark in (
+            ("verify", "documents: 1, conversations: 0, all sound\n"),
+            ("repair", "problems: 0, mended: 0\n"),
+        ):
             result = run(command)
             assert (result.exit_code, result.stdout, result.stderr) == (0, "", remark)
             assert run(command, "--json").output == ""

@@ -13,8 +13,9 @@ from kv_samples import memory, same, stack
 from torch import Tensor
 
 from beacon_memory.errors import InputError
+from beacon_memory.kv.levels import LEVELS
 from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.kv.quantize import BITS, GROUP, QuantizedKV, quantized
+from beacon_memory.kv.quantize import BITS, GROUP, QuantizedKV, group_numbers, quantized
 
 TENSORS = ("keys", "values", "key_scales", "key_zeros", "value_scales", "value_zeros", "positions", "counts")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,11 +119,12 @@ def test_any_even_number_of_channels_is_rotated_in_blocks_of_a_power_of_two(head
     kv = replace(ragged([GROUP + 3]), keys=torch.randn(GROUP + 3, head_dim), values=torch.randn(GROUP + 3, head_dim))
     kv.keys[:, 0] += 30  # a channel that is large in every token
     rotation = torch.block_diag(*[hadamard(size)] * (head_dim // size))
-    plain = replace(quantized(kv, 4), rotated=False)  # what its codes say
-    off = plain.dequantized().keys - kv.keys.double() @ rotation
-    assert (off.abs() <= 0.51 * plain.key_scales.double().repeat_interleave(torch.tensor([GROUP, 3]), 0) + 1e-4).all()
-    back = quantized(kv, 4).dequantized().keys
-    assert torch.allclose(back.double(), plain.dequantized().keys.double() @ rotation, atol=1e-4)
+    packed = quantized(kv, 4)
+    codes = torch.cat([packed.keys & 15, packed.keys >> 4], dim=1)
+    coded = packed.key_zeros[packed.groups].double() + codes * packed.key_scales[packed.groups].double()
+    off = coded - kv.keys.double() @ rotation
+    assert (off.abs() <= 0.51 * packed.key_scales.double().repeat_interleave(torch.tensor([GROUP, 3]), 0) + 1e-4).all()
+    assert torch.allclose(packed.dequantized().keys.double(), coded @ rotation, atol=1e-4)
 
 
 def test_rotation_spreads_what_one_channel_would_lose() -> None:
@@ -144,24 +146,25 @@ def test_in_eight_bits_what_was_dequantized_is_quantized_to_the_same_bits() -> N
 STEPS = st.lists(st.lists(st.sampled_from([0, 1, 5, GROUP, 70]), min_size=3, max_size=3), min_size=1, max_size=4)
 
 
-@given(STEPS, st.sampled_from(BITS), st.booleans(), st.sampled_from(DTYPES), st.sampled_from([1e-7, 1e-2, 1, 300]))
+@given(STEPS, st.sampled_from(BITS), st.sampled_from(DTYPES), st.sampled_from([1e-7, 1e-2, 1, 300]))
 @settings(max_examples=50, deadline=None)
 def test_codes_stay_as_they_are_while_a_memory_grows(
-    steps: list[list[int]], bits: int, rotated: bool, dtype: torch.dtype, scale: float
+    steps: list[list[int]], bits: int, dtype: torch.dtype, scale: float
 ) -> None:
-    packed = replace(quantized(ragged([2 * GROUP + 3, 0, 7], scale), bits), rotated=rotated)
+    packed, rotated, windows = quantized(ragged([2 * GROUP + 3, 0, 7], scale), bits), bits == 4, [0]
     for seed, counts in enumerate(steps):
         before, new = packed, ragged(counts, 3 * scale, seed, dtype)
-        packed = before.grown(before.span, new)
-        assert (packed.bits, packed.rotated, packed.span) == (bits, rotated, before.span + new.span)
+        windows += [before.span, before.span + 3][: 1 + (new.span > 3)]  # two windows at a time
+        packed = before.grown(before.span, new, windows)
+        assert (packed.bits, packed.span) == (bits, before.span + new.span)
+        assert torch.equal(packed.groups, group_numbers(packed.positions, packed.counts, None, windows))
         assert packed.counts.tolist() == [[a + b for a, b in zip(before.counts[0].tolist(), counts, strict=True)]]
         kept_as_it_was(before, packed, before.counts.flatten().tolist())
         whole = MemoryKV.concat([before.dequantized(torch.float32), new])
         assert torch.equal(packed.positions, whole.positions)
-        back, group_sizes = packed.dequantized(torch.float32), [stop - first for _, first, stop in runs(packed)]
+        back = packed.dequantized(torch.float32)
         off = (as_coded(back.keys, rotated) - as_coded(whole.keys, rotated)).abs()
-        key_scales = packed.key_scales.float().repeat_interleave(torch.tensor(group_sizes), 0)
-        assert (off <= 0.51 * key_scales + 1e-6 * whole.keys.abs().max()).all()
+        assert (off <= 0.51 * packed.key_scales[packed.groups].float() + 1e-6 * whole.keys.abs().max()).all()
         off = (back.values - whole.values).abs()
         assert (off <= 0.51 * packed.value_scales[:, None].float() + 1e-6 * whole.values.abs().max()).all()
 
@@ -179,8 +182,8 @@ def test_codes_stay_where_rotating_there_and_back_would_change_them() -> None:
 @every_width
 def test_what_stands_behind_the_start_gives_way_to_the_new(bits: int) -> None:
     kv = memory(5 * GROUP, 12 * GROUP)
-    old, new = quantized(kv, bits), memory(40, 90)
     start = 3 * GROUP
+    old, new = quantized(kv, bits, [0, start]), memory(40, 90)
     before = [int((part.positions[part.positions < start]).numel()) for part in heads_of(kv)]
     packed = old.grown(start, new)
     assert packed.counts.flatten().tolist() == [a + b for a, b in zip(before, new.counts.flatten(), strict=True)]
@@ -212,20 +215,18 @@ def heads_of(kv: MemoryKV | QuantizedKV) -> list[MemoryKV]:
 
 
 def kept_as_it_was(before: QuantizedKV, after: QuantizedKV, sizes: list[int]) -> None:
-    """Each head begins with so many of the entries that it had, bit for bit: values, and keys of full groups."""
+    """Each head begins with so many of the entries that it had, bit for bit."""
     for old, new, size in zip(by_head(before), by_head(after), sizes, strict=True):
-        full = size // GROUP
-        for name, count in {"keys": full * GROUP, "key_scales": full, "key_zeros": full}.items():
-            assert torch.equal(new[name][:count], old[name][:count])
-        for name in ("values", "value_scales", "value_zeros", "positions"):
+        for name in TENSORS[:-1]:
             assert torch.equal(new[name][:size], old[name][:size])
 
 
 def by_head(packed: QuantizedKV) -> Iterator[dict[str, Tensor]]:
+    """What each head has of every entry, the scales and zeros of its keys among them."""
     entries = packed.counts.flatten().tolist()
-    groups = [-(-count // GROUP) for count in entries]
-    names = {name: groups if name.startswith("key_") else entries for name in TENSORS[:-1]}
-    split = {name: getattr(packed, name).split(sizes) for name, sizes in names.items()}
+    of_entries = {name: getattr(packed, name) for name in TENSORS[:-1]}
+    of_entries |= {name: of_entries[name][packed.groups] for name in ("key_scales", "key_zeros")}
+    split = {name: one.split(entries) for name, one in of_entries.items()}
     for head in range(len(entries)):
         yield {name: parts[head] for name, parts in split.items()}
 
@@ -247,6 +248,29 @@ def test_alone_in_its_group_or_always_the_same_a_bfloat16_is_kept_exactly_or_rot
         same_in_all = replace(kv, keys=kv.keys[:1].expand_as(kv.keys) if kv.counts.numel() == 1 else kv.keys)
         off = (quantized(same_in_all, bits).dequantized(torch.float32).keys - same_in_all.keys.float()).abs()
         assert (off <= (0 if bits == 8 else 2**-10 * same_in_all.keys.abs().max())).all()
+
+
+@pytest.mark.parametrize("windows", [[], [0, 70], [0, 1, 150, 299]])
+@pytest.mark.parametrize("with_levels", [True, False])
+def test_groups_are_those_of_a_slow_reference(windows: list[int], with_levels: bool) -> None:
+    kv = memory(300, 1200)
+    levels = torch.randint(0, LEVELS, (1200,), dtype=torch.uint8) if with_levels else None
+    found = group_numbers(kv.positions, kv.counts, levels, windows)
+    heads = torch.arange(6).repeat_interleave(kv.counts.flatten()).tolist()
+    depths = [0] * 1200 if levels is None else (-levels.int()).tolist()
+    which = [sum(start <= position for start in windows if start) for position in kv.positions.tolist()]
+    expected, number = [0] * 1200, -1
+    for window in range(len([start for start in windows if start]) + 1):
+        for head in range(6):
+            own = [n for n in range(1200) if (which[n], heads[n]) == (window, head)]
+            for rank, entry in enumerate(sorted(own, key=lambda n: (depths[n], kv.positions[n].item()))):
+                number += rank % GROUP == 0
+                expected[entry] = number
+    assert found.tolist() == expected
+    assert found.dtype == torch.int32
+    packed = quantized(replace(kv, levels=levels), 8, windows)
+    assert torch.equal(packed.groups, found)
+    assert len(packed.key_scales) == number + 1
 
 
 @every_width
@@ -311,7 +335,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"keys": torch.zeros(20, 2)}, r"keys must be \[20, 2\] torch.uint8, got \[20, 2\] torch.float32"),
     ({"keys": torch.zeros(21, 2, dtype=torch.uint8)}, r"got \[21, 2\]"),
     ({"values": torch.zeros(20, 4, dtype=torch.uint8)}, r"values must be \[20, 2\] torch.uint8, got \[20, 4\]"),
-    ({"key_scales": torch.zeros(0, 4).half()}, r"key_scales must be \[6, 4\] torch.float16, got \[0, 4\]"),
+    ({"key_scales": torch.zeros(0, 4).half()}, r"key_zeros must be \[0, 4\] torch.float16, got \[6, 4\]"),
+    ({"groups": torch.zeros(20)}, r"groups must be \[20\] torch.int32, got \[20\] torch.float32"),
+    ({"groups": torch.full((20,), 6, dtype=torch.int32)}, "groups must be numbers from 0 to 5, got 6 to 6"),
+    ({"groups": torch.arange(-1, 19, dtype=torch.int32)}, "groups must be numbers from 0 to 5, got -1 to 18"),
+    ({"levels": torch.zeros(19, dtype=torch.uint8)}, r"levels must be \[20\] torch.uint8, got \[19\]"),
     ({"key_zeros": torch.zeros(6, 4)}, r"key_zeros must be \[6, 4\] torch.float16, got \[6, 4\] torch.float32"),
     ({"value_scales": torch.zeros(20, 1).half()}, r"value_scales must be \[20\] torch.float16, got \[20, 1\]"),
     ({"value_zeros": torch.zeros(19).half()}, r"value_zeros must be \[20\] torch.float16, got \[19\]"),

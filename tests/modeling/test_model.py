@@ -161,7 +161,7 @@ class TestRawMemory:
         header = DocumentHeader(
             "a", content_hash(text), len(ids), spans, tuple(ids), compression, document.kv.span, model.fingerprint
         )
-        read = read_kv_file(stage_kv_file(folder, header, document.kv, Text(text)))
+        read = read_kv_file(stage_kv_file(folder, header, document.kv, Text(text)).path)
         assert read.header.fingerprint == model.fingerprint
         return read.memory()
 

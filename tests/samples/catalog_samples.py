@@ -28,6 +28,7 @@ def row(id: str, text: str, **changes: object) -> DocumentRow:
         "expires_at": None,
         "created_at": now,
         "updated_at": now,
+        "root": "e" * 64,
     }
     return DocumentRow(**{**fields, **changes})  # type: ignore[arg-type]  # by field name
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from crashing import copied, everything
 from workload import document, label
 
+from beacon_memory.conversation import Conversation
 from beacon_memory.storage.erasing import erase
 from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
@@ -56,13 +57,28 @@ def recompressed(store: MemoryStore) -> None:
     recompress(store)
 
 
+def say(*words: str) -> Act:
+    """Let the conversation `talk` have these turns."""
+    turns = [{"role": "user", "content": word} for word in words]
+    created_at = "2026-01-01T00:00:00.000+00:00"
+    return lambda store: store.conversations.put(Conversation("talk", turns, created_at=created_at))
+
+
+def talking(store: MemoryStore) -> None:
+    two(store)
+    say("hello")(store)
+
+
 @dataclass(frozen=True)
 class Change:
-    """What is done to a store, and what makes that store."""
+    """What is done to a store, what makes that store, and the problems that may be left of it where one call fails."""
 
     prepare: Act
     act: Act
+    excused: frozenset[str] = frozenset()
 
+
+COPY = frozenset({"stale-label"})  # of a conversation that is stored already
 
 CHANGES = {
     "first put": Change(lambda _: None, put("doc", "1")),
@@ -80,6 +96,9 @@ CHANGES = {
     "delete": Change(recompressed, lambda store: store.delete("doc")),
     "expire": Change(expired, MemoryStore.expire),
     "drop_versions": Change(recompressed, MemoryStore.drop_versions),
+    "first turn": Change(two, say("hello"), COPY),
+    "next turn": Change(talking, say("hello", "bye"), COPY),
+    "conversation removed": Change(talking, lambda store: store.conversations.remove("talk"), COPY | {"stale-temp"}),
 }
 
 # If erasing fails, the documents may be gone all the same; after a crash they are there or gone.
@@ -88,12 +107,13 @@ CRASHING = {**CHANGES, "erase": Change(recompressed, lambda store: erase(store, 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A store to copy, what is done to it, and what it holds before and after."""
+    """A store to copy, what is done to it, what it holds before and after, and what is excused; see `Change`."""
 
     template: Path
     act: Act
     before: object
     after: object
+    excused: frozenset[str]
 
 
 def prepare(folder: Path, name: str) -> Prepared:
@@ -106,4 +126,4 @@ def prepare(folder: Path, name: str) -> Prepared:
     with MemoryStore(copied(template, done)) as store:
         change.act(store)
         assert verify(store) == []
-    return Prepared(template, change.act, before, everything(done))
+    return Prepared(template, change.act, before, everything(done), change.excused)

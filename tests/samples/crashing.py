@@ -171,7 +171,7 @@ def copied(template: Path, folder: Path) -> Path:
 
 
 def everything(folder: Path) -> dict[tuple[str, str], object]:
-    """All documents of all namespaces: under namespace and id, what must survive, to compare.
+    """All documents and conversations of all namespaces: under namespace and id, what must survive, to compare.
 
     Row, header, K/V, text and full-text index are of one version, or this fails.
     """
@@ -201,6 +201,10 @@ def _documents(whole: MemoryStore, namespace: str) -> Iterator[tuple[str, object
     with MemoryStore(whole.root, namespace) as store:
         for row in store.list():
             yield row.id, seen(store, row.id)
+        for id in store.conversations.ids():
+            conversation = store.conversations.get(id)
+            assert conversation is not None
+            yield f"conversation {id}", replace(conversation, updated_at="")
         listed = {row.id for row in store.list()}
         assert {hit.document for hit in store.search(" ".join(f"word{n}" for n in range(40)), 1000)} == listed
 

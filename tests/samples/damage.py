@@ -5,22 +5,24 @@ And files as somebody would write them to do harm: a metadata entry proves nothi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from hypothesis import strategies as st
-from kv_samples import TEXT, sample, stack
-from old_formats import write_format_1, write_format_2, write_format_3
+from kv_samples import TEXT, sample
+from safetensors.torch import load, save
+from torch import Tensor
 
 from beacon_memory.documents import Text
-from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.stored_kv import StoredKV, with_precision
@@ -66,7 +68,7 @@ class Damage:
         return hashlib.shake_128(str(self.seed).encode()).digest(size)
 
 
-FORMS = ("format 1", "format 2", "format 3", "bfloat16", "float32", "int8", "int4")
+FORMS = ("bfloat16", "float32", "int8", "int4")
 _KINDS = ("flip", "flip", "flip", "cut", "extend", "zero", "noise", "zero page", "move page", "swap")
 damages = st.builds(
     Damage,
@@ -102,23 +104,53 @@ def with_entry(file: bytes, entry: Mapping[str, Any]) -> bytes:
     return crafted({**head, "__metadata__": {"beacon_memory": json.dumps(sealed(entry))}}, data)
 
 
+ROWS = ("keys", "values", "places", "value_scales", "value_zeros")  # tensors with a row for each entry
+INDEX = ("counts", "hashes", "key_scales", "key_zeros")
+
+
+def forged(file: bytes, changed: Mapping[str, Tensor | None] | None = None, **header: Any) -> bytes:
+    """The file with other tensors, or without some, all hashes as they must be, and other fields in its header.
+
+    Written by docs/file-format.md. Where counts are none, `hashes` stay as they are.
+    """
+    _, entry, _ = parts(file)
+    tensors = {name: one for name, one in {**load(file), **(changed or {})}.items() if one is not None}
+    if "hashes" in tensors and "hashes" not in (changed or {}):
+        with contextlib.suppress(KeyError, IndexError, RuntimeError):
+            tensors["hashes"] = hash_rows(tensors)
+    said = {name: {"dtype": str(one.dtype), "shape": [*one.shape]} for name, one in tensors.items()}
+    entry = {**entry, "header": {**entry["header"], **header}, "tensors": said, "index": hash_index(tensors)}
+    return with_entry(save(tensors, metadata={"beacon_memory": json.dumps(entry)}), entry)
+
+
+def hash_rows(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Of each section and level the hash of its rows."""
+    counts = tensors["counts"]
+    stops = counts.sum((2, 3), dtype=torch.int64).flatten().cumsum(0).tolist()
+    found = b""
+    for start, stop in zip([0, *stops], stops, strict=False):
+        hasher = xxhash.xxh3_128()
+        for name in (name for name in ROWS if name in tensors):
+            hasher.update(_raw(tensors[name][start:stop]))
+        found += hasher.digest()
+    return torch.tensor([*found], dtype=torch.uint8).view(*counts.shape[:2], 16)
+
+
+def hash_index(tensors: Mapping[str, Tensor]) -> str:
+    """The hash of the tensors that tell of the others."""
+    hasher = xxhash.xxh3_128()
+    for name in (name for name in INDEX if name in tensors):
+        hasher.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode() + _raw(tensors[name]))
+    return hasher.hexdigest()
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def file_of(form: str, id: str = "doc", text: str = TEXT) -> tuple[bytes, DocumentHeader, StoredKV]:
     """The bytes of a file, and what must be read from it; form: one of FORMS."""
     header, kv = sample(id, text)
+    stored = with_precision(kv, form, header.window_starts)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.safetensors"
-        if form == "format 1":
-            stacked = stack(header.slots, dtype=torch.bfloat16)
-            windows = tuple(replace(window, span=window.slots) for window in header.windows)
-            header = replace(header, windows=windows, compression="beacon", span=header.slots, method=None)
-            write_format_1(path, header, stacked)
-            return path.read_bytes(), header, MemoryKV.of(stacked)
-        if form == "format 2":
-            header = replace(header, method=None)
-            write_format_2(path, header, kv)
-            return path.read_bytes(), header, kv
-        if form == "format 3" and text == TEXT:
-            stored = write_format_3(path, header, kv)
-            return path.read_bytes(), header, stored
-        stored = with_precision(kv, form)
-        return stage_kv_file(Path(folder), header, stored, Text(text)).read_bytes(), header, stored
+        return stage_kv_file(Path(folder), header, stored, Text(text)).path.read_bytes(), header, stored

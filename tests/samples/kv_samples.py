@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from beacon_memory.documents import Text, content_hash
 from beacon_memory.kv.fingerprint import Fingerprint
+from beacon_memory.kv.levels import LEVELS
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
@@ -51,11 +53,12 @@ def memory(span: int, entries: int, *, dtype: torch.dtype = torch.float32) -> Me
 def sample(
     id: str = "doc", text: str = TEXT, *, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[DocumentHeader, MemoryKV]:
-    """A header of two windows, 4 slots of ratio 2 and 2 of ratio 4 for an incomplete unit, and K/V to fit."""
+    """A header of two windows, 4 slots of ratio 2 and 2 of ratio 4 for an incomplete unit, and K/V of all levels."""
     windows = (WindowSpan(8, 2, 0, len(text) // 2, 8), WindowSpan(5, 4, len(text) // 2, len(text), 5))
     method = {"score": "repeat"}
     header = DocumentHeader(id, content_hash(text), 13, windows, (7, 8, 9, 10, 11), "select", 13, FINGERPRINT, method)
-    return header, memory(13, 6 * header.slots, dtype=dtype)
+    kv = memory(13, 6 * header.slots, dtype=dtype)
+    return header, replace(kv, levels=torch.randperm(len(kv.keys)).remainder(LEVELS).to(torch.uint8))
 
 
 def write_kv_file(path: Path, header: DocumentHeader, kv: StoredKV, text: str = TEXT) -> None:
@@ -67,9 +70,12 @@ def same(ours: StoredKV, theirs: StoredKV) -> bool:
     """Equal bit for bit, in dtypes too."""
     names = ["keys", "values", "positions", "counts"]
     if isinstance(ours, QuantizedKV):
-        names += ["key_scales", "key_zeros", "value_scales", "value_zeros"]
+        names += ["groups", "key_scales", "key_zeros", "value_scales", "value_zeros"]
+    if ours.levels is not None:
+        names += ["levels"]
     pairs = [(getattr(ours, name), getattr(theirs, name)) for name in names]
     same_kind = type(ours) is type(theirs) and ours.span == theirs.span
+    same_kind &= (ours.levels is None) == (theirs.levels is None)
     return same_kind and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 

@@ -1,4 +1,4 @@
-"""Files and catalogs as earlier versions of the package wrote them, by hand."""
+"""Catalogs, and stores of files and labels, as earlier versions of the package wrote them, by hand."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kv_samples import sample, write_kv_file
-from safetensors import safe_open
+import xxhash
+from kv_samples import sample
 from safetensors.torch import save_file
 
-from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
-from beacon_memory.kv.quantize import QuantizedKV, _quantized
+from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.files.header import DocumentHeader
+from beacon_memory.storage.files.label_file import label_name
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import stored_bytes
 
 # What `m001_documents`, `m002_passages` and `m003_compression` left together, as SQLite tells of it.
 _CATALOG = """
@@ -88,70 +87,44 @@ def insert_old_row(db: sqlite3.Connection, text: str, passages: bool = True, **f
     return row
 
 
-def write_old_store(folder: Path, documents: dict[str, str]) -> dict[str, MemoryKV]:
-    """A store of files of format 2 under an old catalog, texts by id; returns the K/V that it holds."""
+def write_old_store(folder: Path, documents: dict[str, str]) -> None:
+    """A store of files of format 4, with labels of that time, under an old catalog: texts by id."""
     folder.mkdir()
     db = create_old_catalog(folder / "catalog.sqlite3")
-    kept = {}
     for n, (id, text) in enumerate(documents.items()):
         header, kv = sample(id, text)
-        file = f"{file_stem(id)}-{n:08x}.safetensors"
+        file = f"{file_stem(id)}-{n:012x}.safetensors"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        write_format_2(folder / file, header, kv)
+        write_format_4(folder / file, header, kv, text)
         old = {"fingerprint": header.fingerprint.digest, "compression": "select", "metadata": json.dumps({"n": n})}
-        insert_old_row(db, text, id=id, file=file, bytes=stored_bytes(kv) + kv.positions.nbytes // 2, **old)
-        kept[id] = kv
+        row = insert_old_row(db, text, id=id, file=file, **old)
+        label = {"format": 1, "id": id, "created_at": row["created_at"], "updated_at": row["updated_at"]}
+        label |= {"metadata": {"n": n}, "tags": [], "pinned": False, "expires_at": None}
+        (folder / label_name(file)).write_text(json.dumps({**label, "sha256": _sha256(label)}))
     db.close()
-    return kept
 
 
-def write_format_3(path: Path, header: DocumentHeader, kv: MemoryKV) -> QuantizedKV:
-    """A file as the third version wrote it, in 4 bits, and what is in it: nothing was rotated then."""
-    stored = _quantized(kv.to(dtype=torch.float32), 4, rotated=False)
-    write_kv_file(path, header, stored)
-    with safe_open(path, framework="pt") as file:
-        entry = json.loads(file.metadata()["beacon_memory"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    said = {name: form for name, form in entry["tensors"].items() if name != "rotated"}
-    _save(path, tensors, {"format": 3, "header": entry["header"], "tensors": said})
-    return stored
-
-
-def write_format_2(path: Path, header: DocumentHeader, kv: MemoryKV, **changes: object) -> None:
-    """A file as the second version wrote it; changes: to what it says of its tensors."""
-    tensors = {"keys": kv.keys, "values": kv.values, "places": kv.positions, "counts": kv.counts.to(torch.int32)}
-    said = {name: {"dtype": str(tensor.dtype), "shape": [*tensor.shape]} for name, tensor in tensors.items()}
-    entry = {
-        "format": 2,
-        "header": _older(header, "method"),
-        "tensors": {**said, "sha256": _digest(tensors), **changes},
+def write_format_4(path: Path, header: DocumentHeader, kv: MemoryKV, text: str) -> None:
+    """A file as the fourth version wrote it."""
+    old = asdict(header)
+    del old["namespace"]
+    for window in old["windows"]:
+        del window["cuts"]
+    tensors = {
+        "keys": kv.keys,
+        "values": kv.values,
+        "places": kv.positions.to(torch.int16),
+        "counts": kv.counts.to(torch.int32),
+        "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8),
     }
-    _save(path, tensors, entry)
-
-
-def write_format_1(path: Path, header: DocumentHeader, kv: BeaconKV, **changes: object) -> None:
-    """A file as the first version wrote it; changes: to what it says of its tensors."""
-    tensors = {"keys": kv.keys, "values": kv.values}
-    said = {"dtype": str(kv.keys.dtype), "shape": [*kv.keys.shape], "sha256": _digest(tensors), **changes}
-    entry = {"format": 1, "header": _older(header, "method", "compression", "span"), "tensors": said}
-    _save(path, tensors, entry)
-
-
-def _older(header: DocumentHeader, *lacks: str) -> dict[str, Any]:
-    """A header of a time when windows had no span of their own."""
-    fields = {name: value for name, value in asdict(header).items() if name not in lacks}
-    windows = [{name: value for name, value in window.items() if name != "span"} for window in fields["windows"]]
-    return {**fields, "windows": windows}
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    hasher = hashlib.sha256()
+    said: dict[str, Any] = {one: {"dtype": str(t.dtype), "shape": [*t.shape]} for one, t in tensors.items()}
+    hasher = xxhash.xxh3_128()
     for _, tensor in sorted(tensors.items()):
         hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
+        hasher.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    entry = {"format": 4, "header": old, "tensors": said | {"xxh3": hasher.hexdigest()}}
+    save_file(tensors, path, metadata={"beacon_memory": json.dumps({**entry, "sha256": _sha256(entry)})})
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor], entry: dict[str, Any]) -> None:
-    entry["sha256"] = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
-    save_file(tensors, path, metadata={"beacon_memory": json.dumps(entry)})
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from beacon_memory.documents import Label
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.store import MemoryStore
 
-BYTES = 36 * (2 * 4 * 2 + 2)  # of the K/V of a `sample`: entries, of keys and values in bfloat16 and a place in int16
+BYTES = 36 * (2 * 4 * 2 + 1)  # of the K/V of a `sample`: entries, of keys and values in bfloat16 and a place
 
 
 def files(store: MemoryStore) -> list[Path]:

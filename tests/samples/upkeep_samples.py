@@ -92,6 +92,6 @@ def unfinished_put(store: MemoryStore, id: str) -> None:
 
 
 def stale_label(store: MemoryStore, *, id: str = "doc", created_at: str = LONG_AGO) -> None:
-    stage_label(store.folder / "kv", StoredLabel(id, created_at, Label({"old": 1}))).replace(
+    stage_label(store.folder / "kv", StoredLabel(id, "", created_at, Label({"old": 1}), created_at)).replace(
         store.folder / label_name(store.row("doc").file)
     )

@@ -122,7 +122,7 @@ def look(store: MemoryStore, id: str, *, still: bool = True) -> State | None:
     assert file.text == text
     assert replace(file.header, id=id) == header
     assert row.content_hash == header.content_hash
-    assert _tensors(file.kv) == _tensors(kv if row.precision == "float32" else with_precision(kv, row.precision))
+    assert _tensors(file.kv) == _tensors(with_precision(kv, row.precision, header.window_starts))
     version = str(row.metadata.get("version", ""))
     assert row.label == label(version)
     if still:

@@ -499,7 +499,7 @@ def test_a_head_or_manifest_of_nonsense_is_refused(archive: Path, target: Memory
             import_documents(target, archive)
 
 
-LABEL = {"format": 1, "id": "doc", "created_at": CREATED, **asdict(Label())}
+LABEL = {"format": 1, "id": "doc", "namespace": "", "created_at": CREATED, "updated_at": CREATED, **asdict(Label())}
 
 
 def bad_documents() -> dict[str, Members]:
@@ -509,9 +509,10 @@ def bad_documents() -> dict[str, Members]:
     far = with_entry(whole, {**entry, "header": {**entry["header"], "windows": _ending_at(entry, 10**6)}})
     return {
         "damaged K/V": document(1, whole[:-1] + bytes([whole[-1] ^ 1]), LABEL),
-        "older format": document(1, file_of("format 2")[0], LABEL),
+        "older format": document(1, with_entry(whole, {**entry, "format": 4}), LABEL),
         "newer format": document(1, with_entry(whole, {**entry, "format": 99}), LABEL),
         "label of another": document(1, whole, {**LABEL, "id": "another"}),
+        "label of another namespace": document(1, whole, {**LABEL, "namespace": "another"}),
         "label of nonsense": document(1, whole, {**LABEL, "tags": 5}),
         "label of too many tags": document(1, whole, {**LABEL, "tags": [f"{n}" for n in range(10_001)]}),
         "label of too many metadata": document(1, whole, {**LABEL, "metadata": {f"{n}": n for n in range(10_001)}}),
@@ -529,7 +530,7 @@ def _not_a_number() -> bytes:
     header, kv = sample()
     kv.keys[0, 0] = float("nan")
     with tempfile.TemporaryDirectory() as folder:
-        return stage_kv_file(Path(folder), header, kv, Text(TEXT)).read_bytes()
+        return stage_kv_file(Path(folder), header, kv, Text(TEXT)).path.read_bytes()
 
 
 def _ending_at(entry: dict[str, Any], stop: int) -> list[dict[str, Any]]:

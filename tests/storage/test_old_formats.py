@@ -1,162 +1,117 @@
+"""A store whose files are of an older format: listed and searched as ever, and made anew from its texts."""
+
 from __future__ import annotations
 
-from dataclasses import replace
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
-from kv_samples import TEXT, memory, same, sample, stack, write_kv_file
-from old_formats import write_format_1, write_format_2, write_format_3
+from kv_samples import TEXT, same, sample
+from old_formats import write_old_store
+from store_samples import files
+from tiny_models import tiny_model, tiny_tokenizer
 
+from beacon_memory.config import BeaconConfig
+from beacon_memory.documents import Label
 from beacon_memory.errors import CorruptFileError
-from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.kv.quantize import QuantizedKV
-from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import read_header, read_kv_file
-from beacon_memory.storage.files.stored_kv import stored_bytes
+from beacon_memory.memory import BeaconMemory
+from beacon_memory.storage.catalog.rows import Totals
+from beacon_memory.storage.repair import repair, verify
+from beacon_memory.storage.store import MemoryStore
+
+OLD = {"doc": TEXT, "other": "Another text, about pears."}
+ADVICE = "has format 4 of an older beacon_memory, which this one does not read: `beacon-memory recompress` makes"
 
 
-def as_first_format(header: DocumentHeader) -> DocumentHeader:
-    """What a header reads as that was written when all were of beacons, and windows had no span of their own."""
-    windows = tuple(replace(window, span=window.slots) for window in header.windows)
-    return replace(header, compression="beacon", span=header.slots, windows=windows, method=None)
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    write_old_store(tmp_path / "store", OLD)
+    return tmp_path / "store"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_stack_of_beacons_in_the_first_format_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
-    path = tmp_path / "a.safetensors"
-    kv = stack(6, dtype=dtype)
-    header, _ = sample()
-    write_format_1(path, header, kv)
-    read = read_kv_file(path)
-    assert read.header == as_first_format(header) == read_header(path)
-    assert same(read.kv, MemoryKV.of(kv))
-    assert read.text_bytes is None
-    with pytest.raises(CorruptFileError, match="file of 'doc' is of a format that does not keep the text"):
-        _ = read.text
+def test_rows_and_texts_are_there_and_kv_are_refused_with_advice(old: Path) -> None:
+    with MemoryStore(old) as store:
+        assert [row.id for row in store.list()] == ["doc", "other"]
+        assert [row.id for row in store.list(metadata={"n": 1})] == ["other"]
+        assert {id: store.text(id) for id in OLD} == OLD
+        assert [hit.document for hit in store.search("pears")] == ["other"]
+        assert store.totals() == Totals(2, 2048)
+        for use in (store.get, store.read, lambda id: store.rename(id, "new"), lambda id: store.convert(id, "int8")):
+            with pytest.raises(CorruptFileError, match=ADVICE):
+                use("doc")
+        assert store.update("doc", tags=["a"]).label == Label({"n": 0}, ["a"])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_memory_in_the_second_format_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
-    path = tmp_path / "a.safetensors"
-    header, kv = sample(dtype=dtype)
-    write_format_2(path, header, kv)
-    read = read_kv_file(path)
-    assert read.header == replace(header, method=None) == read_header(path)
-    assert same(read.kv, kv)
-    assert read.text_bytes is None
+def test_repair_without_a_model_reports_files_and_renews_labels(old: Path) -> None:
+    before = {path: path.read_bytes() for path in old.rglob("*.safetensors")}
+    with MemoryStore(old) as store:
+        for problems in (verify(store), repair(store)):
+            assert {(problem.kind, problem.document) for problem in problems} == {
+                (kind, id) for kind in ("damaged-file", "stale-label") for id in OLD
+            }
+            assert all(ADVICE in problem.message for problem in problems if problem.kind == "damaged-file")
+        assert [(problem.kind, problem.mended) for problem in repair(store)] == [("damaged-file", False)] * 2
+        assert {path: path.read_bytes() for path in files(store)} == before
+        assert store.text("doc") == TEXT
 
 
-@pytest.mark.parametrize(
-    ("compression", "span", "spans"),
-    [("beacon", 6, (4, 2)), ("select", 13, (8, 5)), ("hybrid", 13, (0, 13)), ("hybrid", 9, (0, 9))],
-)
-def test_windows_of_the_second_format_get_the_spans_that_they_had(
-    tmp_path: Path, compression: str, span: int, spans: tuple[int, int]
-) -> None:
-    header, _ = sample()
-    written = replace(header, compression=compression, span=13)
-    object.__setattr__(written, "span", span)  # what only the new windows forbid
-    write_format_2(tmp_path / "a.safetensors", written, memory(span, 36))
-    read = read_kv_file(tmp_path / "a.safetensors")
-    assert tuple(window.span for window in read.header.windows) == spans
-    assert (read.header.compression, read.header.span, read.kv.span) == (compression, span, span)
+def test_without_a_catalog_files_are_kept_and_reported(old: Path) -> None:
+    (old / "catalog.sqlite3").unlink()
+    with MemoryStore(old) as store:
+        for look in (verify, repair, repair):
+            assert [(problem.kind, problem.mended) for problem in look(store)] == [("lost-row", False)] * 2
+        assert len(files(store)) == 2
+        assert store.list() == []
 
 
-def test_a_document_without_windows_is_read_in_the_second_format(tmp_path: Path) -> None:
-    header = replace(sample()[0], tokens=0, span=0, windows=(), tail_ids=(), compression="hybrid")
-    write_format_2(tmp_path / "a.safetensors", header, memory(0, 0))
-    assert read_header(tmp_path / "a.safetensors") == replace(header, method=None)
+def test_a_damaged_row_takes_its_text_from_the_catalog(old: Path) -> None:
+    with MemoryStore(old) as store:
+        store.update("doc", tags=["a"])
+        with closing(sqlite3.connect(old / "catalog.sqlite3")) as db:
+            db.execute("UPDATE documents SET compression = 'sele\x01t' WHERE id = 'doc'")
+            db.commit()
+        assert ("damaged-row", True) in [(problem.kind, problem.mended) for problem in repair(store)]
+        assert store.text("doc") == TEXT
+        assert store.row("doc").label == Label({"n": 0}, ["a"])
 
 
-def test_keys_in_4_bits_of_the_third_format_are_not_rotated_and_stay_as_they_are(tmp_path: Path) -> None:
-    path, new = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    header, kv = sample(dtype=torch.float32)
-    stored = write_format_3(path, header, kv)
-    read = read_kv_file(path)
-    assert read.header == header == read_header(path)
-    assert same(read.memory(), stored.dequantized(torch.float32))
-    assert (read.memory().keys - kv.keys).abs().max() <= 0.51 * stored.key_scales.max()  # type: ignore[operator]
-    assert read.text == TEXT
-    write_kv_file(new, read.header, read.kv)
-    again = read_kv_file(new)
-    assert isinstance(again.kv, QuantizedKV)
-    assert not again.kv.rotated
-    assert same(again.kv, stored)
+def test_a_document_is_replaced_and_the_others_stay(old: Path) -> None:
+    with MemoryStore(old) as store:
+        header, kv = sample()
+        created = store.row("doc").created_at
+        store.put(header, kv, TEXT)
+        assert same(store.get("doc").kv, kv)
+        assert (store.row("doc").created_at, store.row("doc").metadata) == (created, {"n": 0})
+        assert len(files(store)) == 2
+        repair(store)
+        assert [(problem.kind, problem.document) for problem in verify(store)] == [("damaged-file", "other")]
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_what_was_read_in_an_old_format_is_written_in_the_new_one(tmp_path: Path, number: int) -> None:
-    path, new = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    header, kv = sample()
-    if number == 1:
-        write_format_1(path, header, stack(6, dtype=torch.bfloat16))
-    else:
-        write_format_2(path, header, kv)
-    read = read_kv_file(path)
-    write_kv_file(new, read.header, read.kv, TEXT)
-    again = read_kv_file(new)
-    assert again.header == read.header
-    assert same(again.kv, read.kv)
-    assert again.text == TEXT
-    assert stored_bytes(read.kv) == stored_bytes(again.kv)
+def test_recompressing_makes_all_documents_anew(old: Path) -> None:
+    model = tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tiny_tokenizer())
+    memory = BeaconMemory(old, model, reserve=100)
+    with pytest.raises(CorruptFileError, match=ADVICE):
+        memory.ask("Who?", "doc", max_new_tokens=2)
+    rows = {row.id: row for row in memory.list()}
+    assert [(one.id, one.status) for one in memory.recompress()] == [(id, "recompressed") for id in OLD]
+    assert memory.verify() == []
+    for id, text in OLD.items():
+        row, file = memory.store.read(id)
+        assert (file.text, memory.store.text(id)) == (text, text)
+        assert (row.fingerprint, row.ratios, row.compression) == (model.fingerprint.digest, (2,), "select")
+        assert (row.created_at, row.label) == (rows[id].created_at, rows[id].label)
+    assert len(files(memory.store)) == 2
+    assert memory.recompress() == []
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_no_flipped_byte_of_an_old_file_goes_unnoticed(tmp_path: Path, number: int) -> None:
-    path = tmp_path / "a.safetensors"
-    header, kv = sample()
-    if number == 1:
-        write_format_1(path, header, stack(6, dtype=torch.bfloat16))
-    else:
-        write_format_2(path, header, kv)
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 7):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x11]) + whole[position + 1 :])
-        with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
-            read_kv_file(path)
-
-
-@pytest.mark.parametrize(
-    ("slots", "change", "message"),
-    [
-        (5, {}, "span is 5, but the windows' are 6"),
-        (6, {"shape": [2, 3, 7, 4]}, r"its header cannot be read|not .*\[2, 3, 7, 4\]"),
-        (6, {"shape": [36, 4]}, "header cannot be read"),
-        (6, {"dtype": "torch.float16"}, "not .*torch.float16"),
-        (6, {"shape": None}, "header cannot be read"),
-        (6, {"sha256": "0" * 64}, "their hash differs"),
-    ],
-)
-def test_a_first_format_that_contradicts_itself_is_corrupt(
-    tmp_path: Path, slots: int, change: dict[str, object], message: str
-) -> None:
-    path = tmp_path / "a.safetensors"
-    write_format_1(path, sample()[0], stack(slots), **change)
-    with pytest.raises(CorruptFileError, match=message):
-        read_kv_file(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keys": {"dtype": "torch.float16", "shape": [36, 4]}}, "its keys are .*, not .*torch.float16"),
-        ({"places": {"dtype": "torch.int16", "shape": [36]}}, "its places are .*, not .*torch.int16"),
-        ({"counts": 3}, "its counts are .*, not 3"),
-        ({"sha256": "0" * 64}, "their hash differs"),
-    ],
-)
-def test_a_second_format_that_contradicts_itself_is_corrupt(
-    tmp_path: Path, change: dict[str, object], message: str
-) -> None:
-    path = tmp_path / "a.safetensors"
-    write_format_2(path, *sample(), **change)
-    with pytest.raises(CorruptFileError, match=message):
-        read_kv_file(path)
-
-
-def test_windows_are_read_as_they_were_counted(tmp_path: Path) -> None:
-    header, _ = sample()
-    kept_raw = replace(header, windows=(WindowSpan(13, 0, 0, 9, 13),), tail_ids=())
-    write_format_1(tmp_path / "a.safetensors", kept_raw, stack(13))
-    assert read_kv_file(tmp_path / "a.safetensors").header.windows == (WindowSpan(13, 0, 0, 9, 13),)
+def test_documents_of_the_same_model_are_made_anew_too(old: Path) -> None:
+    """What a document was made with is what this model makes: only the format differs."""
+    model = tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tiny_tokenizer())
+    with closing(sqlite3.connect(old / "catalog.sqlite3")) as db:
+        db.execute("UPDATE documents SET fingerprint = ?", [model.fingerprint.digest])
+        db.commit()
+    memory = BeaconMemory(old, model, reserve=100)
+    assert memory.add("doc", TEXT, ratio=4, compression="select").status == "replaced"
+    assert [one.id for one in memory.recompress()] == ["other"]
+    assert memory.verify() == []

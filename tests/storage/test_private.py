@@ -12,6 +12,7 @@ import pytest
 from crashing import fork, wait
 from store_samples import files, put
 
+from beacon_memory.conversation import Conversation
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.archive import export_documents, import_documents
 from beacon_memory.storage.files.folder import FolderBackend
@@ -44,6 +45,7 @@ def use(root: Path) -> None:
         for one in (store, store.within("near"), far):
             put(one)
             one.update("doc", tags=["x"])
+            one.conversations.put(Conversation("talk"))
         beside = [*root.glob("catalog.sqlite3*")]
         assert len(beside) == 3
         assert len({path.stat().st_mode for path in beside}) == 1
@@ -128,17 +130,15 @@ def test_no_namespace_and_no_cache_is_a_link(tmp_path: Path, linked: str) -> Non
 def test_temporary_files_beside_settings_and_sessions_are_found(tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "store") as store:
         put(store)
-        (store.folder / "sessions").mkdir()
-        old, new = [
-            [folder / f".tmp-{age}" for folder in (store.folder, store.folder / "sessions")] for age in ("old", "new")
-        ]
-        for path in [*old, *new]:
+        store.conversations.put(Conversation("talk"))
+        beside, new = (store.folder / f".tmp-{age}" for age in ("old", "new"))
+        old = [store.folder / "sessions" / ".tmp-0123456789abcdef", beside]
+        for path in [*old, new]:
             path.write_text("a turn")
-        for path in old:
-            os.utime(path, (time.time() - 120,) * 2)
+        os.utime(beside, (time.time() - 120,) * 2)
         assert [(one.kind, one.path) for one in verify(store)] == [("stale-temp", str(path)) for path in old]
         assert all(problem.mended for problem in repair(store))
-        assert [path.exists() for path in [*old, *new]] == [False, False, True, True]
+        assert [path.exists() for path in [*old, new]] == [False, False, True]
 
 
 def test_what_a_killed_export_leaves_is_private_and_removed_by_the_next(tmp_path: Path) -> None:

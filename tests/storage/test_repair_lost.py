@@ -72,7 +72,7 @@ def test_what_a_killed_writer_left_after_the_files_were_listed_is_no_lost_row(
         monkeypatch.setattr(module, "suspected_files", listed)
         found = listed(catalog, files)
         lay_mark(files, (name := f"{file_stem('new')}-{catalog.file_names.take_number():012x}.safetensors"))
-        files.publish(stage_kv_file(files.make_staging(), *sample("new", LONG), Text(LONG)), name)
+        files.publish(stage_kv_file(files.make_staging(), *sample("new", LONG), Text(LONG)).path, name)
         return found
 
     monkeypatch.setattr(module, "suspected_files", overtaken)

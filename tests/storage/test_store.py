@@ -83,7 +83,7 @@ def test_a_document_lies_in_a_file_that_tells_all_of_it(store: MemoryStore) -> N
     file = read_kv_file(store.folder / row.file)
     assert (file.header, file.text) == (header, TEXT)
     assert same(file.kv, kv)
-    assert read_label(store.folder / label_name(row.file)) == StoredLabel("doc", LONG_AGO, label, row.updated_at)
+    assert read_label(store.folder / label_name(row.file)) == StoredLabel("doc", "", LONG_AGO, label, row.updated_at)
 
 
 @pytest.mark.parametrize("precision", Precision)

@@ -144,7 +144,7 @@ def test_whatever_call_fails_the_store_stays_as_it_was(
         assert failed or not reached or everything(failing_folder) == prepared.after
         # a label that was written before the failure cannot be taken back where nothing can be written any more, and
         # the mark of a file must stay where that could come back
-        excused = frozenset({"stale-label", "stale-temp"} if lasting else ())
+        excused = frozenset({"stale-label", "stale-temp"}) if lasting else prepared.excused
         check(failing_folder, prepared, failed=failed, excused=excused)
     assert number > 1
 

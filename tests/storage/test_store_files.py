@@ -24,7 +24,7 @@ from beacon_memory.errors import (
 from beacon_memory.storage.archive import export_documents, import_documents
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.files.cached import CachedFiles
-from beacon_memory.storage.files.kv_file import stage_kv_file
+from beacon_memory.storage.files.kv_file import StagedFile, stage_kv_file
 from beacon_memory.storage.files.names import number_of
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
@@ -176,7 +176,7 @@ def test_a_document_is_not_acknowledged_where_files_are_not_any_more(
     with MemoryStore(tmp_path / "store") as store:
         put(store)
 
-        def moved(*given: Any) -> Path:
+        def moved(*given: Any) -> StagedFile:
             monkeypatch.undo()
             store.parts.catalog().properties.set("files", (tmp_path / "place").as_uri())
             return stage_kv_file(*given)

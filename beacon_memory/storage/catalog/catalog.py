@@ -1,10 +1,11 @@
 """The index of what is stored, in one SQLite database.
 
-    documents    a row for each document, found by id or by filters
-    texts        their source texts in passages, with a full-text index
-    versions     K/V of other models that are kept beside a document's own
-    file_names   which K/V files there are, and numbers for new ones
-    properties   what is kept once for all: identity, settings, counts
+    documents      a row for each document, found by id or by filters
+    texts          their source texts in passages, with a full-text index
+    versions       K/V of other models that are kept beside a document's own
+    conversations  a row for each conversation, with its recent turns
+    file_names     which K/V files there are, and numbers for new ones
+    properties     what is kept once for all: identity, settings, counts
 
 Each of these is a class in a module of its own; `Catalog` opens the database and has one of each:
 
@@ -26,6 +27,7 @@ from beacon_memory.errors import StoreError
 from beacon_memory.storage.files.durable import sync_file
 
 from .connections import BUSY_SECONDS, Connections
+from .conversations import Conversations
 from .documents import Documents
 from .file_names import FileNames
 from .migrations import migrate
@@ -49,6 +51,7 @@ class Catalog:
         self.texts = Texts(self.connections)
         self.documents = Documents(self.connections, self.texts)
         self.versions = Versions(self.connections)
+        self.conversations = Conversations(self.connections)
         self.file_names = FileNames(self.connections, self.properties)
         try:
             with self.connections.use() as db:

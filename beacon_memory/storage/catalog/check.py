@@ -71,7 +71,7 @@ def mend_catalog(catalog: Catalog, properties: Mapping[str, Any]) -> None:
     """
     with catalog.transaction(), catalog.connections.use() as db:
         # not the index of the steps that made the tables: which names are right, its own or those of its table?
-        for table in ("documents", "passages", "labels", "versions", "unsettled", "properties"):
+        for table in ("documents", "passages", "labels", "versions", "conversations", "unsettled", "properties"):
             db.execute(f"REINDEX {table}")
         db.execute("INSERT INTO passages_fts(passages_fts) VALUES('rebuild')")
         for name, count in _counts(db):

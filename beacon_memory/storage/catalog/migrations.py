@@ -222,6 +222,24 @@ def m010_root(db: Database) -> None:
     db.execute("ALTER TABLE documents ADD COLUMN root TEXT NOT NULL DEFAULT ''")
 
 
+@migrations()
+def m011_conversations(db: Database) -> None:
+    """Keep the recent turns of conversations."""
+    db.execute(
+        """
+        CREATE TABLE conversations (
+            id TEXT PRIMARY KEY NOT NULL,
+            turns TEXT NOT NULL,
+            parts TEXT NOT NULL,
+            folding TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            updated_at TEXT NOT NULL,
+            checksum TEXT NOT NULL
+        )
+        """
+    )
+
+
 def _keep_texts(db: Database) -> None:
     """Cut the texts anew whose passages, joined, are not what the column holds."""
     of_one = "SELECT text FROM passages WHERE document = documents.id ORDER BY ordinal"

@@ -109,10 +109,11 @@ class DamagedRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """How many documents a store holds, and how many bytes all K/V take."""
+    """How many documents a store holds, how many bytes all K/V take, and how many conversations there are."""
 
     documents: int
     bytes: int
+    conversations: int = 0
 
 
 COLUMNS = (*(field.name for field in fields(DocumentRow)), "checksum")

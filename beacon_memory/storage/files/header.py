@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from beacon_memory.config import METHOD_NAME
-from beacon_memory.documents import check_id, utc_now
+from beacon_memory.documents import check_id, check_namespace, utc_now
 from beacon_memory.errors import InputError
 from beacon_memory.kv.fingerprint import Fingerprint
 
@@ -117,7 +117,7 @@ class DocumentHeader:
 
     def __post_init__(self) -> None:
         check_id(self.id)
-        check_id(self.namespace or self.id)
+        check_namespace(self.namespace)
         for name in ("content_hash", "created_at"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.isascii():
@@ -158,6 +158,11 @@ class DocumentHeader:
     def window_starts(self) -> list[int]:
         """Return the position of the memory at which each window begins."""
         return [0, *accumulate(window.span for window in self.windows)][:-1]
+
+    @property
+    def section_count(self) -> int:
+        """Count the sections without making a list of them, which a header may claim to be very long."""
+        return sum(-(-window.span // SECTION) for window in self.windows)
 
     @property
     def sections(self) -> list[SectionSpan]:

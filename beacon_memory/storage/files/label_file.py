@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from beacon_memory.documents import Label, check_id
+from beacon_memory.documents import Label, check_id, check_namespace
 from beacon_memory.errors import CorruptFileError, InputError
 
 from .checked_json import read_checked, stage_checked
@@ -48,8 +48,7 @@ def read_label(path: Path) -> StoredLabel:
     """Read a label; raises FileNotFoundError, or CorruptFileError for anything that `stage_label` did not write."""
     fields = read_checked(path)
     try:
-        id, namespace = check_id(fields.pop("id")), fields.pop("namespace")
-        check_id(namespace or id)
+        id, namespace = check_id(fields.pop("id")), check_namespace(fields.pop("namespace"))
         times = fields.pop("created_at"), fields.pop("updated_at")
         if not all(isinstance(time, str) and time.isascii() for time in times):
             raise ValueError(f"created_at and updated_at are {times!r}")

@@ -22,7 +22,7 @@ import portalocker
 
 from beacon_memory.errors import StoreError
 
-from .durable import create_file, identity, make_folder
+from .durable import create_file, identity, make_folder, unlink
 
 __all__ = ["alone", "looking", "renew_in_forks", "tidying", "writing"]
 
@@ -121,9 +121,32 @@ def looking(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock on a file alone; `what` begins the error if others hold it for more than 120 seconds."""
-    with _locked(path, portalocker.LockFlags.EXCLUSIVE, _WRITE_SECONDS, what):
+    """Hold the lock on a file alone; `what` begins the error if others hold it for more than 120 seconds.
+
+    The file is there only while somebody holds the lock, or waits for it.
+    """
+    patient = time.monotonic() + _WRITE_SECONDS
+    while True:
+        lock = _acquired(path, portalocker.LockFlags.EXCLUSIVE, max(0.0, patient - time.monotonic()))
+        if lock is None:
+            raise _waited(what, _WRITE_SECONDS)
+        if _is_at(lock, path):
+            break
+        lock.release()  # who held it before has removed the file, and others may have made a new one
+    try:
         yield
+    finally:
+        try:
+            if _is_at(lock, path):
+                unlink(path)
+        finally:
+            lock.release()
+
+
+def _is_at(lock: portalocker.Lock, path: Path) -> bool:
+    """Tell whether a lock is on the file that is at a path now."""
+    status = os.fstat(lock.fh.fileno()) if lock.fh else None
+    return status is not None and identity(path) == (status.st_dev, status.st_ino)
 
 
 @contextlib.contextmanager

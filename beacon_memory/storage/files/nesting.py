@@ -50,7 +50,7 @@ def file_order(kv: MemoryKV | QuantizedKV, sections: Sequence[SectionSpan]) -> t
     """
     heads = torch.arange(kv.counts.numel()).repeat_interleave(kv.counts.flatten())
     firsts = torch.tensor([section.first for section in sections], dtype=torch.int32)
-    section = torch.bucketize(kv.positions, firsts, right=True) - 1
+    section = torch.bucketize(kv.positions.contiguous(), firsts, right=True) - 1
     depth = torch.zeros_like(heads) if kv.levels is None else TOP_LEVEL - kv.levels.long()
     depths = int(depth.max()) + 1 if len(depth) else 1
     cell = (section * depths + depth) * kv.counts.numel() + heads

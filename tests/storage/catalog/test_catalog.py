@@ -231,6 +231,8 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m007_method",
         "m008_words",
         "m009_copies",
+        "m010_root",
+        "m011_conversations",
     ]
     assert db.journal_mode == "wal"
     db.close()

@@ -5,27 +5,20 @@ import json
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from catalog_samples import add
-from kv_samples import TEXT, same, sample
-from old_formats import create_old_catalog, insert_old_row, write_old_store
+from old_formats import create_old_catalog, insert_old_row
 from sqlite_utils import Database
-from store_samples import files
 
-from beacon_memory.documents import Label, content_hash
+from beacon_memory.documents import content_hash
 from beacon_memory.errors import StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.migrations import migrations
 from beacon_memory.storage.catalog.passages import split_passages
-from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import read_kv_file
-from beacon_memory.storage.files.stored_kv import precision_of
-from beacon_memory.storage.repair import repair, verify
+from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
 
 LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra.\0 " * 20 for n in range(9))
@@ -178,91 +171,6 @@ def test_processes_that_open_an_old_catalog_together_bring_it_up_to_date_once(ol
     assert [child.communicate(timeout=60) for child in children] == [("4\n", "")] * 4
 
 
-OLD = {"doc": TEXT, "other": "Another text, about pears."}
-
-
-def appended(header: DocumentHeader, text: str) -> DocumentHeader:
-    windows = (*header.windows[:-1], replace(header.windows[-1], stop=len(text)))
-    return replace(header, content_hash=content_hash(text), windows=windows)
-
-
-def test_an_old_store_is_read_and_found_sound(tmp_path: Path) -> None:
-    kept = write_old_store(tmp_path / "store", OLD)
-    before = {path: path.read_bytes() for path in (tmp_path / "store" / "kv").rglob("*.safetensors")}
-    with MemoryStore(tmp_path / "store") as store:
-        assert verify(store) == []
-        assert repair(store) == []
-        for n, (id, text) in enumerate(OLD.items()):
-            found = store.get(id)
-            assert same(found.kv, kept[id])
-            assert (found.header.id, found.header.method) == (id, None)
-            assert store.text(id) == text
-            assert [row.id for row in store.list(metadata={"n": n})] == [id]
-        assert store.totals().documents == 2
-        assert {path: path.read_bytes() for path in files(store)} == before
-
-
-CHANGES: dict[str, Callable[[MemoryStore], object]] = {
-    "renamed": lambda store: store.rename("doc", "new"),
-    "converted": lambda store: store.convert("doc", "float16"),
-    "appended": lambda store: store.put(
-        appended(store.get("doc").header, TEXT + " The end."),
-        store.read("doc")[1].kv,
-        TEXT + " The end.",
-        replacing=store.row("doc").file,
-    ),
-    "replaced": lambda store: store.put(*sample(), TEXT),
-    "labelled": lambda store: store.update("doc", tags=["a"]),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_document_of_an_old_store_is_changed(tmp_path: Path, change: str) -> None:
-    kept = write_old_store(tmp_path / "store", OLD)
-    with MemoryStore(tmp_path / "store") as store:
-        CHANGES[change](store)
-        id = "new" if change == "renamed" else "doc"
-        assert {row.id for row in store.list()} == {id, "other"}
-        found = store.get(id)
-        assert found.row.created_at == "2025-01-02T00:00:00.000+00:00"
-        assert found.row.metadata == {"n": 0}
-        assert store.text(id) == TEXT + " The end." * (change == "appended")
-        if change in ("renamed", "appended", "labelled"):
-            assert same(found.kv, kept["doc"])
-        if change != "labelled":
-            file = read_kv_file(store.folder / found.row.file)
-            assert file.text == store.text(id)
-            assert (found.row.precision, found.row.bytes) == (precision_of(file.kv), 36 * (2 * 4 * 2 + 2))
-            assert len(found.row.file.partition("-")[2]) == len("0123456789ab.safetensors")
-        assert len(files(store)) == 2
-        assert verify(store) == []
-
-
-def test_a_damaged_row_over_an_old_file_takes_its_text_from_the_catalog(tmp_path: Path) -> None:
-    kept = write_old_store(tmp_path / "store", OLD)
-    with MemoryStore(tmp_path / "store") as store:
-        store.update("doc", tags=["a"])
-        with contextlib.closing(sqlite3.connect(store.folder / "catalog.sqlite3")) as db:
-            db.execute("UPDATE documents SET compression = 'sele\x01t' WHERE id = 'doc'")
-            db.commit()
-        assert [(problem.kind, problem.document) for problem in verify(store)] == [("damaged-row", "doc")]
-        assert [problem.mended for problem in repair(store)] == [True]
-        assert verify(store) == []
-        assert store.text("doc") == TEXT
-        assert same(store.get("doc").kv, kept["doc"])
-        assert store.row("doc").label == Label({"n": 0}, ["a"])
-
-
-def test_old_files_without_a_catalog_are_kept_and_reported(tmp_path: Path) -> None:
-    write_old_store(tmp_path / "store", OLD)
-    (tmp_path / "store" / "catalog.sqlite3").unlink()
-    with MemoryStore(tmp_path / "store") as store:
-        for look in (verify, repair, repair):
-            assert [(problem.kind, problem.mended) for problem in look(store)] == [("orphan-file", False)] * 2
-        assert len(files(store)) == 2
-        assert store.list() == []
-
-
 def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
     with MemoryStore(tmp_path) as store:
         settings = store.configure(quota=10**6, precision="int8")
@@ -275,14 +183,3 @@ def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
     with MemoryStore(tmp_path) as store:
         assert store.settings == settings
         assert verify(store) == []
-
-
-def test_files_of_an_old_store_whose_catalog_is_lost_are_kept_and_named(tmp_path: Path) -> None:
-    write_old_store(tmp_path / "store", {"doc": "about apples"})
-    (tmp_path / "store" / "catalog.sqlite3").unlink()
-    with MemoryStore(tmp_path / "store") as store:
-        for look in (verify, repair, repair):
-            (problem,) = look(store)
-            assert (problem.kind, problem.document, problem.mended) == ("orphan-file", "doc", False)
-            assert "add the document anew, and remove it" in problem.message
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1

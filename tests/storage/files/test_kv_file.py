@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import forged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, start, write_kv_file
@@ -21,15 +22,16 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import read_header, read_kv_file, stage_kv_file
-from beacon_memory.storage.files.kv_formats import FORMAT_VERSION
+from beacon_memory.storage.files.kv_metadata import FORMAT_VERSION
 from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes, with_precision
 
-# What a file says of the tensors of `sample`, their hash apart.
+# What a file says of the tensors of `sample`: two sections, of all levels.
 FORMS: dict[str, Any] = {
     "keys": {"dtype": "torch.bfloat16", "shape": [36, 4]},
     "values": {"dtype": "torch.bfloat16", "shape": [36, 4]},
-    "places": {"dtype": "torch.int16", "shape": [36]},
-    "counts": {"dtype": "torch.int32", "shape": [2, 3]},
+    "places": {"dtype": "torch.uint8", "shape": [36]},
+    "counts": {"dtype": "torch.uint8", "shape": [2, 14, 2, 3]},
+    "hashes": {"dtype": "torch.uint8", "shape": [2, 14, 16]},
     "text": {"dtype": "torch.uint8", "shape": [len(TEXT)]},
 }
 
@@ -37,7 +39,7 @@ FORMS: dict[str, Any] = {
 @pytest.mark.parametrize("precision", Precision)
 def test_what_was_written_is_read_back_bit_for_bit(tmp_path: Path, precision: str) -> None:
     header, kv = sample()
-    stored = with_precision(kv, precision)
+    stored = with_precision(kv, precision, header.window_starts)
     write_kv_file(tmp_path / "a.safetensors", header, stored)
     read = read_kv_file(tmp_path / "a.safetensors")
     assert read.header == header == read_header(tmp_path / "a.safetensors")
@@ -72,18 +74,19 @@ def test_kv_of_no_slots_and_no_text_can_be_kept(tmp_path: Path) -> None:
         assert (kv.keys.shape, kv.counts.tolist(), kv.span) == ((0, 4), [[0, 0, 0]] * 2, 0)
 
 
-@pytest.mark.parametrize(("span", "dtype"), [(1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)])
-def test_places_take_two_bytes_where_these_are_enough(tmp_path: Path, span: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("span", [13, 64, 65, 1 << 15, (1 << 20) + 1])
+def test_places_take_one_byte_in_any_span(tmp_path: Path, span: int) -> None:
     kv = replace(memory(13, 36, dtype=torch.bfloat16), span=span)
     kv = replace(kv, positions=kv.positions.index_fill(0, torch.tensor([35]), span - 1))
     window = WindowSpan(36, 6, 0, 4, span)
     header = DocumentHeader("doc", content_hash("text"), 36, (window,), (), "select", span, FINGERPRINT)
     write_kv_file(tmp_path / "a.safetensors", header, kv, "text")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        assert file.get_tensor("places").dtype == dtype
+        assert file.get_tensor("places").dtype == torch.uint8
+        assert file.get_tensor("counts").shape == (-(-span // 64), 1, 2, 3)
     read = read_kv_file(tmp_path / "a.safetensors").kv
     assert same(read, kv)
-    assert stored_bytes(kv) == stored_bytes(read) == 36 * (2 * 4 * 2 + dtype.itemsize)
+    assert stored_bytes(kv) == stored_bytes(read) == 36 * (2 * 4 * 2 + 1)
 
 
 def test_a_file_is_read_onto_a_device_in_a_dtype(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_a_file_is_read_onto_a_device_in_a_dtype(tmp_path: Path) -> None:
     write_kv_file(path, header, kv)
     assert same(read_kv_file(path).memory("cpu"), kv)
     assert same(read_kv_file(path).memory(dtype=torch.float32), kv.to(dtype=torch.float32))
-    quantized = with_precision(kv, "int8")
+    quantized = with_precision(kv, "int8", header.window_starts)
     assert isinstance(quantized, QuantizedKV)
     write_kv_file(path, header, quantized)
     assert same(read_kv_file(path).memory(), quantized.dequantized(torch.float32))
@@ -133,7 +136,7 @@ def test_a_replaced_file_stays_whole_for_who_has_read_it(tmp_path: Path) -> None
 
 
 def test_a_staged_file_is_a_temporary_one_until_it_is_given_its_name(tmp_path: Path) -> None:
-    temp = stage_kv_file(tmp_path / "new" / "folder", *sample(), Text(TEXT))
+    temp = stage_kv_file(tmp_path / "new" / "folder", *sample(), Text(TEXT)).path
     assert temp.parent == tmp_path / "new" / "folder"
     assert temp.name.startswith(".tmp")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -185,7 +188,7 @@ def test_a_full_disk_is_a_store_error_and_leaves_nothing(tmp_path: Path) -> None
         (lambda kv: replace(kv, values=kv.values.float()), "one dtype, got torch.bfloat16 and torch.float32"),
         (lambda kv: replace(kv, positions=kv.positions + 1), "positions go from 1 to 13, but it spans 13 positions"),
         (lambda kv: replace(kv, positions=kv.positions - 1), "positions go from -1 to 11"),
-        (lambda kv: replace(kv, counts=torch.tensor([[-1, 37, 0], [0, 0, 0]])), "one of its heads has -1 entries"),
+        (lambda kv: replace(kv, counts=torch.tensor([[-1, 37, 0], [0, 0, 0]])), "one of its 6 heads has -1 entries"),
         (lambda kv: replace(kv, counts=torch.tensor([[36]])), "36 entries, but its windows take 6 slots of each of 1"),
     ],
 )
@@ -195,7 +198,7 @@ def test_kv_that_the_header_does_not_describe_are_refused(
     header, _ = sample()
     places = torch.tensor([0, 2, 4, 6, 8, 12], dtype=torch.int32).repeat(6)
     kv = replace(MemoryKV.of(stack(6, dtype=torch.bfloat16)), positions=places, span=13)
-    stage_kv_file(tmp_path, header, kv, Text(TEXT)).unlink()
+    stage_kv_file(tmp_path, header, kv, Text(TEXT)).path.unlink()
     with pytest.raises(InputError, match=f"the K/V of 'doc' cannot be stored: .*{message}"):
         stage_kv_file(tmp_path, header, change(kv), Text(TEXT))
     assert not list(tmp_path.iterdir())
@@ -226,10 +229,23 @@ def test_a_header_that_contradicts_itself_is_refused(change: dict[str, object], 
         replace(sample()[0], **change)  # type: ignore[arg-type]  # wrong on purpose
 
 
+def test_windows_that_are_due_to_be_compressed_are_raw_and_the_last_ones() -> None:
+    header = sample()[0]
+    *first, last = header.windows
+    due = replace(last, ratio=0, due=4)
+    assert replace(header, windows=(*first, due)).settled == tuple(first)
+    with pytest.raises(InputError, match="must be the last ones"):
+        replace(header, windows=(due, *first))
+    with pytest.raises(InputError, match="a window due at ratio 4 must be at ratio 0, got 8"):
+        replace(due, ratio=8)
+    with pytest.raises(InputError, match="due ratio must be an integer of at least 0, got -1"):
+        replace(due, due=-1)
+
+
 def test_a_window_counts_a_beacon_for_its_incomplete_unit() -> None:
     slots = [WindowSpan(tokens, ratio, 0, 0, 9).slots for tokens, ratio in [(8, 4), (9, 4), (0, 4), (5, 0)]]
     assert slots == [2, 3, 0, 5]
-    with pytest.raises(InputError, match="stop 1 lies before its start 2"):
+    with pytest.raises(InputError, match=r"start, cuts and stop must not fall, got \(2, 1\)"):
         WindowSpan(1, 1, 2, 1, 1)
     with pytest.raises(InputError, match="a window's span must be an integer of at least 0, got -1"):
         WindowSpan(1, 1, 0, 1, -1)
@@ -246,11 +262,14 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path: Path) -> None:
     header, kv = sample()
     write_kv_file(path, header, kv)
     whole = path.read_bytes()
-    for position in range(0, len(whole), 5):
-        for mask in (0x01, 0xFF):
-            path.write_bytes(whole[:position] + bytes([whole[position] ^ mask]) + whole[position + 1 :])
-            with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
-                read_kv_file(path)
+    text = whole.index(TEXT.encode())
+    for position in range(len(whole)):
+        in_text = text <= position < text + len(TEXT)
+        path.write_bytes(
+            whole[:position] + bytes([whole[position] ^ (0x01, 0xFF)[position % 2]]) + whole[position + 1 :]
+        )
+        with pytest.raises(CorruptFileError, match="text in the file of 'doc'" if in_text else r"a\.safetensors"):
+            _ = read_kv_file(path).text
 
 
 def test_a_header_that_is_read_is_the_one_that_was_written_or_an_error(tmp_path: Path) -> None:
@@ -303,7 +322,7 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_kv_file(path, *sample())
     _rewrite(path, {"format": FORMAT_VERSION + 1, "header": "of another kind"})
-    with pytest.raises(CorruptFileError, match=r"a\.safetensors has format 5.*newer.*upgrade beacon_memory"):
+    with pytest.raises(CorruptFileError, match=r"a\.safetensors has format 6.*newer.*upgrade beacon_memory"):
         read_header(path)
 
 
@@ -316,15 +335,17 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path) -> None:
         ({"header": None}, "header cannot be read"),
         ({"header": {}}, "header cannot be read"),
         ({"header": [1, 2]}, "header cannot be read"),
-        ({"tensors": {}}, "header cannot be read"),
+        ({"tensors": {}}, "it holds counts, hashes, keys, places, text, values, but should hold"),
         ({"tensors": [1, 2]}, "header cannot be read"),
-        ({"tensors": dict.fromkeys(FORMS, 3) | {"xxh3": ""}}, "its counts are .*, not 3"),
-        ({"tensors": FORMS}, "header cannot be read"),
-        ({"tensors": FORMS | {"values": {"dtype": "torch.float32", "shape": [36, 4]}, "xxh3": ""}}, "its values are"),
-        ({"tensors": FORMS | {"places": {"dtype": "torch.int32", "shape": [35]}, "xxh3": ""}}, r"not .*\[35\]"),
-        ({"tensors": FORMS | {"counts": {"dtype": "torch.int64", "shape": [2, 3]}, "xxh3": ""}}, "not .*int64"),
-        ({"format": 1}, "header cannot be read"),
-        ({"format": 1, "tensors": FORMS["keys"] | {"sha256": ""}}, "header cannot be read"),
+        ({"tensors": FORMS | {"key_scales": FORMS["keys"]}}, "but should hold counts, hashes, key_scales, key_zeros"),
+        ({"tensors": dict.fromkeys(FORMS, 3)}, "its counts are .*, not 3"),
+        ({"tensors": FORMS | {"values": {"dtype": "torch.float32", "shape": [36, 4]}}}, "its values are"),
+        ({"tensors": FORMS | {"places": {"dtype": "torch.uint8", "shape": [35]}}}, r"not .*\[35\]"),
+        ({"tensors": FORMS | {"counts": {"dtype": "torch.int64", "shape": [2, 14, 2, 3]}}}, "not .*int64"),
+        ({"index": ""}, "its index is not the one that was written"),
+        ({"index": None}, "its index is not the one that was written"),
+        ({"format": 4}, "has format 4 of an older beacon_memory.*`beacon-memory recompress` makes such files anew"),
+        ({"format": 1, "tensors": FORMS["keys"]}, "has format 1 of an older beacon_memory"),
     ],
 )
 def test_a_sealed_header_of_wrong_types_is_corrupt(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -350,35 +371,39 @@ def test_a_header_without_one_of_its_fields_is_corrupt(tmp_path: Path, field: st
 
 def _replace_tensors(path: Path, **changed: torch.Tensor | None) -> None:
     """Write other tensors into the file, None for one that is left out, and describe them as they are."""
-    from beacon_memory.storage.files.kv_file import _hash
-
-    with safe_open(path, framework="pt") as file:
-        said = json.loads(file.metadata()["beacon_memory"])["tensors"]
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-    tensors = {name: tensor for name, tensor in (tensors | changed).items() if tensor is not None}
-    forms = {name: {"dtype": str(tensor.dtype), "shape": [*tensor.shape]} for name, tensor in tensors.items()}
-    said = {name: form for name, form in said.items() if name in (*FORMS, *tensors, "rotated")}
-    _rewrite(path, {"tensors": said | forms | {"xxh3": _hash(tensors)}}, tensors)
+    path.write_bytes(forged(path.read_bytes(), changed))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"values": torch.zeros(35, 4, dtype=torch.bfloat16)}, r"\(36, 4\) and \(35, 4\)"),
+        ({"values": torch.zeros(35, 4, dtype=torch.bfloat16)}, "its values are .* but its counts tell of 36 entries"),
+        ({"values": torch.zeros(36, 3, dtype=torch.bfloat16)}, r"\(36, 4\) and \(36, 3\)"),
         ({"values": torch.zeros(36, 4)}, "one dtype, got torch.bfloat16 and torch.float32"),
-        ({"keys": None, "values": None}, "holds 3 tensors, but its header tells of counts, keys, places, text, values"),
-        ({"places": None, "counts": None}, "holds 3 tensors, but its header tells of counts, keys, places"),
-        ({"text": None}, "holds 4 tensors, but its header tells of counts, keys, places, text, values"),
-        ({"more": torch.zeros(1)}, "holds 6 tensors, but its header tells of counts, keys, places, text, values"),
-        ({"places": torch.zeros(35, dtype=torch.int32)}, r"positions must be \[36 entries\]"),
-        ({"places": torch.zeros(36)}, "places int16 or int32, got torch.int32 and torch.float32"),
-        ({"places": torch.zeros(36, dtype=torch.int64)}, "places int16 or int32, got torch.int32 and torch.int64"),
-        ({"counts": torch.full((2, 3), 6)}, "counts must be int32 and its places int16 or int32, got torch.int64"),
+        ({"keys": None, "values": None}, "it holds counts, hashes, places, text, but should hold counts, hashes, keys"),
+        ({"places": None, "counts": None}, "it holds hashes, keys, text, values, but should hold counts, hashes, keys"),
+        ({"text": None}, "but should hold counts, hashes, keys, places, text, values"),
+        ({"more": torch.zeros(1)}, "it holds counts, hashes, keys, more, places, text, values, but should hold"),
+        ({"places": torch.zeros(35, dtype=torch.uint8)}, "its places are .* but its counts tell of 36 entries"),
+        ({"places": torch.zeros(36)}, "its places are .*torch.float32"),
+        ({"places": torch.zeros(36, dtype=torch.int16)}, "its places are .*torch.int16"),
+        ({"places": torch.zeros(36, 1, dtype=torch.uint8)}, r"its places are .*\[36, 1\]"),
         ({"text": torch.zeros(66)}, "its text is .*torch.float32.* and no bytes"),
         ({"text": torch.zeros(6, 11, dtype=torch.uint8)}, "its text is .* and no bytes"),
-        ({"counts": torch.full((6,), 6, dtype=torch.int32)}, r"counts \[layers, kv_heads\], got .* and \(6,\)"),
-        ({"counts": torch.full((2, 3), 5, dtype=torch.int32)}, r"\[30 entries, head_dim\], got \(36, 4\)"),
-        ({"counts": torch.full((2, 2), 9, dtype=torch.int32)}, "36 entries, but its windows take 6 slots of each of 4"),
+        ({"counts": torch.full((2, 1, 2, 3), 3)}, "its counts are .*torch.int64.*cannot be those of 2 sections"),
+        ({"counts": torch.full((2, 3), 6, dtype=torch.uint8)}, "cannot be those of 2 sections"),
+        ({"counts": torch.full((3, 1, 2, 3), 2, dtype=torch.uint8)}, "cannot be those of 2 sections"),
+        ({"counts": torch.full((2, 15, 2, 3), 2, dtype=torch.uint8)}, "cannot be those of 2 sections"),
+        ({"counts": torch.full((2, 1, 2, 3), 2, dtype=torch.uint8)}, "its counts tell of 24 entries"),
+        (
+            {"counts": torch.tensor([[[[9] * 2]], [[[9] * 2]]], dtype=torch.uint8)},
+            "more entries in a section than that",
+        ),
+        ({"counts": torch.full((2, 1, 1, 4), 4.5).to(torch.uint8)}, "its counts tell of 32 entries"),
+        ({"counts": torch.tensor([[[[5, 5, 4, 4]]], [[[5, 5, 4, 4]]]], dtype=torch.uint8)}, "6 slots of each of 4"),
+        ({"hashes": torch.zeros(2, 14, 16, dtype=torch.uint8)}, "not those that were written: their hash differs"),
+        ({"hashes": torch.zeros(2, 14, 8, dtype=torch.uint8)}, "cannot be those of 2 sections"),
+        ({"hashes": torch.zeros(2, 14, 16)}, "cannot be those of 2 sections"),
     ],
 )
 def test_tensors_that_do_not_fit_each_other_or_the_header_are_corrupt(
@@ -420,14 +445,15 @@ def test_a_text_that_is_no_utf8_is_corrupt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"value_zeros": None}, "header cannot be read"),
+        ({"value_zeros": None}, "but should hold .* value_scales, value_zeros"),
         ({"key_scales": torch.zeros(6, 8, dtype=torch.float16)}, "bits is 4, but must be|must be"),
         ({"key_scales": torch.zeros(6, 3, dtype=torch.float16)}, "bits is 10"),
         ({"key_scales": torch.zeros((), dtype=torch.float16)}, "must be"),
         ({"key_zeros": torch.zeros(5, 4, dtype=torch.float16)}, "key_zeros must be"),
         ({"value_scales": torch.zeros(36)}, "value_scales must be"),
+        ({"value_scales": torch.zeros(35).half()}, "its value_scales are .* but its counts tell of 36 entries"),
         ({"keys": torch.zeros(36, 4)}, "keys must be"),
-        ({"counts": torch.full((2, 3), 5, dtype=torch.int32)}, "must be"),
+        ({"key_scales": torch.zeros(3, 4).half(), "key_zeros": torch.zeros(3, 4).half()}, "groups must be numbers"),
     ],
 )
 def test_scales_that_do_not_fit_are_corrupt(
@@ -435,7 +461,7 @@ def test_scales_that_do_not_fit_are_corrupt(
 ) -> None:
     path = tmp_path / "a.safetensors"
     header, kv = sample()
-    write_kv_file(path, header, with_precision(kv, "int8"))
+    write_kv_file(path, header, with_precision(kv, "int8", header.window_starts))
     _replace_tensors(path)
     assert precision_of(read_kv_file(path).kv) == "int8"
     _replace_tensors(path, **changed)
@@ -443,29 +469,22 @@ def test_scales_that_do_not_fit_are_corrupt(
         read_kv_file(path)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"places": torch.full((36,), 13, dtype=torch.int32)}, "positions go from 13 to 13, but it spans 13 positions"),
-        ({"places": torch.full((36,), -1, dtype=torch.int32)}, "positions go from -1 to -1"),
-        ({"counts": torch.tensor([[-1, 37, 0], [0, 0, 0]], dtype=torch.int32)}, "one of its heads has -1 entries"),
-    ],
-)
-def test_entries_without_head_or_place_are_corrupt(
-    tmp_path: Path, changed: dict[str, torch.Tensor | None], message: str
-) -> None:
+@pytest.mark.parametrize("place", [5, 8, 255])
+def test_entries_behind_the_span_are_corrupt(tmp_path: Path, place: int) -> None:
     path = tmp_path / "a.safetensors"
     write_kv_file(path, *sample())
-    _replace_tensors(path, **changed)
-    with pytest.raises(CorruptFileError, match=message):
+    _replace_tensors(path, places=torch.full((36,), place, dtype=torch.uint8))
+    with pytest.raises(CorruptFileError, match=f"positions go from {place} to {8 + place}, but it spans 13 positions"):
         read_kv_file(path)
 
 
 def test_a_span_of_another_document_is_corrupt(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    header, kv = sample()
-    write_kv_file(path, header, replace(kv, positions=kv.positions.clamp(max=12).index_fill(0, torch.tensor([0]), 12)))
+    header, _ = sample()
+    places = torch.tensor([0, 2, 4, 6, 8, 12], dtype=torch.int32).repeat(6)
+    write_kv_file(path, header, replace(MemoryKV.of(stack(6)), positions=places, span=13))
     first, last = header.windows
-    _rewrite(path, {"header": asdict(replace(header, span=12, windows=(first, replace(last, span=4))))})
+    one_less = asdict(replace(header, span=12, windows=(first, replace(last, span=4))))
+    path.write_bytes(forged(path.read_bytes(), **one_less))
     with pytest.raises(CorruptFileError, match="to 12, but it spans 12 positions"):
         read_kv_file(path)

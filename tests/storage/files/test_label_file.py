@@ -15,19 +15,20 @@ from beacon_memory.documents import Label
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 
-LABEL = StoredLabel("doc", LONG_AGO, Label({"a": [1, {"b": None}]}, ["x"], True, LATER))
+LABEL = StoredLabel("doc", "space", LONG_AGO, Label({"a": [1, {"b": None}]}, ["x"], True, LATER), LATER)
 
 
 @given(
     id=st.text(min_size=1),
+    namespace=st.text(),
     metadata=st.dictionaries(st.text(), st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
     tags=st.sets(st.text(min_size=1)),
 )
 @settings(max_examples=30, deadline=None)
 def test_a_label_survives_as_a_file(
-    tmp_path_factory: pytest.TempPathFactory, id: str, metadata: dict[str, object], tags: set[str]
+    tmp_path_factory: pytest.TempPathFactory, id: str, namespace: str, metadata: dict[str, object], tags: set[str]
 ) -> None:
-    stored = StoredLabel(id, LONG_AGO, Label(metadata, tags, pinned=True, expires_at=LATER))
+    stored = StoredLabel(id, namespace, LONG_AGO, Label(metadata, tags, pinned=True, expires_at=LATER), LATER)
     path = stage_label(tmp_path_factory.mktemp("labels") / "new" / "folder", stored)
     assert read_label(path) == stored
     assert path.name.startswith(".tmp")
@@ -59,6 +60,9 @@ def test_no_changed_byte_goes_unnoticed(tmp_path: Path) -> None:
         {"format": None},
         {"id": ""},
         {"id": 3},
+        {"namespace": 3},
+        {"namespace": None},
+        {"updated_at": None},
         {"more": 1},
         {"tags": "abc"},
         {"tags": 3},

@@ -12,7 +12,7 @@ import pytest
 
 from beacon_memory.errors import StoreError
 from beacon_memory.storage.files import locks
-from beacon_memory.storage.files.locks import renew_in_forks, tidying, writing
+from beacon_memory.storage.files.locks import alone, renew_in_forks, tidying, writing
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +156,40 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
     child.communicate(timeout=60)
     with tidying(tmp_path):
         pass
+
+
+def test_of_many_who_want_to_be_alone_each_is_and_the_file_is_gone_with_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_WRITE_SECONDS", 60)
+    monkeypatch.setattr(locks, "_CHECK_SECONDS", 0.001)
+    inside, most = [0], []
+
+    def enter() -> None:
+        for _ in range(20):
+            with alone(tmp_path / "lock", "it is held"):
+                inside[0] += 1
+                most.append(inside[0])
+                time.sleep(0.001)
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 80
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_one_that_cannot_be_alone_in_time_is_told_so(tmp_path: Path) -> None:
+    with (
+        alone(tmp_path / "lock", "it is held"),
+        pytest.raises(StoreError, match="it is held for more than"),
+        alone(tmp_path / "lock", "it is held"),
+    ):
+        pass
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_lock_that_cannot_be_opened_is_a_store_error(tmp_path: Path) -> None:
