@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .picking import Pick as Pick
     from .picking import Picker as Picker
     from .picking import Query as Query
+    from .question import Question as Question
     from .results import Added as Added
     from .results import Answer as Answer
     from .results import Progress as Progress
@@ -66,6 +67,7 @@ _LAZY = {
     "Precision": "documents",
     "Progress": "results",
     "Query": "picking",
+    "Question": "question",
     "ReadWindow": "compression.methods.scored",
     "ScoredMethod": "compression.methods.scored",
     "Session": "session",

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from beacon_memory.kv.memory_kv import MemoryKV, fitting_spans
-from beacon_memory.kv.prefix import Section
+from beacon_memory.kv.prefix import Prefix, Section
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.storage.files.locks import renew_in_forks
 
@@ -54,7 +54,18 @@ class HotMemories:
     def _renew(self) -> None:
         """Replace the locks, which threads may have held when this process was forked; see `renew_in_forks`."""
         self._lock = threading.Lock()
+        self._prefixes: WeakValueDictionary[tuple[Section, ...], Prefix] = WeakValueDictionary()
         self._loading: WeakValueDictionary[Hashable, threading.Lock] = WeakValueDictionary()
+
+    def prefix(
+        self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], MemoryKV]]], room: int
+    ) -> tuple[Prefix, list[Source]]:
+        """Return memories, one behind another, as a prefix of what is read, and where each was found; see `sections`.
+
+        While one is in use, others of the same memories are the same, so that they are attended to together.
+        """
+        sections, sources = zip(*self.sections(model, wanted, room), strict=True)
+        return self._prefixes.setdefault(sections, model.prefix(*sections)), list(sources)
 
     def sections(
         self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], MemoryKV]]], room: int

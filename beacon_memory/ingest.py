@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -35,6 +38,7 @@ from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
 
+_MOST_BYTES = 1 << 28  # of K/V that wait to be stored while more are computed
 _TRIES = 5  # times that a document may be changed by others while it is being continued
 
 OnAdded = Callable[[Added], None]
@@ -101,7 +105,8 @@ class Ingestion:
             return self._prepare(document, ratio, compression, precision)
 
         given = (one if isinstance(one, Document) else Document(*one) for one in documents)
-        return self._run(given, prepare, compression, progress, on_added, on_error)
+        ahead = isinstance(documents, Sequence)  # what is at hand can be taken early; others may have to be waited for
+        return self._run(given, prepare, compression, progress, on_added, on_error, ahead=ahead)
 
     def append(self, id: str, text: str, ratio: int | None) -> Added:
         """Append a text to a document, as `BeaconMemory.append` does."""
@@ -112,7 +117,9 @@ class Ingestion:
         def grow(row: DocumentRow, file: StoredFile) -> _Made | None:
             if not text:
                 return None
-            return self._read_raw(row, file, text, ratio) or self._read_anew(row, file, text, ratio, "appended")
+            before = self.store.text(row.id)
+            made = self._read_raw(row, file, before, text, ratio)
+            return made or self._compressed(self._continue(row, file, before, text, ratio, "appended"))
 
         return self._change(id, grow, "a text was appended")
 
@@ -122,7 +129,7 @@ class Ingestion:
         def settle(row: DocumentRow, file: StoredFile) -> _Made | None:
             if file.header.settled == file.header.windows:
                 return None
-            return self._read_anew(row, file, "", None, "compacted")
+            return self._compressed(self._continue(row, file, self.store.text(id), "", None, "compacted"))
 
         row = self.store.row(id)
         if 0 not in row.ratios:  # so its file need not be read
@@ -166,7 +173,7 @@ class Ingestion:
                 return self._renew(by_id[document.id], keep_versions)
 
             documents = (Document(id, "") for id in by_id)
-            done += self._run(documents, renew, compression, progress, on_added, on_error)
+            done += self._run(documents, renew, compression, progress, on_added, on_error, ahead=True)
         return done
 
     def _run(
@@ -177,8 +184,14 @@ class Ingestion:
         progress: Callable[[Progress], None],
         on_added: OnAdded,
         on_error: OnError | None,
+        *,
+        ahead: bool,
     ) -> list[Added]:
-        """Prepare, compress and store documents; returns what became of each, in the order in which they were done."""
+        """Prepare, compress and store documents; returns what became of each, in the order in which they were done.
+
+        They are stored in a thread beside the computing, and each is prepared in one while that before it is computed,
+        if it may be taken `ahead`. All else is done in the thread of the caller.
+        """
         added: list[Added] = []
         begun = read = 0
 
@@ -186,36 +199,79 @@ class Ingestion:
             added.append(one)
             on_added(one)
 
-        def jobs() -> Iterator[tuple[_Job, Work]]:
-            nonlocal begun
-            for document in documents:
-                try:
-                    prepared = prepare(document)
-                except BeaconMemoryError as error:
-                    _tell(on_error, document, error)
-                    continue
-                if isinstance(prepared, Added):
-                    take(prepared)
-                else:
-                    begun += len(prepared.work.ids)
-                    yield prepared, prepared.work
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
+            outbox = _Outbox(writer, take, on_error)
 
-        def advance(tokens: int) -> None:
-            nonlocal read
-            read += tokens
-            progress(Progress(read, begun))
+            def jobs() -> Iterator[tuple[_Job, Work]]:
+                nonlocal begun
+                for document, prepared in self._prepared(documents, prepare, outbox, reader if ahead else None):
+                    try:
+                        job = prepared()
+                    except BeaconMemoryError as error:
+                        outbox.leave(document)
+                        _tell(on_error, document, error)
+                        continue
+                    if isinstance(job, Added):
+                        outbox.put(document, 0, partial(_same, job))
+                    else:
+                        begun += len(job.work.ids)
+                        yield job, job.work
 
-        since = time.perf_counter()
-        for job, compressed in self.compressor.compress(jobs(), advance, compression=compression):
-            now = time.perf_counter()
+            def advance(tokens: int) -> None:
+                nonlocal read
+                read += tokens
+                progress(Progress(read, begun))
+                outbox.settle()
+
+            since = time.perf_counter()
             try:
-                stored = self._put(self._made(job, compressed), now - since)
-            except BeaconMemoryError as error:
-                _tell(on_error, job.document, error)
-            else:
-                take(stored)
-            since = now
+                for job, compressed in self.compressor.compress(jobs(), advance, compression=compression):
+                    now = time.perf_counter()
+                    store = partial(self._store, job, compressed, now - since)
+                    outbox.put(job.document, compressed.kv.nbytes, store)
+                    since = now
+            finally:
+                outbox.settle(wait=True)
         return added
+
+    def _prepared(
+        self,
+        documents: Iterable[Document],
+        prepare: Callable[[Document], _Job | Added],
+        outbox: _Outbox,
+        reader: ThreadPoolExecutor | None,
+    ) -> Iterator[tuple[Document, Callable[[], _Job | Added]]]:
+        """Iterate over documents and what prepares them, which `reader` does while the one before is in use.
+
+        What a document finds in the store must be settled before: one with the id of another that is still on its way,
+        or any, where others may have to go for room, is prepared when those before it are stored.
+        """
+        last: tuple[Document, Callable[[], _Job | Added]] | None = None
+        rest, failure = iter(documents), None
+        bounded = self.store.settings.quota is not None
+        while True:
+            try:
+                document = next(rest, None)
+            except Exception as error:  # noqa: BLE001  # raised behind what came before
+                document, failure = None, error
+            apart = document is None or bounded or document in outbox
+            if last is not None and apart:
+                yield last
+                last = None
+            if document is None:
+                break
+            if apart:
+                outbox.settle(wait=True)
+            outbox.enter(document)
+            if reader is None or apart:
+                yield document, partial(prepare, document)
+                continue
+            one = document, reader.submit(prepare, document).result
+            if last is not None:
+                yield last
+            last = one
+        if failure is not None:
+            raise failure
 
     def _prepare(self, document: Document, ratio: Ratio, compression: str, precision: str) -> _Job | Added:
         """Check a document before any work on it; returns `unchanged` if there is none."""
@@ -226,11 +282,6 @@ class Ingestion:
         tokens = self.compressor.tokenize(text.value)
         ratios = self._ratios(document.id, len(tokens.ids), ratio)
         row = self._row(document.id)
-        kept: Status = "unchanged"
-        if row is not None and self._is_due(row, text, ratios, compression):
-            with contextlib.suppress(CorruptFileError):  # then it is replaced
-                kept = self.compact(row.id).status
-                row = self.store.row(row.id)
         label = _label(document, row)
         if precision == PrecisionRule.AUTO:
             precision = self.store.settings.precision
@@ -241,21 +292,21 @@ class Ingestion:
                 row = self.store.update(
                     row.id, metadata=label.metadata, tags=label.tags, pinned=label.pinned, expires_at=label.expires_at
                 )
-            return _added(row, kept, 0.0)
+            return _added(row, "unchanged", 0.0)
         status: Status = "replaced" if row else "added"
-        return _Job(document, text, tokens.offsets, Work(tokens.ids, ratios), compression, precision, status, label)
+        job = _Job(document, text, tokens.offsets, Work(tokens.ids, ratios), compression, precision, status, label)
+        return job if row is None else self._compacting(row, job) or job
 
-    def _read_raw(self, row: DocumentRow, file: StoredFile, text: str, ratio: int | None) -> _Made | None:
+    def _read_raw(self, row: DocumentRow, file: StoredFile, before: str, text: str, ratio: int | None) -> _Made | None:
         """Read a text that is appended to a document, and nothing else: all its tokens are kept until they are due.
 
         Returns None where windows are to be read anew at once: because the last one is full with it, because there is
-        no room for so many slots, or because all of them change, see `_read_anew`.
+        no room for so many slots, or because all of them change, see `_continue`.
         """
         header, window = file.header, self.compressor.model.config.beacon_window
         require_made(self.compressor.model, header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
         last = header.windows[header.tokens // window :] or header.windows[-1:]
-        before = self.store.text(row.id)
         tokens = self.compressor.tokenize_behind(before[last[0].start :], text)
         count = len(tokens.ids)
         full = header.tokens % window + count >= window
@@ -278,8 +329,10 @@ class Ingestion:
         kv = _grown(file.kv, header.span, raw, grown)
         return _Made(grown, kv, whole, row.precision or "auto", "appended", replacing=row.file)
 
-    def _read_anew(self, row: DocumentRow, file: StoredFile, text: str, ratio: int | None, status: Status) -> _Made:
-        """Read a document again, with a text that is appended to it, from the first window that changes.
+    def _continue(
+        self, row: DocumentRow, file: StoredFile, before: str, text: str, ratio: int | None, status: Status
+    ) -> _Job:
+        """Prepare a document that a text is appended to: it is read again from the first window that changes.
 
         That is one that was not full, or whose tokens differ: the text is tokenized as a whole, since its end may merge
         with what follows into other tokens. All windows change if the method has other parameters now, or if the text
@@ -288,8 +341,7 @@ class Ingestion:
         header, window = file.header, self.compressor.model.config.beacon_window
         require_made(self.compressor.model, header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
-        before, settled = self.store.text(row.id), header.settled
-        whole = Text(before + text)
+        settled, whole = header.settled, Text(before + text)
         read = before if settled == header.windows else before[: header.windows[len(settled)].start]
         old, new = self.compressor.tokenize(read), self.compressor.tokenize(whole.value)
         same = next((n for n, (a, b) in enumerate(zip(old.ids, new.ids, strict=False)) if a != b), len(old.ids))
@@ -298,7 +350,7 @@ class Ingestion:
             windows = 0  # it was cut into tokens by other rules
         ratios = _for_windows(-(-len(new.ids) // window), _due(header, window), ratio)
         kept = file.memory().between(0, sum(one.span for one in header.windows[:windows]))
-        job = _Job(
+        return _Job(
             Document(row.id, whole.value),
             whole,
             new.offsets,
@@ -309,7 +361,6 @@ class Ingestion:
             stored=file.kv,
             replacing=row.file,
         )
-        return self._made(job, self.compressor.compress_one(job.work, compression=job.compression))
 
     def _renew(self, row: DocumentRow, keep_version: bool) -> _Job:
         """Prepare a document to be compressed as before: at the same ratios, if its windows can still be told."""
@@ -350,17 +401,23 @@ class Ingestion:
         except BeaconMemoryError as error:
             raise type(error)(f"document {id!r}: {error}") from error
 
-    def _is_due(self, row: DocumentRow, text: Text, ratios: list[int], compression: str) -> bool:
-        """Tell whether this very text is stored and will be compressed in this way as soon as it is compacted."""
-        wanted = (text.sha256, self.compressor.model.fingerprint.digest, compression)
+    def _compacting(self, row: DocumentRow, job: _Job) -> _Job | None:
+        """Prepare a document to be compacted where that is what `job` would make of it; None where it is not."""
+        wanted = (job.text.sha256, self.compressor.model.fingerprint.digest, job.compression)
         if (row.content_hash, row.fingerprint, row.compression) != wanted or 0 not in row.ratios:
-            return False
+            return None
         try:
-            header = read_file(self.store.files, row.file, read_header)
-        except (FileNotFoundError, CorruptFileError):
-            return False
-        window = self.compressor.model.config.beacon_window
-        return header.settled != header.windows and _due(header, window) == ratios
+            row, file = self.store.read(row)
+        except CorruptFileError:
+            return None
+        header = file.header
+        if header.content_hash != job.text.sha256 or header.settled == header.windows:
+            return None
+        if _due(header, self.compressor.model.config.beacon_window) != job.work.ratios or _coarser(row, job.precision):
+            return None
+        compacting = self._continue(row, file, job.text.value, "", None, "compacted")
+        kept = compacting.precision if job.precision == PrecisionRule.AUTO else job.precision
+        return replace(compacting, label=job.label, precision=kept, replacing=None)
 
     def _is_stored(self, row: DocumentRow, text: Text, ratios: list[int], compression: str, precision: str) -> bool:
         """Tell whether this very text is stored, compressed in this way and by this model, and not too coarsely.
@@ -371,9 +428,7 @@ class Ingestion:
         wanted = (text.sha256, self.compressor.model.fingerprint.digest, compression, tuple(sorted(set(ratios))))
         if not row.root or (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
             return False
-        if precision != PrecisionRule.AUTO and (
-            not row.precision or Precision(row.precision).bits < Precision(precision).bits
-        ):
+        if _coarser(row, precision):
             return False
         parameters = self.compressor.parameters(compression)
         try:
@@ -386,6 +441,9 @@ class Ingestion:
         if header.settled != header.windows or [window.ratio for window in header.windows] != ratios:
             return False
         return header.method in (None, parameters)
+
+    def _compressed(self, job: _Job) -> _Made:
+        return self._made(job, self.compressor.compress_one(job.work, compression=job.compression))
 
     def _made(self, job: _Job, compressed: CompressedDocument) -> _Made:
         """Describe a compressed document, with the K/V that stay as they were stored."""
@@ -414,6 +472,9 @@ class Ingestion:
             kv = _grown(job.stored, start, new.between(start, new.span), header)
         return _Made(header, kv, job.text, job.precision, job.status, job.label, job.replacing, job.keep_version)
 
+    def _store(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
+        return self._put(self._made(job, compressed), seconds)
+
     def _put(self, made: _Made, seconds: float) -> Added:
         """Store a document."""
         evicted: list[str] = []
@@ -430,11 +491,80 @@ class Ingestion:
         return replace(_added(row, made.status, seconds), evicted=tuple(evicted))
 
 
+class _Outbox:
+    """What becomes of documents, in their order: they are stored in a thread, beside what is computed meanwhile.
+
+    take: called with each that is stored, in the thread of the caller. Errors go to on_error, or are raised; then none
+    of those behind is stored.
+    """
+
+    def __init__(self, writer: ThreadPoolExecutor, take: OnAdded, on_error: OnError | None) -> None:
+        self._writer = writer
+        self._take = take
+        self._on_error = on_error
+        self._broken = False
+        self._ids: Counter[str] = Counter()
+        self._waiting: deque[tuple[Document, Future[Added | None], int]] = deque()
+
+    def __contains__(self, document: Document) -> bool:
+        """Tell whether a document with this id is on its way: entered, and neither settled nor left."""
+        return self._ids[str(document.id)] > 0  # which nobody has checked yet
+
+    def enter(self, document: Document) -> None:
+        self._ids[str(document.id)] += 1
+
+    def leave(self, document: Document) -> None:
+        self._ids[str(document.id)] -= 1
+
+    def put(self, document: Document, nbytes: int, store: Callable[[], Added]) -> None:
+        """Store a document in the thread; waits while the K/V that wait for it take too many bytes."""
+        self._waiting.append((document, self._writer.submit(self._store, store), nbytes))
+        while len(self._waiting) > 1 and sum(size for *_, size in self._waiting) > _MOST_BYTES:
+            self._settle_first()
+        self.settle()
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Take what is stored; wait: until all is."""
+        while self._waiting and (wait or self._waiting[0][1].done()):
+            self._settle_first()
+
+    def _settle_first(self) -> None:
+        document, stored, _ = self._waiting.popleft()
+        self.leave(document)
+        try:
+            added = stored.result()
+        except BeaconMemoryError as error:
+            _tell(self._on_error, document, error)
+        else:
+            if added is not None:
+                self._take(added)
+
+    def _store(self, store: Callable[[], Added]) -> Added | None:
+        if self._broken:
+            return None
+        try:
+            return store()
+        except BaseException as error:
+            self._broken = self._on_error is None or not isinstance(error, BeaconMemoryError)
+            raise
+
+
+def _same(one: Added) -> Added:
+    return one
+
+
 def _tell(on_error: OnError | None, document: Document, error: BeaconMemoryError) -> None:
     """Hand an error to whoever wants to be told of it, so that the other documents go on; else raise it."""
     if on_error is None:
         raise error
     on_error(document, error)
+
+
+def _coarser(row: DocumentRow, precision: str) -> bool:
+    """Tell whether a document is kept more coarsely than it shall be."""
+    if precision == PrecisionRule.AUTO:
+        return False
+    return not row.precision or Precision(row.precision).bits < Precision(precision).bits
 
 
 def _grown(stored: StoredKV, start: int, new: MemoryKV, header: DocumentHeader) -> StoredKV:

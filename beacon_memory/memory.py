@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
+from beacon_memory.generation.decode_loop import DecodeLoop, Ticket
 from beacon_memory.generation.generate import Generation, Request, generate, require_room
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
 from beacon_memory.generation.prompt import chat_prompt
-from beacon_memory.generation.streaming import stream
 from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.prefix import Prefix
@@ -37,6 +37,7 @@ from .errors import BeaconMemoryError, DocumentNotFoundError, InputError
 from .hot import HotMemories
 from .ingest import Ingestion
 from .picking import DEFAULT_LIMIT, PASSAGES_EACH, Pick, Picker, Query, find_picker, fitting, last_question, pick
+from .question import Question
 from .results import Added, Answer, Progress, Source, Usage
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Question:
-    """Hold a question that is ready to be asked."""
+class _Asked:
+    """Hold a question that is ready to be answered."""
 
     ids: tuple[str, ...]
     sources: tuple[Source, ...]
     request: Request
     config: GenerationConfig
+    seed: int | None
     tools: Sequence[Mapping[str, Any]]
     tokenizer: Any
     started: float
@@ -158,7 +160,7 @@ class BeaconMemory:
     @property
     def compressor(self) -> BeaconCompressor:
         """The compressor, and with it the loaded model."""
-        return self._load_once()
+        return self._load_once()[0]
 
     @property
     def model(self) -> BeaconModel:
@@ -203,6 +205,7 @@ class BeaconMemory:
     ) -> builtins.list[Added]:
         """Add many documents, or pairs of id and text, compressed together; each is stored as soon as it is done.
 
+        They are stored in a thread while the next are computed, and those of a list are tokenized in one, too.
         Returns what became of each, in the order in which they were done. Interrupted, it has lost only what was
         unfinished: run it again with the same documents, and those that are stored are skipped. `on_error` is told of a
         document that cannot be compressed or stored, and the others go on; without it the error is raised, after all
@@ -282,9 +285,43 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if memory, prompt and answer exceed the model's
         positions, or FingerprintMismatchError for a document that another model compressed.
         """
-        asked = self._question(question, ids, limit, optional, stop, tools, chat_template_kwargs, options)
-        ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
-        return asked.answer(generation)
+        given = Question(question, ids, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        asked = self._asked(given)
+        if (asked.config.num_beams or 1) > 1:
+            ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
+            return asked.answer(generation)
+        ticket = self._submit(asked)
+        try:
+            return asked.answer(ticket.result())
+        finally:
+            ticket.cancel()  # for who does not wait for it any more
+
+    def ask_many(self, questions: Iterable[Messages | Question]) -> builtins.list[Answer]:
+        """Answer many questions, decoded together; returns the answers in their order.
+
+        A question is a text, a conversation, or a `Question` with documents and options of its own:
+
+            memory.ask_many([Question("Who pays the rent?", "lease"), Question("Who signed?", "lease", seed=1)])
+
+        Each is answered as by `ask`, but for rounding, and none may have beams. Questions are taken, and their memories
+        loaded, as far as there is room beside those that are being answered. Raises what `ask` raises, for the first
+        question that cannot be asked or answered.
+        """
+        if isinstance(questions, str):
+            raise InputError(f"questions={questions!r} must be several; ask one by ask")
+        asked: dict[Ticket, _Asked] = {}
+        answers: dict[Ticket, Answer] = {}
+
+        def submitted() -> Iterator[Ticket]:
+            for question in questions:
+                one = self._asked(question if isinstance(question, Question) else Question(question))
+                ticket = self._submit(one)
+                asked[ticket] = one
+                yield ticket
+
+        for ticket in self._loop.as_finished(submitted()):
+            answers[ticket] = asked[ticket].answer(ticket.result())
+        return [answers[ticket] for ticket in asked]
 
     def stream(
         self,
@@ -299,58 +336,58 @@ class BeaconMemory:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[str | Answer]:
-        """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last."""
-        asked = self._question(question, ids, limit, optional, stop, tools, chat_template_kwargs, options)
+        """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last.
+
+        Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
+        or not and in whatever thread, are decoded together.
+        """
+        asked = self._asked(Question(question, ids, limit, optional, stop, seed, tools, chat_template_kwargs, options))
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
-        return self._stream(asked, seed)
+        return self._stream(asked)
 
-    def _stream(self, asked: _Question, seed: int | None) -> Iterator[str | Answer]:
-        for piece in stream(self.model, asked.request, asked.config, seed=seed):
-            yield piece if isinstance(piece, str) else asked.answer(piece)
+    def _stream(self, asked: _Asked) -> Iterator[str | Answer]:
+        with contextlib.closing(iter(self._submit(asked))) as pieces:
+            for piece in pieces:
+                yield piece if isinstance(piece, str) else asked.answer(piece)
 
-    def _question(
-        self,
-        question: Messages,
-        ids: str | Sequence[str] | None,
-        limit: int,
-        optional: Collection[str],
-        stop: str | Sequence[str] | None,
-        tools: Sequence[Mapping[str, Any]],
-        chat_template_kwargs: Mapping[str, Any] | None,
-        options: Mapping[str, Any],
-    ) -> _Question:
+    @property
+    def _loop(self) -> DecodeLoop:
+        return self._load_once()[1]
+
+    def _submit(self, asked: _Asked) -> Ticket:
+        return self._loop.submit(asked.request, asked.config, seed=asked.seed)
+
+    def _asked(self, question: Question) -> _Asked:
+        """Check a question, choose its documents and load them."""
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
         started = time.perf_counter()
-        config = generation_config(model, stop, options)
+        config = generation_config(model, question.stop, question.options)
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
         new_tokens, slots = config.max_new_tokens or 0, self.compressor.sink.slots
-        behind = bool(slots) or ids != []
         prompt = chat_prompt(
-            model, question, behind_memory=behind, tools=tools, chat_template_kwargs=chat_template_kwargs
+            model,
+            question.messages,
+            behind_memory=bool(slots) or question.ids != [],
+            tools=question.tools,
+            chat_template_kwargs=question.chat_template_kwargs,
         )
         room = model.max_positions - slots - len(prompt) - new_tokens
-        rows = self._chosen(question, ids, limit, optional, room)
+        rows = self._chosen(question, room)
         require_room(model, slots + sum(row.slots for row in rows), len(prompt), new_tokens)
         prefix, sources = self._prefix(rows, room + slots)
         ids = tuple(row.id for row in rows)
-        return _Question(ids, sources, Request(prefix, prompt), config, tools, model.tokenizer, started)
+        request = Request(prefix, prompt)
+        return _Asked(ids, sources, request, config, question.seed, question.tools, model.tokenizer, started)
 
-    def _chosen(
-        self,
-        question: Messages,
-        ids: str | Sequence[str] | None,
-        limit: int,
-        optional: Collection[str],
-        room: int,
-    ) -> builtins.list[DocumentRow]:
+    def _chosen(self, question: Question, room: int) -> builtins.list[DocumentRow]:
         """Return the rows of the documents to load: those that are named, or those that are found and fit."""
         fingerprint = self.model.fingerprint.digest
-        if ids is not None:
-            named = [ids] if isinstance(ids, str) else ids
-            return fitting([self.store.row(id, fingerprint) for id in named], optional, room)
-        rows = [one.row for one in self._picks(question, limit, fingerprint)]
+        if question.ids is not None:
+            named = [question.ids] if isinstance(question.ids, str) else question.ids
+            return fitting([self.store.row(id, fingerprint) for id in named], question.optional, room)
+        rows = [one.row for one in self._picks(question.messages, question.limit, fingerprint)]
         if not rows:
             known = any(self._query("", 1).documents())
             advice = "matches the question; name documents by id" if known else "is stored yet; add some"
@@ -409,12 +446,11 @@ class BeaconMemory:
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
         wanted += [(self._version(row), partial(self._load, row)) for row in rows]
-        (first, _), *found = self._hot.sections(self.model, wanted, room)
-        for row, (_, source) in zip(rows, found, strict=True):
+        prefix, (_, *sources) = self._hot.prefix(self.model, wanted, room)
+        for row, source in zip(rows, sources, strict=True):
             if source != "cold":
                 self.store.uses.add(row.id)
-        prefix = self.model.prefix(first, *(section for section, _ in found))
-        return prefix, tuple(source for _, source in found)
+        return prefix, tuple(sources)
 
     def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
         """Return what tells the K/V of a row from those of every other document, and of every other time."""
@@ -504,17 +540,21 @@ class _Source:
 
 
 class _Once:
-    """Makes a compressor when it is first asked for, once for all threads. It is pickled by what it is made from."""
+    """Makes a compressor, and the loop that answers, when it is first asked for, once for all threads.
+
+    It is pickled by what it is made from.
+    """
 
     def __init__(self, source: _Source) -> None:
         self._source = source
-        self._made: BeaconCompressor | None = None
+        self._made: tuple[BeaconCompressor, DecodeLoop] | None = None
         self._lock = threading.Lock()
 
-    def __call__(self) -> BeaconCompressor:
+    def __call__(self) -> tuple[BeaconCompressor, DecodeLoop]:
         with self._lock:
             if self._made is None:
-                self._made = self._source.load()
+                compressor = self._source.load()
+                self._made = compressor, DecodeLoop(compressor.model)
             return self._made
 
     def __reduce__(self) -> tuple[type[_Once], tuple[_Source]]:

@@ -31,6 +31,7 @@ PUBLIC = {
     "Precision",
     "Progress",
     "Query",
+    "Question",
     "ReadWindow",
     "ScoredMethod",
     "Session",

@@ -29,6 +29,7 @@ from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.selection import best
 from beacon_memory.compression.sequence import SequenceState, advance
 from beacon_memory.compression.work import Work
+from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
@@ -37,7 +38,7 @@ from beacon_memory.memory import BeaconMemory
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["Figure", "run", "table"]
+__all__ = ["Figure", "reading", "run", "table"]
 
 QUESTION = "What is this document about?"
 _WORDS = "time year people way day man thing woman life child world school state family student group country problem"
@@ -47,6 +48,8 @@ _GROWN = 850  # tokens of one that is appended to
 _PEAK_TOKENS = (10_000, 100_000)
 _SLOTS = (1000, 8000)  # of the memories that tokens are generated behind
 _STEPS = 11
+_REQUESTS = 8  # that are decoded together
+_ANSWER = 64  # tokens of the answer to each
 _PEAK_RATIO = 32
 
 
@@ -68,10 +71,19 @@ def run(
     return [
         *_answering(loaded, tokens, ratio),
         *(figure for slots in _SLOTS for figure in _generating(loaded, slots)),
+        *_together(loaded, _SLOTS[0]),
         *_compressing(loaded, tokens, ratio),
         *_appending(loaded, ratio),
         _peak(model, adapter, device, dtype),
     ]
+
+
+def reading(
+    model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
+) -> list[Figure]:
+    """Measure how fast texts are read into chosen tokens, a short one and one of `tokens` tokens."""
+    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    return [figure for length in (_SHORT, tokens) for figure in _choosing(loaded, length, ratio)]
 
 
 def table(figures: list[Figure]) -> str:
@@ -146,9 +158,9 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 @torch.inference_mode()
 def _generating(model: BeaconModel, slots: int) -> list[Figure]:
     """Measure a token behind memories of random K/V, and behind a stock cache of as many tokens."""
-    layers, heads, head_dim = model.kv_shape
+    layers, heads, _ = model.kv_shape
     draw = torch.Generator().manual_seed(0)
-    wide = BeaconKV(*(torch.randn(layers, heads, 2 * slots, head_dim, generator=draw) for _ in "kv"))
+    wide = _random_kv(model, 2 * slots, draw)
     scores = torch.rand(layers, heads, 1, generator=draw) * torch.rand(layers, heads, 2 * slots, generator=draw)
     even = wide[:slots].to(model.device, model.dtype)
     stock = DynamicCache(config=model.base.config)
@@ -176,6 +188,51 @@ def _generating(model: BeaconModel, slots: int) -> list[Figure]:
     ]
 
 
+def _together(model: BeaconModel, slots: int) -> list[Figure]:
+    """Measure answers behind memories of random K/V: decoded together, and one after another by stock `generate`."""
+    draw = torch.Generator().manual_seed(0)
+    memories = [
+        model.prefix(MemoryKV.of(_random_kv(model, slots, draw).to(model.device, model.dtype)))
+        for _ in range(_REQUESTS)
+    ]
+    config = generation_config(model, None, {"max_new_tokens": _ANSWER, "eos_token_id": None})
+    prompt = chat_prompt(model, QUESTION, behind_memory=True)
+    requests = [Request(memory, prompt) for memory in memories]
+
+    def one_by_one(count: int) -> None:
+        for request in requests[:count]:
+            generate(model, [request], config)
+
+    def together(count: int) -> None:
+        loop = DecodeLoop(model)
+        for ticket in [loop.submit(request, config) for request in requests[:count]]:
+            ticket.result()
+
+    ways = [partial(way, count) for count in (_REQUESTS, 1) for way in (one_by_one, together)]
+    rounds = [[_once(way, model.device) for way in ways] for _ in range(1 + _REPEATS)]
+    apart, joined, single, looped = (statistics.median(times[1:]) for times in zip(*rounds, strict=True))
+    rates = " / ".join(f"{_REQUESTS * _ANSWER / seconds:.1f}" for seconds in (joined, apart))
+    return [
+        Figure(
+            f"answers to {_REQUESTS} requests behind {_REQUESTS} memories: together / one after another",
+            apart / joined,
+            "at least 4",
+            f"{rates} tokens/s, {slots:,} slots each, {_ANSWER} tokens",
+        ),
+        Figure(
+            "an answer to one request: in the loop / by generate",
+            single / looped,
+            "at least 1",
+            f"{_ANSWER / looped:.1f} / {_ANSWER / single:.1f} tokens/s",
+        ),
+    ]
+
+
+def _random_kv(model: BeaconModel, slots: int, draw: torch.Generator) -> BeaconKV:
+    layers, heads, head_dim = model.kv_shape
+    return BeaconKV(*(torch.randn(layers, heads, slots, head_dim, generator=draw) for _ in "kv"))
+
+
 def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
     compressor = BeaconCompressor(model)
     ids = _ids(model, tokens)
@@ -185,10 +242,9 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
         work = [Work(one, compressor.ratios(len(one), ratio)) for one in documents]
         return lambda: list(compressor.compress(enumerate(work), compression="beacon"))
 
-    @torch.inference_mode()
     def stock(documents: list[list[int]]) -> None:
         for one in documents:
-            model.base.model(input_ids=torch.tensor([one], device=model.device), use_cache=False)
+            _stock_forward(model, one)
 
     @torch.inference_mode()
     def window_loop() -> None:
@@ -247,6 +303,35 @@ def _appending(model: BeaconModel, ratio: int) -> list[Figure]:
             ("adding all of it / compacting what was appended", compact, "at least 0.9"),
         )
     ]
+
+
+def _choosing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
+    """Measure the reading of one document by `select`, and a stock forward of it, in turn."""
+    ids = _ids(model, tokens)
+
+    def select(score: str) -> Callable[[], object]:
+        compressor = BeaconCompressor(model, score=score)
+        work = Work(ids, compressor.ratios(tokens, ratio))
+        return lambda: compressor.compress_one(work, compression="select")
+
+    scores = {"repeat": "at least 0.45, for 8,000 tokens 0.6", "expected": "at least 0.9"}
+    ways: list[Callable[[], object]] = [partial(_stock_forward, model, ids), *map(select, scores)]
+    rounds = [[_once(way, model.device) for way in ways] for _ in range(1 + _REPEATS)]  # the first warms up
+    stock, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
+    return [
+        Figure(
+            f"reading {tokens:,} tokens, score {score}: select, ratio {ratio} / stock forward without head",
+            stock / taken,
+            bound,
+            f"{tokens / taken:,.0f} / {tokens / stock:,.0f} tokens/s",
+        )
+        for (score, bound), taken in zip(scores.items(), seconds, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _stock_forward(model: BeaconModel, ids: list[int]) -> None:
+    model.base.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
 
 
 def _peak(model: str | None, adapter: str | None, device: str | None, dtype: str) -> Figure:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from .help import Commands
-from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given
+from .options import Adapter, Device, Dtype, DtypeOption, Model, file_given, folder_given, path_given, quiet
 from .terminal import print_line, print_text, remarks, reported
 
 if TYPE_CHECKING:
@@ -268,13 +268,12 @@ def _evaluation(
     """Load the model and show progress; a result that is given to `done` is printed, and written to `output`."""
     with reported(interrupted or (_GOES_ON if output else "nothing was written")):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-        from transformers.utils import logging
 
         from beacon_memory.evaluation.report import markdown, write_result
         from beacon_memory.evaluation.tasks import Evaluation
         from beacon_memory.modeling.model import BeaconModel
 
-        logging.disable_progress_bar()
+        quiet()
         loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype.value)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console = remarks()

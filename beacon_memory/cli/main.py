@@ -13,7 +13,7 @@ import typer
 from beacon_memory import __version__
 from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
 
-from . import archive, documents, store
+from . import archive, documents, process, store
 from . import eval as evaluation
 from .help import Commands
 from .options import (
@@ -353,10 +353,11 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["model", "store"],
+        Literal["model", "reading", "store", "start"],
         typer.Argument(
-            help="model: speed and memory against the stock model; store: speed of a store of many documents, which "
-            "needs no model."
+            help="model: speed and memory against the stock model; reading: how fast tokens are chosen from a text; "
+            "store: speed of a store of many documents, which needs no model; start: how long a fresh process takes to "
+            "answer."
         ),
     ] = "model",
     tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
@@ -379,8 +380,13 @@ def bench(
             from beacon_memory.bench import store as bench_store
 
             figures = bench_store.run(rows)
+        elif what == "start":
+            from beacon_memory.bench import start
+
+            figures = start.run(model, adapter, device, dtype.value)
         else:
-            figures = measure.run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
+            run = measure.reading if what == "reading" else measure.run
+            figures = run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:
@@ -426,6 +432,10 @@ def train(
 
 def main() -> None:
     """Run the command `beacon-memory`."""
+    process.begin()
     prepare_streams()
-    with reported():  # what happens outside of commands, as when the disk is full that help is written to
-        app()
+    try:
+        with reported():  # what happens outside of commands, as when the disk is full that help is written to
+            app()
+    finally:
+        process.end()

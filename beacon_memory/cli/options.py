@@ -14,6 +14,8 @@ import typer
 from beacon_memory.documents import Precision, PrecisionRule
 from beacon_memory.errors import ConfigError, InputError
 
+from . import process
+
 if TYPE_CHECKING:
     from beacon_memory.memory import BeaconMemory
     from beacon_memory.storage.store import MemoryStore
@@ -239,6 +241,7 @@ def open_store(store: Path | None, namespace: str) -> MemoryStore:
     """Open the store that a command names, without a model."""
     from beacon_memory.storage.store import MemoryStore
 
+    process.imported()
     return MemoryStore(store or default_store(), namespace)
 
 
@@ -269,7 +272,8 @@ def open_memory(
 
 
 def quiet() -> None:
-    """Switch off the progress bars of loading weights, which takes little time."""
+    """Switch off the progress bars of loading weights, which takes little time; after what loads them was imported."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    process.imported()

@@ -35,9 +35,8 @@ PACKAGE = "package"  # the parameter of a document's method that names what to i
 class BeaconCompressor:
     """Documents to memories, window after window in passes of bounded size.
 
-    rows_per_pass: rows (raw tokens and beacons) that one forward pass of the method `beacon` may have, at least one
-                   window. It bounds the memory that it takes, whatever the length of the documents, and changes no
-                   number. The other built-in methods read one window of one document at a time.
+    rows_per_pass: rows (raw tokens and beacons) that one forward pass may have, at least one window. It bounds the
+                   memory that it takes, whatever the length of the documents, and changes no number but by rounding.
     reserve:       positions of the model to leave free for question and answer behind a document.
     score:         how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
 

@@ -16,17 +16,15 @@ import torch
 from torch import Tensor
 
 from beacon_memory.errors import ConfigError
-from beacon_memory.kv.memory_kv import BeaconKV
-from beacon_memory.kv.prefix import Block, Prefix
+from beacon_memory.kv.prefix import Block
 from beacon_memory.kv.rope import Rope, apply_rotation
-from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.repetition import RepeatedWindow
 
-__all__ = ["PIECE", "SCORES", "ExpectedAttention", "check_score", "repeated", "spread"]
+__all__ = ["SCORES", "ExpectedAttention", "check_score", "repeated", "spread"]
 
 SCORES = ("repeat", "expected")
 
-PIECE = 256  # tokens that are repeated at a time, which bounds the memory that it takes
 _FUTURE = 512  # positions behind a window that expected queries are spread over
 
 
@@ -37,17 +35,10 @@ def check_score(score: str) -> str:
     return score
 
 
-def repeated(model: BeaconModel, prefix: Prefix, raw: BeaconKV, ids: Sequence[int]) -> Tensor:
-    """Return how much tokens of a window contribute while it is repeated, [layers, kv_heads, tokens].
-
-    raw: K/V of the window.
-    """
-    pieces = [(at, min(at + PIECE, len(ids))) for at in range(0, len(ids), PIECE)]
-    branches = [Window.behind(raw.slots, ids[start:stop]) for start, stop in pieces]
-    layout = BeaconLayout.build([Piece(Cursor(memory=raw.slots), branches)], model.config)
-    received = _Received(pieces)
-    model.run(layout, raw, [], prefixes=[prefix], watch=received)
-    return received.scores * raw.values.float().square().sum(-1)
+def repeated(model: BeaconModel, windows: Sequence[RepeatedWindow]) -> list[Tensor]:
+    """Return how much tokens of each window contribute while it is repeated, [layers, kv_heads, tokens] float32."""
+    received = model.repeat(windows)
+    return [one * window.kv.values.float().square().sum(-1) for one, window in zip(received, windows, strict=True)]
 
 
 def spread(measured: Tensor, ranking: Tensor) -> Tensor:
@@ -62,47 +53,7 @@ def spread(measured: Tensor, ranking: Tensor) -> Tensor:
     return torch.empty_like(falling).scatter_(-1, ranking.argsort(dim=-1, descending=True), falling)
 
 
-class _Scores:
-    """Collect a tensor of scores for each layer, in their order."""
-
-    def __init__(self) -> None:
-        self.layers: list[Tensor] = []
-
-    @property
-    def scores(self) -> Tensor:
-        """[layers, kv_heads, tokens] float32."""
-        return torch.stack(self.layers)
-
-
-class _Received(_Scores):
-    """Add up the squares of the weights that memory slots receive in a pass; called as a `Watch`.
-
-    spans: the rows of each branch, first and stop; a branch sees itself and the memory, not the others.
-    """
-
-    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
-        super().__init__()
-        self.spans = spans
-
-    def __call__(
-        self, _layer: int, _sequence: int, query: Tensor, key: Tensor, memory: int, prefix: Sequence[Block]
-    ) -> None:
-        """Take the attention of one layer; they come in their order."""
-        grouped = query.unflatten(0, (len(key), -1))
-        received = query.new_zeros(len(key), memory, dtype=torch.float32)
-        for start, stop in self.spans:
-            rows = grouped[:, :, start:stop]
-            own = (rows @ key[:, None, memory + start : memory + stop].mT).float()
-            own.masked_fill_(torch.ones_like(own[0, 0], dtype=torch.bool).triu(1), float("-inf"))
-            seen = (rows @ key[:, None, :memory].mT).float()
-            total = torch.logaddexp(own.logsumexp(-1), seen.logsumexp(-1))
-            for heads, keys, _ in prefix:
-                total[heads] = total[heads].logaddexp((rows[heads] @ keys[:, None].mT).float().logsumexp(-1))
-            received += (seen - total[..., None]).exp_().square_().sum((1, 2))
-        self.layers.append(received)
-
-
-class ExpectedAttention(_Scores):
+class ExpectedAttention:
     """Work out the attention that tokens of a window may expect of the queries behind it; called as a `Watch`.
 
     With mean m and covariance C of a head's queries before RoPE, both rotated by the mean rotation over the next
@@ -111,26 +62,28 @@ class ExpectedAttention(_Scores):
     """
 
     def __init__(self, rope: Rope, tokens: int) -> None:
-        super().__init__()
-        here = rope.table(torch.arange(tokens, device=rope.inv_freq.device))
-        self.inverse = [part / rope.scaling**2 for part in here]  # takes the scaling back too
-        future = torch.arange(tokens, tokens + _FUTURE, device=rope.inv_freq.device)
-        self.future = [part.mean(0) for part in rope.table(future)]
+        device = rope.inv_freq.device
+        cos, sin = rope.table(torch.arange(tokens, device=device))
+        future = rope.table(torch.arange(tokens, tokens + _FUTURE, device=device))
+        mean_cos, mean_sin = (part.mean(0) / rope.scaling**2 for part in future)  # takes back that of the present too
+        self.turn = mean_cos * cos + mean_sin * sin, mean_sin * cos - mean_cos * sin  # from each position to the mean
         self.tokens = tokens
+        self.layers: list[Tensor] = []
+
+    @property
+    def scores(self) -> Tensor:
+        """[layers, kv_heads, tokens] float32."""
+        return torch.stack(self.layers)
 
     def __call__(
         self, _layer: int, _sequence: int, query: Tensor, key: Tensor, _memory: int, _front: Sequence[Block]
     ) -> None:
         """Take the attention of one layer; they come in their order, and raw rows first."""
-        cos, sin = self.inverse
-        queries = apply_rotation(query[:, : self.tokens].float(), cos, -sin)
-        keys = key[:, : self.tokens].float()
-        cos, sin = self.future
+        queries = apply_rotation(query[:, : self.tokens].float(), *self.turn)
         mean = queries.mean(1, keepdim=True)
-        spread = apply_rotation(queries - mean, cos, sin).unflatten(0, (len(keys), -1))
-        mean = apply_rotation(mean, cos, sin).unflatten(0, (len(keys), -1))
-        along = (
-            keys[:, None] @ mean.mT
-            + (keys[:, None] @ (spread.mT @ spread / self.tokens) * keys[:, None]).sum(-1, keepdim=True) / 2
-        )
-        self.layers.append(along[..., 0].softmax(-1).mean(1))
+        queries -= mean
+        covariance = queries.mT @ queries / self.tokens
+        keys = key[:, : self.tokens].float().repeat_interleave(len(query) // len(key), dim=0)
+        # k m + k C k / 2
+        along = (torch.baddbmm(mean, keys, covariance, alpha=0.5) * keys).sum(-1)
+        self.layers.append(along.softmax(-1).unflatten(0, (len(key), -1)).mean(1))

@@ -11,8 +11,7 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
-
-from .scoring import PIECE
+from beacon_memory.modeling.repetition import PIECE
 
 __all__ = ["best", "prefix_of", "read_raw", "read_sink"]
 
@@ -29,7 +28,7 @@ def prefix_of(model: BeaconModel, parts: Sequence[MemoryKV], tokens: int) -> Pre
 def read_raw(model: BeaconModel, prefix: Prefix | None, ids: Sequence[int]) -> BeaconKV:
     """Return the K/V of all tokens of a window, read behind a memory or behind nothing."""
     layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
-    return model.run(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix]).kept
+    return model.read(layout, model.empty_kv(), layout.windows[0].own, prefixes=[prefix])
 
 
 def read_sink(model: BeaconModel) -> BeaconKV:

@@ -23,7 +23,8 @@ from transformers.cache_utils import DynamicLayer
 
 from beacon_memory.errors import InputError, MissingDependencyError
 from beacon_memory.generation.prompt import chat_prompt
-from beacon_memory.modeling.loading import load_base, merge_lora
+from beacon_memory.modeling.loading import load_base
+from beacon_memory.modeling.lora import merge_lora
 from beacon_memory.modeling.model import BeaconModel
 
 from .baselines import Outcome, ReadingBaseline, mean_nll

@@ -1,6 +1,6 @@
 """Generation with a memory as the prefix of the prompt, by the stock model's own `generate`.
 
-This module alone relies on details of `generate`, which tests check:
+This module and `decode_loop` rely on details of `generate`, which tests check. Here:
 
 * a `MemoryCache` looks empty to it, so prompts begin at position 0, right after the memory;
 * it computes positions from the mask, so prompts of different lengths are batched by padding on the left;
@@ -14,20 +14,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from beacon_memory.errors import CapacityError, InputError
+from beacon_memory.errors import BeaconMemoryError, CapacityError, InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["Generation", "Request", "generate", "require_room"]
+__all__ = ["Generation", "Request", "finished", "generate", "refusals", "require_room"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,12 +71,9 @@ def generate(
     config: GenerationConfig,
     *,
     seed: int | None = None,
-    streamer: TextStreamer | None = None,
-    cancelled: Event | None = None,
 ) -> list[list[Generation]]:
     """Generate for all requests in one batch; returns for each a list of `config.num_return_sequences` texts.
 
-    streamer: receives the tokens as they come. cancelled: generation stops when this event is set.
     Raises CapacityError, before any work is done, if a request does not fit the model's positions, and InputError for
     options that transformers refuses.
     """
@@ -96,51 +92,55 @@ def generate(
     copies = max(config.num_beams or 1, config.num_return_sequences or 1)
     if copies > 1:
         cache.batch_repeat_interleave(copies)
-    timer = _FirstTokenTimer(cancelled)
+    timer = _FirstTokenTimer()
+    with refusals(), _seeded(seed, model.device), torch.inference_mode():
+        output = model.base.generate(  # type: ignore[operator]
+            input_ids=prompts,
+            attention_mask=prompt_mask.to(model.device),
+            past_key_values=cache,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([timer]),
+            tokenizer=tokenizer,
+        )
+    texts = [finished(model, row, config, timer.first) for row in output[:, longest:].tolist()]
+    each = config.num_return_sequences or 1
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+def finished(model: BeaconModel, row: list[int], config: GenerationConfig, first: float) -> Generation:
+    """Return what a row of generated tokens says; behind its end it may have padding."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stopped = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+    tokens = row[:stopped]
+    text = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
+    cut = min((at for stop in config.stop_strings or [] if (at := text.find(stop)) >= 0), default=len(text))
+    return Generation(tuple(tokens), text[:cut].strip(), first)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn into InputError what transformers and torch raise for options that are looked at only in generating."""
     try:
-        with _seeded(seed, model.device), torch.inference_mode():
-            output = model.base.generate(  # type: ignore[operator]
-                input_ids=prompts,
-                attention_mask=prompt_mask.to(model.device),
-                past_key_values=cache,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([timer]),
-                tokenizer=tokenizer,
-                streamer=streamer,
-            )
-    except (ValueError, TypeError, AttributeError, LookupError) as error:  # options that are looked at only here
+        yield
+    except BeaconMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise InputError(f"transformers cannot generate with these options: {error}") from error
     except RuntimeError as error:
         if "probability tensor" not in str(error):  # as torch says where no token may come, or with endless scores
             raise
         raise InputError(f"these options leave no token to sample from: {error}") from error
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    texts = [_finish(model, row, ends, config.stop_strings or [], timer.first) for row in output[:, longest:].tolist()]
-    each = config.num_return_sequences or 1
-    return [texts[i : i + each] for i in range(0, len(texts), each)]
-
-
-def _finish(
-    model: BeaconModel, row: list[int], ends: Sequence[int | None], stops: Sequence[str], first: float
-) -> Generation:
-    stopped = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))  # after it comes padding
-    tokens = row[:stopped]
-    text = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
-    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
-    return Generation(tuple(tokens), text[:cut].strip(), first)
 
 
 class _FirstTokenTimer(StoppingCriteria):
-    """The time of the first token; it also stops generation when `cancelled` is set."""
+    """The time of the first token; it stops nothing."""
 
-    def __init__(self, cancelled: Event | None) -> None:
-        self.cancelled = cancelled
+    def __init__(self) -> None:
         self.first = 0.0
 
     def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         self.first = self.first or time.perf_counter()
-        stop = self.cancelled is not None and self.cancelled.is_set()
-        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

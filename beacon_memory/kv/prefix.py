@@ -130,6 +130,11 @@ class Prefix:
         entries = sum(len(section.keys) for section in self.sections)
         return -(-entries // sum(map(len, self.sections[0].counts))) if entries else 0
 
+    @property
+    def longest(self) -> int:
+        """Return the most entries that a head may have."""
+        return sum(max(map(max, section.counts)) for section in self.sections)
+
     def __bool__(self) -> bool:
         """Tell whether there is anything to attend to."""
         return bool(self.sections)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from beacon_memory.kv.prefix import Prefix
 
+from .packed_cache import PackedCache
 from .prefix_attention import PrefixBatch
 
 __all__ = ["MemoryCache", "bring_prefixes"]
@@ -38,6 +39,10 @@ class MemoryCache(DynamicCache):
 
 
 def bring_prefixes(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hand the prefixes of a `MemoryCache` to the attention function; a pre-hook of attention modules."""
+    """Hand what a `MemoryCache` or a `PackedCache` carries to the attention function; a hook of attention modules."""
     cache = kwargs.get("past_key_values")
-    return args, {**kwargs, "prefixes": cache.batch} if isinstance(cache, MemoryCache) else kwargs
+    if isinstance(cache, MemoryCache):
+        kwargs = {**kwargs, "prefixes": cache.batch}
+    elif isinstance(cache, PackedCache):
+        kwargs = {**kwargs, "packed": cache}
+    return args, kwargs

@@ -1,9 +1,8 @@
-"""Loading of the stock parts: base model, tokenizer and LoRA."""
+"""Loading of the stock parts: base model and tokenizer."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,9 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,13 +21,13 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from beacon_memory.errors import AdapterError, ConfigError, ModelError
-from beacon_memory.kv.fingerprint import digest_json, digest_tensors
+from beacon_memory.errors import ConfigError, ModelError
+from beacon_memory.kv.fingerprint import digest_json
 
 from .gguf_file import GGUF_DTYPE, gguf_options, is_gguf, one_gguf_reader
 from .support import require_supported
 
-__all__ = ["load_base", "lora_digest", "merge_lora", "tokenizer_digest"]
+__all__ = ["load_base", "tokenizer_digest"]
 
 
 def load_base(
@@ -148,34 +144,6 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def merge_lora(base: PreTrainedModel, lora: Path) -> PreTrainedModel:
-    """Merge a PEFT LoRA into the weights of the base and return it, still a stock model.
-
-    Raises AdapterError for a LoRA that does not fit the base, which is left without any.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
-            merged: PreTrainedModel = PeftModel.from_pretrained(base, str(lora)).merge_and_unload()
-    except Exception as error:  # of peft, torch or safetensors, depending on what is wrong with it
-        _remove_lora(base)
-        raise AdapterError(f"the LoRA in {lora} does not fit the base model: {error}") from error
-    return merged
-
-
-def _remove_lora(base: PreTrainedModel) -> None:
-    """Take out the LoRA layers that PEFT put into the base before it found that their weights do not fit."""
-    for name, module in list(base.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            base.set_submodule(name, module.get_base_layer())
-    vars(base).pop("peft_config", None)
-
-
-def lora_digest(lora: Path | None) -> str:
-    """Return a short hash of a LoRA's weights."""
-    return digest_tensors(load_file(lora / "adapter_model.safetensors").items() if lora is not None else [])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,13 +34,15 @@ from .adapter import (
     with_absent_kinds,
     write_adapter,
 )
-from .attention import IMPLEMENTATION, BeaconPass, Watch
+from .attention import IMPLEMENTATION, AttentionPass, BeaconPass, PassEndedError, Watch
 from .cache import bring_prefixes
 from .default_model import default_adapter, ensure_default_model
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
-from .loading import load_base, lora_digest, merge_lora, tokenizer_digest
+from .loading import load_base, tokenizer_digest
+from .lora import lora_digest, merge_lora
 from .projections import beacon_parameters, install_projections, remove_projections
 from .ratio_mix import mixed_ratios
+from .repetition import RepeatedWindow, Repetition
 from .salience import TokenSalience
 from .support import attention_modules, max_positions, model_rope
 
@@ -398,14 +401,48 @@ class BeaconModel(nn.Module):
         prefixes: for each sequence a memory that it follows, or None; empty if no sequence has one.
         watch:    a function that observes the attention of every window, see Watch.
         """
-        self._require_attached()
         hidden = self.config.beacon_attn == "hidden"
         beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, prefixes=prefixes, watch=watch)
+        last = self._decode(layout.raw_ids, beacon_pass, anchor_ids=layout.anchor_ids)
+        return PassOutput(last[0, : len(layout.raw_ids)], beacon_pass.collected)
+
+    def read(
+        self,
+        layout: BeaconLayout,
+        past: BeaconKV,
+        keep: list[int],
+        *,
+        prefixes: Sequence[Prefix | None] = (),
+        watch: Watch | None = None,
+    ) -> BeaconKV:
+        """Do the same as `run` for the K/V alone: the pass ends when those of the last layer are known."""
+        hidden = self.config.beacon_attn == "hidden"
+        beacon_pass = BeaconPass(
+            layout, self.rope, past, keep, hidden=hidden, prefixes=prefixes, watch=watch, ends=True
+        )
+        with suppress(PassEndedError):
+            self._decode(layout.raw_ids, beacon_pass, anchor_ids=layout.anchor_ids)
+        return beacon_pass.collected
+
+    def repeat(self, windows: Sequence[RepeatedWindow]) -> list[Tensor]:
+        """Repeat windows behind themselves in one pass, in pieces of PIECE tokens.
+
+        Returns for each window the squares of the attention weights that its tokens receive, added up over queries,
+        [layers, kv_heads, tokens] float32.
+        """
+        repetition = Repetition(windows, self.rope)
+        with suppress(PassEndedError):
+            self._decode([token for window in windows for token in window.ids], repetition)
+        return repetition.received
+
+    def _decode(self, raw_ids: list[int], attention: AttentionPass, *, anchor_ids: Sequence[int] = ()) -> Tensor:
+        """Run the base's decoder on raw rows and beacons after these tokens; returns the last hidden states."""
+        self._require_attached()
         embed = self.base.get_input_embeddings()
-        ids = torch.tensor([layout.raw_ids + layout.anchor_ids], device=self.device)
+        ids = torch.tensor([[*raw_ids, *anchor_ids]], device=self.device)
         rows = embed(ids)
-        raw = len(layout.raw_ids)
-        beacons = self.beacon_embed.to(rows.dtype).expand(1, len(layout.anchor_ids), -1)
+        raw = len(raw_ids)
+        beacons = self.beacon_embed.to(rows.dtype).expand(1, len(anchor_ids), -1)
         if self.config.beacon_embed == "last-token":
             beacons = beacons + rows[:, raw:]
         output = self.base.model(
@@ -413,9 +450,10 @@ class BeaconModel(nn.Module):
             position_ids=torch.zeros_like(ids),  # RoPE is the identity there: the attention function rotates
             attention_mask=torch.empty(1, 1, 0, 0, device=self.device),  # four axes: taken as it is, no mask is built
             use_cache=False,
-            beacon_pass=beacon_pass,
+            beacon_pass=attention,
         )
-        return PassOutput(output.last_hidden_state[0, :raw], beacon_pass.collected)
+        last: Tensor = output.last_hidden_state
+        return last
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab] of last hidden states [..., hidden_size]."""

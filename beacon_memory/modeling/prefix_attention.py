@@ -6,7 +6,8 @@ A memory is never copied: not to stand before the tokens, nor for each query hea
 batch that share a memory ask it together. On CPU each call takes the heads of a memory that have equally many entries;
 on CUDA one call takes all heads of all memories.
 
-Where a gradient is needed, keys and values are joined as in stock attention: kernels give none for the log-sum-exp.
+Where many rows are read, or a gradient is needed, keys and values are joined as in stock attention: then a copy costs
+little beside the attention, and kernels give no gradient for the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from beacon_memory.kv.prefix import Prefix, Section
+from beacon_memory.kv.prefix import Block, Prefix, Section
 from beacon_memory.kv.rope import apply_rotation
 
-__all__ = ["PrefixBatch", "attend_behind", "for_queries"]
+__all__ = ["Part", "PrefixBatch", "attend_apart", "attend_behind", "attend_joined", "for_queries", "mask_before"]
 
 _NOTHING = -1e30  # log-sum-exp of no scores: finite, so that rows which see nothing at all merge to 0
 _MOST_SCORES = 1 << 26  # scores that are held at a time where no kernel computes attention
 # Output of attention [units, queries, head_dim] and log-sum-exp of its scores [units, queries].
 _Piece = tuple[Tensor, Tensor]
+# Rows that are attended for at a time: which ones; how many entries, the first ones, any of them sees; and the mask,
+# [rows, those entries, then entries of a prefix that all rows see], added to the scores.
+Part = tuple[slice, int, Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +113,8 @@ class PrefixBatch:
 
         query: [batch, kv_heads, queries, head_dim], those of all query heads of a kv head.
         """
+        if not self:
+            return []
         turned = query.expand(self.most, *query.shape) if self._turn is None else apply_rotation(query, *self._turn)
         queries = turned.flatten(0, 2)
         if self.units is not None:
@@ -192,22 +198,71 @@ def attend_behind(
     query: [batch, heads, rows, head_dim]; key, value: [batch, kv_heads, own, head_dim], all rotated; mask: [batch or 1,
     1, rows, own], bool or added to the scores; None is causal. Returns [batch, heads, rows, head_dim].
     """
-    rows, own, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    if mask is None and rows > 1:
-        mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
+    rows, own = query.shape[2], key.shape[2]
     trained = torch.is_grad_enabled() and (batch.trained or any(part.requires_grad for part in (query, key, value)))
-    if dropout or trained:
-        masks = [None] * len(query) if mask is None else mask[:, 0].expand(len(query), -1, -1)
-        each = zip(batch.prefixes, query, key, value, masks, strict=True)
-        return torch.stack([_attend_joined(row[0], layer, *row[1:], scaling, dropout) for row in each])
+    joined = bool(dropout) or trained
+    if mask is None and (rows > 1 or joined):
+        mask = torch.ones(rows, own, dtype=torch.bool, device=query.device).tril(own - rows)[None, None]
+    if joined and mask is not None:
+        attended = []
+        for number, prefix in enumerate(batch.prefixes):
+            parts = [(slice(0, rows), own, mask_before(mask[number % len(mask), 0], prefix))]
+            blocks = prefix.blocks(layer) if prefix else ()
+            attended.append(attend_joined(query[number], key[number], value[number], blocks, parts, scaling, dropout))
+        return torch.stack(attended)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped = query.reshape(len(query), -1, groups * rows, query.shape[3])
+    return _merged(batch, layer, query, _attend_own(query, key, value, mask, scale), scale)
+
+
+def attend_apart(
+    batch: PrefixBatch,
+    layer: int,
+    query: Tensor,
+    own: Sequence[tuple[Tensor, Tensor]],
+    scaling: float | None,
+) -> Tensor:
+    """Do the same as `attend_behind`, causally, where the rows of the batch have own tokens of different number.
+
+    own: for each row its keys and values [kv_heads, own, head_dim], of which the last are those of its queries.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    count = query.shape[2]
+    pieces = [
+        _attend_own(row, key[None], value[None], _causal(count, key.shape[1], query.device), scale)
+        for row, (key, value) in zip(query.split(1), own, strict=True)
+    ]
+    outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return _merged(batch, layer, query, (outputs, sums), scale)
+
+
+def _causal(rows: int, own: int, device: torch.device) -> Tensor | None:
+    """Return the mask [1, 1, rows, own] of rows that are the last ones of all own tokens; None if they see all."""
+    if rows == 1:
+        return None
+    return torch.ones(rows, own, dtype=torch.bool, device=device).tril(own - rows)[None, None]
+
+
+def _attend_own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> _Piece:
+    """Attend to own tokens, one unit for each kv head of each row of the batch."""
+    batch, heads, rows, dim = query.shape
+    groups = heads // key.shape[1]
     if rows == 1:  # then all query heads of a kv head see the same
-        output, total = _attend(grouped, key, value, mask, scale)
+        output, total = _attend(_grouped(query, key.shape[1]), key, value, mask, scale)
     else:
         output, total = _attend(query, for_queries(key, groups), for_queries(value, groups), mask, scale)
-    units, count, dim = len(query) * key.shape[1], groups * rows, query.shape[3]
-    pieces = [(output.reshape(units, count, dim), total.reshape(units, count)), *batch.attend(layer, grouped, scale)]
+    return output.reshape(batch * key.shape[1], -1, dim), total.reshape(batch * key.shape[1], -1)
+
+
+def _grouped(query: Tensor, kv_heads: int) -> Tensor:
+    """Return queries [batch, kv_heads, groups * rows, head_dim]: those of all query heads of a kv head together."""
+    return query.reshape(len(query), kv_heads, -1, query.shape[3])
+
+
+def _merged(batch: PrefixBatch, layer: int, query: Tensor, own: _Piece, scale: float) -> Tensor:
+    """Return attention to the whole of prefixes and own tokens, [batch, heads, rows, head_dim], given that to these."""
+    units, count, dim = own[0].shape
+    grouped = _grouped(query, units // len(query))
+    pieces = [own, *batch.attend(layer, grouped, scale)]
     outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     if batch.units is not None:
         places = torch.cat((torch.arange(units, device=query.device), units + batch.units))
@@ -274,33 +329,38 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     return torch.cat(outputs, dim=2), torch.cat(totals, dim=2)
 
 
-def _attend_joined(
-    prefix: Prefix | None,
-    layer: int,
+def mask_before(mask: Tensor, prefix: Prefix | None) -> Tensor:
+    """Widen a mask [rows, entries], bool or added to the scores, by the entries of a prefix, which all rows see."""
+    return pad(mask, (0, prefix.longest if prefix else 0), value=mask.dtype == torch.bool)
+
+
+def attend_joined(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    blocks: Sequence[Block],
+    parts: Sequence[Part],
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """Do the same as `attend_behind` for one row of a batch, on keys and values that are joined.
+    """Attend to keys and values that are joined with those of a layer of a prefix, without copies for query heads.
 
-    query: [heads, rows, head_dim]; key, value: [kv_heads, own, head_dim]; mask: [rows, own]; None lets all be seen.
-    Returns [heads, rows, head_dim].
+    query: [heads, rows, head_dim]; key, value: [kv_heads, entries, head_dim]; blocks: those of the layer, if there is a
+    prefix; parts: all rows, in their order. Returns [heads, rows, head_dim].
     """
-    groups = len(query) // len(key)
-    blocks = prefix.blocks(layer) if prefix else [(slice(0, len(key)), key[:, :0], value[:, :0])]
-    if mask is None:
-        mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
-    # The memory comes last, so that the mask of every head begins where its tensor begins, which CUDA's kernels need.
-    # A padded mask lets every row see it: True, or 0 added to the scores.
-    wide = pad(mask, (0, max(keys.shape[1] for _, keys, _ in blocks)), value=mask.dtype == torch.bool)
+    grouped = query.unflatten(0, (len(key), -1))
     output = []
-    for heads, keys, values in blocks:
-        rows = query[None, heads.start * groups : heads.stop * groups]
-        all_keys = for_queries(torch.cat((key[heads], keys), dim=1)[None], groups)
-        all_values = for_queries(torch.cat((value[heads], values), dim=1)[None], groups)
-        seen = wide[:, : all_keys.shape[2]]
-        output.append(scaled_dot_product_attention(rows, all_keys, all_values, seen, dropout, scale=scaling)[0])
-    return torch.cat(output)
+    for heads, front_keys, front_values in blocks or [(slice(0, len(key)), key[:, :0], value[:, :0])]:
+        of_rows = []
+        for rows, seen, mask in parts:
+            # the prefix comes last, so that the mask of every head begins where its tensor does, as CUDA's kernels need
+            keys, values = (
+                torch.cat((own[heads, :seen], front), dim=1)[:, None].expand(-1, grouped.shape[1], -1, -1)
+                for own, front in ((key, front_keys), (value, front_values))
+            )
+            asked = grouped[heads, :, rows]
+            of_rows.append(
+                scaled_dot_product_attention(asked, keys, values, mask[:, : keys.shape[2]], dropout, scale=scaling)
+            )
+        output.append(torch.cat(of_rows, dim=2))
+    return torch.cat(output).flatten(0, 1)

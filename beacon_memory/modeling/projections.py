@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import BeaconPass
+from .attention import AttentionPass
 
 __all__ = ["BeaconLinear", "beacon_parameters", "install_projections", "remove_projections"]
 
@@ -43,7 +43,7 @@ class BeaconLinear(nn.Module):
 
 
 def _enter(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-    beacon_pass: BeaconPass | None = kwargs.get("beacon_pass")
+    beacon_pass: AttentionPass | None = kwargs.get("beacon_pass")
     _raw_rows.set(beacon_pass.raw_rows if beacon_pass is not None else None)
 
 

@@ -349,7 +349,6 @@ def _extracted_document(
     with _extracted(store, file, pair, path) as temps:
         try:
             stored, label = read_kv_file(temps[0]), read_label(temps[1])
-            _ = stored.text
         except CorruptFileError as error:
             raise corrupt(path, f"{pair[0].name} cannot be read: {error}") from error
         of_file, of_label = ((one.namespace, one.id) for one in (stored.header, label))

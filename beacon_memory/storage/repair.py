@@ -221,7 +221,6 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
     id, file = row.id, None
     try:
         row, file = store.read(id)
-        _ = file.text
     except (DocumentNotFoundError, ConflictError):  # removed, or expired, since the rows were listed; or always new
         return
     except CorruptFileError as error:
@@ -405,7 +404,6 @@ def _best(store: MemoryStore, names: list[str]) -> tuple[DocumentRow, StoredFile
         with contextlib.suppress(CorruptFileError, FileNotFoundError):
             file = read_file(store.files, name, read_kv_file)
             header = file.header
-            _ = file.text  # must be readable, too
             if stem_of(name) != file_stem(header.id) or header.namespace != store.namespace:
                 continue
             label, created_at = Label(), header.created_at

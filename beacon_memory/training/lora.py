@@ -11,14 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from beacon_memory.errors import ConfigError
+from beacon_memory.modeling.lora import LORA_PREFIX, LORA_WEIGHTS
 from beacon_memory.modeling.model import BeaconModel
 
 from .recipe import LoraRecipe
 
 __all__ = ["inject_lora", "lora_parameters", "write_lora"]
-
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT's files put this before a model's own names
 
 
 def inject_lora(model: BeaconModel, recipe: LoraRecipe, start: Path | None) -> None:
@@ -37,8 +35,8 @@ def inject_lora(model: BeaconModel, recipe: LoraRecipe, start: Path | None) -> N
     targets = [f"{target}.base" if target in own else target for target in recipe.targets]
     inject_adapter_in_model(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=targets), model.base)
     if start is not None:
-        weights = load_file(start / WEIGHTS)
-        renamed = {_with_beacons(name.removeprefix(_PREFIX), own): weights[name] for name in weights}
+        weights = load_file(start / LORA_WEIGHTS)
+        renamed = {_with_beacons(name.removeprefix(LORA_PREFIX), own): weights[name] for name in weights}
         loaded: Any = set_peft_model_state_dict(model.base, renamed)
         if loaded.unexpected_keys:
             raise ConfigError(f"the LoRA in {start} does not fit the base model: it has {loaded.unexpected_keys[0]!r}")
@@ -55,10 +53,10 @@ def write_lora(model: BeaconModel, recipe: LoraRecipe, folder: Path) -> None:
     """Write the LoRA to a folder in PEFT's own form, in the dtype of the base, for the base without beacons."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        _PREFIX + name.replace("_proj.base.", "_proj."): tensor.detach().to(model.dtype).cpu().contiguous()
+        LORA_PREFIX + name.replace("_proj.base.", "_proj."): tensor.detach().to(model.dtype).cpu().contiguous()
         for name, tensor in get_peft_model_state_dict(model.base).items()
     }
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / LORA_WEIGHTS, metadata={"format": "pt"})
     config = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(recipe.targets), task_type="CAUSAL_LM"
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from beacon_memory.compression.methods import ReadWindow
 from beacon_memory.compression.scoring import repeated
 from beacon_memory.compression.selection import best, read_raw, read_sink
 from beacon_memory.kv.memory_kv import MemoryKV
@@ -87,7 +88,8 @@ class TrainingModel(nn.Module):
         (ids,), ((ratio,),) = sample.parts, sample.ratios
         raw = read_raw(model, sink_prefix, ids)
         budget = slots_of(len(ids), ratio) - slots_of(len(ids), ratio * model.config.beacon_hybrid_factor)
-        chosen = MemoryKV.chosen(raw, best(repeated(model, sink_prefix, raw, ids), budget))
+        (scores,) = repeated(model, [ReadWindow(model, sink_prefix, ids, raw, None)])
+        chosen = MemoryKV.chosen(raw, best(scores, budget))
         return model.prefix(MemoryKV.concat([sink, chosen]))
 
 

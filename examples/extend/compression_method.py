@@ -11,6 +11,7 @@ This script registers it instead: python examples/extend/compression_method.py
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -21,10 +22,10 @@ from beacon_memory.compression.methods.registry import register
 class KeyNorm(ScoredMethod):
     """Rank the entries of each head: norms of different heads cannot be compared, so each keeps equally many."""
 
-    def score(self, window: ReadWindow) -> Tensor:
-        """Return for each entry how many of its head have a larger norm, [layers, kv_heads, tokens]."""
-        norms = window.kv.keys.norm(dim=-1)
-        return norms.argsort(dim=-1, descending=True).argsort(dim=-1)
+    def scores(self, windows: Sequence[ReadWindow]) -> list[Tensor]:
+        """Return for each entry how many of its head have a larger norm, [layers, kv_heads, tokens] of each window."""
+        norms = [window.kv.keys.norm(dim=-1) for window in windows]
+        return [one.argsort(dim=-1, descending=True).argsort(dim=-1) for one in norms]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_PEAK_TOKENS", (1000, 2000))
     monkeypatch.setattr(bench, "_SLOTS", (100,))
+    monkeypatch.setattr(bench, "_ANSWER", 4)
     figures = bench.run(str(folder), None, "cpu", "auto", tokens=1200, ratio=8)
     assert [figure.name.split(":")[0] for figure in figures] == [
         "time to first token",
@@ -26,6 +27,8 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
         "bytes",
         "a token behind 100 slots, even",
         "a token behind 100 slots, ragged",
+        "answers to 8 requests behind 8 memories",
+        "an answer to one request",
         "throughput",
         "throughput",
         "throughput",
@@ -37,6 +40,16 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
     shown = bench.table(figures)
     for figure in figures:
         assert f"| {figure.name} | {figure.value:.3g} | {figure.bound} | {figure.detail} |" in shown
+
+
+def test_reading_is_measured_for_a_short_and_a_long_text_by_each_score(folder: Path) -> None:
+    figures = bench.reading(str(folder), None, "cpu", "auto", tokens=2100, ratio=4)
+    assert [figure.name.split(":")[0] for figure in figures] == [
+        f"reading {tokens} tokens, score {score}" for tokens in ("1,000", "2,100") for score in ("repeat", "expected")
+    ]
+    for figure in figures:
+        ours, stock = (float(part.replace(",", "")) for part in figure.detail.removesuffix(" tokens/s").split(" / "))
+        assert figure.value == pytest.approx(ours / stock, rel=0.01)
 
 
 def test_bytes_are_those_of_an_eighth_of_the_tokens(folder: Path) -> None:

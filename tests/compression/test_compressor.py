@@ -44,8 +44,10 @@ from beacon_memory.errors import CapacityError, ConfigError, InputError
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.modeling import attention
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.repetition import PIECE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,6 +56,17 @@ def test_one_packed_pass_is_the_method_window_by_window(
     family: str, attn: str, embed: str, placement: str, sink: int
 ) -> None:
     model = model_of(family, attn, embed, placement, sink)
+    for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
+        assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
+
+
+@pytest.mark.parametrize("attn", ["hidden", "full-coverage"])
+@pytest.mark.parametrize("placement", ["end", "salient-words"])
+def test_how_many_rows_attend_at_a_time_changes_nothing(
+    attn: str, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_ROWS_ON_CPU", 3)
+    model = model_of("llama", attn, placement=placement)
     for work, compressed in zip(DOCUMENTS, compress(model), strict=True):
         assert_same(compressed.kv, reference_read(model, work.ids, work.ratios))
 
@@ -294,7 +307,7 @@ class TestChosenTokens:
         for number, ratio in enumerate(self.RATIOS):
             window, prefix = self.IDS[number * WINDOW : (number + 1) * WINDOW], model.prefix(MemoryKV.concat(parts))
             with torch.no_grad():
-                parts.append(method.read_window(prefix, window, ratio))
+                parts += method.read_windows([(prefix, window, ratio)])
         assert_same(whole.kv, MemoryKV.concat(parts[1:]))
 
     @by_choice
@@ -322,27 +335,114 @@ class TestChosenTokens:
             (alone,) = compress(model, [document], **how)
             assert alone.windows == one.windows == other.windows
             for kv in (one.kv, other.kv):
-                assert same(kv, alone.kv)
+                assert_same(kv, alone.kv)
 
     @by_choice
-    def test_documents_are_taken_one_at_a_time(self, compression: str) -> None:
+    @pytest.mark.parametrize("rows", [1, 18, 4096])
+    def test_documents_come_in_order_and_as_soon_as_they_are_read(self, compression: str, rows: int) -> None:
         events: list[str] = []
 
         def documents() -> Iterator[Work]:
-            for number in range(3):
+            for number in range(4):
                 events.append(f"take {number}")
-                yield Work(some_ids(8, seed=number), [2])
+                yield Work(some_ids(8, seed=number), [2])  # 8 rows, or 9 with a beacon
 
-        for number, _ in BeaconCompressor(model_of()).compress(enumerate(documents()), compression=compression):
+        compressor = BeaconCompressor(model_of(), rows_per_pass=rows)
+        for number, _ in compressor.compress(enumerate(documents()), compression=compression):
             events.append(f"give {number}")
-        assert ", ".join(events) == "take 0, give 0, take 1, give 1, take 2, give 2"
+        expected = {
+            1: "take 0, take 1, give 0, take 2, give 1, take 3, give 2, give 3",
+            18: "take 0, take 1, take 2, give 0, give 1, take 3, give 2, give 3",
+            4096: "take 0, take 1, take 2, take 3, give 0, give 1, give 2, give 3",
+        }
+        assert ", ".join(events) == expected[rows]
 
     @by_choice
-    def test_progress_is_told_of_every_window(self, compression: str) -> None:
+    @pytest.mark.parametrize(("rows", "expected"), [(1, [8, 8, 5, 3]), (4096, [11, 8, 5])])
+    def test_progress_is_told_of_every_pass(self, compression: str, rows: int, expected: list[int]) -> None:
         steps: list[int] = []
         documents = [Work(self.IDS, self.RATIOS), Work(some_ids(3), [2])]
-        list(BeaconCompressor(model_of()).compress(enumerate(documents), steps.append, compression=compression))
-        assert steps == [8, 8, 5, 3]
+        compressor = BeaconCompressor(model_of(), rows_per_pass=rows)
+        list(compressor.compress(enumerate(documents), steps.append, compression=compression))
+        assert steps == expected
+
+    @by_choice
+    @every_score
+    @pytest.mark.parametrize("rows", [1, 13, 20, 33])
+    @pytest.mark.parametrize("sink", [0, 1])
+    def test_the_size_of_a_pass_changes_nothing(self, compression: str, score: str, rows: int, sink: int) -> None:
+        how, model = {"compression": compression, "score": score}, model_of(sink=sink)
+        works = [*DOCUMENTS, *DOCUMENTS[::-1]]
+        for work, parts in zip(works, compress(model, works, rows_per_pass=rows, **how), strict=True):
+            (alone,) = compress(model, [work], **how)
+            assert_same(parts.kv, alone.kv)
+            assert parts.windows == alone.windows
+
+    @pytest.mark.parametrize("name", MODELS)
+    @by_choice
+    @every_score
+    def test_windows_of_several_pieces_and_ragged_memories_share_passes(
+        self, name: str, compression: str, score: str
+    ) -> None:
+        family, overrides = MODELS[name]
+        config = BeaconConfig(beacon_window=PIECE + 40)
+        model = tiny_model(family, config, tokenizer=tiny_tokenizer(), **overrides)
+        how = {"compression": compression, "score": score}
+        works = [
+            Work(some_ids(tokens, seed=tokens), ratios)
+            for tokens, ratios in {PIECE + 90: [4, 8], 700: [8, 2, 4], 30: [4]}.items()
+        ]
+        for work, together in zip(works, compress(model, works, **how), strict=True):
+            (alone,) = compress(model, [work], rows_per_pass=1, **how)
+            assert_same(together.kv, alone.kv)
+
+    @by_choice
+    @every_score
+    def test_passes_have_no_more_rows_than_they_may(self, compression: str, score: str) -> None:
+        model, rows = model_of(), []
+        compressor = BeaconCompressor(model, score=score, rows_per_pass=30)
+        if score == "expected":
+            list(compressor.compress([(0, Work(some_ids(8), [2]))], compression=compression))  # what is measured once
+        hook = model.base.model.register_forward_pre_hook(
+            lambda _module, _args, how: rows.append(how["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        try:
+            list(compressor.compress(enumerate([*DOCUMENTS, *DOCUMENTS]), compression=compression))
+        finally:
+            hook.remove()
+        assert max(rows) <= 30
+        assert max(rows) > 20  # of windows of 8
+
+    @by_choice
+    def test_no_more_documents_wait_than_a_pass_has_room_for(self, compression: str) -> None:
+        taken: list[int] = []
+
+        def documents() -> Iterator[tuple[int, Work]]:
+            for number in range(30):
+                taken.append(number)
+                yield number, Work(some_ids(80, seed=1), [4] * 10) if number == 0 else Work(some_ids(8), [4])
+
+        compressed = BeaconCompressor(model_of(), rows_per_pass=36).compress(documents(), compression=compression)
+        assert next(compressed)[0] == 0
+        assert len(taken) == 5  # four in a pass of 8 tokens each, with a beacon for `hybrid`, and the next that waits
+        assert [number for number, _ in compressed] == list(range(1, 30))
+
+    @by_choice
+    @every_score
+    def test_the_last_layer_is_not_computed_beyond_its_keys_and_values(self, compression: str, score: str) -> None:
+        def refuse(*_: Any) -> None:
+            raise AssertionError("the last layer was computed to its end")
+
+        model = model_of()
+        last = model.base.model.layers[-1]
+        hooks = [
+            part.register_forward_hook(refuse) for part in (last.self_attn.o_proj, last.mlp, model.base.model.norm)
+        ]
+        try:
+            assert len(compress(model, compression=compression, score=score)) == len(DOCUMENTS)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @pytest.mark.parametrize(
         ("compression", "ratio", "span"), [("select", 4, 160), ("hybrid", 4, 170), ("select", 2, 160)]
@@ -366,7 +466,7 @@ class TestChosenTokens:
             assert prefix.span == MemoryKV.concat(parts).span if number < 3 else room - len(parts) < prefix.span <= room
             with torch.no_grad():
                 window = ids[16 * number : 16 * (number + 1)]
-                parts.append(method.read_window(small.prefix(prefix), window, ratio))
+                parts += method.read_windows([(small.prefix(prefix), window, ratio)])
         assert_same(ours, MemoryKV.concat(parts[1:]))
         assert not torch.equal(ours.counts, roomy.counts)
 
@@ -374,14 +474,14 @@ class TestChosenTokens:
     @every_score
     def test_questions_do_not_change_what_is_chosen(self, compression: str, score: str) -> None:
         """A memory is made before anybody asks: no argument takes a question, and none leaves a trace."""
-        taken = set(signature(BeaconCompressor.__init__).parameters) | set(signature(Select.read_window).parameters)
+        taken = set(signature(BeaconCompressor.__init__).parameters) | set(signature(Select.read_windows).parameters)
         taken |= set(signature(BeaconCompressor.compress).parameters) | set(signature(Work).parameters)
         taken |= set(signature(ReadWindow).parameters)
         assert taken == {
             *("self", "model", "rows_per_pass", "reserve", "score"),
             *("works", "progress", "compression"),
             *("ids", "ratios", "read", "windows"),
-            *("prefix", "ids", "ratio", "kv", "watch"),
+            *("prefix", "ids", "kv", "watch"),
         }
         compressor = BeaconCompressor(model_of(), score=score)
         before, after = [], []
@@ -401,7 +501,7 @@ class TestChosenTokens:
             list(compressor.compress(((n, Work(some_ids(8, seed=n), [2])) for n in range(3)), compression="select"))
         finally:
             hook.remove()
-        assert len(passes) == 2 + 3  # our text read and repeated, then a pass for each window
+        assert len(passes) == 2 + 1  # our text read and repeated, then a pass for all windows
 
     def test_scores_differ(self) -> None:
         kept = [self.compress(model_of(), compression="select", score=score) for score in ("repeat", "expected")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -159,8 +159,8 @@ def test_method_can_be_registered_for_a_process(model: BeaconModel, monkeypatch:
     monkeypatch.setattr(registry, "_registered", {})
 
     class First(ScoredMethod):
-        def score(self, window: ReadWindow) -> torch.Tensor:
-            return -torch.arange(len(window.ids)).expand(window.kv.keys.shape[:-1])
+        def scores(self, windows: Sequence[ReadWindow]) -> list[torch.Tensor]:
+            return [-torch.arange(len(window.ids)).expand(window.kv.keys.shape[:-1]) for window in windows]
 
     registry.register("first", First)
     assert registry.names()[:3] == ("beacon", "select", "hybrid")
@@ -175,11 +175,11 @@ def test_method_can_be_registered_for_a_process(model: BeaconModel, monkeypatch:
 
 def test_scores_of_another_shape_are_refused(model: BeaconModel, monkeypatch: pytest.MonkeyPatch) -> None:
     class OfTokens(ScoredMethod):
-        def score(self, window: ReadWindow) -> torch.Tensor:
-            return torch.zeros(len(window.ids))
+        def scores(self, windows: Sequence[ReadWindow]) -> list[torch.Tensor]:
+            return [torch.zeros(len(window.ids)) for window in windows]
 
     monkeypatch.setattr(registry, "_registered", {"flat": OfTokens})
-    with pytest.raises(ConfigError, match=r"OfTokens.score gave scores of shape \[8\].* \[3, 2, 8\]"):
+    with pytest.raises(ConfigError, match=r"OfTokens.scores gave scores of shape \[8\].* \[3, 2, 8\]"):
         BeaconCompressor(model).compress_one(Work(some_ids(WINDOW), [4]), compression="flat")
 
 

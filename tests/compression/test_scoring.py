@@ -11,11 +11,13 @@ from tiny_models import MODELS, some_ids, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from beacon_memory.compression.scoring import PIECE, ExpectedAttention, repeated, spread
+from beacon_memory.compression.methods import ReadWindow
+from beacon_memory.compression.scoring import ExpectedAttention, repeated, spread
 from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.repetition import PIECE
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -40,7 +42,7 @@ def test_repeated_adds_up_what_tokens_contribute_to_all_that_a_piece_sees(name: 
     memory, ids = in_front(stock, prefix), some_ids(tokens, seed=1)
     window = stock_reading(stock, ids, memory).kv
     with torch.no_grad():
-        ours = repeated(model, model.prefix(memory), window, ids)
+        ours = repeated(model, [ReadWindow(model, model.prefix(memory), ids, window, None)])[0]
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, slow_repeated(stock, memory, window, ids), atol=1e-4, rtol=1e-3)
 

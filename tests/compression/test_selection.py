@@ -50,7 +50,8 @@ def read(
     method = Hybrid(compressor) if hybrid else Select(compressor)
     if measured is not None:
         method.measured = measured
-    return method.read_window(model.prefix(prefix), ids, ratio)
+    (memory,) = method.read_windows([(model.prefix(prefix), ids, ratio)])
+    return memory
 
 
 def nothing(model: BeaconModel) -> MemoryKV:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,50 +11,27 @@ from unittest.mock import ANY
 
 import pytest
 import torch
+from behind_memory import compressed, greedy, make_model, no_memory, printable_part
 from stock_behind import eager, stock_reading
 from tiny_models import MODELS, VOCAB, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig, PreTrainedModel
 
-from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.methods.registry import BUILT_IN
-from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import CapacityError, InputError
+from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.generation.generate import Generation, Request, generate
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
 from beacon_memory.generation.prompt import chat_prompt
-from beacon_memory.generation.streaming import stream
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
 
 every_compression = pytest.mark.parametrize("compression", list(BUILT_IN))
 
 
-def make_model(name: str = "llama", window: int = 16, **overrides: Any) -> BeaconModel:
-    family, settings = MODELS[name]
-    config = BeaconConfig(beacon_window=window)
-    return tiny_model(family, config, tokenizer=tiny_tokenizer(), **settings, **overrides)
-
-
-def compressed(model: BeaconModel, ids: list[int], ratio: int, compression: str = "select") -> MemoryKV:
-    """Sink and document, as they are loaded."""
-    compressor = BeaconCompressor(model, reserve=0)
-    document = compressor.compress_one(Work(ids, compressor.ratios(len(ids), ratio)), compression=compression)
-    return MemoryKV.concat([MemoryKV.of(compressor.sink), document.kv])
-
-
-def no_memory(model: BeaconModel) -> MemoryKV:
-    return MemoryKV.of(model.empty_kv())
-
-
-def greedy(model: BeaconModel, stop: str | None = None, **options: Any) -> Any:
-    return generation_config(model, stop, {"max_new_tokens": 12, "eos_token_id": None, **options})
-
-
-def printable_part(model: BeaconModel, tokens: Sequence[int]) -> str:
-    """A character from the middle of a text that is whole by itself, as a single byte need not be."""
-    characters = [model.tokenizer.decode([token]) for token in tokens]
-    return next(c for c in characters[1:-1] if c.isascii() and c.isprintable() and c != characters[0])
+def looped(model: BeaconModel, request: Request, config: GenerationConfig, seed: int | None = None) -> Generation:
+    """The same by a `DecodeLoop`."""
+    return DecodeLoop(model).submit(request, config, seed=seed).result()
 
 
 def greedy_by_hand(stock: PreTrainedModel, prefix: MemoryKV, prompt: list[int], count: int) -> list[int]:
@@ -241,48 +215,6 @@ def test_a_seed_repeats_a_sample_and_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_stream_pieces_make_up_the_generated_text() -> None:
-    model = make_model()
-    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
-    *pieces, last = stream(model, request, greedy(model))
-    assert isinstance(last, Generation)
-    assert "".join(str(piece) for piece in pieces).strip() == last.text
-    assert last.tokens == generate(model, [request], greedy(model))[0][0].tokens
-
-
-def test_stream_never_shows_a_stop_string_or_its_beginning() -> None:
-    model = make_model()
-    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
-    whole = generate(model, [request], greedy(model, max_new_tokens=40))[0][0]
-    stop = printable_part(model, whole.tokens)
-    *pieces, last = stream(model, request, greedy(model, stop=stop, max_new_tokens=40))
-    assert isinstance(last, Generation)
-    assert "".join(str(piece) for piece in pieces).strip() == last.text == whole.text[: whole.text.index(stop)].strip()
-
-
-def test_closing_a_stream_ends_its_thread() -> None:
-    model = make_model(max_position_embeddings=8192)
-    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
-    pieces = stream(model, request, greedy(model, max_new_tokens=4000))
-    next(pieces)
-    started = time.perf_counter()
-    pieces.close()  # type: ignore[attr-defined]  # it is a generator
-    assert time.perf_counter() - started < 5
-    assert not [thread for thread in threading.enumerate() if thread.name == "beacon-memory-generate"]
-
-
-def test_an_error_while_streaming_reaches_the_consumer() -> None:
-    model = make_model()
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("boom")
-
-    request = Request(compressed(model, some_ids(40), 4), some_ids(5))
-    model.base.model.layers[0].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="boom"):
-        list(stream(model, request, greedy(model)))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -318,7 +250,10 @@ def test_an_option_is_refused_or_answered_with_whatever_its_value(name: str) -> 
     expected = generate(model, [request], greedy(model))
     for value in NONSENSE:
         with contextlib.suppress(InputError):
-            generate(model, [request], greedy(model, **{"max_new_tokens": 4, name: value}))
+            config = greedy(model, **{"max_new_tokens": 4, name: value})
+            alone = generate(model, [request], config, seed=0)
+            if (config.num_beams or 1) == (config.num_return_sequences or 1) == 1:
+                assert looped(model, request, config, seed=0).tokens == alone[0][0].tokens
     assert generate(model, [request], greedy(model)) == [[replace(expected[0][0], first_token_at=ANY)]]
 
 
@@ -329,15 +264,19 @@ def test_what_transformers_refuses_late_is_an_error_of_ours(option: dict[str, An
     with pytest.raises(InputError, match="transformers cannot generate with these options"):
         generate(model, [request], greedy(model, **option))
     with pytest.raises(InputError, match="transformers cannot generate with these options"):
-        list(stream(model, request, greedy(model, **option)))
+        looped(model, request, greedy(model, **option))
 
 
 @pytest.mark.parametrize("option", [{"temperature": 1e-45}, {"suppress_tokens": [*range(VOCAB)], "do_sample": True}])
 def test_options_that_leave_no_token_are_an_error_of_ours(option: dict[str, Any]) -> None:
     model = make_model()
     request = Request(compressed(model, some_ids(20), 4), some_ids(5))
-    with pytest.raises(InputError, match="these options leave no token to sample from"):
-        generate(model, [request], greedy(model, **option))
+    for way in (
+        lambda: generate(model, [request], greedy(model, **option)),
+        lambda: looped(model, request, greedy(model, **option)),
+    ):
+        with pytest.raises(InputError, match="these options leave no token to sample from"):
+            way()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_gguf import tiny_gguf
 from tiny_models import FAMILIES, VOCAB, some_ids, tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -24,6 +27,7 @@ from beacon_memory.errors import AdapterError, ConfigError, ModelError, Unsuppor
 from beacon_memory.modeling import loading
 from beacon_memory.modeling.adapter import read_adapter
 from beacon_memory.modeling.loading import tokenizer_digest
+from beacon_memory.modeling.lora import merge_lora
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.modeling.text_tokens import text_tokens
 
@@ -271,6 +275,48 @@ class TestReader:
             plain = load(base).base(torch.tensor([some_ids(20)])).logits
         assert float((plain - lora).abs().max()) > 0.1
         assert not [name for name, _ in loaded.named_parameters() if "lora" in name]
+
+    @pytest.mark.parametrize(
+        ("dtype", "settings"),
+        [
+            (torch.float32, {}),
+            (torch.bfloat16, {}),
+            (torch.bfloat16, {"target_modules": ["q_proj", "down_proj", "up_proj"], "r": 3, "lora_alpha": 5}),
+            (torch.float32, {"use_rslora": True}),
+            (torch.float32, {"use_dora": True}),
+            (torch.float32, {"rank_pattern": {"layers.1.self_attn.q_proj": 2}}),
+            (torch.float32, {"alpha_pattern": {"layers.1.self_attn.q_proj": 2}}),
+            (torch.float32, {"layers_to_transform": [1]}),
+            (torch.float32, {"target_modules": r".*\.1\..*(q|up)_proj"}),
+        ],
+        ids=str,
+    )
+    def test_it_is_merged_as_peft_merges_it_bit_by_bit(
+        self, tmp_path: Path, dtype: torch.dtype, settings: dict[str, Any]
+    ) -> None:
+        shape: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"], **settings}
+        torch.manual_seed(0)
+        reading = get_peft_model(tiny_base("llama").to(dtype), LoraConfig(init_lora_weights=False, **shape))
+        reading.save_pretrained(str(tmp_path))
+        edit_json(tmp_path / "adapter_config.json", init_lora_weights=True)  # as training writes it
+        theirs = PeftModel.from_pretrained(tiny_base("llama").to(dtype), str(tmp_path)).merge_and_unload()
+        ours = dict(merge_lora(tiny_base("llama").to(dtype), tmp_path).named_parameters())
+        assert all(torch.equal(ours[name], weight) for name, weight in theirs.named_parameters())
+        base = dict(tiny_base("llama").to(dtype).named_parameters())
+        assert not all(torch.equal(ours[name], base[name]) for name in base)
+
+    def test_a_plain_one_needs_no_peft(self, base: Path, adapter: Path, lora: Tensor) -> None:
+        edit_json(adapter / "reader" / "adapter_config.json", init_lora_weights=True)
+        program = """
+            import sys, torch
+            from beacon_memory import BeaconModel
+            loaded = BeaconModel.from_pretrained(sys.argv[1], sys.argv[2]).base
+            assert "peft" not in sys.modules
+            torch.save(loaded(torch.tensor([eval(sys.argv[3])])).logits, sys.argv[4])
+        """
+        arguments = [str(base), str(adapter), str(some_ids(20)), str(adapter / "logits")]
+        subprocess.run([sys.executable, "-c", dedent(program), *arguments], check=True)
+        assert torch.equal(torch.load(adapter / "logits"), lora)
 
     def test_it_leaves_the_beacons_own_projections_alone(self, base: Path, adapter: Path) -> None:
         stored = read_adapter(adapter).tensors

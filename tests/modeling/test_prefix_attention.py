@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from devices import IndexedAnywhere
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix, Section
@@ -232,29 +232,6 @@ def test_a_memory_is_not_copied(path: str) -> None:
     ]
     assert sum(key.numel() for key, _ in of_memory) == held.keys.numel()
     assert all(v.untyped_storage().data_ptr() == held.values.untyped_storage().data_ptr() for _, v in of_memory)
-
-
-class IndexedAnywhere(TorchFunctionMode):
-    """Indexing by operators, for the one of Python needs the tensor's device, even where the tensor has no data."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not Tensor.__getitem__:
-            return func(*args, **(kwargs or {}))
-        tensor, index = args
-        index, axis = index if isinstance(index, tuple) else (index,), 0
-        for number, one in enumerate(index):
-            if one is None:
-                tensor = tensor.unsqueeze(axis)
-            elif one is Ellipsis:
-                axis = tensor.ndim - sum(later is not None for later in index[number + 1 :]) - 1
-            elif isinstance(one, slice):
-                start, stop, _ = one.indices(tensor.shape[axis])
-                tensor = tensor.narrow(axis, start, max(0, stop - start))
-            else:
-                tensor = tensor.select(axis, one) if isinstance(one, int) else tensor.index_select(axis, one)
-                axis -= isinstance(one, int)
-            axis += 1
-        return tensor
 
 
 @ROWS

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from beacon_memory.compression.scoring import PIECE
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.modeling.repetition import PIECE
 
 
 @dataclass(frozen=True, slots=True)

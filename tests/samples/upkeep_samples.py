@@ -59,6 +59,11 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+def flip_keys(path: Path) -> None:
+    """Flip a byte of the keys, which come first in a K/V file; the text comes last."""
+    flip(path, 8 + int.from_bytes(path.read_bytes()[:8], "little") + 5)
+
+
 def scribble(path: Path) -> None:
     """Leave nothing of a database but its header."""
     data = path.read_bytes()

@@ -95,9 +95,7 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(folder: Path, form: str, da
     if not isinstance(file, BeaconMemoryError):
         assert file.header == header
         assert equal(file.kv, kv)
-        text = tried(lambda: file.text)
-        assert text == TEXT or isinstance(text, CorruptFileError)
-        assert damage.done_to(data) == data or isinstance(text, CorruptFileError)
+        assert file.text == TEXT
     assert isinstance(read, BeaconMemoryError) or read == header
 
 
@@ -108,8 +106,8 @@ def test_no_flipped_bit_of_a_tensor_goes_unnoticed(folder: Path) -> None:
         start = 8 + int.from_bytes(data[:8], "little")
         for where in range(start, len(data), 7):
             path.write_bytes(data[:where] + bytes([data[where] ^ 1 << where % 8]) + data[where + 1 :])
-            with pytest.raises(CorruptFileError, match=r"a\.safetensors|the text in the file of 'doc'"):
-                _ = read_kv_file(path).text
+            with pytest.raises(CorruptFileError, match=r"a\.safetensors"):
+                read_kv_file(path)
 
 
 class Filled:
@@ -170,8 +168,7 @@ def test_a_damaged_file_in_a_store_keeps_its_text_and_row_and_hurts_no_other(
     path.write_bytes(damaged)
     with store:
         read = tried(lambda: store.get(form))
-        text_read = tried(lambda: store.read(form)[1].text)
-        harmed = isinstance(text_read, BeaconMemoryError)
+        harmed = isinstance(read, BeaconMemoryError)
         assert row.file in str(read) if isinstance(read, BeaconMemoryError) else same(read.kv, kv)
         found = [(problem.kind, problem.document, problem.path) for problem in verify(store)]
         assert found == ([("damaged-file", form, row.file)] if harmed else [])

@@ -19,6 +19,7 @@ from upkeep_samples import (
     everything,
     file,
     flip,
+    flip_keys,
     kinds,
     leave_catalog,
     replaced_file,
@@ -141,7 +142,8 @@ def test_what_files_or_rows_still_tell_is_found_and_mended(store: MemoryStore, n
 
 UNMENDED: dict[str, tuple[Callable[[MemoryStore], object], ProblemKind]] = {
     "file gone": (lambda store: file(store).unlink(), "missing-file"),
-    "file flipped": (lambda store: flip(file(store), -5), "damaged-file"),
+    "keys flipped": (lambda store: flip_keys(file(store)), "damaged-file"),
+    "text flipped": (lambda store: flip(file(store), -5), "damaged-file"),
     "header flipped": (lambda store: flip(file(store), 200), "damaged-file"),
     "file cut": (lambda store: file(store).write_bytes(file(store).read_bytes()[:-10]), "damaged-file"),
     "file empty": (lambda store: file(store).write_bytes(b""), "damaged-file"),
@@ -204,7 +206,7 @@ def test_a_file_that_contradicts_its_row_is_refused(store: MemoryStore, changed:
         changed = {}
     header = replace(header, **changed)  # type: ignore[arg-type]  # by field name
     write_kv_file(file(store), header, memory(13, 6 * header.slots).to(dtype=sample()[1].keys.dtype), text)
-    with pytest.raises(CorruptFileError, match=f"disagrees with its row in the {named}; `beacon-memory repair` mends"):
+    with pytest.raises(CorruptFileError, match=f"in the {named}, hash of the whole file; `beacon-memory repair` mends"):
         store.get("doc")
     assert kinds(verify(store)) == [("mismatched-file", "doc")]
     assert file(store).exists()
@@ -299,7 +301,12 @@ def test_a_row_that_names_another_file_finds_its_own_again(store: MemoryStore) -
 
 
 def test_a_damaged_version_is_dropped(store: MemoryStore) -> None:
-    for damage in (Path.unlink, lambda path: flip(path, -5), lambda path: shutil.copy(file(store, "other"), path)):
+    for damage in (
+        Path.unlink,
+        flip_keys,
+        lambda path: flip(path, -5),
+        lambda path: shutil.copy(file(store, "other"), path),
+    ):
         put(store, "other")
         put_version(store, "a")
         put_version(store, "b")

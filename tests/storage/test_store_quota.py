@@ -111,7 +111,7 @@ def test_no_room_beside_pinned_documents_leaves_everything(store: MemoryStore) -
         store.put(*sample(id), TEXT, PIN)
     before = store.list()
     told: list[DocumentRow] = []
-    with pytest.raises(QuotaError, match=r"'new' takes 648 bytes, .* 647 more than the quota of 1,945; unpin"):
+    with pytest.raises(QuotaError, match=r"'new' takes 612 bytes, .* 611 more than the quota of 1,837; unpin"):
         store.put(*sample("new"), TEXT, on_evicted=told.append)
     assert store.list() == before
     assert told == []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,8 +57,11 @@ class ScoredMethod(ABC):
         self.model = reader.model
 
     @abstractmethod
-    def score(self, window: ReadWindow) -> Tensor:
-        """Return a number for each entry, [layers, kv_heads, tokens]: the higher, the sooner it is kept."""
+    def scores(self, windows: Sequence[ReadWindow]) -> Sequence[Tensor]:
+        """Return for each of some windows a number for each entry, [layers, kv_heads, tokens].
+
+        The higher, the sooner it is kept. The windows are of different documents, and were read in one pass.
+        """
 
     @property
     def parameters(self) -> Mapping[str, str | int]:
@@ -81,38 +84,123 @@ class ScoredMethod(ABC):
     def compress(
         self, documents: Iterable[tuple[Key, Plan]], progress: Callable[[int], None]
     ) -> Iterator[tuple[Key, MemoryKV]]:
-        """Yield the memory of each document; one window of one document is read at a time."""
-        for key, plan in documents:
-            yield key, self._read(plan, progress)
+        """Yield the memory of each document; the next windows of several are read in one pass.
 
-    @torch.inference_mode()
-    def _read(self, plan: Plan, progress: Callable[[int], None]) -> MemoryKV:
-        parts = [MemoryKV.of(self.reader.sink), *plan.before]
-        for window in plan.unread:
-            ids = plan.ids[window.first : window.first + window.tokens]
-            parts.append(self.read_window(prefix_of(self.model, parts, len(ids)), ids, window.ratio))
-            progress(len(ids))
-        return MemoryKV.concat(parts[1:])
-
-    def read_window(self, prefix: Prefix, ids: Sequence[int], ratio: int) -> MemoryKV:
-        """Read one window behind a memory; returns its own: len(ids) / ratio slots, the mean over heads.
-
-        Ratio 0 keeps every token, and nothing is scored.
+        A document keeps its place in the passes until it is yielded, so that what waits is bounded too.
         """
-        (window,) = self.model.cut(Cursor(), ids, iter([self.beacon_ratio(ratio)]), tail="close")
-        watch = self.watch(len(ids))
-        layout = BeaconLayout.build([Piece(Cursor(), [window])], self.model.config)
-        own = layout.windows[0].own
-        kept = self.model.run(layout, self.model.empty_kv(), own, prefixes=[prefix], watch=watch).kept
-        raw, beacons = kept[: len(ids)], kept[len(ids) :]
-        if not ratio:
-            return MemoryKV.of(raw)
-        scores = self.score(ReadWindow(self.model, prefix, ids, raw, watch))
-        if scores.shape != raw.keys.shape[:-1]:
-            raise ConfigError(
-                f"{type(self).__name__}.score gave scores of shape {list(scores.shape)}; a window of {len(ids)} tokens "
-                f"needs one for each entry, {list(raw.keys.shape[:-1])}: layers, kv_heads, tokens"
-            )
-        budget = slots_of(len(ids), ratio) - beacons.slots
-        chosen = MemoryKV.chosen(raw, best(scores, budget), levels_of(scores))
-        return MemoryKV.concat([chosen, MemoryKV.of(beacons)])
+        current: list[_Reading[Key]] = []
+        for key, plan in documents:
+            reading = _Reading(key, plan, self)
+            while current and sum(one.rows for one in current) + reading.rows > self.reader.rows_per_pass:
+                yield from self._read_next(current, progress)
+            current.append(reading)
+            if current[0].finished:  # all of it was read before
+                yield current.pop(0).result
+        while current:
+            yield from self._read_next(current, progress)
+
+    def _read_next(
+        self, current: list[_Reading[Key]], progress: Callable[[int], None]
+    ) -> Iterator[tuple[Key, MemoryKV]]:
+        """Read the next window of each document; yields the documents that are finished and drops them."""
+        reading = [one for one in current if not one.finished]
+        with torch.inference_mode():
+            windows = [one.next for one in reading]
+            for one, memory in zip(reading, self.read_windows(windows), strict=True):
+                one.parts.append(memory)
+        progress(sum(len(ids) for _, ids, _ in windows))
+        while current and current[0].finished:
+            yield current.pop(0).result
+
+    def read_windows(self, windows: Sequence[tuple[Prefix, Sequence[int], int]]) -> list[MemoryKV]:
+        """Read windows in one pass, each behind a memory; returns their own.
+
+        windows: for each the prefix, its token ids, and the ratio: it leaves tokens / ratio slots, the mean over heads.
+                 Ratio 0 keeps every token, and nothing is scored.
+        """
+        pieces = [
+            Piece(Cursor(), self.model.cut(Cursor(), ids, iter([self.beacon_ratio(ratio)]), tail="close"))
+            for _, ids, ratio in windows
+        ]
+        watches = [self.watch(len(ids)) for _, ids, _ in windows]
+        layout = BeaconLayout.build(pieces, self.model.config)
+        own = [entry for window in layout.windows for entry in window.own]
+        prefixes = [prefix for prefix, _, _ in windows]
+        kept = self.model.read(layout, self.model.empty_kv(), own, prefixes=prefixes, watch=_each(watches))
+        read, beacons, at = [], [], 0
+        for (prefix, ids, _), window, watch in zip(windows, layout.windows, watches, strict=True):
+            behind, end = at + len(ids), at + len(window.own)
+            read.append(ReadWindow(self.model, prefix, ids, kept[at:behind], watch))
+            beacons.append(kept[behind:end])
+            at = end
+        ratios = [ratio for _, _, ratio in windows]
+        scores = iter(self._scores([one for one, ratio in zip(read, ratios, strict=True) if ratio]))
+        return [
+            _chosen(one.kv, next(scores), its_beacons, ratio) if ratio else MemoryKV.of(one.kv)
+            for one, its_beacons, ratio in zip(read, beacons, ratios, strict=True)
+        ]
+
+    def _scores(self, windows: Sequence[ReadWindow]) -> Sequence[Tensor]:
+        """Return the scores of windows, if any; raises ConfigError unless they are of the shape that they must have."""
+        scores = self.scores(windows) if windows else []
+        for window, its_scores in zip(windows, scores, strict=True):
+            if its_scores.shape != window.kv.keys.shape[:-1]:
+                raise ConfigError(
+                    f"{type(self).__name__}.scores gave scores of shape {list(its_scores.shape)}; a window of "
+                    f"{len(window.ids)} tokens needs one for each entry, {list(window.kv.keys.shape[:-1])}: layers, "
+                    "kv_heads, tokens"
+                )
+        return scores
+
+
+class _Reading(Generic[Key]):
+    """One document on its way through the passes.
+
+    parts: the memory so far: the sink, then of each window that was read.
+    """
+
+    def __init__(self, key: Key, plan: Plan, method: ScoredMethod) -> None:
+        self.key = key
+        self.plan = plan
+        self.method = method
+        self.parts = [MemoryKV.of(method.reader.sink), *plan.before]
+
+    @property
+    def finished(self) -> bool:
+        return len(self.parts) > len(self.plan.windows)
+
+    @property
+    def rows(self) -> int:
+        """How many rows its next window takes in a pass; once all are read, as many as its last one, until yielded."""
+        if not self.plan.unread:
+            return 0
+        window = self.plan.windows[min(len(self.parts), len(self.plan.windows)) - 1]
+        return self.method.span(window.tokens, window.ratio)
+
+    @property
+    def next(self) -> tuple[Prefix, Sequence[int], int]:
+        """The prefix, the token ids and the ratio of its next window."""
+        model, window = self.method.model, self.plan.windows[len(self.parts) - 1]
+        prefix = prefix_of(model, self.parts, window.tokens)
+        return prefix, self.plan.ids[window.first : window.first + window.tokens], window.ratio
+
+    @property
+    def result(self) -> tuple[Key, MemoryKV]:
+        return self.key, MemoryKV.concat(self.parts[1:])
+
+
+def _chosen(raw: BeaconKV, scores: Tensor, beacons: BeaconKV, ratio: int) -> MemoryKV:
+    """Return the entries of a window with the highest scores, and its beacons behind them."""
+    kept = best(scores, slots_of(raw.slots, ratio) - beacons.slots)
+    return MemoryKV.concat([MemoryKV.chosen(raw, kept, levels_of(scores)), MemoryKV.of(beacons)])
+
+
+def _each(watches: Sequence[Watch | None]) -> Watch | None:
+    """Return what lets the watch of each sequence hear the attention of that sequence."""
+
+    def watch(layer: int, sequence: int, *heard: Any) -> None:
+        its_watch = watches[sequence]
+        if its_watch is not None:
+            its_watch(layer, sequence, *heard)
+
+    return None if all(one is None for one in watches) else watch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 
@@ -30,11 +30,11 @@ class Select(ScoredMethod):
         """Return what works out the expected attention, where that is the score."""
         return ExpectedAttention(self.model.rope, tokens) if self.reader.score == "expected" else None
 
-    def score(self, window: ReadWindow) -> Tensor:
-        """Return what each token contributes to its head, [layers, kv_heads, tokens]."""
-        if isinstance(window.watch, ExpectedAttention):
-            return spread(self.measured, window.watch.scores)
-        return repeated(window.model, window.prefix, window.kv, window.ids)
+    def scores(self, windows: Sequence[ReadWindow]) -> list[Tensor]:
+        """Return what each token of each window contributes to its head, [layers, kv_heads, tokens]."""
+        if self.reader.score == "repeat":
+            return repeated(self.model, windows)
+        return [spread(self.measured, one.watch.scores) for one in windows if isinstance(one.watch, ExpectedAttention)]
 
     @cached_property
     def measured(self) -> Tensor:
@@ -42,4 +42,6 @@ class Select(ScoredMethod):
         text = files("beacon_memory.compression").joinpath("calibration.txt").read_text(encoding="utf-8")
         ids = self.reader.tokenize(text).ids[: self.model.config.beacon_window]
         prefix = self.model.prefix(MemoryKV.of(self.reader.sink))
-        return repeated(self.model, prefix, read_raw(self.model, prefix, ids), ids)
+        window = ReadWindow(self.model, prefix, ids, read_raw(self.model, prefix, ids), None)
+        (measured,) = repeated(self.model, [window])
+        return measured

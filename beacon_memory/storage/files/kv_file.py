@@ -63,7 +63,7 @@ class StoredFile:
     """Hold the content of a file.
 
     kv:         all of the memory, or the part that was chosen.
-    text_bytes: the source text in UTF-8 [bytes], which is compared with its hash by `text` only.
+    text_bytes: the source text in UTF-8 [bytes]; of a part, it is compared with its hash by `text` only.
     root:       the hash that stands for the whole file.
     lowest:     of each section the lowest level that was loaded, None if all was.
     """
@@ -159,9 +159,35 @@ def read_header(path: Path) -> DocumentHeader:
 def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
     """Read a file, or the part of its K/V that `choose` tells, and compare what is read with its hashes.
 
-    Of the text only the length is looked at: its hash is compared by `StoredFile.text`. Raises InputError if `choose`
+    Of a part, the text is not read: its hash is compared by `StoredFile.text`. Raises InputError if `choose`
     returns something else than one level for each section.
     """
+    metadata, tensors = _mapped(path)
+    header = metadata.header
+    try:
+        _require_index(header, tensors)
+    except InputError as error:
+        raise corrupt(path, str(error)) from error
+    lowest = None if choose is None else _checked_choice(choose(header, tensors["counts"]), header)
+    _check_rows(path, tensors, lowest)
+    try:
+        kv = _kv(header, tensors, lowest)
+        precision_of(kv)
+    except InputError as error:
+        raise corrupt(path, str(error)) from error
+    if flaw := _misfit(header, kv, whole=lowest is None):
+        raise corrupt(path, flaw)
+    file = StoredFile(header, kv, tensors["text"], metadata.root, lowest)
+    if choose is None:
+        try:
+            _ = file.text  # so a damaged copy in a cache is known for one while it can be fetched anew
+        except CorruptFileError as error:
+            raise corrupt(path, str(error)) from error
+    return file
+
+
+def _mapped(path: Path) -> tuple[KVMetadata, dict[str, Tensor]]:
+    """Return the metadata and all tensors of a file, mapped, of which only the index is read and compared."""
     _require_file(path)
     with _opened(path) as file:
         metadata = read_metadata(path, file.metadata() or {})
@@ -180,21 +206,7 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
         raise corrupt(path, "its index is not the one that was written: the hash differs")
     if tensors["text"].dtype != torch.uint8 or tensors["text"].ndim != 1:
         raise corrupt(path, f"its text is {_form(tensors['text'])}, and no bytes")
-    header = metadata.header
-    try:
-        _require_index(header, tensors)
-    except InputError as error:
-        raise corrupt(path, str(error)) from error
-    lowest = None if choose is None else _checked_choice(choose(header, tensors["counts"]), header)
-    _check_rows(path, tensors, lowest)
-    try:
-        kv = _kv(header, tensors, lowest)
-        precision_of(kv)
-    except InputError as error:
-        raise corrupt(path, str(error)) from error
-    if flaw := _misfit(header, kv, whole=lowest is None):
-        raise corrupt(path, flaw)
-    return StoredFile(header, kv, tensors["text"], metadata.root, lowest)
+    return metadata, tensors
 
 
 def _require_file(path: Path) -> None:
@@ -255,7 +267,7 @@ def _require_index(header: DocumentHeader, tensors: Mapping[str, Tensor]) -> Non
 
 def _checked_choice(lowest: Sequence[int], header: DocumentHeader) -> list[int]:
     """Return what `choose` has chosen; raises InputError for what says nothing of these sections."""
-    if len(lowest) != header.section_count or not all(0 <= one <= LEVELS for one in lowest):
+    if len(lowest) != header.section_count or not all(type(one) is int and 0 <= one <= LEVELS for one in lowest):
         raise InputError(
             f"choose must return a level from 0 to {LEVELS} for each of {header.section_count} sections of "
             f"{header.id!r}, got {list(lowest)[:20]}"

@@ -358,8 +358,14 @@ def test_ten_threads_give_the_answers_of_one(model: ChatBeaconMemory) -> None:
     questions = [f"What about {number}?" for number in range(10)]
     one_by_one = [model.invoke(question, document_ids=["roof"]).content for question in questions]
     bound = model.bind(document_ids=["roof"])
+    together: list[int] = []
+    hook = model.memory.model.base.register_forward_pre_hook(
+        lambda _module, _args, kwargs: together.append(len(kwargs["logits_to_keep"])), with_kwargs=True
+    )
     assert [answer.content for answer in bound.batch(list(questions), {"max_concurrency": 10})] == one_by_one
+    hook.remove()
     assert len(set(map(str, one_by_one))) > 5
+    assert max(together) > 2  # they are decoded together
 
 
 async def test_ten_tasks_give_the_answers_of_one(model: ChatBeaconMemory) -> None:

@@ -1,0 +1,33 @@
+"""A question with all that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .conversation import Messages
+from .picking import DEFAULT_LIMIT
+
+__all__ = ["Question"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question for `BeaconMemory.ask_many`, with documents and options of its own.
+
+    messages: a text, or a conversation. The other fields are as in `BeaconMemory.ask`, where `options` are those of
+    transformers' `generate`.
+
+        Question("Who pays the rent?", "lease", options={"max_new_tokens": 32})
+    """
+
+    messages: Messages
+    ids: str | Sequence[str] | None = None
+    limit: int = DEFAULT_LIMIT
+    optional: Collection[str] = ()
+    stop: str | Sequence[str] | None = None
+    seed: int | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,47 @@
+"""The prepared script for a card runs here, on the processor and in a short form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from repository import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "cuda.sh"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script with this python, as it is."""
+    given = {"PYTHON": sys.executable, "INSTALL": "0", "DEVICE": "cpu", **environment}
+    return subprocess.run([SCRIPT, *arguments], env=os.environ | given, capture_output=True, text=True, check=False)
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path) -> None:
+    done = run("--dry-run", str(tmp_path / "out"), INSTALL="1")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "venv", "install", "machine", "tests", "start", "model"
+    ]  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_leave_what_they_printed(tmp_path: Path) -> None:
+    done = run(str(tmp_path), STEPS="machine tests")
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "summary.txt").read_text() == done.stdout
+    assert "passed" in (tmp_path / "tests.log").read_text()
+    assert "cpu" in (tmp_path / "machine.log").read_text()
+
+
+def test_a_step_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    done = run(str(tmp_path), STEPS="machine start", DEVICE="nowhere", MODEL=str(tmp_path))
+    assert done.returncode == 1
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["machine", "FAILED"], ["start", "FAILED"]]
+
+
+def test_it_needs_a_folder() -> None:
+    done = run()
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage:")

@@ -1,0 +1,158 @@
+"""All that runs on a device runs there to its end, mixes it with no other, and gives what the processor gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from devices import Computed, IndexedAnywhere, move, numbers
+from tiny_models import some_ids, tiny_model, tiny_tokenizer
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from training_samples import a_sample
+
+from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.work import Work
+from beacon_memory.config import BeaconConfig
+from beacon_memory.generation.generate import Request, generate
+from beacon_memory.generation.options import generation_config
+from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.prefix import Prefix, Section
+from beacon_memory.kv.prefix import _blocks as blocks_of
+from beacon_memory.kv.quantize import quantized
+from beacon_memory.kv.rope import Rope
+from beacon_memory.modeling import prefix_attention
+from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.prefix_attention import PrefixBatch, attend_behind
+from beacon_memory.training.losses import TrainingModel
+
+CONFIG = BeaconConfig(beacon_window=32, beacon_sink_size=1)
+
+
+def a_model(**settings: Any) -> BeaconModel:
+    return tiny_model("llama", CONFIG, tokenizer=tiny_tokenizer(), max_position_embeddings=2048, **settings)
+
+
+@contextmanager
+def device(*models: BeaconModel, name: str = "cuda") -> Iterator[None]:
+    with Computed(), IndexedAnywhere():
+        for model in models:
+            move(model, name)
+        yield
+
+
+def compressed(model: BeaconModel, compression: str, score: str = "repeat", tokens: int = 80) -> MemoryKV:
+    compressor = BeaconCompressor(model, score=score)
+    work = Work(some_ids(tokens), compressor.ratios(tokens, 4))
+    ((_, document),) = compressor.compress([("document", work)], compression=compression)
+    return document.kv
+
+
+def same(on_device: Tensor, on_cpu: Tensor) -> bool:
+    assert on_device.device.type != "cpu"
+    return torch.allclose(numbers(on_device), on_cpu, atol=1e-5)
+
+
+def test_devices_are_not_mixed() -> None:
+    with device(), pytest.raises(FakeTensorDeviceMismatchError):
+        torch.ones(2, device="cuda") + torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("compression", "score"),
+    [("beacon", "repeat"), ("select", "repeat"), ("select", "expected"), ("hybrid", "repeat"), ("hybrid", "expected")],
+)
+def test_compressing(compression: str, score: str) -> None:
+    expected = compressed(a_model(), compression, score)
+    with device(model := a_model()):
+        kv = compressed(model, compression, score)
+        assert all(same(getattr(kv, part), getattr(expected, part)) for part in ("keys", "values", "positions"))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_loading_what_was_quantized(bits: int) -> None:
+    stored = quantized(compressed(a_model(), "select"), bits)
+    loaded = stored.dequantized()
+    with device():
+        on_device = stored.to("cuda").dequantized()
+        assert same(on_device.keys, loaded.keys)
+        assert same(on_device.values, loaded.values)
+
+
+def requests(model: BeaconModel) -> list[Request]:
+    """Requests of different lengths behind memories of different kinds, one of them shared, and behind none."""
+    select, beacon = compressed(model, "select"), compressed(model, "beacon", tokens=50)
+    memories = [select, beacon, select, MemoryKV.of(model.empty_kv()), MemoryKV.concat([beacon, select])]
+    return [Request(memory, some_ids(3 + 2 * number)) for number, memory in enumerate(memories)]
+
+
+def test_generating_behind_memories() -> None:
+    def tokens(model: BeaconModel) -> list[tuple[int, ...]]:
+        config = generation_config(model, None, {"max_new_tokens": 5, "min_new_tokens": 5})
+        return [texts[0].tokens for texts in generate(model, requests(model), config)]
+
+    expected = tokens(a_model())
+    with device(model := a_model()):
+        assert tokens(model) == expected
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_step_of_training(hybrid: bool) -> None:
+    samples = [a_sample([some_ids(30)], [[4]], (some_ids(9), 4), (some_ids(7), 2))] * 2
+
+    def stepped(model: BeaconModel) -> tuple[Tensor, dict[str, Tensor]]:
+        trained = dict(model.named_beacon_parameters())
+        optimizer = torch.optim.AdamW(trained.values(), lr=0.01)
+        loss = TrainingModel(model, distill_weight=0.5, hybrid=hybrid)(samples).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), trained
+
+    loss, trained = stepped(a_model())
+    before = dict(a_model().named_beacon_parameters())
+    assert not torch.equal(trained["beacon_embed_offset"], before["beacon_embed_offset"])
+    # for a gradient, a torch without CUDA asks its device for streams; this one has none
+    with device(model := a_model(), name="meta"):
+        its_loss, its_trained = stepped(model)
+        assert same(its_loss, loss)
+        assert all(same(its_trained[name].detach(), parameter.detach()) for name, parameter in trained.items())
+
+
+class Counted(FakeTensorMode):
+    """Tensors without data, and how many operators were called with them."""
+
+    operators = 0
+
+    def dispatch(self, *called: Any) -> Any:
+        self.operators += 1
+        return super().dispatch(*called)
+
+
+def operators_behind(counts: tuple[int, ...], requests: int) -> int:
+    """Return the operators of attention to a memory with so many entries in each head, where a card has the kernel."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+
+    with Counted() as mode, IndexedAnywhere():
+        keys, values = (empty(sum(counts), 8) for _ in "kv")
+        section = Section(keys, values, (counts,), 40, (blocks_of(counts, keys, values),))
+        prefix = Prefix([section], Rope(torch.empty(4, device="cuda"), scaling=1.0))
+        batch = PrefixBatch([prefix] * requests)
+        query, (key, value) = empty(requests, 2 * len(counts), 1, 8), (empty(requests, len(counts), 3, 8) for _ in "kv")
+        attend_behind(batch, 0, query, key, value, None, None, 0.0)  # makes what all layers share
+        mode.operators = 0
+        attend_behind(batch, 0, query, key, value, None, None, 0.0)
+    return mode.operators
+
+
+def test_attention_to_memories_takes_as_many_operators_for_more_heads_and_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefix_attention, "_has_varlen", lambda *_: True)
+    few = operators_behind((9, 17), requests=2)
+    assert operators_behind((9, 17, 3, 20, 5, 11, 30, 8), requests=2) == few
+    assert operators_behind((9, 17), requests=6) == few
