@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
 from beacon_memory.compression.work import CompressedDocument, Ratio, Work
+from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import require_made
 from beacon_memory.storage.catalog.passages import split_passages
@@ -23,7 +25,7 @@ from beacon_memory.storage.files.kv_file import StoredFile, read_header
 from beacon_memory.storage.files.stored_kv import StoredKV
 from beacon_memory.storage.store import MemoryStore
 
-from .documents import Document, Label, Precision, PrecisionRule, Text, check_id
+from .documents import Document, Label, Precision, PrecisionRule, Text, check_id, utc_now
 from .errors import (
     BeaconMemoryError,
     ConfigError,
@@ -66,6 +68,20 @@ class _Job:
     keep_version: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A document as it is to be stored; for the other fields see `_Job`."""
+
+    header: DocumentHeader
+    kv: StoredKV
+    text: Text
+    precision: str
+    status: Status
+    label: Label | None = None
+    replacing: str | None = None
+    keep_version: bool = False
+
+
 class Ingestion:
     """Compress documents and put them into a store."""
 
@@ -98,18 +114,40 @@ class Ingestion:
         Text(text)  # refuses what has no UTF-8 form
         if ratio is not None:
             self.compressor.model.config.require_ratio(ratio)
+
+        def grow(row: DocumentRow, file: StoredFile) -> _Made | None:
+            if not text:
+                return None
+            before = self.store.text(row.id)
+            made = self._read_raw(row, file, before, text, ratio)
+            return made or self._compressed(self._continue(row, file, before, text, ratio, "appended"))
+
+        return self._change(id, grow, "a text was appended")
+
+    def compact(self, id: str) -> Added:
+        """Compress what was appended to a document, as `BeaconMemory.compact` does."""
+
+        def settle(row: DocumentRow, file: StoredFile) -> _Made | None:
+            if file.header.settled == file.header.windows:
+                return None
+            return self._compressed(self._continue(row, file, self.store.text(id), "", None, "compacted"))
+
+        row = self.store.row(id)
+        if 0 not in row.ratios:  # so its file need not be read
+            return _added(row, "unchanged", 0.0)
+        return self._change(id, settle, "it was compacted")
+
+    def _change(self, id: str, change: Callable[[DocumentRow, StoredFile], _Made | None], what: str) -> Added:
+        """Store what `change` makes of a document, None to leave it; what others store meanwhile is changed instead."""
         for _ in range(_TRIES):
             row, file = self.store.read(id)
-            if not text:
-                return _added(row, "unchanged", 0.0)
             started = time.perf_counter()
-            job = self._continue(row, file, text, ratio)
-            compressed = self.compressor.compress_one(job.work, compression=job.compression)
-            try:
-                return self._put(job, compressed, time.perf_counter() - started)
-            except ConflictError:
-                continue  # somebody else was faster: go on from what they stored
-        raise StoreError(f"document {id!r} was changed {_TRIES} times while a text was appended; try again")
+            made = change(row, file)
+            if made is None:
+                return _added(row, "unchanged", 0.0)
+            with contextlib.suppress(ConflictError):  # somebody else was faster: go on from what they stored
+                return self._put(made, time.perf_counter() - started)
+        raise StoreError(f"document {id!r} was changed {_TRIES} times while {what}; try again")
 
     def recompress(
         self,
@@ -190,7 +228,7 @@ class Ingestion:
             try:
                 for job, compressed in self.compressor.compress(jobs(), advance, compression=compression):
                     now = time.perf_counter()
-                    store = partial(self._put, job, compressed, now - since)
+                    store = partial(self._store, job, compressed, now - since)
                     outbox.put(job.document, compressed.kv.nbytes, store)
                     since = now
             finally:
@@ -242,10 +280,10 @@ class Ingestion:
         text = Text(document.text)
         if not text.value.strip():
             raise InputError(f"document {document.id!r}: the document is empty or blank: there is nothing to compress")
-        row = self._row(document.id)
-        label = _label(document, row)
         tokens = self.compressor.tokenize(text.value)
         ratios = self._ratios(document.id, len(tokens.ids), ratio, compression)
+        row = self._row(document.id)
+        label = _label(document, row)
         if precision == PrecisionRule.AUTO:
             precision = self.store.settings.precision
         if row is not None and self._is_stored(row, text, ratios, compression, precision):
@@ -257,9 +295,45 @@ class Ingestion:
                 )
             return _added(row, "unchanged", 0.0)
         status: Status = "replaced" if row else "added"
-        return _Job(document, text, tokens.offsets, Work(tokens.ids, ratios), compression, precision, status, label)
+        job = _Job(document, text, tokens.offsets, Work(tokens.ids, ratios), compression, precision, status, label)
+        return job if row is None else self._compacting(row, job) or job
 
-    def _continue(self, row: DocumentRow, file: StoredFile, text: str, ratio: int | None) -> _Job:
+    def _read_raw(self, row: DocumentRow, file: StoredFile, before: str, text: str, ratio: int | None) -> _Made | None:
+        """Read a text that is appended to a document, and nothing else: all its tokens are kept until they are due.
+
+        Returns None where windows are to be read anew at once: because the last one is full with it, because there is
+        no room for so many slots, or because all of them change, see `_continue`.
+        """
+        header, window = file.header, self.compressor.model.config.beacon_window
+        require_made(self.compressor.model, header.fingerprint, row.id, row.precision)
+        parameters = self.compressor.parameters(header.compression, _package(header.method))
+        last = header.windows[header.tokens // window :] or header.windows[-1:]
+        tokens = self.compressor.tokenize_behind(before[last[0].start :], text)
+        count = len(tokens.ids)
+        full = header.tokens % window + count >= window
+        if not count or full or (header.method or {}) != parameters or not self.compressor.fits(header.slots + count):
+            return None
+        shifted = [(last[0].start + start, last[0].start + stop) for start, stop in tokens.offsets]
+        shifted[0] = (len(before), shifted[0][1])
+        due = _for_windows(-(-(header.tokens + count) // window), _due(header, window), ratio)[-1]
+        whole = Text(before + text)
+        breaks = [start for start, _ in split_passages(whole.value)]
+        grown = replace(
+            header,
+            content_hash=whole.sha256,
+            tokens=header.tokens + count,
+            windows=(*header.windows, replace(WindowSpan.of(count, 0, count, shifted, breaks), due=due)),
+            tail_ids=tuple(tokens.ids),
+            span=header.span + count,
+            created_at=utc_now(),
+        )
+        raw = self.compressor.read_raw(file.memory(), tokens.ids).to("cpu")
+        kv = _grown(file.kv, header.span, raw, grown)
+        return _Made(grown, kv, whole, row.precision or "auto", "appended", replacing=row.file)
+
+    def _continue(
+        self, row: DocumentRow, file: StoredFile, before: str, text: str, ratio: int | None, status: Status
+    ) -> _Job:
         """Prepare a document that a text is appended to: it is read again from the first window that changes.
 
         That is one that was not full, or whose tokens differ: the text is tokenized as a whole, since its end may merge
@@ -269,15 +343,14 @@ class Ingestion:
         header, window = file.header, self.compressor.model.config.beacon_window
         require_made(self.compressor.model, header.fingerprint, row.id, row.precision)
         parameters = self.compressor.parameters(header.compression, _package(header.method))
-        before = self.store.text(row.id)
-        whole = Text(before + text)
-        old, new = self.compressor.tokenize(before), self.compressor.tokenize(whole.value)
+        settled, whole = header.settled, Text(before + text)
+        read = before if settled == header.windows else before[: header.windows[len(settled)].start]
+        old, new = self.compressor.tokenize(read), self.compressor.tokenize(whole.value)
         same = next((n for n, (a, b) in enumerate(zip(old.ids, new.ids, strict=False)) if a != b), len(old.ids))
         windows = min(same, len(new.ids)) // window if (header.method or {}) == parameters else 0
-        if windows and header.windows[windows - 1].stop != new.offsets[windows * window - 1][1]:
+        if windows and [one.stop for one in settled[windows - 1 : windows]] != [new.offsets[windows * window - 1][1]]:
             windows = 0  # it was cut into tokens by other rules
-        ratios = [one.ratio for one in header.windows][: -(-len(new.ids) // window)]
-        ratios += [ratios[-1] if ratio is None else ratio] * (-(-len(new.ids) // window) - len(ratios))
+        ratios = _for_windows(-(-len(new.ids) // window), _due(header, window), ratio)
         kept = file.memory().between(0, sum(one.span for one in header.windows[:windows]))
         return _Job(
             Document(row.id, whole.value),
@@ -286,7 +359,7 @@ class Ingestion:
             Work(new.ids, self._ratios(row.id, len(new.ids), ratios, row.compression), kept, windows),
             row.compression,
             row.precision or "auto",
-            "appended",
+            status,
             stored=file.kv,
             replacing=row.file,
         )
@@ -299,12 +372,13 @@ class Ingestion:
         tokens = self.compressor.tokenize(text.value)
         ratios: Ratio = row.ratios[0]
         if len(row.ratios) > 1:
-            try:
-                windows = read_file(self.store.files, row.file, read_header).windows
-            except (CorruptFileError, FileNotFoundError):
-                windows = ()
-            count = -(-len(tokens.ids) // self.compressor.model.config.beacon_window)
-            ratios = [window.ratio for window in windows] if len(windows) == count else "auto"
+            window = self.compressor.model.config.beacon_window
+            compressed = [ratio for ratio in row.ratios if ratio]  # 0 may be of what was appended
+            ratios = compressed[0] if len(compressed) == 1 else "auto"
+            with contextlib.suppress(CorruptFileError, FileNotFoundError):
+                header = read_file(self.store.files, row.file, read_header)
+                due = _due(header, window)
+                ratios = due if len(due) == -(-len(tokens.ids) // window) else "auto"
         return _Job(
             Document(row.id, text.value),
             text,
@@ -329,6 +403,24 @@ class Ingestion:
         except BeaconMemoryError as error:
             raise type(error)(f"document {id!r}: {error}") from error
 
+    def _compacting(self, row: DocumentRow, job: _Job) -> _Job | None:
+        """Prepare a document to be compacted where that is what `job` would make of it; None where it is not."""
+        wanted = (job.text.sha256, self.compressor.model.fingerprint.digest, job.compression)
+        if (row.content_hash, row.fingerprint, row.compression) != wanted or 0 not in row.ratios:
+            return None
+        try:
+            row, file = self.store.read(row)
+        except CorruptFileError:
+            return None
+        header = file.header
+        if header.content_hash != job.text.sha256 or header.settled == header.windows:
+            return None
+        if _due(header, self.compressor.model.config.beacon_window) != job.work.ratios or _coarser(row, job.precision):
+            return None
+        compacting = self._continue(row, file, job.text.value, "", None, "compacted")
+        kept = compacting.precision if job.precision == PrecisionRule.AUTO else job.precision
+        return replace(compacting, label=job.label, precision=kept, replacing=None)
+
     def _is_stored(self, row: DocumentRow, text: Text, ratios: list[int], compression: str, precision: str) -> bool:
         """Tell whether this very text is stored, compressed in this way and by this model, and not too coarsely.
 
@@ -338,22 +430,25 @@ class Ingestion:
         wanted = (text.sha256, self.compressor.model.fingerprint.digest, compression, tuple(sorted(set(ratios))))
         if not row.root or (row.content_hash, row.fingerprint, row.compression, row.ratios) != wanted:
             return False
-        if precision != PrecisionRule.AUTO and (
-            not row.precision or Precision(row.precision).bits < Precision(precision).bits
-        ):
+        if _coarser(row, precision):
             return False
         parameters = self.compressor.parameters(compression)
         try:
             path = self.store.files.fetch(row.file)
-            if row.method is not None and len(row.ratios) == 1:
+            if row.method is not None and len(row.ratios) == 1 and 0 not in row.ratios:
                 return row.method == parameters and path.exists()
             header = read_file(self.store.files, row.file, read_header)
         except (FileNotFoundError, CorruptFileError):
             return False
-        return header.method in (None, parameters) and [window.ratio for window in header.windows] == ratios
+        if header.settled != header.windows or [window.ratio for window in header.windows] != ratios:
+            return False
+        return header.method in (None, parameters)
 
-    def _put(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
-        """Store a compressed document."""
+    def _compressed(self, job: _Job) -> _Made:
+        return self._made(job, self.compressor.compress_one(job.work, compression=job.compression))
+
+    def _made(self, job: _Job, compressed: CompressedDocument) -> _Made:
+        """Describe a compressed document, with the K/V that stay as they were stored."""
         breaks = [start for start, _ in split_passages(job.text.value)]
         spans = tuple(
             WindowSpan.of(w.tokens, w.ratio, w.span, job.offsets[w.first : w.first + w.tokens], breaks)
@@ -377,23 +472,26 @@ class Ingestion:
         kv: StoredKV = new
         if job.stored is not None and job.work.read is not None:
             start = job.work.read.span  # what stands before it stays as it was stored, bit for bit
-            behind = new.between(start, new.span)
-            if isinstance(job.stored, QuantizedKV):
-                kv = job.stored.grown(start, behind, header.window_starts)
-            else:
-                kv = job.stored.grown(start, behind)
+            kv = _grown(job.stored, start, new.between(start, new.span), header)
+        return _Made(header, kv, job.text, job.precision, job.status, job.label, job.replacing, job.keep_version)
+
+    def _store(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
+        return self._put(self._made(job, compressed), seconds)
+
+    def _put(self, made: _Made, seconds: float) -> Added:
+        """Store a document."""
         evicted: list[str] = []
         row = self.store.put(
-            header,
-            kv,
-            job.text,
-            job.label,
-            precision=job.precision,
-            replacing=job.replacing,
-            keep_version=job.keep_version,
+            made.header,
+            made.kv,
+            made.text,
+            made.label,
+            precision=made.precision,
+            replacing=made.replacing,
+            keep_version=made.keep_version,
             on_evicted=lambda gone: evicted.append(gone.id),
         )
-        return replace(_added(row, job.status, seconds), evicted=tuple(evicted))
+        return replace(_added(row, made.status, seconds), evicted=tuple(evicted))
 
 
 class _Outbox:
@@ -463,6 +561,36 @@ def _tell(on_error: OnError | None, document: Document, error: BeaconMemoryError
     if on_error is None:
         raise error
     on_error(document, error)
+
+
+def _coarser(row: DocumentRow, precision: str) -> bool:
+    """Tell whether a document is kept more coarsely than it shall be."""
+    if precision == PrecisionRule.AUTO:
+        return False
+    return not row.precision or Precision(row.precision).bits < Precision(precision).bits
+
+
+def _grown(stored: StoredKV, start: int, new: MemoryKV, header: DocumentHeader) -> StoredKV:
+    """Return K/V with `new` in place of everything from position `start` on, for a document with this header."""
+    if isinstance(stored, QuantizedKV):
+        return stored.grown(start, new, header.window_starts)
+    return stored.grown(start, new)
+
+
+def _due(header: DocumentHeader, window: int) -> list[int]:
+    """Return the ratios that the windows of a document have once all of them are compressed.
+
+    What is due to be compressed and an incomplete window before it are one window.
+    """
+    ratios = [one.ratio for one in header.settled]
+    if sum(one.tokens for one in header.settled) % window == 0:
+        ratios += [one.due for one in header.windows[len(ratios) :][:1] if one.due is not None]
+    return ratios
+
+
+def _for_windows(count: int, ratios: list[int], ratio: int | None) -> list[int]:
+    """Return `count` ratios: those of the first windows, and `ratio` for others, by default that of the last one."""
+    return ratios[:count] + [ratios[-1] if ratio is None else ratio] * (count - len(ratios))
 
 
 def _package(method: Mapping[str, str | int] | None) -> str | None:

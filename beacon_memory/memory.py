@@ -230,13 +230,25 @@ class BeaconMemory:
         return self._ingestion.add_many(documents, ratio, compression, precision, progress, on_added, on_error)
 
     def append(self, id: str, text: str, ratio: int | None = None) -> Added:
-        """Let a stored document go on: the memory is that of the whole text, but only its last window is read again.
+        """Let a stored document go on: the new text is read behind its memory, and nothing else.
+
+        All tokens of the new text are kept until a window of the model is full with them. Then this window is read
+        anew and compressed, so that the memory is that of the whole text; so it is if there is no room for all tokens.
+        `compact` does that at once.
 
         ratio: of new windows; by default that of the last one. How it was compressed and what it is kept in stay.
         Raises DocumentNotFoundError, FingerprintMismatchError if another model compressed it, or CapacityError if it
         becomes too long; then nothing has changed.
         """
         return self._ingestion.append(id, text, ratio)
+
+    def compact(self, id: str) -> Added:
+        """Compress what was appended to a document and is still kept token by token, as `add` compresses a whole text.
+
+        Only its last window is read for that. Returns `unchanged` as status where there is nothing to do. Raises as
+        `append`; then nothing has changed.
+        """
+        return self._ingestion.compact(id)
 
     def recompress(
         self,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 __all__ = ["Added", "Answer", "Place", "Progress", "SourcePassage", "Status", "ToolCall", "UnreadCall", "Usage"]
 
-Status = Literal["added", "replaced", "unchanged", "appended", "recompressed"]
+Status = Literal["added", "replaced", "unchanged", "appended", "compacted", "recompressed"]
 # Where a document's memory was: in its file, or ready for attention, in RAM or on the model's device.
 Place = Literal["cold", "ram", "device"]
 
@@ -16,8 +16,8 @@ Place = Literal["cold", "ram", "device"]
 class Added:
     """The result of adding a document.
 
-    status:  `added`, `replaced`, `appended`, `recompressed`, or `unchanged` if the same text was stored already,
-             compressed in the same way.
+    status:  `added`, `replaced`, `appended`, `compacted`, `recompressed`, or `unchanged` if the same text was
+             stored already, compressed in the same way.
     tokens:  raw tokens. slots: memory slots they were compressed to. bytes: of its K/V.
     ratios:  raw tokens per memory slot, each value that occurs.
     compression: the name of the method, such as `beacon`, `select` or `hybrid`.

@@ -43,7 +43,7 @@ class _Part:
     """A document of a session, as it shall be.
 
     number:   the last part of its id. tokens, slots, ratio: of its memory.
-    text:     of one that is still to be stored. appended: the end of the text, where the rest is stored already.
+    text:     of one that is still to be stored. grows: whether the begin of it is stored already.
     """
 
     number: int
@@ -51,7 +51,7 @@ class _Part:
     slots: int
     ratio: int
     text: str = ""
-    appended: str = ""
+    grows: bool = False
 
 
 class Session:
@@ -220,7 +220,7 @@ class Session:
         except BaseException:
             if self._text(last.number) != last.text:
                 for part in new:
-                    if not part.appended:
+                    if not part.grows:
                         self._forget(self._id(part.number))
                 if before == Conversation(self.id):
                     self._conversations.remove(self.id)
@@ -250,7 +250,7 @@ class Session:
         if last is not None and last.tokens < size and last.ratio == ratio:
             whole = self._text(number) + text
             if self._fits(tokens := self._count(whole), ratio, slots):
-                return [_Part(number, tokens, self._slots(tokens, ratio), ratio, whole, appended=text)]
+                return [_Part(number, tokens, self._slots(tokens, ratio), ratio, whole, grows=True)]
         texts = [text] if self._fits(self._count(text), ratio, slots) else [*self._pieces(text, size)]
         counts = [self._count(piece) for piece in texts]
         usable = [one for one in AUTO_RATIOS if one <= self._window]
@@ -304,11 +304,8 @@ class Session:
         return len(self.memory.compressor.tokenize(text).ids)
 
     def _store(self, part: _Part) -> None:
-        if part.appended:
-            self.memory.append(self._id(part.number), part.appended)
-        else:
-            document = Document(self._id(part.number), part.text, tags=[SESSION_TAG])
-            self.memory.add_many([document], ratio=part.ratio)
+        document = Document(self._id(part.number), part.text, tags=[SESSION_TAG])
+        self.memory.add_many([document], ratio=part.ratio)
 
     def _keep(self, parts: tuple[int, int]) -> None:
         """Remove all documents of the session but those from the first to the last of `parts`."""

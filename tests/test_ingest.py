@@ -12,6 +12,7 @@ import pytest
 import torch
 from store_samples import kept_text
 from tiny_models import tiny_model, tiny_tokenizer, train
+from upkeep_samples import flip
 
 from beacon_memory import (
     BeaconMemory,
@@ -66,9 +67,10 @@ def kv_of(memory: BeaconMemory, id: str) -> MemoryKV:
     return memory.store.get(id).kv
 
 
-def assert_same(ours: MemoryKV, theirs: MemoryKV) -> None:
+def assert_same(ours: MemoryKV, theirs: MemoryKV, *, exact: bool = False) -> None:
     assert (ours.span, ours.counts.tolist()) == (theirs.span, theirs.counts.tolist())
     assert torch.equal(ours.positions, theirs.positions)
+    assert not exact or (torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values))
     torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)
 
@@ -76,13 +78,13 @@ def assert_same(ours: MemoryKV, theirs: MemoryKV) -> None:
 def rows_read(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The raw tokens of each pass of the model from now on."""
     read: list[int] = []
-    run = memory.model.run
+    decode = memory.model._decode
 
-    def counted(layout: Any, *args: Any, **options: Any) -> Any:
-        read.append(len(layout.raw_ids))
-        return run(layout, *args, **options)
+    def counted(ids: list[int], *args: Any, **options: Any) -> Any:
+        read.append(len(ids))
+        return decode(ids, *args, **options)
 
-    monkeypatch.setattr(memory.model, "run", counted)
+    monkeypatch.setattr(memory.model, "_decode", counted)
     return read
 
 
@@ -91,6 +93,7 @@ def rows_read(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> list[int
 def test_appended_document_is_that_of_the_whole_text(memory: BeaconMemory, compression: str, cut: int) -> None:
     memory.add("grown", TEXT[:cut], {"year": 1700}, ratio=4, compression=compression)
     added = memory.append("grown", TEXT[cut:])
+    assert memory.compact("grown").status == "unchanged"  # windows are full, so all of them were compressed
     whole = memory.add("whole", TEXT, ratio=4, compression=compression)
     assert added.status == "appended"
     assert (added.tokens, added.slots, added.bytes, added.ratios) == (
@@ -110,9 +113,10 @@ def test_appended_document_is_that_of_the_whole_text(memory: BeaconMemory, compr
 @every_compression
 def test_many_small_appends_come_to_the_same(memory: BeaconMemory, compression: str) -> None:
     memory.add("grown", TEXT[:7], ratio=2, compression=compression)
-    for at in range(7, 200, 13):
-        memory.append("grown", TEXT[at : min(200, at + 13)])
-    memory.add("whole", TEXT[:200], ratio=2, compression=compression)
+    for at in range(7, 205, 13):
+        memory.append("grown", TEXT[at : min(205, at + 13)])
+    assert memory.compact("grown").status == "compacted"
+    memory.add("whole", TEXT[:205], ratio=2, compression=compression)
     assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
     assert len(list((memory.store.folder / "kv").rglob("*.safetensors"))) == 2
 
@@ -129,10 +133,124 @@ def test_a_document_whose_tokens_were_others_is_read_anew(
 
         patched.setattr("beacon_memory.compression.compressor.text_tokens", tokenized)
         assert memory.add("grown", text, ratio=4).tokens == 201
-    added = memory.append("grown", " More.")
+    memory.append("grown", " More.")
+    added = memory.compact("grown")
     whole = memory.add("whole", text + " More.", ratio=4)
     assert added.tokens == whole.tokens == 210
     assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+
+
+@every_compression
+def test_appending_reads_the_new_tokens_alone_until_a_window_is_full(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    memory.add("grown", TEXT[: 2 * WINDOW + 10], ratio=4, compression=compression)
+    before = memory.store.get("grown")
+    read = rows_read(memory, monkeypatch)
+    memory.append("grown", TEXT[2 * WINDOW + 10 : 2 * WINDOW + 15])
+    added = memory.append("grown", TEXT[2 * WINDOW + 15 : 2 * WINDOW + 22])
+    assert read == [5, 7]
+    assert (added.tokens, added.slots, added.ratios) == (2 * WINDOW + 22, 8 + 8 + 3 + 12, (0, 4))
+    after = memory.store.get("grown")
+    assert [(one.tokens, one.ratio, one.due) for one in after.header.windows[2:]] == [
+        (10, 4, None),
+        (5, 0, 4),
+        (7, 0, 4),
+    ]
+    assert_same(after.kv.between(0, before.kv.span), before.kv, exact=True)
+    assert memory.ask("Who sold flour?", "grown", max_new_tokens=3).ids == ("grown",)
+    assert memory.verify() == []
+    assert memory.append("grown", TEXT[2 * WINDOW + 22 : 3 * WINDOW]).ratios == (4,)
+    assert memory.compact("grown").status == "unchanged"
+    memory.add("whole", TEXT[: 3 * WINDOW], ratio=4, compression=compression)
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"), exact=compression != "beacon")
+    assert memory.store.get("grown").header.windows == memory.store.get("whole").header.windows
+
+
+@every_compression
+def test_compacted_document_is_that_of_the_whole_text(memory: BeaconMemory, compression: str) -> None:
+    memory.add("grown", TEXT[: 2 * WINDOW], {"year": 1700}, ratio=4, compression=compression)
+    memory.append("grown", TEXT[2 * WINDOW : 2 * WINDOW + 6])
+    memory.append("grown", TEXT[2 * WINDOW + 6 : 2 * WINDOW + 11])
+    compacted = memory.compact("grown")
+    whole = memory.add("whole", TEXT[: 2 * WINDOW + 11], ratio=4, compression=compression)
+    assert compacted == replace(whole, id="grown", status="compacted", seconds=compacted.seconds)
+    assert memory.compact("grown").status == "unchanged"
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"), exact=compression != "beacon")  # which shares passes
+    grown, expected = (memory.store.get(id).header for id in ("grown", "whole"))
+    assert (grown.windows, grown.tail_ids) == (expected.windows, expected.tail_ids)
+    assert (memory.show("grown").metadata, memory.store.text("grown")) == ({"year": 1700}, TEXT[: 2 * WINDOW + 11])
+
+
+def test_appended_tokens_are_read_at_their_places(memory: BeaconMemory) -> None:
+    memory.add("grown", TEXT[: WINDOW + 3], ratio=0, compression="select")
+    for at in range(WINDOW + 3, 2 * WINDOW - 1, 4):
+        memory.append("grown", TEXT[at : min(2 * WINDOW - 1, at + 4)])
+    assert len(memory.store.get("grown").header.windows) == 9
+    memory.add("whole", TEXT[: 2 * WINDOW - 1], ratio=0, compression="select")
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+
+
+def test_text_behind_which_no_positions_are_free_is_compressed_at_once(model: BeaconModel, tmp_path: Path) -> None:
+    free = 1 + len(TEXT[:70]) // 2 + 3
+    with BeaconMemory(tmp_path, model, reserve=model.max_positions - free) as memory:
+        memory.add("grown", TEXT[:70], ratio=2)
+        assert memory.append("grown", TEXT[70:73]).ratios == (0, 2)
+        assert memory.append("grown", TEXT[73:76]).ratios == (2,)
+        with pytest.raises(CapacityError, match="use a higher ratio"):
+            memory.append("grown", TEXT[76:77])
+
+
+def test_adding_what_was_appended_compacts_it(memory: BeaconMemory) -> None:
+    memory.add("grown", TEXT[:70], ratio=4)
+    memory.append("grown", TEXT[70:80])
+    added = memory.add_many([Document("grown", TEXT[:80], tags=["x"])], ratio=4)[0]
+    assert (added.status, added.ratios, memory.show("grown").tags) == ("compacted", (4,), ("x",))
+    assert memory.add("grown", TEXT[:80], ratio=4).status == "unchanged"
+    memory.append("grown", TEXT[80:85])
+    assert memory.add("grown", TEXT[:85], ratio=2).status == "replaced"  # it was due at another ratio
+    memory.append("grown", TEXT[85:90])
+    assert memory.add("grown", TEXT[:89], ratio=2).status == "replaced"
+    memory.add("raw", TEXT[:64], ratio=0)
+    memory.append("raw", TEXT[64:70], ratio=8)
+    assert memory.add("raw", TEXT[:70], ratio=0).status == "replaced"  # though all its windows are at this ratio now
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_appended_is_recompressed_at_the_ratio_that_it_is_due_at(memory: BeaconMemory, lost: bool) -> None:
+    memory.add("grown", TEXT[:64], ratio=4, compression="select")
+    memory.append("grown", TEXT[64:70], ratio=None if lost else 8)
+    row = memory.show("grown")
+    path = memory.store.folder / row.file
+    if lost:
+        path.unlink()
+    else:
+        flip(path, 8 + int.from_bytes(path.read_bytes()[:8], "little"))  # the first tensor
+    assert [problem.mended for problem in memory.repair()] == [True]
+    windows = memory.store.get("grown").header.windows
+    assert [one.ratio for one in windows] == [4, 4, 4 if lost else 8]
+    memory.add("whole", TEXT[:70], ratio=[4, 4, windows[2].ratio], compression="select")
+    assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_document_is_appended_to_within_its_error(memory: BeaconMemory, precision: str) -> None:
+    for id, kept in (("grown", precision), ("plain", "float32")):
+        memory.add(id, TEXT[: WINDOW + 9], ratio=2, compression="select", precision=kept)
+        memory.append(id, TEXT[WINDOW + 9 : WINDOW + 20])
+    row, file = memory.store.read("grown")
+    raw, plain = (kv_of(memory, id).between(WINDOW + 9, WINDOW + 20) for id in ("grown", "plain"))
+    first = slice(int(raw.counts[0].sum()))  # of other layers, what was read behind the memory differs, too
+    scales = file.kv.value_scales[file.kv.positions >= WINDOW + 9].float()  # type: ignore[union-attr]  # it is quantized
+    assert row.precision == precision
+    assert ((raw.values - plain.values).abs()[first] <= 0.51 * scales[first, None]).all()
+    memory.append("grown", TEXT[WINDOW + 20 : WINDOW + 25])
+    assert_same(kv_of(memory, "grown").between(WINDOW + 9, WINDOW + 20), raw, exact=True)  # no drift
+    assert memory.verify() == []
+    memory.compact("grown")
+    memory.add("whole", TEXT[: WINDOW + 25], ratio=2, compression="select", precision=precision)
+    assert [one.ratio for one in memory.store.get("grown").header.windows] == [2, 2]
+    assert kv_of(memory, "grown").counts.sum() == kv_of(memory, "whole").counts.sum()
 
 
 def test_only_the_last_window_is_read_again(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +267,9 @@ def test_only_the_last_window_is_read_again(memory: BeaconMemory, monkeypatch: p
     assert read == [5]
 
 
-def test_text_that_is_tokenized_differently_behind_the_end_is_read_from_there(memory: BeaconMemory) -> None:
+def test_text_that_is_tokenized_differently_behind_the_end_is_read_from_there(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Merging:
         """A tokenizer that reads "ab" as one token, so that a text may end within one."""
 
@@ -163,21 +283,17 @@ def test_text_that_is_tokenized_differently_behind_the_end_is_read_from_there(me
             return {"input_ids": ids, "offset_mapping": offsets}
 
     text = "x" * (WINDOW - 1) + "a" + "b" + "y" * 20
-    compressor = memory.compressor
-    tokenize = compressor.tokenize
     merging = Merging()
 
-    def merged(text: str) -> Any:
+    def merged(_: Any, text: str) -> Any:
         encoded = merging(text)
-        return type(tokenize(""))(encoded["input_ids"], encoded["offset_mapping"])
+        return encoded["input_ids"], encoded["offset_mapping"]
 
-    compressor.tokenize = merged  # type: ignore[method-assign]  # the seam between text and tokens
-    try:
-        memory.add("grown", text[:WINDOW], ratio=4, compression="select")
-        memory.append("grown", text[WINDOW:])
-        memory.add("whole", text, ratio=4, compression="select")
-    finally:
-        del compressor.tokenize  # type: ignore[method-assign]
+    monkeypatch.setattr("beacon_memory.compression.compressor.text_tokens", merged)
+    memory.add("grown", text[:WINDOW], ratio=4, compression="select")
+    assert memory.append("grown", text[WINDOW:]).tokens == len(text)  # "b" is a token of its own
+    assert memory.compact("grown").tokens == len(text) - 1
+    memory.add("whole", text, ratio=4, compression="select")
     assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
 
 
@@ -187,6 +303,13 @@ def test_new_windows_take_the_ratio_that_is_given(memory: BeaconMemory) -> None:
     assert [window.ratio for window in memory.store.get("grown").header.windows] == [2, 4, 8, 16, 16]
     memory.append("grown", TEXT[140:170])
     assert [window.ratio for window in memory.store.get("grown").header.windows] == [2, 4, 8, 16, 16, 16]
+    memory.append("grown", TEXT[170 : 6 * WINDOW], ratio=32)  # no window begins with that
+    memory.append("grown", TEXT[6 * WINDOW : 200], ratio=2)
+    memory.append("grown", TEXT[200:205], ratio=32)
+    memory.compact("grown")
+    memory.append("grown", TEXT[205 : 7 * WINDOW + 3])
+    memory.compact("grown")
+    assert [window.ratio for window in memory.store.get("grown").header.windows] == [2, 4, 8, 16, 16, 16, 2, 2]
 
 
 def test_appending_nothing_changes_nothing(memory: BeaconMemory) -> None:

@@ -44,6 +44,7 @@ QUESTION = "What is this document about?"
 _WORDS = "time year people way day man thing woman life child world school state family student group country problem"
 _REPEATS = 3
 _SHORT = 1000  # tokens of a short document
+_GROWN = 850  # tokens of one that is appended to
 _PEAK_TOKENS = (10_000, 100_000)
 _SLOTS = (1000, 8000)  # of the memories that tokens are generated behind
 _STEPS = 11
@@ -72,6 +73,7 @@ def run(
         *(figure for slots in _SLOTS for figure in _generating(loaded, slots)),
         *_together(loaded, _SLOTS[0]),
         *_compressing(loaded, tokens, ratio),
+        *_appending(loaded, ratio),
         _peak(model, adapter, device, dtype),
     ]
 
@@ -275,6 +277,31 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
             "at least 1.4",
             f"{rate} / {tokens / loop:,.0f} tokens/s",
         ),
+    ]
+
+
+def _appending(model: BeaconModel, ratio: int) -> list[Figure]:
+    """Measure a sentence behind a document that fills no window of the usual size."""
+    text, sentence = _text(_GROWN), " In 2030 the well ran dry, and the owls left the mill for the orchard."
+    with tempfile.TemporaryDirectory() as folder, BeaconMemory(folder, model) as memory:
+
+        def grow(id: str) -> tuple[float, ...]:
+            memory.add(id, text, ratio=ratio)
+            ways = (
+                partial(memory.append, id, sentence),
+                partial(memory.compact, id),
+                partial(memory.add, f"{id}, at once", text + sentence, ratio=ratio),
+            )
+            return tuple(_once(one, model.device) for one in ways)
+
+        rounds = [grow(str(number)) for number in range(_REPEATS)]
+    append, compact, add = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return [
+        Figure(f"a sentence behind {_GROWN} tokens: {name}", add / seconds, bound, f"{add:.2f} s / {seconds:.2f} s")
+        for name, seconds, bound in (
+            ("adding all of it / appending it", append, "at least 10"),
+            ("adding all of it / compacting what was appended", compact, "at least 0.9"),
+        )
     ]
 
 

@@ -1,7 +1,7 @@
 """The commands that manage a store."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,9 +37,13 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from beacon_memory.documents import Document
     from beacon_memory.results import Added
+    from beacon_memory.storage.catalog.rows import DocumentRow
     from beacon_memory.storage.repair import Problem
+    from beacon_memory.storage.store import MemoryStore
 
 
 __all__ = ["app"]
@@ -148,21 +152,59 @@ def quantize(
 
     With --json one object a line: id, status, precision, bytes.
     """
-    failed = 0
     with reported("repeat the command to go on"):
         documents = open_store(store, namespace)
-        rows = documents.list() if not ids else [documents.row(id) for id in dict.fromkeys(ids)]
-        with counting(len(rows)) as done:
-            for row in rows:
-                try:
-                    now = documents.convert(row.id, precision)
-                except BeaconMemoryError as error:
-                    failed += 1
-                    say(as_json, {"id": row.id, "status": "failed", "reason": str(error)})
-                else:
-                    status = "unchanged" if now.file == row.file else "converted"
-                    say(as_json, {"id": row.id, "status": status, "precision": now.precision, "bytes": now.bytes})
-                done()
+
+        def convert(row: "DocumentRow") -> dict[str, Any]:
+            now = documents.convert(row.id, precision)
+            status = "unchanged" if now.file == row.file else "converted"
+            return {"id": row.id, "status": status, "precision": now.precision, "bytes": now.bytes}
+
+        failed = _each(documents, ids, convert, as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _each(
+    documents: "MemoryStore", ids: list[str] | None, change: "Callable[[DocumentRow], dict[str, Any]]", as_json: bool
+) -> int:
+    """Change each of some documents, or of all, and tell what came of it; returns how many have failed."""
+    failed = 0
+    rows = documents.list() if not ids else [documents.row(id) for id in dict.fromkeys(ids)]
+    with counting(len(rows)) as done:
+        for row in rows:
+            try:
+                fields = change(row)
+            except BeaconMemoryError as error:
+                failed += 1
+                fields = {"id": row.id, "status": "failed", "reason": str(error)}
+            say(as_json, fields)
+            done()
+    return failed
+
+
+@app.command(rich_help_panel=_STORE)
+def compact(
+    ids: IdsOrAll = None,
+    score: ScoreOption = Score.REPEAT,
+    store: Store = None,
+    namespace: Namespace = "",
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Compress what was appended to documents and is still kept token by token.
+
+    Of each document only the last window is read. Documents that are compact already are left alone: after Ctrl-C,
+    repeat the command.
+
+    With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
+    """
+    with reported("repeat the command to go on"):
+        memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+        failed = _each(memory.store, ids, lambda row: asdict(memory.compact(row.id)), as_json)
     if failed:
         raise typer.Exit(1)
 

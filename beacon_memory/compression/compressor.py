@@ -22,7 +22,7 @@ from .methods.method import CompressionMethod, MakeMethod, Plan
 from .methods.registry import find, package_of
 from .ratio import AUTO_RATIOS, auto_ratio, positions_needed, too_long, window_ratios
 from .scoring import check_score
-from .selection import read_sink
+from .selection import prefix_of, read_raw, read_sink
 from .work import CompressedDocument, CompressedWindow, Ratio, TokenizedText, Work
 
 __all__ = ["PACKAGE", "BeaconCompressor"]
@@ -71,6 +71,29 @@ class BeaconCompressor:
             bos = self.model.leading_bos
             return TokenizedText([*bos, *ids], [(0, 0)] * len(bos) + offsets)
         return TokenizedText(ids, offsets)
+
+    def tokenize_behind(self, before: str, text: str) -> TokenizedText:
+        """Return the tokens of a text that stands behind another one, with their places in both together.
+
+        No token lies on both sides of the seam: where the tokenizer makes one, `text` is cut as if it stood alone.
+        """
+        ids, offsets = text_tokens(self.model.tokenizer, before + text)
+        seam = len(before)
+        first = next((number for number, (start, _) in enumerate(offsets) if start >= seam), len(ids))
+        if first and offsets[first - 1][1] > seam:
+            ids, offsets = text_tokens(self.model.tokenizer, text)
+            return TokenizedText(ids, [(seam + start, seam + stop) for start, stop in offsets])
+        return TokenizedText(ids[first:], offsets[first:])
+
+    @torch.inference_mode()
+    def read_raw(self, memory: MemoryKV, ids: Sequence[int]) -> MemoryKV:
+        """Read tokens behind the sink and a memory; returns the K/V of all of them, whatever the method."""
+        parts = [MemoryKV.of(self.sink), memory.to(self.model.device, self.model.dtype)]
+        return MemoryKV.of(read_raw(self.model, prefix_of(self.model, parts, len(ids)), ids))
+
+    def fits(self, slots: int) -> bool:
+        """Tell whether a memory of so many slots leaves `reserve` positions of the model free."""
+        return self.model.config.beacon_sink_size + slots + self.reserve <= self.model.max_positions
 
     def ratios(self, tokens: int, ratio: Ratio, compression: str | None = None) -> list[int]:
         """Return the ratio of each window of a document of so many tokens.

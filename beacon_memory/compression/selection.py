@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from beacon_memory.kv.memory_kv import BeaconKV
+from beacon_memory.kv.levels import LEVELS
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.repetition import PIECE
 
-__all__ = ["best", "read_raw", "read_sink"]
+__all__ = ["best", "prefix_of", "read_raw", "read_sink"]
+
+_VIEW = 2048  # slots of earlier windows that a window is read behind
+
+
+def prefix_of(model: BeaconModel, parts: Sequence[MemoryKV], tokens: int) -> Prefix:
+    """Return memories, the sink first, as the prefix of a window of so many tokens, interpolated if they must be.
+
+    There is room for the window and a piece of its repetition: for all scores, so that they see the same prefix.
+    """
+    room = max(1, model.max_positions - tokens - min(PIECE, tokens))
+    return model.prefix(MemoryKV.concat(_view(parts, room), room).interpolated(room))
+
+
+def _view(parts: Sequence[MemoryKV], room: int) -> list[MemoryKV]:
+    """Return what a window is read behind: the sink, and of the windows before it the last ones as far as they fit.
+
+    They are seen at the lowest level that leaves `_VIEW` slots at most. So however long a document is, reading a window
+    takes no longer. Several windows in one part are cut apart where they must be.
+    """
+    sink, *windows = parts
+    spans = accumulate((one.span for one in reversed(windows)), initial=sink.span)
+    seen = windows[len(windows) - max(1, sum(span <= room for span in spans) - 1) :]
+    if len(seen) == 1 and seen[0].span > room:
+        seen = [seen[0].between(seen[0].span - room, seen[0].span)]
+    for level in range(LEVELS):
+        view = [one.from_level(level) for one in seen]
+        if sum(one.slots for one in view) <= _VIEW:
+            break
+    return [sink, *view] if seen else [sink]
 
 
 def read_raw(model: BeaconModel, prefix: Prefix | None, ids: Sequence[int]) -> BeaconKV:

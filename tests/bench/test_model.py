@@ -32,6 +32,8 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
         "throughput",
         "throughput",
         "throughput",
+        f"a sentence behind {bench._GROWN} tokens",
+        f"a sentence behind {bench._GROWN} tokens",
         "peak memory",
     ]
     assert all(figure.value > 0 for figure in figures)

@@ -202,10 +202,15 @@ def test_append_goes_on_with_a_document(run: Run) -> None:
     run("add", "roof.txt", "--ratio", "4", "--tag", "farm", "--precision", "int8")
     (appended,) = lines(run("append", "roof.txt", "well.txt", "--json"))
     assert list(appended) == json_fields("append")
-    assert (appended["status"], appended["tokens"], appended["ratios"]) == ("appended", len(ROOF + WELL), [4])
+    assert (appended["status"], appended["tokens"], appended["ratios"]) == ("appended", len(ROOF + WELL), [0, 4])
     assert "appended roof.txt: " in run("append", "roof.txt", "-", piped="It never froze.\n").stdout
     assert run("show", "roof.txt", "--text").stdout == f"{ROOF}{WELL}It never froze.\n"
     assert lines(run("append", "roof.txt", "-", "--json", piped=""))[0]["status"] == "unchanged"
+    (compacted,) = lines(run("compact", "--json"))
+    assert list(compacted) == json_fields("compact")
+    assert (compacted["id"], compacted["status"], compacted["ratios"]) == ("roof.txt", "compacted", [4])
+    assert "unchanged roof.txt: " in run("compact", "roof.txt").stdout
+    assert run("compact", "nowhere.txt").exit_code == 1
     (row,) = lines(run("list", "--json"))
     assert (row["tags"], row["precision"]) == (["farm"], "int8")
     Path("whole.txt").write_text(run("show", "roof.txt", "--text").stdout, encoding="utf-8")
@@ -218,6 +223,7 @@ def test_append_goes_on_with_the_score_that_it_is_told(run: Run) -> None:
     write("a.txt")
     run("add", "a.txt", "--score", "expected")
     assert run("append", "a.txt", "-", "--score", "expected", piped=WELL).exit_code == 0
+    assert run("compact", "a.txt", "--score", "expected").exit_code == 0
     text = run("show", "a.txt", "--text").stdout
     again = run("add", "-", "--id", "a.txt", "--score", "expected", "--json", piped=text)
     assert lines(again)[0]["status"] == "unchanged"

@@ -10,28 +10,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from beacon_memory.compression.selection import best
+from beacon_memory.compression.selection import best, prefix_of
 from beacon_memory.errors import ConfigError
-from beacon_memory.kv.levels import LEVELS, levels_of
+from beacon_memory.kv.levels import levels_of
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.attention import Watch
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, slots_of
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.modeling.repetition import PIECE
 
 from .method import Plan, Reader
 
 __all__ = ["ReadWindow", "ScoredMethod"]
 
 Key = TypeVar("Key")
-_VIEW = 2048  # slots of earlier windows that a window is read behind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,30 +186,12 @@ class _Reading(Generic[Key]):
     def next(self) -> tuple[Prefix, Sequence[int], int]:
         """The prefix, the token ids and the ratio of its next window."""
         model, window = self.method.model, self.plan.windows[len(self.parts) - 1]
-        # room for the window and a piece of its repetition; for all scores, so that they see the same prefix
-        room = max(1, model.max_positions - window.tokens - min(PIECE, window.tokens))
-        prefix = model.prefix(MemoryKV.concat(_view(self.parts, room), room).interpolated(room))
+        prefix = prefix_of(model, self.parts, window.tokens)
         return prefix, self.plan.ids[window.first : window.first + window.tokens], window.ratio
 
     @property
     def result(self) -> tuple[Key, MemoryKV]:
         return self.key, MemoryKV.concat(self.parts[1:])
-
-
-def _view(parts: Sequence[MemoryKV], room: int) -> list[MemoryKV]:
-    """Return what a window is read behind: the sink, and of the windows before it the last ones as far as they fit.
-
-    They are seen at the lowest level that leaves `_VIEW` slots at most. So however long a document is, reading a window
-    takes no longer.
-    """
-    sink, *windows = parts
-    spans = accumulate((one.span for one in reversed(windows)), initial=sink.span)
-    seen = windows[len(windows) - max(1, sum(span <= room for span in spans) - 1) :]
-    for level in range(LEVELS):
-        view = [one.from_level(level) for one in seen]
-        if sum(one.slots for one in view) <= _VIEW:
-            break
-    return [sink, *view] if seen else [sink]
 
 
 def _chosen(raw: BeaconKV, scores: Tensor, beacons: BeaconKV, ratio: int) -> MemoryKV:

@@ -39,13 +39,19 @@ class Texts:
             return sound_text(db, id, content_hash)
 
     def write(self, id: str, text: str) -> None:
-        """Write the text of a document in place of the one it has."""
+        """Write the text of a document in place of the one it has; the first passages that stay are left alone."""
         cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text)]
-        passages = [(id, n, *cut, indexed_form(cut[2])) for n, cut in enumerate(cuts)]
+        select = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
         columns = "document, ordinal, start, stop, text, indexed_form"
         insert = f"INSERT INTO passages ({columns}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608  # our own names
         with self._connections.transaction() as db:
-            db.execute("DELETE FROM passages WHERE document = ?", [id])
+            same = 0
+            for (start, stop, passage), stored in zip(cuts, db.execute(select, [id]).fetchall(), strict=False):
+                if stored != (same, start, stop, passage.encode()):
+                    break
+                same += 1
+            db.execute("DELETE FROM passages WHERE document = ? AND NOT ordinal BETWEEN 0 AND ?", [id, same - 1])
+            passages = [(id, n, *cut, indexed_form(cut[2])) for n, cut in enumerate(cuts[same:], same)]
             db.conn.executemany(insert, passages)
 
     def set_kind(self, id: str, tags: Iterable[str]) -> None:

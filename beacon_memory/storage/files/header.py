@@ -27,6 +27,8 @@ class WindowSpan:
     start, stop: where in the text the window lies, in characters
     span:   positions of the memory's span that it takes
     cuts:   where its sections after the first begin: the position in the window, and the character of the text
+    due:    of a text that was appended and only read so far, at ratio 0: the ratio that it is due to be compressed at,
+            together with other such windows and an incomplete one before them; None in all other windows
     """
 
     tokens: int
@@ -35,10 +37,15 @@ class WindowSpan:
     stop: int
     span: int
     cuts: tuple[tuple[int, int], ...] = ()
+    due: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "ratio", "start", "stop", "span"):
             _check_count(f"a window's {name}", getattr(self, name))
+        if self.due is not None:
+            _check_count("a window's due ratio", self.due)
+            if self.ratio:
+                raise InputError(f"a window due at ratio {self.due} must be at ratio 0, got {self.ratio}")
         for number in chain.from_iterable(self.cuts):
             _check_count("a number of a cut", number)
         positions = [0, *(position for position, _ in self.cuts), min(self.span, self.tokens)]
@@ -103,9 +110,9 @@ class DocumentHeader:
 
     id, content_hash: the document, and the sha256 of its text in hexadecimal
     tokens:      raw tokens of the text
-    windows:     in the order of the text, the last and perhaps incomplete one included
-    tail_ids:    raw token ids of the last window if it is incomplete, so that `append` can go on where the text
-                 stopped; empty if it is full
+    windows:     in the order of the text, the last and perhaps incomplete one included; behind it those that are due
+                 to be compressed with it, if there are any
+    tail_ids:    raw token ids of the last window if it is incomplete; empty if it is full
     compression: the name of the method that made slots of the text
     span:        positions of the model that the memory takes
     fingerprint: of the model, adapter and settings that made the K/V
@@ -139,12 +146,7 @@ class DocumentHeader:
             _check_count(name, getattr(self, name))
         for token in self.tail_ids:
             _check_count("a token id of tail_ids", token)
-        if self.tokens != sum(window.tokens for window in self.windows):
-            raise InputError(
-                f"tokens is {self.tokens}, but the windows hold {sum(window.tokens for window in self.windows)}"
-            )
-        if self.span != sum(window.span for window in self.windows):
-            raise InputError(f"span is {self.span}, but the windows' are {sum(window.span for window in self.windows)}")
+        _check_windows(self)
         if self.method is not None and not all(
             isinstance(one, (str, int)) for pair in self.method.items() for one in pair
         ):
@@ -164,6 +166,11 @@ class DocumentHeader:
     def ratios(self) -> tuple[int, ...]:
         """Return the different ratios of the windows, ascending."""
         return tuple(sorted({window.ratio for window in self.windows}))
+
+    @property
+    def settled(self) -> tuple[WindowSpan, ...]:
+        """Return the windows that are not due to be compressed: all but those that were appended since."""
+        return tuple(window for window in self.windows if window.due is None)
 
     @property
     def window_starts(self) -> list[int]:
@@ -209,3 +216,15 @@ def _check_count(what: str, value: object) -> None:
         raise InputError(f"{what} must be an integer of at least 0, got {value!r}")
     if value >= 1 << 63:
         raise InputError(f"{what} must be below 2**63, got {value!r}")
+
+
+def _check_windows(header: DocumentHeader) -> None:
+    """Raise InputError for windows that cannot be all of a document."""
+    if header.tokens != sum(window.tokens for window in header.windows):
+        raise InputError(
+            f"tokens is {header.tokens}, but the windows hold {sum(window.tokens for window in header.windows)}"
+        )
+    if header.span != sum(window.span for window in header.windows):
+        raise InputError(f"span is {header.span}, but the windows' are {sum(window.span for window in header.windows)}")
+    if header.windows[: len(header.settled)] != header.settled:
+        raise InputError("the windows that are due to be compressed must be the last ones")

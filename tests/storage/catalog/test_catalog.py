@@ -117,6 +117,38 @@ def test_replacement_keeps_created_at_and_leaves_no_old_passage(catalog: Catalog
     assert [hit.text for hit in catalog.texts.search("pears")] == ["the new text is about pears"]
 
 
+def passages(catalog: Catalog) -> list[tuple[int, int, str]]:
+    with catalog.connections.use() as db:
+        return db.execute("SELECT id, ordinal, text FROM passages ORDER BY ordinal").fetchall()
+
+
+def test_of_a_text_that_grows_only_the_passages_that_change_are_written(catalog: Catalog) -> None:
+    add(catalog, "doc", LONG)
+    before = passages(catalog)
+    with catalog.connections.use() as db:
+        changes = db.conn.total_changes
+        add(catalog, "doc", LONG + " The last zebra sleeps." * 20)
+        assert db.conn.total_changes - changes < 20  # the row, two passages, their words
+    after = passages(catalog)
+    assert len(before) > 5
+    assert after[: len(before) - 1] == before[:-1]
+    assert catalog.documents.text("doc") == LONG + " The last zebra sleeps." * 20
+    assert [hit.ordinal for hit in catalog.texts.search("sleeps")] == [
+        ordinal for _, ordinal, _ in after[len(before) - 1 :]
+    ]
+    add(catalog, "doc", LONG[: len(LONG) // 2])
+    assert catalog.documents.text("doc") == LONG[: len(LONG) // 2]
+
+
+@pytest.mark.parametrize("ordinal", ["-5", "0.5", "'x'"])
+def test_passages_that_stand_nowhere_are_written_anew(catalog: Catalog, ordinal: str) -> None:
+    add(catalog, "doc", LONG)
+    with catalog.connections.transaction() as db:
+        db.execute(f"UPDATE passages SET ordinal = {ordinal} WHERE ordinal = 2")
+    add(catalog, "doc", LONG + "And more.")
+    assert catalog.documents.text("doc") == LONG + "And more."
+
+
 def test_delete_removes_row_text_and_passages(catalog: Catalog) -> None:
     add(catalog, "doc", "something about apples")
     add(catalog, "other", "something about pears")

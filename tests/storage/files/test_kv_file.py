@@ -230,6 +230,19 @@ def test_a_header_that_contradicts_itself_is_refused(change: dict[str, object], 
         replace(sample()[0], **change)  # type: ignore[arg-type]  # wrong on purpose
 
 
+def test_windows_that_are_due_to_be_compressed_are_raw_and_the_last_ones() -> None:
+    header = sample()[0]
+    *first, last = header.windows
+    due = replace(last, ratio=0, due=4)
+    assert replace(header, windows=(*first, due)).settled == tuple(first)
+    with pytest.raises(InputError, match="must be the last ones"):
+        replace(header, windows=(due, *first))
+    with pytest.raises(InputError, match="a window due at ratio 4 must be at ratio 0, got 8"):
+        replace(due, ratio=8)
+    with pytest.raises(InputError, match="due ratio must be an integer of at least 0, got -1"):
+        replace(due, due=-1)
+
+
 def test_a_window_counts_a_beacon_for_its_incomplete_unit() -> None:
     slots = [WindowSpan(tokens, ratio, 0, 0, 9).slots for tokens, ratio in [(8, 4), (9, 4), (0, 4), (5, 0)]]
     assert slots == [2, 3, 0, 5]
