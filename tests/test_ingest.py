@@ -194,11 +194,13 @@ def test_appended_tokens_are_read_at_their_places(memory: BeaconMemory) -> None:
 def test_text_behind_which_no_positions_are_free_is_compressed_at_once(model: BeaconModel, tmp_path: Path) -> None:
     free = 1 + len(TEXT[:70]) // 2 + 3
     with BeaconMemory(tmp_path, model, reserve=model.max_positions - free) as memory:
-        memory.add("grown", TEXT[:70], ratio=2)
+        memory.add("grown", TEXT[:70], ratio=2, compression="beacon")
         assert memory.append("grown", TEXT[70:73]).ratios == (0, 2)
         assert memory.append("grown", TEXT[73:76]).ratios == (2,)
         with pytest.raises(CapacityError, match="use a higher ratio"):
             memory.append("grown", TEXT[76:77])
+        memory.add("long", TEXT[:70], ratio=2, compression="select")  # which may be of any length
+        assert memory.append("long", TEXT[70:90]).ratios == (0, 2)
 
 
 def test_adding_what_was_appended_compacts_it(memory: BeaconMemory) -> None:

@@ -91,8 +91,13 @@ class BeaconCompressor:
         parts = [MemoryKV.of(self.sink), memory.to(self.model.device, self.model.dtype)]
         return MemoryKV.of(read_raw(self.model, prefix_of(self.model, parts, len(ids)), ids))
 
-    def fits(self, slots: int) -> bool:
-        """Tell whether a memory of so many slots leaves `reserve` positions of the model free."""
+    def fits(self, slots: int, compression: str) -> bool:
+        """Tell whether a method may leave so many slots of one document: with `reserve` they must fit the model.
+
+        What it reads need not fit as a whole if the method reads documents of any length; see `ratios`.
+        """
+        if self._method(compression).any_length:
+            return True
         return self.model.config.beacon_sink_size + slots + self.reserve <= self.model.max_positions
 
     def ratios(self, tokens: int, ratio: Ratio, compression: str | None = None) -> list[int]:
