@@ -310,10 +310,13 @@ class Ingestion:
         last = header.windows[header.tokens // window :] or header.windows[-1:]
         tokens = self.compressor.tokenize_behind(before[last[0].start :], text)
         count = len(tokens.ids)
-        full = header.tokens % window + count >= window or not self.compressor.fits(
-            header.slots + count, header.compression
-        )
-        if not count or full or (header.method or {}) != parameters:
+        full = header.tokens % window + count >= window
+        if (
+            not count
+            or full
+            or (header.method or {}) != parameters
+            or not self.compressor.fits(header.slots + count, header.compression)
+        ):
             return None
         shifted = [(last[0].start + start, last[0].start + stop) for start, stop in tokens.offsets]
         shifted[0] = (len(before), shifted[0][1])

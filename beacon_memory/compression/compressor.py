@@ -87,18 +87,20 @@ class BeaconCompressor:
 
     @torch.inference_mode()
     def read_raw(self, memory: MemoryKV, ids: Sequence[int]) -> MemoryKV:
-        """Read tokens behind the sink and a memory; returns the K/V of all of them, whatever the method."""
-        parts = [MemoryKV.of(self.sink), memory.to(self.model.device, self.model.dtype)]
+        """Read tokens behind the sink and a memory; returns the K/V of all of them, whatever the method.
+
+        Of a memory with more positions than the model has, its last part is seen.
+        """
+        seen = memory.between(max(0, memory.span - self.model.max_positions), memory.span)
+        parts = [MemoryKV.of(self.sink), seen.to(self.model.device, self.model.dtype)]
         return MemoryKV.of(read_raw(self.model, prefix_of(self.model, parts, len(ids)), ids))
 
     def fits(self, slots: int, compression: str) -> bool:
-        """Tell whether a method may leave so many slots of one document: with `reserve` they must fit the model.
-
-        What it reads need not fit as a whole if the method reads documents of any length; see `ratios`.
-        """
-        if self._method(compression).any_length:
-            return True
-        return self.model.config.beacon_sink_size + slots + self.reserve <= self.model.max_positions
+        """Tell whether a memory of so many slots leaves `reserve` positions of the model free, where it must."""
+        return (
+            self._method(compression).any_length
+            or self.model.config.beacon_sink_size + slots + self.reserve <= self.model.max_positions
+        )
 
     def ratios(self, tokens: int, ratio: Ratio, compression: str | None = None) -> list[int]:
         """Return the ratio of each window of a document of so many tokens.

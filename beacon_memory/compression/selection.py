@@ -33,13 +33,11 @@ def _view(parts: Sequence[MemoryKV], room: int) -> list[MemoryKV]:
     """Return what a window is read behind: the sink, and of the windows before it the last ones as far as they fit.
 
     They are seen at the lowest level that leaves `_VIEW` slots at most. So however long a document is, reading a window
-    takes no longer. Several windows in one part are cut apart where they must be.
+    takes no longer.
     """
     sink, *windows = parts
     spans = accumulate((one.span for one in reversed(windows)), initial=sink.span)
     seen = windows[len(windows) - max(1, sum(span <= room for span in spans) - 1) :]
-    if len(seen) == 1 and seen[0].span > room:
-        seen = [seen[0].between(seen[0].span - room, seen[0].span)]
     for level in range(LEVELS):
         view = [one.from_level(level) for one in seen]
         if sum(one.slots for one in view) <= _VIEW:

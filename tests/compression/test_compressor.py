@@ -507,7 +507,7 @@ class TestChosenTokens:
         monkeypatch.setattr(ScoredMethod, "read_windows", spied)
         ids, memories, views = some_ids(160, seed=3), [], []
         for bound in (2048, 10**9, 72, 20):
-            monkeypatch.setattr("beacon_memory.compression.methods.scored._VIEW", bound)
+            monkeypatch.setattr("beacon_memory.compression.selection._VIEW", bound)
             memories.append(self.compress(model, ids, [2] * 10, compression=compression))
             views.append(seen.copy())
             seen.clear()
