@@ -500,7 +500,7 @@ class Ingestion:
 
 
 class _Outbox:
-    """What becomes of documents, in their order: they are stored in a thread, beside what is computed meanwhile.
+    """Store documents in a thread, in their order, beside what is computed meanwhile.
 
     take: called with each that is stored, in the thread of the caller. Errors go to on_error, or are raised; then none
     of those behind is stored.

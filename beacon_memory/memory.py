@@ -418,8 +418,6 @@ class BeaconMemory:
             return portions(found, {}, None)
         if passages is None:
             passages = self._passages(question, [row.id for row, _ in found])
-        else:
-            found.reverse()  # so that the best one stands nearest to the question
         return portions(found, passages, slots)
 
     def _chosen(

@@ -76,7 +76,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Portion:
-    """What is loaded of one document.
+    """Tell what is loaded of one document.
 
     row:    of the document, as its file is.
     lowest: of each section the lowest level that is loaded, None for all of everything.

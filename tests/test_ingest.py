@@ -552,6 +552,7 @@ def test_readers_of_the_old_model_go_on_until_all_is_renewed(
     memory.add_many([("a", TEXT[:60]), ("b", TEXT[60:120]), ("c", TEXT[120:180])], ratio=2)
     expected = {id: kv_of(memory, id) for id in "abc"}
     renewing = BeaconMemory(tmp_path / "store", other_model, reserve=100)
+    renewing.compressor.rows_per_pass = 1  # for one document each
 
     def read_all(_: Any) -> None:
         for id in "abc":
@@ -601,7 +602,7 @@ def test_repair_compresses_damaged_documents_anew(memory: BeaconMemory, damage: 
 
 
 def test_repair_says_what_it_cannot_mend(memory: BeaconMemory, tmp_path: Path) -> None:
-    memory.add("doc", TEXT * 2, ratio=2)
+    memory.add("doc", TEXT * 2, ratio=2, compression="beacon")
     (memory.store.folder / memory.show("doc").file).unlink()
     small = BeaconMemory(tmp_path / "store", make_model(max_position_embeddings=128), reserve=100)
     (problem,) = small.repair()

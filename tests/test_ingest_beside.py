@@ -16,7 +16,7 @@ from beacon_memory.config import BeaconConfig
 
 TEXTS = [f"In the year {1700 + n} the miller of Wend sold {n} sacks of flour." for n in range(6)]
 DOCUMENTS = [Document(f"{n}", text) for n, text in enumerate(TEXTS)]
-HOW: dict[str, Any] = {"ratio": 4, "compression": "select"}  # which reads one document after another
+HOW: dict[str, Any] = {"ratio": 4, "compression": "select"}
 SOON = 20  # seconds that something may take which happens at once
 
 
@@ -25,6 +25,7 @@ def memory(tmp_path: Path) -> Iterator[BeaconMemory]:
     model = tiny_model("llama", BeaconConfig(beacon_window=64), tokenizer=tiny_tokenizer())
     with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
         memory.compressor.sink  # noqa: B018  # read now, so that each pass from here on is one of a document
+        memory.compressor.rows_per_pass = 1  # for one document each
         yield memory
 
 
@@ -59,7 +60,7 @@ def test_a_document_is_stored_while_the_next_one_is_computed(
             computing.set()
 
     before_each(monkeypatch, memory.store, "put", put)
-    before_each(monkeypatch, memory.model, "run", run)
+    before_each(monkeypatch, memory.model, "read", run)
     for documents in (iter(DOCUMENTS[:3]), DOCUMENTS[:3]):
         assert [one.id for one in memory.add_many(documents, **HOW)] == ["0", "1", "2"]
         memory.erase("0", "1", "2")
@@ -74,7 +75,7 @@ def test_the_next_document_is_tokenized_while_one_is_computed(
 ) -> None:
     tokenizing, met = threading.Event(), []
     before_each(monkeypatch, memory.compressor, "tokenize", lambda text: text == TEXTS[1] and tokenizing.set())
-    before_each(monkeypatch, memory.model, "run", lambda *_: met.append(tokenizing.wait(SOON)))
+    before_each(monkeypatch, memory.model, "read", lambda *_: met.append(tokenizing.wait(SOON)))
     memory.add_many(DOCUMENTS[:2], **HOW)
     assert met
     assert all(met)
@@ -151,7 +152,7 @@ def test_interrupted_it_has_stored_what_was_computed(memory: BeaconMemory, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        before_each(patched, memory.model, "run", run)
+        before_each(patched, memory.model, "read", run)
         with pytest.raises(KeyboardInterrupt):
             memory.add_many(DOCUMENTS, **HOW, on_added=added.append)
     assert stored(memory) == [one.id for one in added] == ["0", "1", "2"]
@@ -174,7 +175,7 @@ def test_few_bytes_wait_to_be_stored(memory: BeaconMemory, monkeypatch: pytest.M
     monkeypatch.setattr("beacon_memory.ingest._MOST_BYTES", 1)
     ready, started = threading.Event(), []
     before_each(monkeypatch, memory.store, "put", lambda *_: ready.wait(SOON))
-    before_each(monkeypatch, memory.model, "run", lambda *_: started.append(len(stored(memory))))
+    before_each(monkeypatch, memory.model, "read", lambda *_: started.append(len(stored(memory))))
     threading.Timer(0.5, ready.set).start()
     memory.add_many(DOCUMENTS, **HOW)
     assert max(n - stores for n, stores in enumerate(started[:: len(started) // len(DOCUMENTS)])) <= 2

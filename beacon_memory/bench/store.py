@@ -38,7 +38,7 @@ from .model import Figure
 __all__ = ["Sample", "fill", "run", "samples"]
 
 _WORDS = 50_000  # of the invented language
-_LENGTH, _SPREAD = 112, 30  # mean and standard deviation of a text's words: about 600 characters, one passage
+_LENGTH, _SPREAD = 112, 30  # mean and standard deviation of a text's words: about 600 characters, two passages
 _SENTENCE = 14  # words
 _BATCH = 10_000  # rows to a transaction
 _SHAPE = (30, 3, 64)  # layers, kv heads and head_dim of the K/V

@@ -31,7 +31,7 @@ app = Commands(
     beacon:R                       beacons, R tokens for each
     select:R, select-expected:R    K/V of the tokens that each head needs
     hybrid:R                       both, beacons and chosen tokens
-    zoom:R, slice:R                passages that match, out of select:2, or out of all K/V
+    zoom:R, slice:R                passages that match, of select:2 or of all K/V
     nested:R                       select:R, out of select:2
     beacon:R:N, select:R:N, ...    the same, the text cut into N parts, composed
     select:R@int8, ...@int4, ...   the same, the K/V quantized

@@ -32,17 +32,20 @@ def prefix_of(model: BeaconModel, parts: Sequence[MemoryKV], tokens: int) -> Pre
 def _view(parts: Sequence[MemoryKV], room: int) -> list[MemoryKV]:
     """Return what a window is read behind: the sink, and of the windows before it the last ones as far as they fit.
 
-    They are seen at the lowest level that leaves `_VIEW` slots at most. So however long a document is, reading a window
-    takes no longer.
+    They are seen at the lowest level that leaves `_VIEW` slots at most; if none does, as where beacons are never left
+    out, the first ones are not seen. So however long a document is, reading a window takes no longer.
     """
     sink, *windows = parts
     spans = accumulate((one.span for one in reversed(windows)), initial=sink.span)
     seen = windows[len(windows) - max(1, sum(span <= room for span in spans) - 1) :]
+    view = seen
     for level in range(LEVELS):
         view = [one.from_level(level) for one in seen]
         if sum(one.slots for one in view) <= _VIEW:
             break
-    return [sink, *view] if seen else [sink]
+    while len(view) > 1 and sum(one.slots for one in view) > _VIEW:
+        view = view[1:]
+    return [sink, *view]
 
 
 def read_raw(model: BeaconModel, prefix: Prefix | None, ids: Sequence[int]) -> BeaconKV:

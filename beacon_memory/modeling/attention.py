@@ -41,7 +41,7 @@ _ROWS_ON_CPU = 256  # rows that are attended for at a time: what none of them se
 
 
 class AttentionPass(Protocol):
-    """What attends in a forward pass instead of stock attention; handed on as `beacon_pass`."""
+    """Attend in a forward pass instead of stock attention; handed on as `beacon_pass`."""
 
     @property
     def raw_rows(self) -> int:

@@ -32,7 +32,7 @@ from beacon_memory.storage.store import MemoryStore
 
 ROWS = 2000
 OWN = {
-    "documents": ["file", "created_at", "updated_at", "used_at", "checksum"],
+    "documents": ["file", "root", "created_at", "updated_at", "used_at", "checksum"],
     "properties": [],
 }  # differ from put to put
 
@@ -72,7 +72,7 @@ def test_samples_are_like_texts() -> None:
     words: Counter[str] = Counter()
     lengths, tags = [], Counter[str]()
     for one in samples(ROWS):
-        assert len(split_passages(one.text)) == 1
+        assert 1 <= len(split_passages(one.text)) <= 5
         words.update(one.text.lower().replace(".", "").split())
         lengths.append(len(one.text))
         tags.update(one.label.tags)

@@ -327,11 +327,11 @@ class TestQuantize:
         label(store, "a", tags=["farm"])
         put(store, "b")
         bytes_ = store.row("a").bytes
-        (one,) = lines(run("quantize", "int8", "b", "b", "--json"))
+        (one,) = lines(run("quantize", "int4", "b", "b", "--json"))
         assert list(one) == json_fields("quantize")
-        assert one == {"id": "b", "status": "converted", "precision": "int8", "bytes": store.row("b").bytes}
-        assert run("quantize", "int8").stdout == "converted a: int8, 0.0 MB\nunchanged b: int8, 0.0 MB\n"
-        assert [row.precision for row in store.list()] == ["int8", "int8"]
+        assert one == {"id": "b", "status": "converted", "precision": "int4", "bytes": store.row("b").bytes}
+        assert run("quantize", "int4").stdout == "converted a: int4, 0.0 MB\nunchanged b: int4, 0.0 MB\n"
+        assert [row.precision for row in store.list()] == ["int4", "int4"]
         assert store.row("a").bytes < bytes_
         assert store.row("a").tags == ("farm",)
         assert run("verify").exit_code == 0
@@ -518,7 +518,7 @@ class TestInterrupted:
         done = [row.id for row in store.list() if row.precision == "int8"]
         assert first["id"] in done
         assert len(done) < self.COUNT
-        assert run("verify").output == f"documents: {self.COUNT}, all sound\n"
+        assert run("verify").output == f"documents: {self.COUNT}, conversations: 0, all sound\n"
         again = lines(run("quantize", "int8", "--json"))
         assert [one["id"] for one in again if one["status"] == "unchanged"] == done
         assert {row.precision for row in store.list()} == {"int8"}

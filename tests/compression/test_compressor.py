@@ -516,7 +516,8 @@ class TestChosenTokens:
             assert_same(memory, usual)
             assert view == views[0]
         assert [slots for slots, _ in views[0]] == [1 + 8 * number for number in range(10)]
-        assert [span for _, span in views[3]] == [span for _, span in views[0]]  # of all windows something is seen
+        if compression == "select":  # of all windows something is seen; beacons are never left out
+            assert [span for _, span in views[3]] == [span for _, span in views[0]]
         assert max(slots for slots, _ in views[3]) <= 1 + 20
         assert bounded.slots == usual.slots
         assert not torch.equal(bounded.values, usual.values)

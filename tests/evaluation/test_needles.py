@@ -78,7 +78,7 @@ class TestNeedles:
     def test_hard_wrapped_lines_are_joined_into_passages(self) -> None:
         (item,) = self.read([900], [0.5])
         assert not any("\n" in passage for passage in item.context)
-        assert 2 < len(item.context) < 10
+        assert 2 < len(item.context) < 20
 
     def test_what_cannot_be_made_is_refused_with_the_numbers(self) -> None:
         with pytest.raises(InputError, match=r"depths=\[1.5\]"):

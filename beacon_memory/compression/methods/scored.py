@@ -101,6 +101,8 @@ class ScoredMethod(ABC):
             current.append(reading)
             if current[0].finished:  # all of it was read before
                 yield current.pop(0).result
+            while current and sum(one.rows for one in current) >= self.reader.rows_per_pass:  # the pass is full
+                yield from self._read_next(current, progress)
         while current:
             yield from self._read_next(current, progress)
 
