@@ -130,7 +130,7 @@ def test_found_documents_that_do_not_fit_are_left_out_and_given_ones_loaded_in_p
     assert loaded(state)[0] == "three"
     assert len(loaded(state)) == 2
     state = ask(agent, "Which owl? " + "Well? " * 10, document_ids=["one", "two", "three"])
-    assert loaded(state) == ["one", "two", "three"]
+    assert loaded(state) == ["three", "one", "two"]  # the model's own comes first
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -198,7 +198,7 @@ def crowded(folder: Path) -> BeaconMemory:
     """Four documents that match one question, more or less, and do not all fit the model together."""
     memory = BeaconMemory(folder, babbling_model(max_position_embeddings=512), reserve=60)
     texts = {"one": "owl " * 170, "two": "owl " * 140 + "hen " * 20, "three": "owl and owl"}
-    memory.add_many([*texts.items(), ("bees", "bees " * 100 + "owl")], ratio=2)
+    memory.add_many([*texts.items(), ("bees", "bees " * 60 + "owl " + "bees " * 13)], ratio=2)
     memory.add("hens", "hens, ducks and geese " * 10, ratio=2)
     return memory
 
