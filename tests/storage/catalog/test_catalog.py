@@ -128,9 +128,9 @@ def test_of_a_text_that_grows_only_the_passages_that_change_are_written(catalog:
     with catalog.connections.use() as db:
         changes = db.conn.total_changes
         add(catalog, "doc", LONG + " The last zebra sleeps." * 20)
-        assert db.conn.total_changes - changes < 20  # the row, two passages, their words
+        assert db.conn.total_changes - changes < 30  # the row, three passages, their words
     after = passages(catalog)
-    assert len(before) > 5
+    assert len(before) > 15
     assert after[: len(before) - 1] == before[:-1]
     assert catalog.documents.text("doc") == LONG + " The last zebra sleeps." * 20
     assert [hit.ordinal for hit in catalog.texts.search("sleeps")] == [
