@@ -133,7 +133,7 @@ def test_of_a_text_that_grows_only_the_passages_that_change_are_written(catalog:
     assert len(before) > 15
     assert after[: len(before) - 1] == before[:-1]
     assert catalog.documents.text("doc") == LONG + " The last zebra sleeps." * 20
-    assert [hit.ordinal for hit in catalog.texts.search("sleeps")] == [
+    assert sorted(hit.ordinal for hit in catalog.texts.search("sleeps")) == [
         ordinal for _, ordinal, _ in after[len(before) - 1 :]
     ]
     add(catalog, "doc", LONG[: len(LONG) // 2])

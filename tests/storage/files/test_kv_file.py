@@ -430,10 +430,10 @@ def test_a_text_that_is_not_the_one_that_the_header_names_is_corrupt(tmp_path: P
         CorruptFileError, match=r"a\.safetensors .*text in the file of 'doc' is not the one that its head"
     ):
         read_kv_file(path)
-    read = read_kv_file(path, lambda header, _: [0] * header.section_count)  # as a part, which is read without the text
-    assert same(read.kv, kv)
+    part = read_kv_file(path, lambda index: [0] * index.header.section_count)  # which is read without the text
+    assert same(part.kv, kv)
     with pytest.raises(CorruptFileError, match="text in the file of 'doc' is not the one that its header names"):
-        _ = read.text
+        _ = part.text
 
 
 def test_a_text_that_is_no_utf8_is_corrupt(tmp_path: Path) -> None:
