@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from beacon_memory.documents import Text, check_id
 from beacon_memory.errors import ConflictError, CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.connections import may_come_back
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.durable import unlink
@@ -79,9 +80,10 @@ class Publisher:
                         raise ConflictError(f"the files of {self._parts.folder} have got another place; try again")
                     new = NewFile(catalog, name, staged.root)
                     yield new
-            except BaseException:
+            except BaseException as error:
                 with contextlib.suppress(StoreError):  # then the catalog cannot tell, and verify finds the file
-                    catalog.overwrite()
+                    if may_come_back(error):
+                        catalog.overwrite()
                     # the failure may have followed the commit
                     if name in catalog.file_names.named(header.id) or self._remove(files, [name]):
                         unlink(mark)

@@ -8,6 +8,7 @@ with connections.transaction() as db:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import threading
@@ -24,7 +25,7 @@ from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.files.durable import status
 from beacon_memory.storage.files.locks import renew_in_forks
 
-__all__ = ["BUSY_SECONDS", "Connections", "begin_immediate"]
+__all__ = ["BUSY_SECONDS", "Connections", "begin_immediate", "may_come_back"]
 
 BUSY_SECONDS = 30.0  # how long to wait for another process that writes
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
@@ -265,6 +266,14 @@ def begin_immediate(db: Database) -> Iterator[None]:
         with contextlib.suppress(sqlite3.Error):
             overwrite(db)
         raise
+
+
+def may_come_back(error: BaseException) -> bool:
+    """Tell whether a commit that failed with this error may stand in the log whole: not if there was no room for it."""
+    cause = error.__cause__
+    if isinstance(cause, sqlite3.Error):
+        return _code(cause) != sqlite3.SQLITE_FULL
+    return not (isinstance(cause, OSError) and cause.errno == errno.ENOSPC)
 
 
 def overwrite(db: Database) -> None:
