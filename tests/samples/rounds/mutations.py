@@ -164,6 +164,13 @@ def put_back(scene: Scene, pattern: str) -> None:
 
 def swap(scene: Scene, pattern: str) -> None:
     one, other = scene.some(pattern, 2)
+    exchange(one, other)
+    if any(path.is_dir() != (pattern in FOLDERS) for path in (one, other)):  # what obstructs is taken away where it was
+        scene.undo.append(lambda: exchange(one, other))
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two files or folders change places."""
     between = one.with_name("between")
     one.rename(between)
     other.rename(one)
