@@ -155,9 +155,9 @@ def portions(
 def _portion(
     row: DocumentRow, index: StoredIndex, lowest: tuple[int, ...] | None, relevance: Sequence[float]
 ) -> Portion:
-    sizes, heads, sections = _sizes(index.counts), math.prod(index.counts.shape[2:]), index.header.sections
+    heads, sections = math.prod(index.counts.shape[2:]), index.header.sections
     levels = lowest or (0,) * len(sections)
-    entries = [int(of_section[level:].sum()) for of_section, level in zip(sizes, levels, strict=True)]
+    entries = [sum(of_section[level:]) for of_section, level in zip(_sizes(index.counts).tolist(), levels, strict=True)]
     sources = tuple(
         SourcePassage(row.id, section.start, section.stop, relevant, count / (heads * section.size))
         for section, relevant, count in zip(sections, relevance, entries, strict=True)
@@ -185,5 +185,5 @@ def _relevance(index: StoredIndex, passages: Sequence[Passage]) -> list[float]:
             * one.score
             for one in passages
         )
-        found.append(max(0.0, *shares, 0.0))
+        found.append(max(0.0, max(shares, default=0.0)))
     return found

@@ -19,6 +19,7 @@ from .words import indexed_form
 __all__ = ["Texts", "damaged_text", "misindexed", "sound_text"]
 
 _BATCH = 1000  # passages that are read together
+_STORED = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
 _INDEXED = """
     SELECT id, text, indexed_form, kind, EXISTS (
         SELECT 1 FROM labels WHERE labels.document = passages.document AND name = 'tag' AND value = ?
@@ -41,12 +42,11 @@ class Texts:
     def write(self, id: str, text: str) -> None:
         """Write the text of a document in place of the one it has; the first passages that stay are left alone."""
         cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text)]
-        select = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
         columns = "document, ordinal, start, stop, text, indexed_form"
         insert = f"INSERT INTO passages ({columns}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608  # our own names
         with self._connections.transaction() as db:
             same = 0
-            for (start, stop, passage), stored in zip(cuts, db.execute(select, [id]).fetchall(), strict=False):
+            for (start, stop, passage), stored in zip(cuts, db.execute(_STORED, [id]).fetchall(), strict=False):
                 if stored != (same, start, stop, passage.encode()):
                     break
                 same += 1
@@ -95,8 +95,7 @@ def sound_text(db: Database, id: str, content_hash: str) -> str | None:
 
     It is sound if it has this hash, and its passages say where in it they stand.
     """
-    select = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
-    passages = db.execute(select, [id]).fetchall()
+    passages = db.execute(_STORED, [id]).fetchall()
     text = b"".join(passage or b"" for *_, passage in passages)
     if hashlib.sha256(text).hexdigest() != content_hash:
         return None

@@ -189,11 +189,9 @@ class DocumentHeader:
         for number, window in enumerate(self.windows):
             for low, size, start, stop in window.pieces:
                 parts = -(-size // LONGEST_SECTION)
-                cuts = [before + low + size * part // max(1, parts) for part in range(parts)]
-                ends = [*cuts[1:], before + low + size]
-                found += [
-                    SectionSpan(number, one, end - one, start, stop) for one, end in zip(cuts, ends, strict=False)
-                ]
+                firsts = [before + low + size * part // parts for part in range(parts)]
+                bounds = pairwise([*firsts, before + low + size])
+                found += [SectionSpan(number, first, end - first, start, stop) for first, end in bounds]
             before += window.span
         return found
 
