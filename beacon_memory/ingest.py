@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -35,15 +34,12 @@ from .errors import (
     InputError,
     StoreError,
 )
+from .outbox import OnAdded, OnError, Outbox, tell
 from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
 
-_MOST_BYTES = 1 << 28  # of K/V that wait to be stored while more are computed
 _TRIES = 5  # times that a document may be changed by others while it is being continued
-
-OnAdded = Callable[[Added], None]
-OnError = Callable[[Document, BeaconMemoryError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +163,7 @@ class Ingestion:
                 self.compressor.parameters(compression, _package(next(iter(by_id.values())).method))
             except ConfigError as error:  # the method is not installed, or not for this model
                 for id in by_id:
-                    _tell(on_error, Document(id, ""), error)
+                    tell(on_error, Document(id, ""), error)
                 continue
 
             def renew(document: Document, by_id: dict[str, DocumentRow] = by_id) -> _Job:
@@ -201,7 +197,7 @@ class Ingestion:
             on_added(one)
 
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
-            outbox = _Outbox(writer, take, on_error)
+            outbox = Outbox(writer, take, on_error)
 
             def jobs() -> Iterator[tuple[_Job, Work]]:
                 nonlocal begun
@@ -210,7 +206,7 @@ class Ingestion:
                         job = prepared()
                     except BeaconMemoryError as error:
                         outbox.leave(document)
-                        _tell(on_error, document, error)
+                        tell(on_error, document, error)
                         continue
                     if isinstance(job, Added):
                         outbox.put(document, 0, partial(_same, job))
@@ -239,7 +235,7 @@ class Ingestion:
         self,
         documents: Iterable[Document],
         prepare: Callable[[Document], _Job | Added],
-        outbox: _Outbox,
+        outbox: Outbox,
         reader: ThreadPoolExecutor | None,
     ) -> Iterator[tuple[Document, Callable[[], _Job | Added]]]:
         """Iterate over documents and what prepares them, which `reader` does while the one before is in use.
@@ -499,73 +495,8 @@ class Ingestion:
         return replace(_added(row, made.status, seconds), evicted=tuple(evicted))
 
 
-class _Outbox:
-    """Store documents in a thread, in their order, beside what is computed meanwhile.
-
-    take: called with each that is stored, in the thread of the caller. Errors go to on_error, or are raised; then none
-    of those behind is stored.
-    """
-
-    def __init__(self, writer: ThreadPoolExecutor, take: OnAdded, on_error: OnError | None) -> None:
-        self._writer = writer
-        self._take = take
-        self._on_error = on_error
-        self._broken = False
-        self._ids: Counter[str] = Counter()
-        self._waiting: deque[tuple[Document, Future[Added | None], int]] = deque()
-
-    def __contains__(self, document: Document) -> bool:
-        """Tell whether a document with this id is on its way: entered, and neither settled nor left."""
-        return self._ids[str(document.id)] > 0  # which nobody has checked yet
-
-    def enter(self, document: Document) -> None:
-        self._ids[str(document.id)] += 1
-
-    def leave(self, document: Document) -> None:
-        self._ids[str(document.id)] -= 1
-
-    def put(self, document: Document, nbytes: int, store: Callable[[], Added]) -> None:
-        """Store a document in the thread; waits while the K/V that wait for it take too many bytes."""
-        self._waiting.append((document, self._writer.submit(self._store, store), nbytes))
-        while len(self._waiting) > 1 and sum(size for *_, size in self._waiting) > _MOST_BYTES:
-            self._settle_first()
-        self.settle()
-
-    def settle(self, *, wait: bool = False) -> None:
-        """Take what is stored; wait: until all is."""
-        while self._waiting and (wait or self._waiting[0][1].done()):
-            self._settle_first()
-
-    def _settle_first(self) -> None:
-        document, stored, _ = self._waiting.popleft()
-        self.leave(document)
-        try:
-            added = stored.result()
-        except BeaconMemoryError as error:
-            _tell(self._on_error, document, error)
-        else:
-            if added is not None:
-                self._take(added)
-
-    def _store(self, store: Callable[[], Added]) -> Added | None:
-        if self._broken:
-            return None
-        try:
-            return store()
-        except BaseException as error:
-            self._broken = self._on_error is None or not isinstance(error, BeaconMemoryError)
-            raise
-
-
 def _same(one: Added) -> Added:
     return one
-
-
-def _tell(on_error: OnError | None, document: Document, error: BeaconMemoryError) -> None:
-    """Hand an error to whoever wants to be told of it, so that the other documents go on; else raise it."""
-    if on_error is None:
-        raise error
-    on_error(document, error)
 
 
 def _coarser(row: DocumentRow, precision: str) -> bool:

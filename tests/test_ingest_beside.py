@@ -172,7 +172,7 @@ def test_a_document_sees_what_became_of_those_before_it(memory: BeaconMemory) ->
 
 
 def test_few_bytes_wait_to_be_stored(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("beacon_memory.ingest._MOST_BYTES", 1)
+    monkeypatch.setattr("beacon_memory.outbox._MOST_BYTES", 1)
     ready, started = threading.Event(), []
     before_each(monkeypatch, memory.store, "put", lambda *_: ready.wait(SOON))
     before_each(monkeypatch, memory.model, "read", lambda *_: started.append(len(stored(memory))))

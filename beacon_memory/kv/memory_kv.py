@@ -18,7 +18,7 @@ from beacon_memory.errors import InputError
 
 from .levels import TOP_LEVEL
 
-__all__ = ["BeaconKV", "MemoryKV", "fitting_spans", "joining_order"]
+__all__ = ["BeaconKV", "MemoryKV", "counts_of", "fitting_spans", "joining_order"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,13 +192,12 @@ class MemoryKV:
 
     def only(self, kept: Tensor) -> MemoryKV:
         """Return some entries, at their positions; kept: [entries] bool."""
-        heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
         return replace(
             self,
             keys=self.keys[kept],
             values=self.values[kept],
             positions=self.positions[kept],
-            counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
+            counts=counts_of(self.counts, kept),
             levels=None if self.levels is None else self.levels[kept],
         )
 
@@ -250,6 +249,12 @@ class MemoryKV:
             span=offsets[-1],
             levels=_joined_levels(parts, order),
         )
+
+
+def counts_of(counts: Tensor, kept: Tensor) -> Tensor:
+    """Return how many entries each head has of those that are kept, [layers, kv_heads] int64; kept: [entries] bool."""
+    heads = torch.arange(counts.numel()).repeat_interleave(counts.flatten())
+    return heads[kept.cpu()].bincount(minlength=counts.numel()).view_as(counts)
 
 
 def joining_order(counts: Sequence[Tensor]) -> Tensor:

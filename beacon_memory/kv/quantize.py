@@ -23,7 +23,7 @@ from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 
 from .levels import LEVELS, TOP_LEVEL
-from .memory_kv import MemoryKV, joining_order
+from .memory_kv import MemoryKV, counts_of, joining_order
 
 __all__ = ["BITS", "GROUP", "QuantizedKV", "group_numbers", "quantized"]
 
@@ -158,7 +158,6 @@ class QuantizedKV:
     def _until(self, stop: int) -> QuantizedKV:
         """Return the entries at positions below `stop`, and their groups."""
         kept = self.positions < stop
-        heads = torch.arange(self.counts.numel()).repeat_interleave(self.counts.flatten())
         numbers, groups = self.groups[kept].unique(return_inverse=True)
         of_entries: dict[str, Any] = {name: getattr(self, name)[kept] for name in _OF_ENTRIES}
         return replace(
@@ -166,7 +165,7 @@ class QuantizedKV:
             **of_entries | {"groups": groups.to(torch.int32)},
             key_scales=self.key_scales[numbers],
             key_zeros=self.key_zeros[numbers],
-            counts=heads[kept.cpu()].bincount(minlength=self.counts.numel()).view_as(self.counts),
+            counts=counts_of(self.counts, kept),
             span=stop,
             levels=None if self.levels is None else self.levels[kept],
         )
