@@ -197,7 +197,7 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
     def memories(self, documents: Sequence[Sequence[int]], ratio: int, compression: str = "beacon") -> list[MemoryKV]:
         """Return the memory of each document, without the sink. Ratio 0 keeps the K/V of every token."""
         whole = [[*self.lead, *ids] for ids in documents]
-        work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
+        work = [Work(ids, self.compressor.ratios(len(ids), ratio, compression)) for ids in whole]
         return [one.kv for _, one in self.compressor.compress(enumerate(work), compression=compression)]
 
     @property
@@ -355,7 +355,7 @@ class Compressed(PrefixBaseline):
     def capacity(self) -> int:
         """Return how many tokens of a text have slots that surely fit, however it is cut into documents."""
         window = self.model.config.beacon_window
-        windows = self.room // slots_of(window, self.ratio) - (self.documents - 1)
+        windows = self.room // self._slots(window) - (self.documents - 1)
         if windows < 1:
             raise CapacityError(f"{self.name}: the model has no positions for so many long documents; name fewer")
         return windows * window - self.documents
@@ -385,6 +385,9 @@ class Zoomed(Compressed):
         budget = slots_of(memory.span, self.budget) * memory.counts.numel()
         lowest = allocate(section_sizes(memory, bounds), relevance, budget)
         return [zoomed(memory, bounds, lowest, relevance)]
+
+    def _slots(self, tokens: int) -> int:
+        return slots_of(tokens, self.budget)  # only what is loaded must fit
 
     def _bounds(self, memories: Sequence[MemoryKV], pieces: Passages) -> list[int]:
         """Return where in the joined memories the pieces of the text begin, and where the last one ends."""

@@ -169,6 +169,14 @@ class TestTextsThatDoNotFit:
         assert 0 <= float(prefix.positions.min()) <= float(prefix.positions.max()) < prefix.span
         assert not answer(one).cut
 
+    @pytest.mark.parametrize("name", ["zoom:8", "slice:8", "nested:8"])
+    def test_what_is_loaded_of_a_text_must_fit_and_not_the_text(self, name: str) -> None:
+        context = CONTEXT * (self.POSITIONS // TOKENS + 1)
+        one = self.baseline(name)
+        assert not answer(one, an_item(context=context)).cut
+        prefix = prefix_of(one, "Where does the Fern rise?", context)
+        assert math.ceil(len(TEXT) * len(context) / len(CONTEXT) / 8) - 16 < prefix.slots <= 1 + self.ROOM
+
     @pytest.mark.parametrize("name", ["full", "beacon:2", "select:2", "hybrid:2"])
     def test_a_score_of_a_part_would_not_be_comparable(self, name: str) -> None:
         with pytest.raises(CapacityError, match=rf"{name}: a text of {2 * TOKENS} tokens .* 1200 positions whole"):
