@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -37,6 +38,7 @@ from .documents import Document
 from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
 from .hot import HotMemories
 from .ingest import Ingestion
+from .lookup import Lookup, gist_slots, sections_of_entries
 from .picking import (
     DEFAULT_LIMIT,
     PASSAGES_EACH,
@@ -50,7 +52,7 @@ from .picking import (
     pick,
 )
 from .question import Question
-from .recall import Budget, Indexes, Portion, portions
+from .recall import Budget, Indexes, Portion, level_counts, portions
 from .results import Added, Answer, Place, Progress, Usage
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ class BeaconMemory:
     hot_bytes: of memories that stay ready for attention after a question, on the device and in RAM each; by default a
              quarter of what is free there. `warm` makes them ready before.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
+             `attention`, by what the model looks up when it reads the question, too, which takes it a short pass more;
              the name of an installed picker, or a `Picker`.
 
     A copy shares model and store. Pickled, it holds the names of both, and opens them again.
@@ -378,6 +381,10 @@ class BeaconMemory:
     def _loop(self) -> DecodeLoop:
         return self._load_once()[1]
 
+    @property
+    def _lookup(self) -> Lookup:
+        return self._load_once()[2]
+
     def _submit(self, asked: _Asked) -> Ticket:
         return self._loop.submit(asked.request, asked.config, seed=asked.seed)
 
@@ -483,7 +490,29 @@ class BeaconMemory:
     def _query(
         self, text: str, passages: int, fingerprint: str | None = None, ids: tuple[str, ...] | None = None
     ) -> Query:
-        return Query(text, self.store, passages, lambda: self.model, fingerprint, ids)
+        return Query(text, self.store, passages, lambda: self.model, fingerprint, ids, self._looked_up)
+
+    def _looked_up(self, question: str, ids: Sequence[str]) -> builtins.list[Passage]:
+        """Return the passages of documents, scored by attention; those of the first ones that fit the model."""
+        positions, sink = self.model.max_positions, self.compressor.sink.slots
+
+        def gist() -> builtins.list[Portion]:
+            rows = [self.store.row(id, self.model.fingerprint.digest) for id in ids]
+            fit = rows[: sum(tokens <= positions for tokens in accumulate(row.tokens for row in rows))]
+            found = [self._indexes.get(self.store, row) for row in fit]
+            for row, index in found:
+                require_made(self.model, index.header.fingerprint, row.id, row.precision)
+            return portions(found, {}, gist_slots(sum(row.tokens for row in fit))) if found else []
+
+        loaded, prefix, _ = self._loaded(gist, positions)
+        if not loaded:
+            return []
+        sections = [(one.row.id, section) for one in loaded for section in one.index.header.sections]
+        lowest = [level for one in loaded for level in one.lowest or ()]
+        counts = [level_counts(one.index) for one in loaded]
+        of_entries = sections_of_entries(counts, lowest, self._lookup.layers, sink)
+        scores = self._lookup.relevance(question, prefix, of_entries, len(sections))
+        return [Passage(id, one.start, one.stop, score) for (id, one), score in zip(sections, scores, strict=True)]
 
     def warm(self, ids: str | Sequence[str]) -> tuple[Place, ...]:
         """Make the memories of documents ready, so that the next question about one opens no file.
@@ -609,21 +638,21 @@ class _Source:
 
 
 class _Once:
-    """Makes a compressor, and the loop that answers, when it is first asked for, once for all threads.
+    """Makes a compressor, the loop that answers and what looks up, when it is first asked for, once for all threads.
 
     It is pickled by what it is made from.
     """
 
     def __init__(self, source: _Source) -> None:
         self._source = source
-        self._made: tuple[BeaconCompressor, DecodeLoop] | None = None
+        self._made: tuple[BeaconCompressor, DecodeLoop, Lookup] | None = None
         self._lock = threading.Lock()
 
-    def __call__(self) -> tuple[BeaconCompressor, DecodeLoop]:
+    def __call__(self) -> tuple[BeaconCompressor, DecodeLoop, Lookup]:
         with self._lock:
             if self._made is None:
                 compressor = self._source.load()
-                self._made = compressor, DecodeLoop(compressor.model)
+                self._made = compressor, DecodeLoop(compressor.model), Lookup(compressor.model)
             return self._made
 
     def __reduce__(self) -> tuple[type[_Once], tuple[_Source]]:

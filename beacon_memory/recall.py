@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
     from beacon_memory.storage.store import MemoryStore
 
-__all__ = ["Budget", "Indexes", "Portion", "portions"]
+__all__ = ["Budget", "Indexes", "Portion", "level_counts", "portions"]
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _BUDGET = re.compile(r"(?i)\s*(?:x\s*(?P<ratio>\d+(?:\.\d+)?)|(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]i?b))\s*")
@@ -142,7 +142,7 @@ def portions(
     if slots is None:
         return [_portion(row, index, None, [0.0] * len(index.counts)) for row, index in found]
     relevance = [_relevance(index, passages.get(row.id, ())) for row, index in found]
-    sizes = torch.cat([_sizes(index.counts) for _, index in found])
+    sizes = torch.cat([level_counts(index).sum((2, 3)) for _, index in found])
     heads = math.prod(found[0][1].counts.shape[2:])
     lowest = allocate(sizes, list(chain.from_iterable(relevance)), slots * heads)
     ends = accumulate((len(index.counts) for _, index in found), initial=0)
@@ -157,7 +157,8 @@ def _portion(
 ) -> Portion:
     heads, sections = math.prod(index.counts.shape[2:]), index.header.sections
     levels = lowest or (0,) * len(sections)
-    entries = [sum(of_section[level:]) for of_section, level in zip(_sizes(index.counts).tolist(), levels, strict=True)]
+    sizes = level_counts(index).sum((2, 3)).tolist()
+    entries = [sum(of_section[level:]) for of_section, level in zip(sizes, levels, strict=True)]
     sources = tuple(
         SourcePassage(row.id, section.start, section.stop, relevant, count / (heads * section.size))
         for section, relevant, count in zip(sections, relevance, entries, strict=True)
@@ -166,12 +167,12 @@ def _portion(
     return Portion(row, index, lowest, tuple(relevance), -(-sum(entries) // heads), sources)
 
 
-def _sizes(counts: Tensor) -> Tensor:
-    """Return how many entries of each level each section has, [sections, LEVELS] int64, from the lowest level up."""
-    sizes = torch.zeros(len(counts), LEVELS, dtype=torch.int64)
-    falling = counts.sum((2, 3), dtype=torch.int64)
-    sizes[:, LEVELS - falling.shape[1] :] = falling.flip(1)
-    return sizes
+def level_counts(index: StoredIndex) -> Tensor:
+    """Return how many entries of each level each section has, [sections, LEVELS, layers, kv_heads] int64."""
+    sections, levels, *heads = index.counts.shape
+    counts = torch.zeros(sections, LEVELS, *heads, dtype=torch.int64)
+    counts[:, LEVELS - levels :] = index.counts.flip(1)
+    return counts
 
 
 def _relevance(index: StoredIndex, passages: Sequence[Passage]) -> list[float]:

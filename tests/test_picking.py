@@ -221,7 +221,7 @@ def test_nothing_found_is_an_error_where_an_answer_is_wanted(model: BeaconModel,
 
 
 def test_unknown_picker_is_refused_at_once_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"picker='texts' must be one of 'text'"):
+    with pytest.raises(ConfigError, match=r"picker='texts' must be one of 'attention', 'text'"):
         BeaconMemory(tmp_path, picker="texts")
     with pytest.raises(ConfigError, match=r"picker=7 must be a name, or something to call"):
         find_picker(7)  # type: ignore[arg-type]
@@ -234,7 +234,7 @@ def test_installed_picker_is_found_by_its_name(
     points = {"owls": "outside:make", "broken": "outside:absent", "number": "outside:int"}
     install(tmp_path / "site", monkeypatch, "outside", code, **points)
     assert picked(filled(tmp_path / "store", model, "owls"), "Where is the roof?") == ["owls"]
-    with pytest.raises(ConfigError, match=r"must be one of 'broken', 'number', 'owls', 'text'"):
+    with pytest.raises(ConfigError, match=r"must be one of 'attention', 'broken', 'number', 'owls', 'text'"):
         find_picker("hawks")
     with pytest.raises(ConfigError, match=r"picker='broken', outside:absent, cannot be loaded: AttributeError"):
         find_picker("broken")

@@ -308,6 +308,12 @@ class TestZoomed:
         assert same(prefix.between(prefix.span - line.span, prefix.span), line)
         assert prefix.slots < prefix_of(baseline("select:2")).slots / 3
 
+    def test_what_is_looked_up_comes_in_where_words_find_nothing(self) -> None:
+        question = "Why?"
+        looked, blind = (prefix_of(baseline(name), question) for name in ("look:7", "zoom:7"))
+        assert looked.slots <= blind.slots
+        assert looked.span < blind.span == 1 + TOKENS  # passages, instead of a little of everything
+
     def test_documents_compete_for_one_budget(self) -> None:
         parts = [baseline("select:2").memories([ids_of(text)], 2, "select")[0] for text in TestQuantized.DOCUMENTS]
         prefix = prefix_of(baseline("zoom:7:2"), "Where does the Fern rise?")
