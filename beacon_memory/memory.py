@@ -52,8 +52,8 @@ from .picking import (
     pick,
 )
 from .question import Question
-from .recall import Budget, Indexes, Portion, level_counts, portions
-from .results import Added, Answer, Place, Progress, Usage
+from .recall import DEFAULT_SLOTS, Budget, Indexes, Portion, level_counts, portions
+from .results import Added, Answer, LoadedDocument, Place, Progress, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,7 @@ class _Asked:
     seed: int | None
     tools: Sequence[Mapping[str, Any]]
     tokenizer: Any
+    entry_bytes: int
     started: float
 
     def answer(self, generation: Generation) -> Answer:
@@ -87,7 +88,11 @@ class _Asked:
             stops=self.config.stop_strings or (),
             tools=self.tools,
         )
-        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.places)
+        documents = tuple(
+            LoadedDocument(one.row.id, place, one.slots, one.entries * self.entry_bytes, len(one.sources))
+            for one, place in zip(self.loaded, self.places, strict=True)
+        )
+        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), documents)
         first = generation.first_token_at - self.started
         ids = tuple(one.row.id for one in self.loaded)
         sources = tuple(source for one in self.loaded for source in one.sources)
@@ -293,12 +298,13 @@ class BeaconMemory:
         """Answer a question from the memory of some documents.
 
         question: a text, or a conversation as dicts with `role` and `content`, as the model's chat template takes them.
-        ids:      documents to answer from, loaded in this order; None chooses up to `limit`, see `pick`.
+        ids:      documents to answer from; None chooses up to `limit`, see `pick`. They stand in this order, but those
+                  in which passages are found behind the others, the best match last.
         budget:   how much of their memories is loaded: a number of slots, bytes as "64MB", or a ratio as "x16", a slot
-                  for 16 tokens. It is spent where the question is, see `zoom`. By default all is loaded that fits the
-                  model's positions.
-        optional: those of `ids` that are left out if they do not fit whole beside those in front of them, as those that
-                  are chosen are. With a budget none is.
+                  for 16 tokens. It is spent where the question is, see `zoom`. By default 256 slots are loaded where
+                  passages are found, else all that fits the model's positions.
+        optional: those of `ids` that are left out if they do not fit whole beside those in front of them. With a budget
+                  none is.
         stop:     strings at which the answer ends. seed: of sampling.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
                   `Answer.parts` has the calls.
@@ -407,7 +413,10 @@ class BeaconMemory:
         require_room(model, slots, len(prompt), new_tokens)
         loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + slots)
         request = Request(prefix, prompt)
-        return _Asked(loaded, places, request, config, question.seed, question.tools, model.tokenizer, started)
+        entry_bytes = 2 * model.kv_shape[-1] * model.dtype.itemsize
+        return _Asked(
+            loaded, places, request, config, question.seed, question.tools, model.tokenizer, entry_bytes, started
+        )
 
     def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
         """Choose what is loaded for a question: of which documents, and how much of each."""
@@ -421,11 +430,13 @@ class BeaconMemory:
             layers, kv_heads, head_dim = model.kv_shape
             slot_bytes = layers * kv_heads * (2 * head_dim * model.kv_dtype.itemsize + 1)
             slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), slot_bytes))
-        if sum(row.slots for row, _ in found) <= slots:
-            return portions(found, {}, None)
+        whole, least = sum(row.slots for row, _ in found), slots if budget else min(slots, DEFAULT_SLOTS)
         if passages is None:
-            passages = self._passages(question, [row.id for row, _ in found])
-        return portions(found, passages, slots)
+            passages = self._passages(question, [row.id for row, _ in found]) if whole > least else {}
+        if any(one.score > 0 for of_document in passages.values() for one in of_document):
+            slots = least
+        chosen = portions(found, passages, None if whole <= slots else slots)
+        return chosen if question.ids is not None else [one for one in chosen if one.slots]
 
     def _chosen(
         self, question: Question, room: int
@@ -441,8 +452,7 @@ class BeaconMemory:
             known = any(self._query("", 1).documents())
             advice = "matches the question; name documents by id" if known else "is stored yet; add some"
             raise DocumentNotFoundError(f"no document {advice}")
-        rows, passages = [one.row for one in picks], {one.id: one.passages for one in picks}
-        return rows if question.budget is not None else fitting(rows, passages, room), passages
+        return [one.row for one in picks], {one.id: one.passages for one in picks}
 
     def _passages(self, question: Question, ids: Sequence[str]) -> dict[str, builtins.list[Passage]]:
         """Return the passages of some documents that a question is about, by their ids."""
@@ -547,11 +557,14 @@ class BeaconMemory:
     def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
-        wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for one in loaded]
-        prefix, (_, *places) = self._hot.prefix(self.model, wanted, room)
+        # the best match nearest to the question, as within a document
+        placed = sorted(enumerate(loaded), key=lambda numbered: numbered[1].best)
+        wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for _, one in placed]
+        prefix, (_, *found) = self._hot.prefix(self.model, wanted, room)
         for one in loaded:
             self.store.uses.add(one.row.id)
-        return prefix, tuple(places)
+        places = {number: place for (number, _), place in zip(placed, found, strict=True)}
+        return prefix, tuple(places[number] for number in range(len(loaded)))
 
     def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
         """Return what tells the K/V of a row from those of every other document, and of every other time."""

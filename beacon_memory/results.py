@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Added", "Answer", "Place", "Progress", "SourcePassage", "Status", "ToolCall", "UnreadCall", "Usage"]
+__all__ = [
+    "Added",
+    "Answer",
+    "LoadedDocument",
+    "Place",
+    "Progress",
+    "SourcePassage",
+    "Status",
+    "ToolCall",
+    "UnreadCall",
+    "Usage",
+]
 
 Status = Literal["added", "replaced", "unchanged", "appended", "compacted", "recompressed"]
 # Where a document's memory was: in its file, or ready for attention, in RAM or on the model's device.
@@ -47,16 +58,33 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedDocument:
+    """Tell what was loaded of a document for a question.
+
+    place:    where its memory was.
+    slots:    that it takes, the mean over heads.
+    bytes:    of its keys and values in the model's dtype.
+    passages: of which something was loaded.
+    """
+
+    id: str
+    place: Place
+    slots: int
+    bytes: int
+    passages: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Count the memory slots loaded (sink included, the mean over heads), and the tokens of prompt and answer.
 
-    places: where the memory of each document was, in the order of the answer's ids.
+    documents: what was loaded of each, in the order of the answer's ids.
     """
 
     slots: int
     prompt_tokens: int
     generated_tokens: int
-    places: tuple[Place, ...] = ()
+    documents: tuple[LoadedDocument, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +127,7 @@ class Answer:
 
     text: as the model wrote it, calls of tools included.
     parts: the texts and calls that it is made of, in their order; without tools it is all text.
-    ids: documents in the order in which they were loaded.
+    ids: documents, in the order in which they were named or picked.
     time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.
     sources: the passages of which something was loaded, in the order of documents and their texts.
     """

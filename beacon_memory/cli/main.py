@@ -259,7 +259,7 @@ def ask(
         str | None,
         typer.Option(
             help="How much of their memories to load, where the question is: slots, bytes as 64MB, or a ratio as x16.",
-            show_default="all that fits the model",
+            show_default="256 slots where passages are found, else all that fits",
         ),
     ] = None,
     sources: Annotated[bool, typer.Option("--sources", help="Show the passages that were loaded.")] = False,
@@ -285,8 +285,8 @@ def ask(
 ) -> None:
     """Answer a question from stored documents, without reading them again.
 
-    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, places, time_to_first_token, seconds,
-    sources.
+    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, documents, time_to_first_token,
+    seconds, sources.
     """
     from beacon_memory.results import Answer
 
