@@ -156,8 +156,9 @@ def _portion(
     row: DocumentRow, index: StoredIndex, lowest: tuple[int, ...] | None, relevance: Sequence[float]
 ) -> Portion:
     heads, sections = math.prod(index.counts.shape[2:]), index.header.sections
-    levels = lowest or (0,) * len(sections)
-    entries = [sum(of_section[level:]) for of_section, level in zip(_sizes(index.counts).tolist(), levels, strict=True)]
+    levels = torch.tensor(lowest or (0,) * len(sections), dtype=torch.int64)
+    loaded = torch.arange(LEVELS) >= levels[:, None]
+    entries = (_sizes(index.counts) * loaded).sum(1).tolist()
     sources = tuple(
         SourcePassage(row.id, section.start, section.stop, relevant, count / (heads * section.size))
         for section, relevant, count in zip(sections, relevance, entries, strict=True)
@@ -176,14 +177,11 @@ def _sizes(counts: Tensor) -> Tensor:
 
 def _relevance(index: StoredIndex, passages: Sequence[Passage]) -> list[float]:
     """Return how relevant each section is: the best score of a passage, by the share of the smaller one they share."""
-    found = []
-    for section in index.header.sections:
-        size = section.stop - section.start
-        shares = (
-            (min(one.stop, section.stop) - max(one.start, section.start))
-            / max(1, min(size, one.stop - one.start))
-            * one.score
-            for one in passages
-        )
-        found.append(max(0.0, max(shares, default=0.0)))
-    return found
+    sections = index.header.sections
+    if not passages or not sections:
+        return [0.0] * len(sections)
+    bounds = torch.tensor([(one.start, one.stop) for one in sections], dtype=torch.float64)
+    starts, stops, scores = torch.tensor([(one.start, one.stop, one.score) for one in passages], dtype=torch.float64).T
+    shared = bounds[:, 1:].minimum(stops) - bounds[:, :1].maximum(starts)
+    smaller = (bounds[:, 1:] - bounds[:, :1]).minimum(stops - starts).clamp(min=1)
+    return [float(one) for one in (shared / smaller * scores).amax(1).clamp(min=0).tolist()]
