@@ -20,6 +20,7 @@ from torch import Tensor
 from beacon_memory.kv.levels import LEVELS
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.kv_file import StoredIndex
+from beacon_memory.storage.files.nesting import run_sizes
 from beacon_memory.storage.reading import read_document_index, read_document_part, require_same
 
 from .errors import InputError
@@ -170,7 +171,7 @@ def _portion(
 def _sizes(counts: Tensor) -> Tensor:
     """Return how many entries of each level each section has, [sections, LEVELS] int64, from the lowest level up."""
     sizes = torch.zeros(len(counts), LEVELS, dtype=torch.int64)
-    falling = counts.sum((2, 3), dtype=torch.int64)
+    falling = run_sizes(counts)
     sizes[:, LEVELS - falling.shape[1] :] = falling.flip(1)
     return sizes
 

@@ -42,7 +42,7 @@ from .durable import identity, make_folder, sync_file
 from .header import DocumentHeader, SectionSpan
 from .kv_metadata import ENTRY, LONGEST_HEADER, KVMetadata, corrupt, read_metadata
 from .names import new_temp
-from .nesting import file_order, groups_of, rows_of
+from .nesting import file_order, groups_of, head_sizes, rows_of, run_sizes
 from .stored_kv import StoredKV, WindowedKV, not_finite, precision_of
 from .tensor_file import Form, TensorFile, tensor_bytes
 
@@ -238,7 +238,7 @@ def read_header(path: Path) -> DocumentHeader:
     """
     _require_file(path)
     with _opened(path) as file:
-        return read_metadata(path, file.metadata() or {}).header
+        return read_metadata(path, file.metadata() or {})[0].header
 
 
 def read_index(path: Path) -> StoredIndex:
@@ -277,7 +277,7 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
     """Return header and index of a file, read and compared, and all its tensors, mapped."""
     _require_file(path)
     with _opened(path) as file:
-        metadata = read_metadata(path, file.metadata() or {})
+        metadata, root = read_metadata(path, file.metadata() or {})
         names = sorted(file.keys())
         quantized = "key_scales" in metadata.tensors
         wanted = {*_PLAIN_ROWS, *_INDEX, "text", *((_QUANTIZED_ROWS + _QUANTIZED_INDEX) if quantized else ())}
@@ -299,7 +299,7 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
         _require_index(metadata.header, tensors)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    return StoredIndex(metadata.header, tensors["counts"], metadata.root), tensors
+    return StoredIndex(metadata.header, tensors["counts"], root), tensors
 
 
 def _require_file(path: Path) -> None:
@@ -347,12 +347,12 @@ def _require_index(header: DocumentHeader, tensors: Mapping[str, Tensor]) -> Non
     if not of_bytes or not fitting or len(counts) != header.section_count:
         flaw = f"its counts are {_form(counts)} and its hashes {_form(hashes)}"
         raise InputError(f"{flaw}, which cannot be those of {header.section_count} sections")
-    entries = int(counts.sum(dtype=torch.int64))
+    entries = int(run_sizes(counts).sum())
     for name in (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors)):
         if not tensors[name].ndim or len(tensors[name]) != entries:
             raise InputError(f"its {name} are {_form(tensors[name])}, but its counts tell of {entries} entries")
     sizes = torch.tensor([section.size for section in header.sections], dtype=torch.int64)
-    if len(sizes) and bool((counts.sum(1, dtype=torch.int64).amax((1, 2)) > sizes).any()):
+    if len(sizes) and bool((head_sizes(counts) > sizes[:, None]).any()):
         raise InputError("a head has more entries in a section than that has positions")
     if tensors["places"].dtype != torch.uint8 or tensors["places"].ndim != 1:
         raise InputError(f"its places are {_form(tensors['places'])}")
@@ -391,7 +391,7 @@ def _loaded_runs(lowest: Sequence[int] | None, runs: int, depths: int) -> Iterab
 
 def _runs(counts: Tensor) -> Iterator[tuple[int, int]]:
     """Yield the first row of each section and level, and the one behind its last."""
-    stops = counts.sum((2, 3), dtype=torch.int64).flatten().cumsum(0).tolist()
+    stops = run_sizes(counts).flatten().cumsum(0).tolist()
     return zip([0, *stops], stops, strict=False)
 
 
