@@ -21,8 +21,9 @@ from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile, read_header
-from beacon_memory.storage.files.stored_kv import StoredKV
+from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
 from beacon_memory.storage.store import MemoryStore
+from beacon_memory.storage.unfinished import UnfinishedDocument
 
 from .documents import Document, Label, Precision, PrecisionRule, Text, check_id, utc_now
 from .errors import (
@@ -39,6 +40,7 @@ from .results import Added, Progress, Status
 
 __all__ = ["Ingestion"]
 
+_MOST_IN_RAM = 16  # windows of a document; what is read of a longer one is kept on disk until it is stored
 _TRIES = 5  # times that a document may be changed by others while it is being continued
 
 
@@ -49,6 +51,7 @@ class _Job:
     offsets:   where each token of `work` starts and stops in the text, in characters.
     stored:    the K/V that the document had, if it grows.
     replacing: the K/V file that the document must still have when it is stored, if that matters.
+    unfinished: where the memories of its windows are on disk, if they are.
     """
 
     document: Document
@@ -62,6 +65,7 @@ class _Job:
     stored: StoredKV | None = None
     replacing: str | None = None
     keep_version: bool = False
+    unfinished: UnfinishedDocument | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class _Made:
     """A document as it is to be stored; for the other fields see `_Job`."""
 
     header: DocumentHeader
-    kv: StoredKV
+    kv: StoredKV | WindowedKV
     text: Text
     precision: str
     status: Status
@@ -196,11 +200,11 @@ class Ingestion:
             added.append(one)
             on_added(one)
 
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
+        with contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
             outbox = Outbox(writer, take, on_error)
 
             def jobs() -> Iterator[tuple[_Job, Work]]:
-                nonlocal begun
+                nonlocal begun, read
                 for document, prepared in self._prepared(documents, prepare, outbox, reader if ahead else None):
                     try:
                         job = prepared()
@@ -212,6 +216,9 @@ class Ingestion:
                         outbox.put(document, 0, partial(_same, job))
                     else:
                         begun += len(job.work.ids)
+                        read += self.compressor.model.config.beacon_window * job.work.windows_before
+                        if job.unfinished is not None:
+                            opened.callback(job.unfinished.close)
                         yield job, job.work
 
             def advance(tokens: int) -> None:
@@ -225,7 +232,8 @@ class Ingestion:
                 for job, compressed in self.compressor.compress(jobs(), advance, compression=compression):
                     now = time.perf_counter()
                     store = partial(self._store, job, compressed, now - since)
-                    outbox.put(job.document, compressed.kv.nbytes, store)
+                    in_ram = 0 if job.unfinished is not None else sum(part.nbytes for part in compressed.parts)
+                    outbox.put(job.document, in_ram, store)
                     since = now
             finally:
                 outbox.settle(wait=True)
@@ -292,7 +300,24 @@ class Ingestion:
             return _added(row, "unchanged", 0.0)
         status: Status = "replaced" if row else "added"
         job = _Job(document, text, tokens.offsets, Work(tokens.ids, ratios), compression, precision, status, label)
-        return job if row is None else self._compacting(row, job) or job
+        return (self._compacting(row, job) if row is not None else None) or self._on_disk(job)
+
+    def _on_disk(self, job: _Job) -> _Job:
+        """Keep what is read of a long document on disk, where an interrupted compression may have left the begin."""
+        if len(job.work.ratios) <= _MOST_IN_RAM:
+            return job
+        model = self.compressor.model
+        decides = {
+            "id": job.document.id,
+            "content_hash": job.text.sha256,
+            "fingerprint": model.fingerprint.digest,
+            "dtype": str(model.dtype),
+            "compression": job.compression,
+            "method": self.compressor.parameters(job.compression),
+            "ratios": list(job.work.ratios),
+        }
+        unfinished = self.store.unfinished(decides)
+        return replace(job, work=replace(job.work, parts=unfinished), unfinished=unfinished)
 
     def _read_raw(self, row: DocumentRow, file: StoredFile, before: str, text: str, ratio: int | None) -> _Made | None:
         """Read a text that is appended to a document, and nothing else: all its tokens are kept until they are due.
@@ -380,7 +405,7 @@ class Ingestion:
                 header = read_file(self.store.files, row.file, read_header)
                 due = _due(header, window)
                 ratios = due if len(due) == -(-len(tokens.ids) // window) else "auto"
-        return _Job(
+        job = _Job(
             Document(row.id, text.value),
             text,
             tokens.offsets,
@@ -391,6 +416,7 @@ class Ingestion:
             replacing=row.file,
             keep_version=keep_version,
         )
+        return self._on_disk(job)
 
     def _row(self, id: str) -> DocumentRow | None:
         try:
@@ -463,21 +489,27 @@ class Ingestion:
             windows=spans,
             tail_ids=tuple(job.work.ids[last.first :]) if last.tokens < model.config.beacon_window else (),
             compression=job.compression,
-            span=compressed.kv.span,
+            span=sum(one.span for one in spans),
             fingerprint=model.fingerprint,
             method=self.compressor.parameters(job.compression),
         )
-        new = compressed.kv.to("cpu")
-        if job.precision == PrecisionRule.AUTO:
-            new = new.to(dtype=model.kv_dtype)  # which is coarser where the processor computes in float32 for speed
-        kv: StoredKV = new
-        if job.stored is not None and job.work.read is not None:
-            start = job.work.read.span  # what stands before it stays as it was stored, bit for bit
-            kv = _grown(job.stored, start, new.between(start, new.span), header)
+        if job.unfinished is not None:
+            precision = Precision(str(model.kv_dtype).removeprefix("torch."))
+            kv: StoredKV | WindowedKV = WindowedKV(job.unfinished, precision)
+        else:
+            kv = new = compressed.kv.to("cpu")
+            if job.precision == PrecisionRule.AUTO:  # coarser where the processor computes in float32 for speed
+                kv = new = new.to(dtype=model.kv_dtype)
+            if job.stored is not None and job.work.read is not None:
+                start = job.work.read.span  # what stands before it stays as it was stored, bit for bit
+                kv = _grown(job.stored, start, new.between(start, new.span), header)
         return _Made(header, kv, job.text, job.precision, job.status, job.label, job.replacing, job.keep_version)
 
     def _store(self, job: _Job, compressed: CompressedDocument, seconds: float) -> Added:
-        return self._put(self._made(job, compressed), seconds)
+        added = self._put(self._made(job, compressed), seconds)
+        if job.unfinished is not None:
+            job.unfinished.remove()
+        return added
 
     def _put(self, made: _Made, seconds: float) -> Added:
         """Store a document."""

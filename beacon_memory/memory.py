@@ -211,7 +211,8 @@ class BeaconMemory:
         the name of another method, or `auto`, the model's own. precision: what to keep the K/V in, a `Precision`,
         or `auto`, what the store's settings say. A text that is stored already, compressed in the same way by the same
         model, is left as it is.
-        Raises ConfigError, InputError or CapacityError if it cannot be compressed; then nothing has changed.
+        Raises ConfigError, InputError or CapacityError if it cannot be compressed, or ConflictError while another
+        process adds the same long text; then nothing has changed.
         """
         document = Document(id, text, metadata)
         return self.add_many([document], ratio=ratio, compression=compression, precision=precision)[0]
@@ -231,7 +232,8 @@ class BeaconMemory:
 
         They are stored in a thread while the next are computed, and those of a list are tokenized in one, too.
         Returns what became of each, in the order in which they were done. Interrupted, it has lost only what was
-        unfinished: run it again with the same documents, and those that are stored are skipped. `on_error` is told of a
+        unfinished, and of a document of more than 16 windows nothing: run it again with the same documents, and those
+        that are stored are skipped. `on_error` is told of a
         document that cannot be compressed or stored, and the others go on; without it the error is raised, after all
         documents in front of it were stored.
         """

@@ -20,6 +20,7 @@ from torch import Tensor
 from beacon_memory.kv.levels import LEVELS
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.files.kv_file import StoredIndex
+from beacon_memory.storage.files.nesting import run_sizes
 from beacon_memory.storage.reading import read_document_index, read_document_part, require_same
 
 from .errors import InputError
@@ -151,7 +152,7 @@ def portions(
     relevance = [_relevance(index, passages.get(row.id, ())) for row, index in found]
     if slots is None:
         return [_portion(*one, None, of_document) for one, of_document in zip(found, relevance, strict=True)]
-    sizes = torch.cat([level_counts(index).sum((2, 3)) for _, index in found])
+    sizes = torch.cat([_sizes(index.counts) for _, index in found])
     heads = math.prod(found[0][1].counts.shape[2:])
     lowest = allocate(sizes, list(chain.from_iterable(relevance)), slots * heads)
     ends = accumulate((len(index.counts) for _, index in found), initial=0)
@@ -165,9 +166,9 @@ def _portion(
     row: DocumentRow, index: StoredIndex, lowest: tuple[int, ...] | None, relevance: Sequence[float]
 ) -> Portion:
     heads, sections = math.prod(index.counts.shape[2:]), index.header.sections
-    levels = lowest or (0,) * len(sections)
-    sizes = level_counts(index).sum((2, 3)).tolist()
-    entries = [sum(of_section[level:]) for of_section, level in zip(sizes, levels, strict=True)]
+    levels = torch.tensor(lowest or (0,) * len(sections), dtype=torch.int64)
+    loaded = torch.arange(LEVELS) >= levels[:, None]
+    entries = (_sizes(index.counts) * loaded).sum(1).tolist()
     sources = tuple(
         SourcePassage(row.id, section.start, section.stop, relevant, count / (heads * section.size))
         for section, relevant, count in zip(sections, relevance, entries, strict=True)
@@ -184,16 +185,21 @@ def level_counts(index: StoredIndex) -> Tensor:
     return counts
 
 
+def _sizes(counts: Tensor) -> Tensor:
+    """Return how many entries of each level each section has, [sections, LEVELS] int64, from the lowest level up."""
+    sizes = torch.zeros(len(counts), LEVELS, dtype=torch.int64)
+    falling = run_sizes(counts)
+    sizes[:, LEVELS - falling.shape[1] :] = falling.flip(1)
+    return sizes
+
+
 def _relevance(index: StoredIndex, passages: Sequence[Passage]) -> list[float]:
     """Return how relevant each section is: the best score of a passage, by the share of the smaller one they share."""
-    found = []
-    for section in index.header.sections:
-        size = section.stop - section.start
-        shares = (
-            (min(one.stop, section.stop) - max(one.start, section.start))
-            / max(1, min(size, one.stop - one.start))
-            * one.score
-            for one in passages
-        )
-        found.append(max(0.0, max(shares, default=0.0)))
-    return found
+    sections = index.header.sections
+    if not passages or not sections:
+        return [0.0] * len(sections)
+    bounds = torch.tensor([(one.start, one.stop) for one in sections], dtype=torch.float64)
+    starts, stops, scores = torch.tensor([(one.start, one.stop, one.score) for one in passages], dtype=torch.float64).T
+    shared = bounds[:, 1:].minimum(stops) - bounds[:, :1].maximum(starts)
+    smaller = (bounds[:, 1:] - bounds[:, :1]).minimum(stops - starts).clamp(min=1)
+    return [float(one) for one in (shared / smaller * scores).amax(1).clamp(min=0).tolist()]

@@ -36,16 +36,13 @@ def allocate(sizes: Tensor, relevance: Sequence[float], budget: int) -> list[int
     relevance: how well each section matches the question, 0 for not at all.
     budget:    how many entries may be loaded, those of all heads of all layers together.
     """
-    entries, lowest = sizes.tolist(), [LEVELS] * len(sizes)
-    cells = ((-found, -level, section) for section, found in enumerate(relevance) for level in range(LEVELS))
-    for _, level, section in sorted(cells):
-        size = entries[section][-level]
-        if size > budget:
-            break
-        if size:
-            budget -= size
-            lowest[section] = -level
-    return lowest
+    of_cells = torch.tensor(relevance, dtype=torch.float64).repeat(LEVELS)  # level by level, from the top one down
+    order = of_cells.argsort(descending=True, stable=True)
+    entries = sizes.flip(1).T.flatten()[order]
+    taken = order[(entries.cumsum(0) <= budget) & (entries > 0)]
+    lowest = torch.full((len(sizes),), LEVELS)
+    lowest.scatter_reduce_(0, taken % len(sizes), TOP_LEVEL - taken // len(sizes), "amin")
+    return [int(level) for level in lowest.tolist()]
 
 
 def section_counts(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:

@@ -30,6 +30,7 @@ from beacon_memory.storage.files.durable import sync_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import read_kv_file
 from beacon_memory.storage.files.names import file_stem
+from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 from beacon_memory.storage.records import row_of
 from beacon_memory.storage.store import MemoryStore
 
@@ -121,7 +122,7 @@ def fill(store: MemoryStore, rows: int) -> None:
     for number in range(256):  # a store with so many documents has all of these folders
         (store.folder / "kv" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
     header, kv = document("any", "", _ROW_MB)
-    like = row_of("", "", header, kv, Label(), utc_now())
+    like = row_of("", "", header, precision_of(kv), stored_bytes(kv), Label(), utc_now())
     progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
     while batch := list(itertools.islice(progress, _BATCH)):
         number = catalog.file_names.take_number()  # one for all: the ids keep the names of their files apart

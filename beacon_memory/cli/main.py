@@ -142,7 +142,7 @@ def add(
     """
     from .sources import find_gone, find_sources
 
-    with reported():
+    with reported("whatever was finished is stored; repeat the command to go on"):
         if dry_run and not prune:
             raise InputError("--dry-run shows what --prune would remove: give both")
         label = {"tags": tag or None, "pinned": pin, "expires_at": None if ttl is None else expiry(ttl)}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from beacon_memory.storage.store import MemoryStore
 
 __all__ = [
+    "CompressingBar",
     "answer_fields",
     "compressing",
     "counting",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 _LINES = "\n\t"
+_SPEED_SECONDS = 600  # of which an estimate is made: a pass may take many, and each as long as any other
 _MOST_SOURCES = 20  # passages that are shown
 _PIPE_COLUMNS = 10_000  # so that no line is broken in a pipe
 _STDERR = 2  # the last number of a standard stream
@@ -259,7 +261,10 @@ class CompressingBar:
         """Show how many tokens are read. Their total is an estimate until the last document has begun."""
         last = self._bar.tasks[self._whole].remaining == 1
         total = progress.begun if last else max(self._estimate, progress.begun)
-        self._bar.update(self._tokens, completed=progress.tokens, total=total)
+        doing = (
+            "storing" if last and progress.tokens == progress.begun else "tokens"
+        )  # of a long one that takes a while
+        self._bar.update(self._tokens, description=doing, completed=progress.tokens, total=total)
 
 
 @contextmanager
@@ -287,7 +292,12 @@ def _bar(*columns: ProgressColumn) -> Progress:
     # if standard output is a pipe, rich would print to the bar's console what belongs into the pipe
     redirect = sys.stdout.isatty()
     return Progress(
-        *columns, console=console, transient=True, redirect_stdout=redirect, disable=not console.is_terminal
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=redirect,
+        disable=not console.is_terminal,
+        speed_estimate_period=_SPEED_SECONDS,
     )
 
 

@@ -6,6 +6,7 @@ A window's memory depends on nothing behind the window, so a document goes on wh
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Generic, TypeVar
@@ -174,9 +175,19 @@ class BeaconCompressor:
         self, works: Iterable[tuple[Key, Work]], progress: Callable[[int], None], method: CompressionMethod
     ) -> Iterator[tuple[Key, CompressedDocument]]:
         plans = _UntilError((key, self._plan(work, method)) for key, work in works)
-        under_plans = (((key, plan), plan) for key, plan in plans)
-        for (key, plan), kv in method.compress(under_plans, progress):
-            yield key, CompressedDocument(kv, len(plan.ids), tuple(plan.windows))
+        begun: deque[tuple[Key, Plan]] = deque()
+
+        def under_plans() -> Iterator[tuple[Plan, Plan]]:
+            for key, plan in plans:
+                begun.append((key, plan))
+                yield plan, plan
+
+        for plan, memories in method.compress(under_plans(), progress):
+            for memory in memories:
+                plan.parts.append(memory)
+            while begun and not begun[0][1].unread:
+                key, done = begun.popleft()
+                yield key, CompressedDocument(done.parts, len(done.ids), tuple(done.windows))
         plans.raise_error()
 
     def _plan(self, work: Work, method: CompressionMethod) -> Plan:
@@ -185,7 +196,7 @@ class BeaconCompressor:
         for number, ratio in enumerate(window_ratios(len(work.ids), work.ratios, self.model.config)):
             tokens = min(size, len(work.ids) - number * size)
             windows.append(CompressedWindow(number * size, tokens, ratio, method.span(tokens, ratio)))
-        return Plan(work.ids, windows, self._read_before(work, windows))
+        return Plan(work.ids, windows, self._read_before(work, windows) if work.parts is None else work.parts)
 
     def _read_before(self, work: Work, windows: Sequence[CompressedWindow]) -> list[MemoryKV]:
         """Return the memory of each window that was read before.

@@ -14,7 +14,7 @@ from beacon_memory.storage.catalog.passages import split_passages
 
 from .items import Item
 
-__all__ = ["needle_items"]
+__all__ = ["needle_document", "needle_items"]
 
 _NEEDLES = (
     ("The magic number of {place} is {value}.", "What is the magic number of {place}?"),
@@ -45,8 +45,7 @@ def needle_items(
     is `{length} {depth}`. Raises InputError for a depth outside 0 to 1, for a length with no room for a sentence, and
     for too few essays.
     """
-    if outside := [depth for depth in depths if not 0 <= depth <= 1]:
-        raise InputError(f"depths={outside!r}, but must be from 0 (the beginning) to 1 (the end)")
+    _check_depths(depths)
     essays = [_sentences(essay, count) for essay in haystack]
     items = []
     for repeat in range(1, repeats + 1):
@@ -56,10 +55,53 @@ def needle_items(
             rng = random.Random(f"{seed} {length} {depth} {repeat}")
             place, value = rng.choice(_PLACES), str(rng.randrange(1_000_000, 10_000_000))
             fact, question = (text.format(place=place, value=value) for text in rng.choice(_NEEDLES))
-            context = _hide(fact, _cut(hay, length, count(" " + fact)), depth)
+            context = _hide([(fact, depth)], _cut(hay, length, count(" " + fact)))
             group = f"{length} {depth}"
             items.append(Item(f"needle {group} {repeat}", context, question, (value,), ("contains",), group))
     return items
+
+
+def needle_document(
+    haystack: Sequence[str], *, tokens: int, depths: Sequence[float], count: Callable[[str], int], seed: int = 0
+) -> list[Item]:
+    """Hide a made-up fact at each depth of one text; returns the questions, all of them on this text.
+
+    The essays follow each other in an order by chance, and again and again in others, until `tokens` are reached. For
+    depths and `count` see `needle_items`; the group is the depth. Raises InputError for a depth outside 0 to 1, for
+    more depths than there are facts, and for a haystack without a sentence.
+    """
+    _check_depths(depths)
+    rng = random.Random(f"{seed} {tokens}")
+    forms = list(product(_PLACES, _NEEDLES))
+    if len(depths) > len(forms):
+        raise InputError(f"depths: {len(depths)} of them, but there are only {len(forms)} different facts to hide")
+    if not any(essay.split() for essay in haystack):
+        raise InputError("the haystack has no sentence; give texts")
+    values = rng.sample(range(1_000_000, 10_000_000), len(depths))
+    facts = [
+        [text.format(place=place, value=value) for text in texts]
+        for (place, texts), value in zip(rng.sample(forms, len(depths)), values, strict=True)
+    ]
+    room = tokens - sum(count(" " + fact) for fact, _ in facts)
+    passages: list[list[tuple[str, int]]] = []
+    taken = 0
+    while taken < room:
+        for essay in rng.sample(haystack, len(haystack)):
+            if taken < room:
+                passages += _sentences(essay, count)
+                taken = sum(tokens for passage in passages for _, tokens in passage)
+    hay = [_Sentence(*one, number) for number, passage in enumerate(passages) for one in passage]
+    hidden = [(fact, depth) for (fact, _), depth in zip(facts, depths, strict=True)]
+    context = _hide(hidden, _cut(hay, room, 0))
+    return [
+        Item(f"needle {depth}", context, question, (str(value),), ("contains",), str(depth))
+        for (_, question), depth, value in zip(facts, depths, values, strict=True)
+    ]
+
+
+def _check_depths(depths: Sequence[float]) -> None:
+    if outside := [depth for depth in depths if not 0 <= depth <= 1]:
+        raise InputError(f"depths={outside!r}, but must be from 0 (the beginning) to 1 (the end)")
 
 
 class _Sentence(NamedTuple):
@@ -88,10 +130,14 @@ def _cut(hay: Sequence[_Sentence], length: int, needle: int) -> Sequence[_Senten
     return hay[:kept]
 
 
-def _hide(fact: str, hay: Sequence[_Sentence], depth: float) -> tuple[str, ...]:
-    """Return the passages, with the fact after the sentence whose end is nearest to `depth`."""
+def _hide(facts: Sequence[tuple[str, float]], hay: Sequence[_Sentence]) -> tuple[str, ...]:
+    """Return the passages, with each fact after the sentence whose end is nearest to its depth."""
     ends = list(accumulate((sentence.tokens for sentence in hay), initial=0))
-    place = min(range(len(ends)), key=lambda end: abs(ends[end] - depth * ends[-1]))
-    needle = _Sentence(fact, 0, hay[max(place - 1, 0)].passage)
-    passages = groupby([*hay[:place], needle, *hay[place:]], key=lambda sentence: sentence.passage)
+    needles: dict[int, list[_Sentence]] = {}
+    for fact, depth in facts:
+        distances = [abs(end - depth * ends[-1]) for end in ends]
+        place = distances.index(min(distances))
+        needles.setdefault(place, []).append(_Sentence(fact, 0, hay[max(place - 1, 0)].passage))
+    sentences = [*needles.get(0, ()), *chain(*((one, *needles.get(at, ())) for at, one in enumerate(hay, start=1)))]
+    passages = groupby(sentences, key=lambda sentence: sentence.passage)
     return tuple(" ".join(sentence.text for sentence in passage) for _, passage in passages)

@@ -25,7 +25,7 @@ from beacon_memory.errors import InputError
 from .levels import LEVELS, TOP_LEVEL
 from .memory_kv import MemoryKV, counts_of, joining_order
 
-__all__ = ["BITS", "GROUP", "QuantizedKV", "group_numbers", "quantized"]
+__all__ = ["BITS", "GROUP", "QuantizedKV", "group_count", "group_numbers", "quantized"]
 
 BITS = tuple(one.bits for one in Precision if one.quantized)
 # Both numbers are part of the stored form: with others, stored files could not be read.
@@ -204,6 +204,11 @@ def quantized(kv: MemoryKV, bits: int, windows: Sequence[int] = ()) -> Quantized
         dtype=kv.keys.dtype,
         levels=kv.levels,
     )
+
+
+def group_count(counts: Tensor) -> int:
+    """Return how many groups the entries of one window make; counts: of each head, [layers, kv_heads]."""
+    return int((-(-counts // GROUP)).sum())
 
 
 def group_numbers(positions: Tensor, counts: Tensor, levels: Tensor | None, windows: Sequence[int] = ()) -> Tensor:

@@ -6,6 +6,7 @@ Whoever writes a document or a question could else end a turn with it, and go on
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from functools import lru_cache
 from typing import Any
 
@@ -15,13 +16,53 @@ from beacon_memory.errors import InputError
 
 __all__ = ["text_tokens"]
 
+_PIECE = 1 << 18  # characters that are tokenized at a time: it takes some hundred times as many bytes
+_SEAM = 1 << 12  # characters that two pieces have in common
+_SAME = 16  # tokens in a row that are the same in both where one goes on for the other
 
-def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+_Tokens = tuple[list[int], list[tuple[int, int]]]
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokens:
     """Return the token ids of a text, none of them a control token, and where each starts and stops in characters.
 
     Control tokens are the tokenizer's special ones, and what else its chat template writes that is one token, such as
     `<|im_start|>`. Raises InputError for a text in which the tokenizer finds one in any case.
+
+    A long text is tokenized piece by piece, and as a whole only if two pieces differ all over what they have in common.
     """
+    ids, offsets = _tokens(tokenizer, text[:_PIECE])
+    for start in range(_PIECE - _SEAM, len(text) - _SEAM, _PIECE - _SEAM):
+        more, places = _tokens(tokenizer, text[start : start + _PIECE])
+        places = [(start + one, start + other) for one, other in places]
+        joint = _joint(offsets, places, ids, more, start + _SEAM // 2)
+        if joint is None:
+            return _tokens(tokenizer, text)
+        here, there = joint
+        ids[here:], offsets[here:] = more[there:], places[there:]
+    return ids, offsets
+
+
+def _joint(
+    offsets: list[tuple[int, int]], places: list[tuple[int, int]], ids: list[int], more: list[int], middle: int
+) -> tuple[int, int] | None:
+    """Return at which token of one piece, and of the next one, the next may go on for it; None if at none.
+
+    `_SAME` tokens around it are the same in both; from the middle of what both have in common on, the first is taken.
+    """
+    here, there = bisect_left(offsets, (middle, 0)), bisect_left(places, (middle, 0))
+    numbers = {place: number for number, place in enumerate(places[there : there + _SEAM], there)}
+    for one in range(here, len(offsets) - _SAME):
+        other = numbers.get(offsets[one])
+        if other is None:
+            continue
+        ours, theirs = slice(one, one + _SAME), slice(other, other + _SAME)
+        if offsets[ours] == places[theirs] and ids[ours] == more[theirs] and offsets[one][0] >= offsets[one - 1][1]:
+            return one + _SAME // 2, other + _SAME // 2
+    return None
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokens:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
     controls = _control_tokens(tokenizer)

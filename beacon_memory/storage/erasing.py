@@ -24,6 +24,7 @@ from .leftovers import suspected_files, unnamed_files
 from .publishing import write_label
 from .repair import PUT_ASIDE
 from .store import MemoryStore
+from .unfinished import erase_unfinished
 
 __all__ = ["erase"]
 
@@ -63,6 +64,7 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
         _settle_labels(store, catalog)
         files.erase([name for name, left in unnamed if left or stem_of(name) in stems])
         store.conversations.erase_temps()
+        erase_unfinished(store.folder)
         with catalog.transaction():
             catalog.file_names.settle(catalog.file_names.unsettled())
         catalog.wipe()

@@ -28,7 +28,7 @@ from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.label_file import label_name, read_label, stage_label
 from beacon_memory.storage.files.marks import lay_label_mark, lay_mark, sync_mark
 from beacon_memory.storage.files.names import file_stem, number_of
-from beacon_memory.storage.files.stored_kv import StoredKV
+from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
 
 from .parts import StoreParts
 from .records import label_of
@@ -41,13 +41,14 @@ class NewFile:
     """A K/V file on disk that no row names yet.
 
     catalog:    to write the row into.
-    name, root: of the file.
+    name, root, nbytes: of the file, see `StagedFile`.
     superseded: names of files to remove when the row is committed.
     """
 
     catalog: Catalog
     name: str
     root: str
+    nbytes: int
     superseded: list[str] = field(default_factory=list)
 
 
@@ -58,7 +59,7 @@ class Publisher:
         self._parts = parts
 
     @contextlib.contextmanager
-    def new_file(self, header: DocumentHeader, kv: StoredKV, text: Text) -> Iterator[NewFile]:
+    def new_file(self, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text) -> Iterator[NewFile]:
         """Write a K/V file, and begin a transaction for its row; if anything raises there, the file is removed.
 
         Raises ConflictError if files have another place by then.
@@ -78,7 +79,7 @@ class Publisher:
                 with catalog.transaction():
                     if self._parts.settings.files != place:
                         raise ConflictError(f"the files of {self._parts.folder} have got another place; try again")
-                    new = NewFile(catalog, name, staged.root)
+                    new = NewFile(catalog, name, staged.root, staged.nbytes)
                     yield new
             except BaseException as error:
                 with contextlib.suppress(StoreError):  # then the catalog cannot tell, and verify finds the file

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 
-from beacon_memory.documents import Label, utc_now
+from beacon_memory.documents import Label, Precision, utc_now
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.label_file import StoredLabel
-from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, stored_bytes
+from beacon_memory.storage.files.stored_kv import precision_of
 
 __all__ = ["difference_of", "label_of", "row_of"]
 
 
-def row_of(name: str, root: str, header: DocumentHeader, kv: StoredKV, label: Label, created_at: str) -> DocumentRow:
-    """Return the catalog row of a document whose file has this name and root."""
+def row_of(
+    name: str, root: str, header: DocumentHeader, precision: Precision, nbytes: int, label: Label, created_at: str
+) -> DocumentRow:
+    """Return the catalog row of a document whose file has this name and root; nbytes: see `stored_bytes`."""
     now = utc_now()
     return DocumentRow(
         id=header.id,
@@ -23,10 +25,10 @@ def row_of(name: str, root: str, header: DocumentHeader, kv: StoredKV, label: La
         content_hash=header.content_hash,
         fingerprint=header.fingerprint.digest,
         compression=header.compression,
-        precision=precision_of(kv).value,
+        precision=precision.value,
         tokens=header.tokens,
         slots=header.slots,
-        bytes=stored_bytes(kv),
+        bytes=nbytes,
         ratios=header.ratios,
         metadata=label.metadata,
         tags=tuple(label.tags),

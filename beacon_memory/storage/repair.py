@@ -41,6 +41,7 @@ from beacon_memory.storage.files.label_file import StoredLabel, label_name, read
 from beacon_memory.storage.files.locks import looking, tidying
 from beacon_memory.storage.files.marks import marked_labels
 from beacon_memory.storage.files.names import EVERYWHERE, NUMBERED, file_stem, number_of, stem_of, temps_in, version_of
+from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 
 from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG, named
@@ -48,6 +49,7 @@ from .publishing import write_label
 from .records import difference_of, label_of, row_of
 from .settings import COPY, adopt_copy, copy_is_newer, keep_copy, read_copy
 from .store import MemoryStore
+from .unfinished import remove_unfinished, stale_unfinished
 
 __all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
 
@@ -217,6 +219,9 @@ def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem
         if temps:  # one may be the mark of a file that came after the others were listed
             unnamed |= suspected_files(catalog, files)
         yield from _look_at_unnamed(store, unnamed, temps)
+        for folder in stale_unfinished(store.folder):
+            message = f"{folder.name} is what was read of a document that nobody has gone on with for a week"
+            yield Problem("stale-temp", None, str(folder), message), partial(remove_unfinished, folder)
 
 
 def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Mend]]:
@@ -436,7 +441,9 @@ def _best(store: MemoryStore, names: list[str]) -> tuple[DocumentRow, StoredFile
                 beside = read_file(store.files, label_name(name), read_label)
                 if (beside.id, beside.namespace) == (header.id, header.namespace):
                     label, created_at = beside.label, beside.created_at
-            return row_of(name, file.root, header, file.kv, label, created_at), file
+            return row_of(
+                name, file.root, header, precision_of(file.kv), stored_bytes(file.kv), label, created_at
+            ), file
     raise CorruptFileError(f"none of {', '.join(names)} can be read")
 
 

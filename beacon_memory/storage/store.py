@@ -5,6 +5,7 @@
     folder/sessions/<hash of id>.json                    a copy of the row of a conversation
     folder/kv/<2 hex>/<hash of id>-<number>.safetensors  K/V and text, a new file for each version of a document
     folder/kv/<2 hex>/<hash of id>-<number>.json         its label
+    folder/unfinished/<hash>/                            what was read of a long document that is not stored yet
     folder/namespaces/<hash of name>/                    the same once more for each namespace
 
 A file is complete and on disk before a row names it, and is removed only after the commit of the row that replaced it.
@@ -49,7 +50,7 @@ from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import StoredKV, not_finite, precision_of, with_precision
+from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV, precision_of, with_precision
 
 from .conversations import StoredConversations
 from .eviction import UseLog, delete_expired, make_room
@@ -58,6 +59,7 @@ from .publishing import Publisher
 from .reading import READ_TRIES, find_row, read_document, require_file
 from .records import row_of
 from .settings import Settings, keep_copy, keeping_copy
+from .unfinished import UnfinishedDocument
 
 __all__ = ["MemoryStore", "StoredDocument", "taken"]
 
@@ -275,7 +277,7 @@ class MemoryStore:
     def put(
         self,
         header: DocumentHeader,
-        kv: StoredKV,
+        kv: StoredKV | WindowedKV,
         text: Text | str,
         label: Label | None = None,
         *,
@@ -310,8 +312,6 @@ class MemoryStore:
             chosen = settings.precision
         kv = with_precision(kv, chosen, header.window_starts) if isinstance(chosen, Precision) else kv
         header = replace(header, namespace=self.namespace)
-        if flaw := not_finite(kv):
-            raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
         with self._publisher.new_file(header, kv, text) as new:
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
@@ -321,7 +321,7 @@ class MemoryStore:
                 raise ConflictError(f"document {header.id!r} was changed or removed meanwhile; read it again")
             label = label or (old.label if old else Label())
             created_at = old.created_at if old else created_at or utc_now()
-            row = row_of(new.name, new.root, header, kv, label, created_at)
+            row = row_of(new.name, new.root, header, precision_of(kv), new.nbytes, label, created_at)
             new.superseded.extend(_supersede(new.catalog, old, row, keep_version))
             evicted, gone = make_room(new.catalog, row, self.settings.quota)  # read again: in step with this commit
             new.superseded.extend(gone)
@@ -330,6 +330,14 @@ class MemoryStore:
         for one in evicted:
             on_evicted(one)
         return row
+
+    def unfinished(self, decides: Mapping[str, object]) -> UnfinishedDocument:
+        """Return the memories of the first windows of a document, for who reads it and puts the others behind them.
+
+        Takes and raises as `UnfinishedDocument`.
+        """
+        self.parts.make_folder()
+        return UnfinishedDocument(self.folder, decides)
 
     def update(
         self,
@@ -367,7 +375,7 @@ class MemoryStore:
             if now.file != old.file:
                 raise ConflictError(f"document {id!r} was changed or removed meanwhile; try again")
             new.superseded.extend([*new.catalog.versions.drop(id), old.file])
-            row = row_of(new.name, new.root, header, file.kv, now.label, now.created_at)
+            row = row_of(new.name, new.root, header, precision_of(file.kv), new.nbytes, now.label, now.created_at)
             row = replace(row, used_at=now.used_at)
             documents.rename(id, row)
             self._publisher.write_label(row)

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 from cli_samples import Run, lines
+from rich.progress import Progress
+
+from beacon_memory.cli.terminal import CompressingBar
+from beacon_memory.results import Progress as Advance
 
 TEXT = "The café of Łódź, said Ada Flint, has a roof of larch boards.\n"
 
@@ -111,3 +115,19 @@ def test_a_reader_that_has_ended_is_no_error(run: Run) -> None:
         ["sh", "-c", '"$0" -m beacon_memory --version | true', sys.executable], capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("before", [0, 500_000])
+def test_the_estimate_of_a_long_document_tells_the_truth(before: int) -> None:
+    """Also if half of it was read before, which took no time now, and passes take longer than a second."""
+    clock = [0.0]
+    progress = Progress(get_time=lambda: clock[0], speed_estimate_period=600, disable=True)
+    bar = CompressingBar(progress, documents=1, estimate=800_000)
+    for tokens in range(before + 4_000, 1_000_000, 4_000):
+        clock[0] += 40
+        bar.tokens(Advance(tokens, 1_000_000))
+        left = progress.tasks[0].time_remaining
+        if tokens > before + 8_000:
+            assert left == pytest.approx((1_000_000 - tokens) / 100, rel=0.01)
+    bar.tokens(Advance(1_000_000, 1_000_000))
+    assert progress.tasks[0].description == "storing"

@@ -537,7 +537,7 @@ class TestChosenTokens:
         assert taken == {
             *("self", "model", "rows_per_pass", "reserve", "score"),
             *("works", "progress", "compression"),
-            *("ids", "ratios", "read", "windows"),
+            *("ids", "ratios", "read", "windows", "parts"),
             *("prefix", "ids", "kv", "watch"),
         }
         compressor = BeaconCompressor(model_of(), score=score)

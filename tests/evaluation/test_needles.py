@@ -6,7 +6,7 @@ import pytest
 
 from beacon_memory.errors import InputError
 from beacon_memory.evaluation.items import Item
-from beacon_memory.evaluation.needles import needle_items
+from beacon_memory.evaluation.needles import needle_document, needle_items
 
 
 def words(text: str) -> int:
@@ -87,3 +87,44 @@ class TestNeedles:
             self.read([9000], [0.5])
         with pytest.raises(InputError, match=r"8 tokens.*no sentence fits"):
             self.read([8], [0.5])
+
+
+class TestNeedleDocument:
+    DEPTHS = (0, 0.05, 0.25, 0.5, 0.95, 1)
+
+    def read(self, tokens: int = 1500, **options: Any) -> list[Item]:
+        return needle_document(ESSAYS, tokens=tokens, **{"depths": self.DEPTHS, "count": words} | options)
+
+    @pytest.mark.parametrize("tokens", [300, 1500, 7000])
+    def test_the_text_fills_the_length_though_the_haystack_be_shorter(self, tokens: int) -> None:
+        items = self.read(tokens)
+        assert len({item.context for item in items}) == 1
+        assert tokens - 7 < words("\n".join(items[0].context)) <= tokens
+
+    def test_each_fact_stands_once_at_its_depth(self) -> None:
+        items = self.read()
+        text = "\n".join(items[0].context)
+        for item, depth in zip(items, self.DEPTHS, strict=True):
+            (answer,) = item.answers
+            assert text.count(answer) == 1
+            assert words(text.partition(answer)[0]) / words(text) == pytest.approx(depth, abs=0.05)
+            assert item.group == str(depth)
+        assert len({item.question for item in items}) == len({item.answers for item in items}) == len(items)
+
+    def test_the_seed_decides_it(self) -> None:
+        assert self.read() == self.read()
+        assert self.read()[0].context != self.read(seed=1)[0].context
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"depths": [1.5]}, "must be from 0"),
+            ({"depths": [0.5] * 34}, "34 of them, but there are only 33"),
+            ({"tokens": 10}, "no sentence fits"),
+        ],
+    )
+    def test_what_cannot_be_made_is_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            self.read(**options)
+        with pytest.raises(InputError, match="has no sentence"):
+            needle_document([" "], tokens=10, depths=[0.5], count=words)

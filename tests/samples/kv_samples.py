@@ -18,7 +18,7 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import stage_kv_file
-from beacon_memory.storage.files.stored_kv import StoredKV
+from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
 
 FINGERPRINT = Fingerprint(base="base", adapter="adapter", tokenizer="tokenizer", config="config", rope="rope")
 TEXT = "The red house stands on the hill. A blue boat lies in the harbour."
@@ -61,7 +61,7 @@ def sample(
     return header, replace(kv, levels=torch.randperm(len(kv.keys)).remainder(LEVELS).to(torch.uint8))
 
 
-def write_kv_file(path: Path, header: DocumentHeader, kv: StoredKV, text: str = TEXT) -> None:
+def write_kv_file(path: Path, header: DocumentHeader, kv: StoredKV | WindowedKV, text: str = TEXT) -> None:
     """Write a file under its name at once."""
     stage_kv_file(path.parent, header, kv, Text(text)).path.replace(path)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Generic, TypeVar
 
 import torch
@@ -41,8 +42,8 @@ class Beacon:
 
     def compress(
         self, documents: Iterable[tuple[Key, Plan]], progress: Callable[[int], None]
-    ) -> Iterator[tuple[Key, MemoryKV]]:
-        """Yield the memory of each document; one of which all was read before takes no pass."""
+    ) -> Iterator[tuple[Key, Sequence[MemoryKV]]]:
+        """Yield the memories of windows, pass by pass; a document of which all was read before takes no pass."""
         current: list[_Reading[Key]] = []  # documents with windows in the next pass, or unfinished
         rows = 0
         for key, plan in documents:
@@ -56,22 +57,26 @@ class Beacon:
                 reading.next.append(window)
                 rows += size
             if not rows:  # all of it was read before, and no other document waits
-                yield current.pop().result
+                yield current.pop().key, []
         if current:
             yield from self._run(current, progress)
 
-    def _run(self, current: list[_Reading[Key]], progress: Callable[[int], None]) -> Iterator[tuple[Key, MemoryKV]]:
-        """Read the collected windows in one pass; yields the documents that are finished and drops them."""
+    def _run(
+        self, current: list[_Reading[Key]], progress: Callable[[int], None]
+    ) -> Iterator[tuple[Key, Sequence[MemoryKV]]]:
+        """Read the collected windows in one pass, and yield their memories; drops the documents that are finished."""
         reading = [one for one in current if one.next]
         with torch.inference_mode():
             states, _ = advance(self.model, [(one.state, one.next) for one in reading])
         tokens = 0
+        memories = []
         for one, state in zip(reading, states, strict=True):
             tokens += sum(len(window.new_ids) for window in one.next)
-            one.take(state)
+            memories.append((one.key, one.take(state)))
         progress(tokens)
-        while current and current[0].finished:
-            yield current.pop(0).result
+        memories += [(one.key, []) for one in current if one.finished and one not in reading]
+        current[:] = [one for one in current if not one.finished]
+        yield from memories
 
 
 class _Reading(Generic[Key]):
@@ -79,12 +84,12 @@ class _Reading(Generic[Key]):
 
     def __init__(self, key: Key, plan: Plan, reader: Reader) -> None:
         self.key = key
-        self.sink_slots = reader.sink.slots
-        memory = BeaconKV.concat([reader.sink, *(part.stack() for part in plan.before)])
-        self.state = SequenceState.start(reader.model, memory=memory)
-        ids = plan.ids[len(plan.before) * reader.model.config.beacon_window :]
+        model = reader.model
+        before = [part.to(model.device, model.dtype).stack() for part in plan.parts]
+        self.state = SequenceState.start(model, memory=BeaconKV.concat([reader.sink, *before]))
+        ids = plan.ids[len(before) * model.config.beacon_window :]
         ratios = iter([window.ratio for window in plan.unread])
-        self.to_read: list[Window] = reader.model.cut(self.state.cursor, ids, ratios, tail="close")
+        self.to_read: list[Window] = model.cut(self.state.cursor, ids, ratios, tail="close")
         self.next: list[Window] = []
         self.read = 0
 
@@ -92,11 +97,10 @@ class _Reading(Generic[Key]):
     def finished(self) -> bool:
         return self.read == len(self.to_read)
 
-    def take(self, state: SequenceState) -> None:
+    def take(self, state: SequenceState) -> list[MemoryKV]:
+        """Take the state after a pass; returns the memory of each window that it read."""
+        ends = accumulate((len(window.kept) for window in self.next), initial=self.state.memory.slots)
         self.state = state
         self.read += len(self.next)
         self.next = []
-
-    @property
-    def result(self) -> tuple[Key, MemoryKV]:
-        return self.key, MemoryKV.of(self.state.memory[self.sink_slots :])
+        return [MemoryKV.of(state.memory[start:stop]) for start, stop in pairwise(ends)]

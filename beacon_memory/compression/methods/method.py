@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from beacon_memory.compression.work import CompressedWindow, TokenizedText
+from beacon_memory.compression.work import CompressedWindow, TokenizedText, WindowMemories
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.modeling.model import BeaconModel
 
@@ -24,17 +24,18 @@ class Plan:
 
     ids:     token ids of the whole document.
     windows: all its windows, in the order of the text.
-    before:  the memory of each of the first windows, as many as an earlier compression read; they are not read again.
+    parts:   the memory of each of the first windows, as many as an earlier compression read; they are not read again.
+             What the method yields is put behind them by who called it.
     """
 
     ids: Sequence[int]
     windows: Sequence[CompressedWindow]
-    before: Sequence[MemoryKV]
+    parts: WindowMemories
 
     @property
     def unread(self) -> Sequence[CompressedWindow]:
         """The windows that are still to be read."""
-        return self.windows[len(self.before) :]
+        return self.windows[len(self.parts) :]
 
 
 class Reader(Protocol):
@@ -76,11 +77,13 @@ class CompressionMethod(Protocol):
 
     def compress(
         self, documents: Iterable[tuple[Key, Plan]], progress: Callable[[int], None]
-    ) -> Iterator[tuple[Key, MemoryKV]]:
-        """Yield the key and the memory, without the sink, of each document, in their order.
+    ) -> Iterator[tuple[Key, Sequence[MemoryKV]]]:
+        """Yield after each pass, for each document that it read of, the key and the memories of the windows it read.
 
-        Take no more documents than the next pass needs. Call `progress` with the raw tokens that were read since the
-        last call. A window at ratio r must leave tokens / r slots, rounded up, in the mean over all heads.
+        They come in the order of the windows, without the sink. A document of which all was read before is yielded,
+        too, with none. Take no more documents than the next pass needs. Call `progress` with the raw tokens that were
+        read since the last call. A window at ratio r must leave tokens / r slots, rounded up, in the mean over all
+        heads.
         """
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -88,10 +89,10 @@ class ScoredMethod(ABC):
 
     def compress(
         self, documents: Iterable[tuple[Key, Plan]], progress: Callable[[int], None]
-    ) -> Iterator[tuple[Key, MemoryKV]]:
-        """Yield the memory of each document; the next windows of several are read in one pass.
+    ) -> Iterator[tuple[Key, Sequence[MemoryKV]]]:
+        """Yield the memories of windows, pass by pass; the next windows of several documents are read in one.
 
-        A document keeps its place in the passes until it is yielded, so that what waits is bounded too.
+        A document keeps its place in the passes until those before it are finished, so that what waits is bounded too.
         """
         current: list[_Reading[Key]] = []
         for key, plan in documents:
@@ -99,8 +100,9 @@ class ScoredMethod(ABC):
             while current and sum(one.rows for one in current) + reading.rows > self.reader.rows_per_pass:
                 yield from self._read_next(current, progress)
             current.append(reading)
-            if current[0].finished:  # all of it was read before
-                yield current.pop(0).result
+            if reading.finished:  # all of it was read before
+                yield key, []
+            _drop_finished(current)
             while current and sum(one.rows for one in current) >= self.reader.rows_per_pass:  # the pass is full
                 yield from self._read_next(current, progress)
         while current:
@@ -108,16 +110,17 @@ class ScoredMethod(ABC):
 
     def _read_next(
         self, current: list[_Reading[Key]], progress: Callable[[int], None]
-    ) -> Iterator[tuple[Key, MemoryKV]]:
-        """Read the next window of each document; yields the documents that are finished and drops them."""
+    ) -> Iterator[tuple[Key, Sequence[MemoryKV]]]:
+        """Read the next window of each document, and yield its memory."""
         reading = [one for one in current if not one.finished]
         with torch.inference_mode():
             windows = [one.next for one in reading]
-            for one, memory in zip(reading, self.read_windows(windows), strict=True):
-                one.parts.append(memory)
+            memories = self.read_windows(windows)
+        for one, memory in zip(reading, memories, strict=True):
+            one.take(memory)
+        _drop_finished(current)
         progress(sum(len(ids) for _, ids, _ in windows))
-        while current and current[0].finished:
-            yield current.pop(0).result
+        yield from ((one.key, [memory]) for one, memory in zip(reading, memories, strict=True))
 
     def read_windows(self, windows: Sequence[tuple[Prefix, Sequence[int], int]]) -> list[MemoryKV]:
         """Read windows in one pass, each behind a memory; returns their own.
@@ -163,37 +166,53 @@ class ScoredMethod(ABC):
 class _Reading(Generic[Key]):
     """One document on its way through the passes.
 
-    parts: the memory so far: the sink, then of each window that was read.
+    read: how many of its windows were read, `before` of them earlier.
+    seen: the memory that its next window may see: the sink, then of the last windows, as many as the model has
+          positions for.
     """
 
     def __init__(self, key: Key, plan: Plan, method: ScoredMethod) -> None:
         self.key = key
         self.plan = plan
         self.method = method
-        self.parts = [MemoryKV.of(method.reader.sink), *plan.before]
+        self.read = self.before = len(plan.parts)
+        self.seen = [MemoryKV.of(method.reader.sink)]
+        model, spans = method.model, accumulate(window.span for window in reversed(plan.windows[: self.read]))
+        last = 1 + sum(span <= model.max_positions for span in spans)
+        for number in range(max(0, self.read - last), self.read if plan.unread else 0):
+            self.seen.append(plan.parts[number].to(model.device, model.dtype))
 
     @property
     def finished(self) -> bool:
-        return len(self.parts) > len(self.plan.windows)
+        return self.read == len(self.plan.windows)
+
+    def take(self, memory: MemoryKV) -> None:
+        """Take the memory of the window that was read, and leave those that no other will see."""
+        self.read += 1
+        self.seen.append(memory)
+        while sum(one.span for one in self.seen[2:]) > self.method.model.max_positions:
+            del self.seen[1]
 
     @property
     def rows(self) -> int:
         """How many rows its next window takes in a pass; once all are read, as many as its last one, until yielded."""
-        if not self.plan.unread:
+        if self.before == len(self.plan.windows):
             return 0
-        window = self.plan.windows[min(len(self.parts), len(self.plan.windows)) - 1]
+        window = self.plan.windows[min(self.read, len(self.plan.windows) - 1)]
         return self.method.span(window.tokens, window.ratio)
 
     @property
     def next(self) -> tuple[Prefix, Sequence[int], int]:
         """The prefix, the token ids and the ratio of its next window."""
-        model, window = self.method.model, self.plan.windows[len(self.parts) - 1]
-        prefix = prefix_of(model, self.parts, window.tokens)
+        model, window = self.method.model, self.plan.windows[self.read]
+        prefix = prefix_of(model, self.seen, window.tokens)
         return prefix, self.plan.ids[window.first : window.first + window.tokens], window.ratio
 
-    @property
-    def result(self) -> tuple[Key, MemoryKV]:
-        return self.key, MemoryKV.concat(self.parts[1:])
+
+def _drop_finished(current: list[_Reading[Key]]) -> None:
+    """Drop the first documents that are finished."""
+    while current and current[0].finished:
+        del current[0]
 
 
 def _chosen(raw: BeaconKV, scores: Tensor, beacons: BeaconKV, ratio: int) -> MemoryKV:

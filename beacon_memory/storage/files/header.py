@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -104,7 +105,7 @@ class SectionSpan:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that the sections are kept
 class DocumentHeader:
     """Describe the document of a file.
 
@@ -182,7 +183,7 @@ class DocumentHeader:
         """Count the sections without making a list of them, which a header may claim to be very long."""
         return sum(-(-size // LONGEST_SECTION) for window in self.windows for _, size, *_ in window.pieces)
 
-    @property
+    @cached_property
     def sections(self) -> list[SectionSpan]:
         """Return all sections: the pieces of all windows, the longest ones in equal parts."""
         found, before = [], 0

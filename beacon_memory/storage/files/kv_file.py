@@ -20,29 +20,31 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from beacon_memory.documents import Text
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
 from beacon_memory.kv.levels import LEVELS
 from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.kv.quantize import QuantizedKV, group_numbers
+from beacon_memory.kv.quantize import QuantizedKV, group_count, group_numbers
 
-from .durable import identity, make_folder, share_file, sync_file
-from .header import DocumentHeader
+from .durable import identity, make_folder, sync_file
+from .header import DocumentHeader, SectionSpan
 from .kv_metadata import ENTRY, LONGEST_HEADER, KVMetadata, corrupt, read_metadata
 from .names import new_temp
-from .nesting import file_order, groups_of, rows_of
-from .stored_kv import StoredKV, precision_of
+from .nesting import file_order, groups_of, head_sizes, rows_of, run_sizes
+from .stored_kv import StoredKV, WindowedKV, not_finite, precision_of
+from .tensor_file import Form, TensorFile, tensor_bytes
 
 __all__ = [
     "Choose",
@@ -117,51 +119,112 @@ Choose = Callable[[StoredIndex], Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file that was written and synced under a temporary name. root: see `StoredFile`."""
+    """A file that was written and synced under a temporary name.
+
+    root:   see `StoredFile`.
+    nbytes: what its K/V take, see `stored_bytes`.
+    """
 
     path: Path
     root: str
+    nbytes: int
 
 
-def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text) -> StagedFile:
+def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text) -> StagedFile:
     """Write a temporary file into `folder`, created if missing, and sync it to disk.
 
-    Raises InputError if `kv` is not a memory that the header describes, or is interpolated, or the text is another one;
-    StoreError if the file cannot be written. Nothing is left behind then.
+    Of K/V that come window by window, one is in RAM at a time; the file is the same.
+
+    Raises InputError if `kv` is not a memory that the header describes, is interpolated or not finite, or if the text
+    is another one; StoreError if the file cannot be written. Nothing is left behind then.
     """
-    if flaw := _misfit(header, kv):
-        raise InputError(f"the K/V of {header.id!r} cannot be stored: {flaw}")
     if text.sha256 != header.content_hash:
         raise InputError(f"the header of {header.id!r} was made for another text: its content_hash differs")
-    precision_of(kv)  # refuses what has none
-    tensors = _tensors(header, kv.to("cpu"))
-    data = bytearray(text.value.encode())
-    tensors["text"] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    metadata = KVMetadata(header, {name: _form(tensor) for name, tensor in tensors.items()}, _index_hash(tensors))
+    data = text.value.encode()
+    forms = {**_forms(header, kv), "text": (torch.uint8, (len(data),))}
+    metadata = KVMetadata(header, {name: _described(*form) for name, form in forms.items()}, "0" * 2 * _HASH)
     entry = metadata.entry()
     make_folder(folder)
     temp = new_temp(folder)
     try:
-        save_file(tensors, temp, metadata={ENTRY: entry})
-        share_file(temp)  # a file of safetensors' own has taken the place of the one with the right permissions
+        with TensorFile(temp, forms, {ENTRY: entry}) as file:
+            for tensors in _tensors(header, kv, depths=forms["counts"][1][1]):
+                for name, tensor in tensors.items():
+                    file.append(name, tensor)
+            file.append(
+                "text",
+                torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8),
+            )
+            index = _index_hash({name: (metadata.tensors[name], file.read(name)) for name in forms})
+            metadata = replace(metadata, index=index)
+            file.describe({ENTRY: metadata.entry()})
         sync_file(temp)
     except BaseException as error:
         temp.unlink(missing_ok=True)
-        if isinstance(error, (SafetensorError, OSError)):
+        if isinstance(error, OSError):
             raise StoreError(f"the K/V of {header.id!r} could not be written into {folder}: {error}") from error
         raise
-    return StagedFile(temp, metadata.root)
+    rows = (forms[name] for name in forms if name not in (*_INDEX, "text"))
+    return StagedFile(temp, metadata.root, sum(dtype.itemsize * math.prod(shape) for dtype, shape in rows))
 
 
-def _tensors(header: DocumentHeader, kv: StoredKV) -> dict[str, Tensor]:
-    """Return all tensors of a file but the text."""
-    order, places, counts = file_order(kv, header.sections)
+def _forms(header: DocumentHeader, kv: StoredKV | WindowedKV) -> dict[str, Form]:
+    """Return dtype and shape of all tensors of a file but the text; raises InputError for K/V that do not fit."""
+    entries, groups, depths = 0, 0, 1
+    precision = precision_of(kv)  # refuses what has none
+    parts: Iterable[StoredKV] = kv.windows if isinstance(kv, WindowedKV) else [kv]
+    sizes = [(one.span, one.slots) for one in header.windows]
+    for part, (span, slots) in zip(
+        parts, sizes if isinstance(kv, WindowedKV) else [(header.span, header.slots)], strict=True
+    ):
+        if flaw := _misfit(part, span, slots):
+            raise InputError(f"the K/V of {header.id!r} cannot be stored: {flaw}")
+        entries += len(part.positions)
+        groups += len(part.key_scales) if isinstance(part, QuantizedKV) else group_count(part.counts)
+        if part.levels is not None and len(part.levels):
+            depths = max(depths, LEVELS - int(part.levels.min()))
+        shape = part.counts.shape
+        head_dim = part.key_scales.shape[1] if isinstance(part, QuantizedKV) else part.keys.shape[1]
+    sections = header.section_count
+    forms: dict[str, Form] = {
+        "places": (torch.uint8, (entries,)),
+        "counts": (torch.uint8, (sections, depths, *shape)),
+        "hashes": (torch.uint8, (sections, depths, _HASH)),
+    }
+    if precision.quantized:
+        forms |= dict.fromkeys(("keys", "values"), (torch.uint8, (entries, head_dim * precision.bits // 8)))
+        forms |= dict.fromkeys(_QUANTIZED_ROWS, (torch.float16, (entries,)))
+        forms |= dict.fromkeys(_QUANTIZED_INDEX, (torch.float16, (groups, head_dim)))
+    else:
+        forms |= dict.fromkeys(("keys", "values"), (getattr(torch, precision), (entries, head_dim)))
+    return forms
+
+
+def _tensors(header: DocumentHeader, kv: StoredKV | WindowedKV, depths: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the rows of all tensors of a file but the text, in their order."""
+    if not isinstance(kv, WindowedKV):
+        yield _rows(header, kv.to("cpu"), header.sections, header.window_starts, depths)
+        return
+    of_windows = {number: list(own) for number, own in groupby(header.sections, key=lambda section: section.window)}
+    for number, (part, start) in enumerate(zip(kv, header.window_starts, strict=True)):
+        placed = replace(part.to("cpu"), positions=part.positions + start)
+        yield _rows(header, placed, of_windows.get(number, []), [start], depths)
+
+
+def _rows(
+    header: DocumentHeader, kv: StoredKV, sections: Sequence[SectionSpan], windows: Sequence[int], depths: int
+) -> dict[str, Tensor]:
+    """Return the rows of all tensors of a file that belong to some windows, which begin at these positions."""
+    if flaw := not_finite(kv):
+        raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
+    order, places, counts = file_order(kv, sections)
+    counts = pad(counts, (0, 0, 0, 0, 0, depths - counts.shape[1]))
     tensors = {"keys": kv.keys[order], "values": kv.values[order], "places": places, "counts": counts}
     if isinstance(kv, QuantizedKV):
-        if not torch.equal(kv.groups, group_numbers(kv.positions, kv.counts, kv.levels, header.window_starts)):
+        if not torch.equal(kv.groups, group_numbers(kv.positions, kv.counts, kv.levels, windows)):
             raise InputError(f"the K/V of {header.id!r} were not quantized window by window; see `quantized`")
         tensors |= {name: getattr(kv, name)[order] for name in _QUANTIZED_ROWS}
-        tensors |= {name: getattr(kv, name).contiguous() for name in _QUANTIZED_INDEX}
+        tensors |= {name: getattr(kv, name) for name in _QUANTIZED_INDEX}
     hashes = b"".join(_rows_hash(tensors, start, stop) for start, stop in _runs(counts))
     tensors["hashes"] = torch.tensor([*hashes], dtype=torch.uint8).view(*counts.shape[:2], _HASH)
     return tensors
@@ -175,7 +238,7 @@ def read_header(path: Path) -> DocumentHeader:
     """
     _require_file(path)
     with _opened(path) as file:
-        return read_metadata(path, file.metadata() or {}).header
+        return read_metadata(path, file.metadata() or {})[0].header
 
 
 def read_index(path: Path) -> StoredIndex:
@@ -199,7 +262,7 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
         precision_of(kv)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    if flaw := _misfit(header, kv, whole=lowest is None):
+    if flaw := _misfit(kv, header.span, header.slots if lowest is None else None):
         raise corrupt(path, flaw)
     file = StoredFile(header, kv, tensors["text"], index.root, lowest)
     if choose is None:
@@ -214,7 +277,7 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
     """Return header and index of a file, read and compared, and all its tensors, mapped."""
     _require_file(path)
     with _opened(path) as file:
-        metadata = read_metadata(path, file.metadata() or {})
+        metadata, root = read_metadata(path, file.metadata() or {})
         names = sorted(file.keys())
         quantized = "key_scales" in metadata.tensors
         wanted = {*_PLAIN_ROWS, *_INDEX, "text", *((_QUANTIZED_ROWS + _QUANTIZED_INDEX) if quantized else ())}
@@ -226,7 +289,9 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
             raise corrupt(path, f"its {name} are {_form(tensor)}, not {metadata.tensors[name]}")
         if not tensor.numel() and math.prod(filter(None, tensor.shape)) > _LARGEST_EMPTY:
             raise corrupt(path, f"its {name} have a shape that no model has: {list(tensor.shape)}")
-    if metadata.index != _index_hash(tensors):
+    if metadata.index != _index_hash(
+        {name: (metadata.tensors[name], [tensor_bytes(one)]) for name, one in tensors.items()}
+    ):
         raise corrupt(path, "its index is not the one that was written: the hash differs")
     if tensors["text"].dtype != torch.uint8 or tensors["text"].ndim != 1:
         raise corrupt(path, f"its text is {_form(tensors['text'])}, and no bytes")
@@ -234,7 +299,7 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
         _require_index(metadata.header, tensors)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    return StoredIndex(metadata.header, tensors["counts"], metadata.root), tensors
+    return StoredIndex(metadata.header, tensors["counts"], root), tensors
 
 
 def _require_file(path: Path) -> None:
@@ -282,12 +347,12 @@ def _require_index(header: DocumentHeader, tensors: Mapping[str, Tensor]) -> Non
     if not of_bytes or not fitting or len(counts) != header.section_count:
         flaw = f"its counts are {_form(counts)} and its hashes {_form(hashes)}"
         raise InputError(f"{flaw}, which cannot be those of {header.section_count} sections")
-    entries = int(counts.sum(dtype=torch.int64))
+    entries = int(run_sizes(counts).sum())
     for name in (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors)):
         if not tensors[name].ndim or len(tensors[name]) != entries:
             raise InputError(f"its {name} are {_form(tensors[name])}, but its counts tell of {entries} entries")
     sizes = torch.tensor([section.size for section in header.sections], dtype=torch.int64)
-    if len(sizes) and bool((counts.sum(1, dtype=torch.int64).amax((1, 2)) > sizes).any()):
+    if len(sizes) and bool((head_sizes(counts) > sizes[:, None]).any()):
         raise InputError("a head has more entries in a section than that has positions")
     if tensors["places"].dtype != torch.uint8 or tensors["places"].ndim != 1:
         raise InputError(f"its places are {_form(tensors['places'])}")
@@ -306,16 +371,27 @@ def _checked_choice(lowest: Sequence[int], header: DocumentHeader) -> list[int]:
 def _check_rows(path: Path, tensors: Mapping[str, Tensor], lowest: Sequence[int] | None) -> None:
     """Compare the rows that are loaded with their hashes; raises CorruptFileError."""
     hashes, depths = tensors["hashes"].numpy().tobytes(), tensors["counts"].shape[1]
-    for number, (start, stop) in enumerate(_runs(tensors["counts"])):
-        if lowest is not None and number % depths >= LEVELS - lowest[number // depths]:
-            continue
+    runs = list(_runs(tensors["counts"]))
+    for number in _loaded_runs(lowest, len(runs), depths):
+        start, stop = runs[number]
         if _rows_hash(tensors, start, stop) != hashes[_HASH * number : _HASH * (number + 1)]:
             raise corrupt(path, "its tensors are not those that were written: their hash differs")
 
 
+def _loaded_runs(lowest: Sequence[int] | None, runs: int, depths: int) -> Iterable[int]:
+    """Return the numbers of the sections and levels that are loaded, among those of `_runs`."""
+    if lowest is None:
+        return range(runs)
+    return (
+        number
+        for section, level in enumerate(lowest)
+        for number in range(section * depths, section * depths + min(depths, LEVELS - level))
+    )
+
+
 def _runs(counts: Tensor) -> Iterator[tuple[int, int]]:
     """Yield the first row of each section and level, and the one behind its last."""
-    stops = counts.sum((2, 3), dtype=torch.int64).flatten().cumsum(0).tolist()
+    stops = run_sizes(counts).flatten().cumsum(0).tolist()
     return zip([0, *stops], stops, strict=False)
 
 
@@ -343,43 +419,49 @@ def _kv(header: DocumentHeader, tensors: Mapping[str, Tensor], lowest: Sequence[
 
 def _form(tensor: Tensor) -> dict[str, Any]:
     """Describe a tensor as the metadata does."""
-    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
+    return _described(tensor.dtype, tensor.shape)
 
 
-def _index_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hash the index, each tensor behind its dtype and shape, with XXH3, which is fast and finds every accident."""
+def _described(dtype: torch.dtype, shape: Sequence[int]) -> dict[str, Any]:
+    return {"dtype": str(dtype), "shape": list(shape)}
+
+
+def _index_hash(tensors: Mapping[str, tuple[Mapping[str, Any], Iterable[bytes | memoryview]]]) -> str:
+    """Hash the index, each tensor behind its dtype and shape, with XXH3, which is fast and finds every accident.
+
+    tensors: by their names, as the metadata describes them, and their bytes.
+    """
     hasher = xxhash.xxh3_128()
     for name in (*_INDEX, *(name for name in _QUANTIZED_INDEX if name in tensors)):
-        hasher.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        hasher.update(_bytes(tensors[name]))
+        form, data = tensors[name]
+        hasher.update(f"{name} {form['dtype']} {form['shape']}".encode())
+        for chunk in data:
+            hasher.update(chunk)
     return hasher.hexdigest()
 
 
 def _rows_hash(tensors: Mapping[str, Tensor], start: int, stop: int) -> bytes:
     """Hash some rows of all tensors that have one for each entry."""
     hasher = xxhash.xxh3_128()
-    for name in (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors)):
-        hasher.update(_bytes(tensors[name][start:stop]))
+    rows = (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors))
+    for name in rows if start < stop else ():
+        hasher.update(tensor_bytes(tensors[name][start:stop]))
     return hasher.digest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _misfit(header: DocumentHeader, kv: StoredKV, *, whole: bool = True) -> str | None:
-    """Say in what K/V differ from the header of their document, None if in nothing."""
+def _misfit(kv: StoredKV, span: int, slots: int | None) -> str | None:
+    """Say in what K/V differ from what they should be, None if in nothing; slots: of each head, if they are whole."""
     if kv.keys.dtype != kv.values.dtype:
         return f"its keys and values must have one dtype, got {kv.keys.dtype} and {kv.values.dtype}"
     if kv.positions.dtype != torch.int32:
         return f"its positions must be int32, got {kv.positions.dtype}; keep it before it is interpolated"
-    if kv.span != header.span:
-        return f"it spans {kv.span} positions, but its header says {header.span}"
+    if kv.span != span:
+        return f"it spans {kv.span} positions, but its header says {span}"
     entries, heads = len(kv.positions), kv.counts.numel()
     if not heads or (kv.counts < 0).any():
         return f"one of its {heads} heads has {int(kv.counts.min()) if heads else 0} entries"
-    if whole and entries != header.slots * heads:
-        return f"it holds {entries} entries, but its windows take {header.slots} slots of each of {heads} heads"
+    if slots is not None and entries != slots * heads:
+        return f"it holds {entries} entries, but its windows take {slots} slots of each of {heads} heads"
     low, high = (int(kv.positions.min()), int(kv.positions.max())) if entries else (0, 0)
     outside = entries and not 0 <= low <= high < kv.span
     return f"its positions go from {low} to {high}, but it spans {kv.span} positions" if outside else None

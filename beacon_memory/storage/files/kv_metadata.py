@@ -65,11 +65,12 @@ class KVMetadata:
         return entry
 
 
-def read_metadata(path: Path, metadata: Mapping[str, str]) -> KVMetadata:
-    """Read the metadata of a file, and check version and hash; raises CorruptFileError."""
+def read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[KVMetadata, str]:
+    """Read the metadata of a file and its root, and check version and hash; raises CorruptFileError."""
     entry = _checked(path, metadata)
     try:
-        return KVMetadata(DocumentHeader.from_dict(entry["header"]), dict(entry["tensors"]), str(entry["index"]))
+        header = DocumentHeader.from_dict(entry["header"])
+        return KVMetadata(header, dict(entry["tensors"]), str(entry["index"])), str(entry["sha256"])
     except (
         AttributeError,
         IndexError,
@@ -91,7 +92,9 @@ def _checked(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise corrupt(path, f"its metadata entry {ENTRY!r} is longer than any of ours")
     try:
         entry = json.loads(metadata[ENTRY])
-        sound = isinstance(entry, dict) and entry.pop("sha256", None) == json_checksum(entry)
+        sound = isinstance(entry, dict) and entry.get("sha256") == json_checksum(
+            {name: value for name, value in entry.items() if name != "sha256"}
+        )
     except (ValueError, RecursionError) as error:
         raise corrupt(path, f"its metadata entry {ENTRY!r} is not JSON ({error})") from error
     version = entry.get("format") if isinstance(entry, dict) else None

@@ -24,7 +24,7 @@ from beacon_memory.errors import StoreError
 
 from .durable import create_file, identity, make_folder, unlink
 
-__all__ = ["alone", "looking", "renew_in_forks", "tidying", "writing"]
+__all__ = ["alone", "claimed", "looking", "renew_in_forks", "tidying", "writing"]
 
 _FILE, _GATE = "writers.lock", "gate.lock"
 _MOMENT_SECONDS = 1.0  # for which the gate is closed at a time: an upload may take minutes, and others shall write
@@ -125,22 +125,36 @@ def alone(path: Path, what: str) -> Iterator[None]:
 
     The file is there only while somebody holds the lock, or waits for it.
     """
-    patient = time.monotonic() + _WRITE_SECONDS
+    with _alone(path, _WRITE_SECONDS) as held:
+        if not held:
+            raise _waited(what, _WRITE_SECONDS)
+        yield
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold the lock of `alone` on a file, if nobody else does now; yields whether it is held."""
+    with _alone(path, 0.0) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def _alone(path: Path, seconds: float) -> Iterator[bool]:
+    patient = time.monotonic() + seconds
     while True:
         lock = _acquired(path, portalocker.LockFlags.EXCLUSIVE, max(0.0, patient - time.monotonic()))
-        if lock is None:
-            raise _waited(what, _WRITE_SECONDS)
-        if _is_at(lock, path):
+        if lock is None or _is_at(lock, path):
             break
         lock.release()  # who held it before has removed the file, and others may have made a new one
     try:
-        yield
+        yield lock is not None
     finally:
         try:
-            if _is_at(lock, path):
+            if lock is not None and _is_at(lock, path):
                 unlink(path)
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
 
 def _is_at(lock: portalocker.Lock, path: Path) -> bool:

@@ -19,7 +19,7 @@ from beacon_memory.kv.quantize import GROUP, QuantizedKV
 
 from .header import SectionSpan
 
-__all__ = ["Rows", "file_order", "groups_of", "rows_of"]
+__all__ = ["Rows", "file_order", "groups_of", "head_sizes", "rows_of", "run_sizes"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,20 +68,25 @@ def rows_of(
     counts, places: as `file_order` gave them.
     lowest: of each section the lowest level that is loaded; `LEVELS` for nothing of it.
     """
-    sections_, depths, layers, kv_heads = counts.shape
+    count, depths, layers, kv_heads = counts.shape
     heads = layers * kv_heads
-    sizes = counts.flatten(2).long()
-    starts = sizes.flatten().cumsum(0) - sizes.flatten()
-    if lowest is not None:
-        loaded = torch.arange(depths) < LEVELS - torch.tensor(list(lowest), dtype=torch.int64)[:, None]
-        sizes = sizes * loaded[..., None]
+    levels = torch.zeros(count, dtype=torch.int64) if lowest is None else torch.tensor(list(lowest), dtype=torch.int64)
+    chosen = (levels < LEVELS).nonzero()[:, 0]  # of a long document few, so only what they have is looked at
+    runs = run_sizes(counts)
+    before = (runs.flatten().cumsum(0) - runs.flatten()).view_as(runs)[chosen]
+    sizes = counts[chosen].flatten(2).long()
+    starts = (before[..., None] + sizes.cumsum(2) - sizes).flatten()
+    loaded = torch.arange(depths) < LEVELS - levels[chosen][:, None]
+    sizes = sizes * loaded[..., None]
     each = sizes.flatten()
     cells = torch.arange(len(each)).repeat_interleave(each)
     ordinals = torch.arange(len(cells)) - (each.cumsum(0) - each)[cells]
     numbers = starts[cells] + ordinals
+    within = max(1, heads * depths)
+    cells = chosen[cells // within] * within + cells % within
     firsts = torch.tensor([section.first for section in sections], dtype=torch.int64)
-    positions = firsts[cells // (heads * depths)] + places[numbers].long()
-    span = sections[-1].first + sections[-1].size if sections_ else 0
+    positions = firsts[cells // within] + places[numbers].long()
+    span = sections[-1].first + sections[-1].size if count else 0
     order = (cells % max(1, heads) * span + positions).argsort(stable=True)
     return Rows(
         numbers[order],
@@ -93,18 +98,37 @@ def rows_of(
     )
 
 
+def run_sizes(counts: Tensor) -> Tensor:
+    """Return how many entries of each section and level a file has, [sections, levels] int64; counts: see `rows_of`."""
+    return torch.from_numpy(counts.flatten(2).numpy().sum(2, dtype="int64"))  # some times as fast as torch's sum
+
+
+def head_sizes(counts: Tensor) -> Tensor:
+    """Return how many entries each head has of each section, [sections, heads] int64; counts: see `rows_of`."""
+    return torch.from_numpy(counts.flatten(2).numpy().sum(1, dtype="int64"))
+
+
 def groups_of(counts: Tensor, sections: Sequence[SectionSpan], rows: Rows) -> Tensor:
     """Return the group of each row, [entries] int32, as `group_numbers` has it; it follows from the counts alone."""
-    sizes = counts.flatten(2).long()
-    ranks, totals = torch.empty_like(sizes), []
+    sizes = counts.flatten(2)
     windows = torch.tensor([section.window for section in sections], dtype=torch.int64)
-    for window in range(int(windows[-1]) + 1 if len(windows) else 0):
-        own = (windows == window).nonzero().flatten()
-        in_turn = sizes[own].permute(2, 1, 0)  # heads, levels, sections
+    totals = torch.zeros(int(windows[-1]) + 1 if len(windows) else 0, sizes.shape[2], dtype=torch.int64)
+    totals.index_add_(0, windows, head_sizes(counts))
+    groups = -(-totals // GROUP)
+    firsts = (groups.flatten().cumsum(0) - groups.flatten()).view_as(groups)
+    heads, depths = sizes.shape[2], sizes.shape[1]
+    section, depth, head = (
+        rows.cells // max(1, depths * heads),
+        rows.cells // max(1, heads) % max(1, depths),
+        rows.cells % max(1, heads),
+    )
+    of_rows = windows[section]
+    looked = torch.isin(windows, of_rows).nonzero()[:, 0]  # the sections of the windows that there are rows of
+    ranks = torch.empty(len(looked), depths, heads, dtype=torch.int64)
+    for window in windows[looked].unique():
+        own = (windows[looked] == window).nonzero()[:, 0]
+        in_turn = sizes[looked[own]].permute(2, 1, 0).long()  # heads, levels, sections
         flat = in_turn.flatten(1)
         ranks[own] = (flat.cumsum(1) - flat).view_as(in_turn).permute(2, 1, 0)
-        totals.append(flat.sum(1))
-    groups = -(-torch.stack(totals) // GROUP) if totals else sizes.new_empty(0, sizes.shape[2])
-    firsts = (groups.flatten().cumsum(0) - groups.flatten()).view_as(groups)
-    before = firsts[windows][:, None].expand_as(ranks).flatten()
-    return (before[rows.cells] + (ranks.flatten()[rows.cells] + rows.ordinals) // GROUP).to(torch.int32)
+    ranked = ranks[torch.bucketize(section, looked), depth, head] + rows.ordinals
+    return (firsts[of_rows, head] + ranked // GROUP).to(torch.int32)

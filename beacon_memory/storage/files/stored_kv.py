@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -12,13 +14,30 @@ from beacon_memory.errors import InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, quantized
 
-__all__ = ["StoredKV", "not_finite", "precision_of", "stored_bytes", "with_precision"]
+__all__ = ["StoredKV", "WindowedKV", "not_finite", "precision_of", "stored_bytes", "with_precision"]
 
 StoredKV = MemoryKV | QuantizedKV
 
 
-def precision_of(kv: StoredKV) -> Precision:
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowedKV:
+    """K/V of a document window by window, so that one that is kept elsewhere need not be in RAM as a whole.
+
+    windows:   the memory of each, at positions of its own; iterated over several times.
+    precision: what each is converted to when its turn comes.
+    """
+
+    windows: Iterable[MemoryKV]
+    precision: Precision
+
+    def __iter__(self) -> Iterator[StoredKV]:
+        return (with_precision(window, self.precision) for window in self.windows)
+
+
+def precision_of(kv: StoredKV | WindowedKV) -> Precision:
     """Return the precision of K/V; raises InputError for a dtype that is none."""
+    if isinstance(kv, WindowedKV):
+        return kv.precision
     if isinstance(kv, QuantizedKV):
         return Precision(f"int{kv.bits}")
     if not kv.keys.dtype.is_floating_point:
@@ -26,11 +45,23 @@ def precision_of(kv: StoredKV) -> Precision:
     return Precision(str(kv.keys.dtype).removeprefix("torch."))
 
 
-def with_precision(kv: StoredKV, precision: Precision | str, windows: Sequence[int] = ()) -> StoredKV:
+@overload
+def with_precision(kv: StoredKV, precision: Precision | str, windows: Sequence[int] = ()) -> StoredKV: ...
+
+
+@overload
+def with_precision(kv: WindowedKV, precision: Precision | str, windows: Sequence[int] = ()) -> WindowedKV: ...
+
+
+def with_precision(
+    kv: StoredKV | WindowedKV, precision: Precision | str, windows: Sequence[int] = ()
+) -> StoredKV | WindowedKV:
     """Convert K/V to another precision; raises InputError if they hold less than that, as int4 K/V for int8.
 
     windows: the positions at which windows begin, if there are several.
     """
+    if isinstance(kv, WindowedKV):
+        return replace(kv, precision=Precision(precision))
     now, wanted = precision_of(kv), Precision(precision)
     if now is wanted:
         return kv

@@ -23,7 +23,7 @@ from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.header import LONGEST_SECTION, DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import read_header, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.kv_metadata import FORMAT_VERSION
-from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes, with_precision
+from beacon_memory.storage.files.stored_kv import WindowedKV, precision_of, stored_bytes, with_precision
 
 # What a file says of the tensors of `sample`: two sections, of all levels.
 FORMS: dict[str, Any] = {
@@ -47,6 +47,37 @@ def test_what_was_written_is_read_back_bit_for_bit(tmp_path: Path, precision: st
     assert precision_of(read.kv) == precision
     assert read.text == TEXT
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_kv_that_come_window_by_window_make_the_same_file(tmp_path: Path, precision: str) -> None:
+    header, _ = sample()
+    header = replace(header, windows=tuple(WindowSpan(w.tokens, 0, w.start, w.stop, w.span) for w in header.windows))
+    windows = [MemoryKV.of(stack(one.span, dtype=torch.bfloat16)) for one in header.windows]
+    windows[0] = replace(windows[0], levels=torch.randperm(6 * 8).remainder(9).to(torch.uint8) + 3)
+    whole = with_precision(MemoryKV.concat(windows), precision, header.window_starts)
+    write_kv_file(tmp_path / "whole", header, whole)
+    write_kv_file(tmp_path / "windows", header, WindowedKV(windows, Precision(precision)))
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "windows").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kv: replace(kv, span=9), "spans 9 positions, but its header says 8"),
+        (lambda kv: kv.between(0, 8).only(torch.arange(48) > 0), "47 entries, but its windows take 8 slots"),
+        (lambda kv: replace(kv, keys=kv.keys * torch.inf), "hold NaN or infinity"),
+    ],
+)
+def test_a_window_that_the_header_does_not_describe_is_refused(
+    tmp_path: Path, change: Callable[[MemoryKV], MemoryKV], message: str
+) -> None:
+    header, _ = sample()
+    header = replace(header, windows=tuple(WindowSpan(w.tokens, 0, w.start, w.stop, w.span) for w in header.windows))
+    first, last = (MemoryKV.of(stack(one.span)) for one in header.windows)
+    with pytest.raises(InputError, match=message):
+        stage_kv_file(tmp_path, header, WindowedKV([change(first), last], Precision.FLOAT32), Text(TEXT))
+    assert not list(tmp_path.iterdir())
 
 
 @given(id=st.text(min_size=1), text=st.text(), tail=st.lists(st.integers(0, 2**31), min_size=1, max_size=5))

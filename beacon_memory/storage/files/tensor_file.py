@@ -1,0 +1,94 @@
+"""A safetensors file that is written piece by piece: the package `safetensors` wants all of it in RAM."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Form", "TensorFile", "tensor_bytes"]
+
+# dtype and shape of a tensor.
+Form = tuple[torch.dtype, Sequence[int]]
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_ALIGNMENT = 8  # bytes, of the first tensor
+_CHUNK = 1 << 20  # bytes that are read at a time
+
+
+class TensorFile:
+    """Write tensors of known forms row by row, in any order; byte for byte what `safetensors` makes of them.
+
+        with TensorFile(path, {"keys": (torch.uint8, (3, 2))}, {"format": "."}) as file:
+            file.append("keys", torch.zeros(1, 2, dtype=torch.uint8))
+            file.append("keys", torch.ones(2, 2, dtype=torch.uint8))
+            file.describe({"format": "5"})
+
+    metadata: texts by their names; others of the same length may take their place later, see `describe`.
+    """
+
+    def __init__(self, path: Path, forms: Mapping[str, Form], metadata: Mapping[str, str]) -> None:
+        self._ends: dict[str, int] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._forms = {name: forms[name] for name in sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))}
+        at = 0
+        for name, (dtype, shape) in self._forms.items():
+            self._spans[name] = (at, at + dtype.itemsize * math.prod(shape))
+            at = self._spans[name][1]
+        header = self._header(metadata)
+        self._start = len(header)
+        self._file = path.open("r+b")
+        self._file.truncate(self._start + at)
+        self._file.write(header)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Write the next rows of a tensor, on the CPU."""
+        at = self._ends.get(name, self._spans[name][0])
+        self._file.seek(self._start + at)
+        self._file.write(tensor_bytes(rows))
+        self._ends[name] = at + rows.nbytes
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a tensor as they are in the file."""
+        at, end = self._spans[name]
+        while at < end:
+            self._file.seek(self._start + at)
+            chunk = self._file.read(min(_CHUNK, end - at))
+            at += len(chunk)
+            yield chunk
+
+    def describe(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata by others of the same length."""
+        header = self._header(metadata)
+        if len(header) != self._start:
+            raise ValueError(f"metadata of {len(header)} bytes cannot take the place of {self._start}")
+        self._file.seek(0)
+        self._file.write(header)
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        tensors = {
+            name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": list(self._spans[name])}
+            for name, (dtype, shape) in self._forms.items()
+        }
+        text = json.dumps({"__metadata__": dict(metadata), **tensors}, ensure_ascii=False, separators=(",", ":"))
+        data = text.encode()
+        data += b" " * (-len(data) % _ALIGNMENT)
+        return len(data).to_bytes(8, "little") + data
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
