@@ -26,6 +26,7 @@ from beacon_memory import (
     Query,
 )
 from beacon_memory.config import BeaconConfig
+from beacon_memory.hot import HotMemories
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.recall import DEFAULT_SLOTS, Budget
 from beacon_memory.storage.catalog.passages import split_passages
@@ -195,6 +196,25 @@ def test_the_budget_is_spent_where_the_question_is(memory: BeaconMemory, name: s
         relevant = [one.loaded for one in answer.sources if one.relevance == max(s.relevance for s in answer.sources)]
         assert min(relevant) > sum(one.loaded for one in answer.sources) / len(answer.sources)
         check(memory, answer)
+
+
+@pytest.mark.parametrize("name", ["otter", "moss"])
+def test_the_document_that_matches_best_stands_nearest_to_the_question(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    placed: list[str] = []
+    sections = HotMemories.sections
+
+    def noted(hot: HotMemories, model: BeaconModel, wanted: Any, room: int) -> Any:
+        placed[:] = [key[1] for key, _ in wanted if key != "sink"]
+        return sections(hot, model, wanted, room)
+
+    monkeypatch.setattr(HotMemories, "sections", noted)
+    other, best_id = ("animals", "plants") if name in PLANTS else ("plants", "animals")
+    for ids in ([other, best_id], [best_id, other]):
+        answer = memory.ask(f"What about the {name}?", ids, **SHORT)
+        assert answer.ids == tuple(ids)
+        assert placed == [memory.show(other).file, memory.show(best_id).file]
 
 
 @pytest.mark.parametrize("ids", [None, "animals"])
