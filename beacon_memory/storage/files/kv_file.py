@@ -7,7 +7,8 @@ section and level the XXH3 hash of its rows; and of quantized ones `key_scales` 
 `text` [bytes] is the source text in UTF-8. The metadata tells the rest: see `kv_metadata`. docs/file-format.md is the
 whole of it.
 
-So a part of a file can be read, and what is read is compared with its hash, without reading the rest.
+So a part of a file can be read, and what is read is compared with its hash, without reading the rest. A document may
+have several files, see `segments`.
 
 Files are never changed in place: `stage_kv_file` writes and syncs a temporary file, which `files` gives its name.
 """
@@ -69,8 +70,9 @@ class StoredFile:
 
     kv:         all of the memory, or the part that was chosen.
     text_bytes: the source text in UTF-8 [bytes]; of a part, it is compared with its hash by `text` only.
-    root:       the hash that stands for the whole file.
+    root:       the hash that stands for the whole file, and for those before it.
     lowest:     of each section the lowest level that was loaded, None if all was.
+    behind:     the root of the file that this one continues; "" if it is no segment.
     """
 
     header: DocumentHeader
@@ -78,6 +80,7 @@ class StoredFile:
     text_bytes: Tensor
     root: str
     lowest: Sequence[int] | None = None
+    behind: str = ""
 
     def memory(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the K/V on a device, dequantized there; dtype: as stored, or float32 if they are quantized."""
@@ -103,12 +106,13 @@ class StoredIndex:
     """Tell what could be read of a file.
 
     counts: how many entries there are, [sections, levels, layers, kv_heads] uint8, levels from the top one down.
-    root:   see `StoredFile`.
+    root, behind: see `StoredFile`.
     """
 
     header: DocumentHeader
     counts: Tensor
     root: str
+    behind: str = ""
 
 
 # Of each section of a document the lowest level to load, `LEVELS` for none.
@@ -123,8 +127,8 @@ class StagedFile:
     root: str
 
 
-def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text) -> StagedFile:
-    """Write a temporary file into `folder`, created if missing, and sync it to disk.
+def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text, behind: str = "") -> StagedFile:
+    """Write a temporary file into `folder`, created if missing, and sync it to disk; behind: see `StoredFile`.
 
     Raises InputError if `kv` is not a memory that the header describes, or is interpolated, or the text is another one;
     StoreError if the file cannot be written. Nothing is left behind then.
@@ -137,7 +141,8 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
     tensors = _tensors(header, kv.to("cpu"))
     data = bytearray(text.value.encode())
     tensors["text"] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    metadata = KVMetadata(header, {name: _form(tensor) for name, tensor in tensors.items()}, _index_hash(tensors))
+    forms = {name: _form(tensor) for name, tensor in tensors.items()}
+    metadata = KVMetadata(header, forms, _index_hash(tensors), behind)
     entry = metadata.entry()
     make_folder(folder)
     temp = new_temp(folder)
@@ -201,7 +206,7 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
         raise corrupt(path, str(error)) from error
     if flaw := _misfit(header, kv, whole=lowest is None):
         raise corrupt(path, flaw)
-    file = StoredFile(header, kv, tensors["text"], index.root, lowest)
+    file = StoredFile(header, kv, tensors["text"], index.root, lowest, index.behind)
     if choose is None:
         try:
             _ = file.text  # so a damaged copy in a cache is known for one while it can be fetched anew
@@ -234,7 +239,7 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
         _require_index(metadata.header, tensors)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    return StoredIndex(metadata.header, tensors["counts"], metadata.root), tensors
+    return StoredIndex(metadata.header, tensors["counts"], metadata.root, metadata.behind), tensors
 
 
 def _require_file(path: Path) -> None:
