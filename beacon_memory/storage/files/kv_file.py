@@ -7,7 +7,8 @@ section and level the XXH3 hash of its rows; and of quantized ones `key_scales` 
 `text` [bytes] is the source text in UTF-8. The metadata tells the rest: see `kv_metadata`. docs/file-format.md is the
 whole of it.
 
-So a part of a file can be read, and what is read is compared with its hash, without reading the rest.
+So a part of a file can be read, and what is read is compared with its hash, without reading the rest. A document may
+have several files, see `segments`.
 
 Files are never changed in place: `stage_kv_file` writes and syncs a temporary file, which `files` gives its name.
 """
@@ -71,8 +72,9 @@ class StoredFile:
 
     kv:         all of the memory, or the part that was chosen.
     text_bytes: the source text in UTF-8 [bytes]; of a part, it is compared with its hash by `text` only.
-    root:       the hash that stands for the whole file.
+    root:       the hash that stands for the whole file, and for those before it.
     lowest:     of each section the lowest level that was loaded, None if all was.
+    behind:     the root of the file that this one continues; "" if it is no segment.
     """
 
     header: DocumentHeader
@@ -80,6 +82,7 @@ class StoredFile:
     text_bytes: Tensor
     root: str
     lowest: Sequence[int] | None = None
+    behind: str = ""
 
     def memory(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the K/V on a device, dequantized there; dtype: as stored, or float32 if they are quantized."""
@@ -105,12 +108,13 @@ class StoredIndex:
     """Tell what could be read of a file.
 
     counts: how many entries there are, [sections, levels, layers, kv_heads] uint8, levels from the top one down.
-    root:   see `StoredFile`.
+    root, behind: see `StoredFile`.
     """
 
     header: DocumentHeader
     counts: Tensor
     root: str
+    behind: str = ""
 
 
 # Of each section of a document the lowest level to load, `LEVELS` for none.
@@ -130,8 +134,10 @@ class StagedFile:
     nbytes: int
 
 
-def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text) -> StagedFile:
-    """Write a temporary file into `folder`, created if missing, and sync it to disk.
+def stage_kv_file(
+    folder: Path, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text, behind: str = ""
+) -> StagedFile:
+    """Write a temporary file into `folder`, created if missing, and sync it to disk; behind: see `StoredFile`.
 
     Of K/V that come window by window, one is in RAM at a time; the file is the same.
 
@@ -142,7 +148,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV | WindowedK
         raise InputError(f"the header of {header.id!r} was made for another text: its content_hash differs")
     data = text.value.encode()
     forms = {**_forms(header, kv), "text": (torch.uint8, (len(data),))}
-    metadata = KVMetadata(header, {name: _described(*form) for name, form in forms.items()}, "0" * 2 * _HASH)
+    metadata = KVMetadata(header, {name: _described(*form) for name, form in forms.items()}, "0" * 2 * _HASH, behind)
     entry = metadata.entry()
     make_folder(folder)
     temp = new_temp(folder)
@@ -264,7 +270,7 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
         raise corrupt(path, str(error)) from error
     if flaw := _misfit(kv, header.span, header.slots if lowest is None else None):
         raise corrupt(path, flaw)
-    file = StoredFile(header, kv, tensors["text"], index.root, lowest)
+    file = StoredFile(header, kv, tensors["text"], index.root, lowest, index.behind)
     if choose is None:
         try:
             _ = file.text  # so a damaged copy in a cache is known for one while it can be fetched anew
@@ -299,7 +305,7 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
         _require_index(metadata.header, tensors)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    return StoredIndex(metadata.header, tensors["counts"], root), tensors
+    return StoredIndex(metadata.header, tensors["counts"], root, metadata.behind), tensors
 
 
 def _require_file(path: Path) -> None:
