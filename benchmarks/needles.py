@@ -108,7 +108,7 @@ def _ask(memory: BeaconMemory, item: Item, budget: str) -> dict[str, object]:
     answer: Answer = memory.ask(item.question, ID, budget=None if budget == "all" else budget, max_new_tokens=32)
     return {
         "depth": item.group,
-        "found": bool(contains(answer.text, item.answers[0])),
+        "found": bool(contains(answer.text, item.answers)),
         "answer": answer.text,
         "slots": answer.usage.slots,
         "first_token": answer.time_to_first_token,

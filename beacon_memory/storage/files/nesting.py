@@ -125,5 +125,5 @@ def groups_of(counts: Tensor, sections: Sequence[SectionSpan], rows: Rows) -> Te
         in_turn = sizes[looked[own]].permute(2, 1, 0).long()  # heads, levels, sections
         flat = in_turn.flatten(1)
         ranks[own] = (flat.cumsum(1) - flat).view_as(in_turn).permute(2, 1, 0)
-    ranked = ranks[torch.bucketize(section, looked), depth, head] + rows.ordinals
+    ranked = ranks[torch.bucketize(section.contiguous(), looked), depth, head] + rows.ordinals
     return (firsts[of_rows, head] + ranked // GROUP).to(torch.int32)
