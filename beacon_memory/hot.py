@@ -1,4 +1,7 @@
-"""Memories that were used lately, ready for attention: on the model's device, and in RAM."""
+"""Memories that were used lately, ready for attention: on the model's device, and in RAM.
+
+Quantized ones are kept as they are, and are in the model's dtype only while they are in use.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import psutil
@@ -13,6 +17,7 @@ import torch
 
 from beacon_memory.kv.memory_kv import MemoryKV, fitting_spans
 from beacon_memory.kv.prefix import Prefix, Section
+from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.storage.files.locks import renew_in_forks
 
@@ -25,6 +30,9 @@ _SHARE = 4  # of what is free on a device, or in RAM, this part is used
 _MOST_SIZES = 100_000  # memories whose sizes are known though they are not kept
 _ROOMS = 32  # interpolated memories are kept for so many different rooms, for the prompt's length changes it
 _RAM = torch.device("cpu")
+# What is kept: a memory ready for attention, or a quantized one.
+_Ready = Section | QuantizedKV
+_Loaded = MemoryKV | QuantizedKV
 
 
 class HotMemories:
@@ -54,10 +62,11 @@ class HotMemories:
         """Replace the locks, which threads may have held when this process was forked; see `renew_in_forks`."""
         self._lock = threading.Lock()
         self._prefixes: WeakValueDictionary[tuple[Section, ...], Prefix] = WeakValueDictionary()
+        self._in_use: WeakValueDictionary[Hashable, Section] = WeakValueDictionary()  # of quantized memories
         self._loading: WeakValueDictionary[Hashable, threading.Lock] = WeakValueDictionary()
 
     def prefix(
-        self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], MemoryKV]]], room: int
+        self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], _Loaded]]], room: int
     ) -> tuple[Prefix, list[Place]]:
         """Return memories, one behind another, as a prefix of what is read, and where each was found; see `sections`.
 
@@ -67,7 +76,7 @@ class HotMemories:
         return self._prefixes.setdefault(sections, model.prefix(*sections)), list(sources)
 
     def sections(
-        self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], MemoryKV]]], room: int
+        self, model: BeaconModel, wanted: Sequence[tuple[Hashable, Callable[[], _Loaded]]], room: int
     ) -> list[tuple[Section, Place]]:
         """Return memories ready for attention, and where each was found.
 
@@ -77,7 +86,7 @@ class HotMemories:
         """
         form = (model.fingerprint.digest, model.device, model.dtype, model.rope.key)
         loads = [((key, form), load) for key, load in wanted]
-        read: dict[Hashable, MemoryKV] = {}
+        read: dict[Hashable, _Loaded] = {}
         with self._alone({key for key, _ in loads}):
             sizes = [self._size(key, load, read) for key, load in loads]
             if sum(span for span, _ in sizes) > room:
@@ -85,7 +94,7 @@ class HotMemories:
             spans = fitting_spans(sizes, room)
             return [self._section(model, *one, span, read) for one, span in zip(loads, spans, strict=True)]
 
-    def _size(self, key: Hashable, load: Callable[[], MemoryKV], read: dict[Hashable, MemoryKV]) -> tuple[int, int]:
+    def _size(self, key: Hashable, load: Callable[[], _Loaded], read: dict[Hashable, _Loaded]) -> tuple[int, int]:
         """Return span and least span of a memory, which is loaded for it where they are not known."""
         with self._lock:
             size = self._sizes.get(key)
@@ -99,24 +108,39 @@ class HotMemories:
         return size
 
     def _section(
-        self, model: BeaconModel, key: Hashable, load: Callable[[], MemoryKV], span: int, read: dict[Hashable, MemoryKV]
+        self, model: BeaconModel, key: Hashable, load: Callable[[], _Loaded], span: int, read: dict[Hashable, _Loaded]
     ) -> tuple[Section, Place]:
         device = model.device
+        with self._lock:  # what is quantized is not interpolated yet
+            kept = [
+                (self._place(place).take(name), place)
+                for place in dict.fromkeys((device, _RAM))
+                for name in ((key, span), key)
+            ]
+        ready, place = next(((one, place) for one, place in kept if one is not None), (None, None))
+        source: Place = "cold" if place is None else "ram" if place == _RAM else "device"
+        if ready is None:
+            memory = read[key] if key in read else load()
+            if isinstance(memory, QuantizedKV):
+                ready = replace(memory, levels=None)  # of which nothing is left out any more
+            else:
+                ready = Section.of(memory.to(device, model.dtype).interpolated(span), model.rope)
+        ready = ready.to(device)
+        section = self._dequantized(model, (key, span), ready) if isinstance(ready, QuantizedKV) else ready
         with self._lock:
-            kept = [(self._place(place).take((key, span)), place) for place in dict.fromkeys((device, _RAM))]
-        found = next(((section, place) for section, place in kept if section is not None), None)
-        source: Place = "cold"
-        if found is None:
-            memory = (read[key] if key in read else load()).to(device, model.dtype).interpolated(span)
-            section = Section.of(memory, model.rope)
-        else:
-            section, source = found[0].to(device), "ram" if found[1] == _RAM else "device"
-        with self._lock:
-            gone = self._place(device).keep((key, span), section)
+            gone = self._place(device).keep(key if isinstance(ready, QuantizedKV) else (key, span), ready)
             if device != _RAM:
-                for old, its_section in gone:
-                    self._place(_RAM).keep(old, its_section.to(_RAM))
+                for old, its_memory in gone:
+                    self._place(_RAM).keep(old, its_memory.to(_RAM))
         return section, source
+
+    def _dequantized(self, model: BeaconModel, name: tuple[Hashable, int], memory: QuantizedKV) -> Section:
+        """Return a quantized memory in the model's dtype: the same for all who use it at a time."""
+        section = self._in_use.get(name)
+        if section is None:
+            section = Section.of(memory.dequantized(model.dtype).interpolated(name[1]), model.rope)
+            self._in_use[name] = section
+        return section
 
     def _place(self, device: torch.device) -> _Kept:
         if device not in self._places:
@@ -135,28 +159,33 @@ class HotMemories:
 
 
 class _Kept:
-    """Sections on one device in the order of their last use, `limit` bytes of them."""
+    """Memories on one device in the order of their last use, `limit` bytes of them."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._sections: OrderedDict[Hashable, Section] = OrderedDict()
+        self._memories: OrderedDict[Hashable, _Ready] = OrderedDict()
 
-    def take(self, key: Hashable) -> Section | None:
-        """Remove a section and return it."""
-        section = self._sections.pop(key, None)
-        self.used -= section.nbytes if section else 0
-        return section
+    def take(self, key: Hashable) -> _Ready | None:
+        """Remove a memory and return it."""
+        memory = self._memories.pop(key, None)
+        self.used -= _size_of(memory) if memory else 0
+        return memory
 
-    def keep(self, key: Hashable, section: Section) -> list[tuple[Hashable, Section]]:
-        """Add a section as the one used last; returns those that have to go for it."""
+    def keep(self, key: Hashable, memory: _Ready) -> list[tuple[Hashable, _Ready]]:
+        """Add a memory as the one used last; returns those that have to go for it."""
         gone = []
-        self._sections[key] = section
-        self.used += section.nbytes
+        self._memories[key] = memory
+        self.used += _size_of(memory)
         while self.used > self.limit:
-            gone.append(self._sections.popitem(last=False))
-            self.used -= gone[-1][1].nbytes
+            gone.append(self._memories.popitem(last=False))
+            self.used -= _size_of(gone[-1][1])
         return gone
+
+
+def _size_of(memory: _Ready) -> int:
+    """Return the bytes that a memory takes while it is kept."""
+    return memory.nbytes + (memory.groups.nbytes if isinstance(memory, QuantizedKV) else 0)
 
 
 def _free(device: torch.device) -> int:

@@ -26,6 +26,7 @@ from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.prefix import Prefix
+from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
@@ -114,7 +115,7 @@ class BeaconMemory:
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
     score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
     hot_bytes: of memories that stay ready for attention after a question, on the device and in RAM each; by default a
-             quarter of what is free there. `warm` makes them ready before.
+             quarter of what is free there. Quantized ones count with their bits. `warm` makes them ready before.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
              `attention`, by what the model looks up when it reads the question, too, which takes it a short pass more;
              the name of an installed picker, or a `Picker`.
@@ -557,7 +558,7 @@ class BeaconMemory:
         raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
 
     def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
-        wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
+        wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV | QuantizedKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
         # the best match nearest to the question, as within a document
         placed = sorted(enumerate(loaded), key=lambda numbered: numbered[1].best)
@@ -573,7 +574,7 @@ class BeaconMemory:
         place = str(self.store.folder.absolute())
         return place, row.file, row.content_hash, row.fingerprint, row.bytes, row.updated_at
 
-    def _load(self, portion: Portion) -> MemoryKV:
+    def _load(self, portion: Portion) -> MemoryKV | QuantizedKV:
         return portion.load(self.store, self.model.device, self.model.dtype)
 
     def list(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from beacon_memory.kv.levels import LEVELS
 from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.storage.files.kv_file import StoredIndex
 from beacon_memory.storage.files.nesting import run_sizes
 from beacon_memory.storage.reading import read_document_index, read_document_part, require_same
@@ -110,15 +111,22 @@ class Portion:
         chosen = [section for section, level in enumerate(self.lowest) if level < LEVELS]
         return tuple((one, self.lowest[one]) for one in sorted(chosen, key=self.relevance.__getitem__))
 
-    def load(self, store: MemoryStore, device: torch.device, dtype: torch.dtype) -> MemoryKV:
-        """Read it onto a device; raises ConflictError if the document was replaced since, else as `MemoryStore.get`."""
+    def load(self, store: MemoryStore, device: torch.device, dtype: torch.dtype) -> MemoryKV | QuantizedKV:
+        """Read it onto a device, quantized if the file is; raises ConflictError if the document was replaced since.
+
+        Else it raises as `MemoryStore.get`. dtype: of what is not quantized.
+        """
         if self.lowest is None:
             row, whole = store.read(self.row, self.row.fingerprint)
             require_same(self.row, row)
-            return whole.memory(device, dtype)
-        file = read_document_part(store.parts, self.row, self.lowest)
+            return _on(whole.kv, device, dtype)
+        part = _on(read_document_part(store.parts, self.row, self.lowest).kv, device, dtype)
         bounds = [section.first for section in self.index.header.sections] + [self.index.header.span]
-        return zoomed(file.memory(device, dtype), bounds, self.lowest, self.relevance)
+        return zoomed(part, bounds, self.lowest, self.relevance)
+
+
+def _on(kv: MemoryKV | QuantizedKV, device: torch.device, dtype: torch.dtype) -> MemoryKV | QuantizedKV:
+    return kv.to(device) if isinstance(kv, QuantizedKV) else kv.to(device, dtype)
 
 
 class Indexes:

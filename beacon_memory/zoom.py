@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from beacon_memory.errors import InputError
 from beacon_memory.kv.levels import LEVELS, TOP_LEVEL
 from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import QuantizedKV
 
 __all__ = ["allocate", "section_counts", "zoomed"]
 
@@ -56,7 +58,19 @@ def section_counts(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
     return cells.bincount(minlength=math.prod(shape)).view(shape)
 
 
-def zoomed(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], relevance: Sequence[float]) -> MemoryKV:
+@overload
+def zoomed(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], relevance: Sequence[float]) -> MemoryKV: ...
+
+
+@overload
+def zoomed(
+    memory: QuantizedKV, bounds: Sequence[int], lowest: Sequence[int], relevance: Sequence[float]
+) -> QuantizedKV: ...
+
+
+def zoomed(
+    memory: MemoryKV | QuantizedKV, bounds: Sequence[int], lowest: Sequence[int], relevance: Sequence[float]
+) -> MemoryKV | QuantizedKV:
     """Return what is loaded of a memory: its sections one behind another, the most relevant one last.
 
     Sections of which nothing is loaded take no positions; equally relevant ones keep the order of the text.
@@ -76,17 +90,11 @@ def zoomed(memory: MemoryKV, bounds: Sequence[int], lowest: Sequence[int], relev
     heads = torch.arange(memory.counts.numel()).repeat_interleave(memory.counts.flatten()).to(device)[kept]
     places = (heads * span + positions).argsort()
     entries = kept.nonzero()[:, 0][places]
-    return MemoryKV(
-        keys=memory.keys[entries],
-        values=memory.values[entries],
-        positions=positions[places].to(torch.int32),
-        counts=heads.bincount(minlength=memory.counts.numel()).view_as(memory.counts).cpu(),
-        span=span,
-        levels=None if memory.levels is None else memory.levels[entries],
-    )
+    counts = heads.bincount(minlength=memory.counts.numel()).view_as(memory.counts).cpu()
+    return memory.taken(entries, positions[places].to(torch.int32), counts, span)
 
 
-def _sections_of(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
+def _sections_of(memory: MemoryKV | QuantizedKV, bounds: Sequence[int]) -> Tensor:
     """Return the section of each entry, [entries] int64; raises InputError for bounds that are not of this memory."""
     if memory.positions.is_floating_point():
         raise InputError("an interpolated memory has no sections: take what is loaded out of it before")
@@ -96,7 +104,7 @@ def _sections_of(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
     return torch.bucketize(memory.positions, inner, right=True)
 
 
-def _levels_of(memory: MemoryKV) -> Tensor:
+def _levels_of(memory: MemoryKV | QuantizedKV) -> Tensor:
     """Return the level of each entry, [entries] int64."""
     if memory.levels is None:
         return torch.full_like(memory.positions, TOP_LEVEL, dtype=torch.long)

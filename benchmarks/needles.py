@@ -39,17 +39,21 @@ def main() -> None:
     if options.json:
         print(json.dumps({"added": added, "asked": asked}))
         return
-    print(f"| {added['tokens']:,} tokens | |\n|---|---|")
+    print(f"| a text of {added['tokens']:,} tokens | |\n|---|---|")
     for name, value in added.items():
         print(f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value} |")
-    print("\n| budget | slots | found | first token, s | answer, s | found at depths |\n|---|---|---|---|---|---|")
+    titles = ("budget", "slots", "loaded", "found", "first token, s", "answer, s", "found at depths")
+    print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for budget, answers in asked.items():
-        found = [one["depth"] for one in answers if one["found"]]
+        found, loaded = ([one["depth"] for one in answers if one[what]] for what in ("found", "loaded"))
         slots, first, seconds = (
             statistics.median(one[name] for one in answers) for name in ("slots", "first_token", "seconds")
         )
         depths = ", ".join(found)
-        print(f"| {budget} | {slots:,.0f} | {len(found)} of {len(answers)} | {first:.2f} | {seconds:.2f} | {depths} |")
+        print(
+            f"| {budget} | {slots:,.0f} | {len(loaded)} of {len(answers)} | {len(found)} of {len(answers)} | "
+            f"{first:.2f} | {seconds:.2f} | {depths} |"
+        )
 
 
 def _options() -> argparse.Namespace:
@@ -60,7 +64,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", default="int4", help="what to keep the K/V in (default int4)")
     parser.add_argument("--ratio", default="auto", help="tokens per slot (default auto)")
     parser.add_argument("--score", default="expected", help="how tokens are chosen (default expected)")
-    parser.add_argument("--budgets", nargs="+", default=["500", "1000", "2000", "all"], help="all: what fits the model")
+    parser.add_argument(
+        "--budgets", nargs="+", default=["50", "100", "500", "1000", "all"], help="all: what fits the model"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 
@@ -104,11 +110,13 @@ def _add(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _ask(memory: BeaconMemory, item: Item, budget: str) -> dict[str, object]:
-    """Ask one question; returns whether the fact is in the answer, and what that took."""
+    """Ask one question; returns whether the fact's passage was loaded and is in the answer, and what that took."""
+    place = memory.store.text(ID).index(item.answers[0])
     answer: Answer = memory.ask(item.question, ID, budget=None if budget == "all" else budget, max_new_tokens=32)
     return {
         "depth": item.group,
-        "found": bool(contains(answer.text, item.answers[0])),
+        "loaded": any(source.start <= place < source.stop for source in answer.sources),
+        "found": bool(contains(answer.text, item.answers)),
         "answer": answer.text,
         "slots": answer.usage.slots,
         "first_token": answer.time_to_first_token,

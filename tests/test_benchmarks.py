@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from repository import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "cuda.sh"
@@ -39,6 +41,27 @@ def test_a_step_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     done = run(str(tmp_path), STEPS="machine start", DEVICE="nowhere", MODEL=str(tmp_path))
     assert done.returncode == 1
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["machine", "FAILED"], ["start", "FAILED"]]
+
+
+@pytest.mark.slow
+def test_needles_are_hidden_in_one_long_document_and_asked_for(tmp_path: Path) -> None:
+    story = (ROOT / "examples" / "treasure_island_chapter_1.txt").read_text()
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": story}))
+    command = [sys.executable, str(ROOT / "benchmarks" / "needles.py"), str(tmp_path / "data.jsonl"), str(tmp_path)]
+    for status in ("added", "unchanged"):
+        done = subprocess.run(
+            [*command, "--tokens", "2000", "--ratio", "8", "--budgets", "100", "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told = json.loads(done.stdout)
+        assert told["added"]["status"] == status
+        assert 1900 < told["added"]["tokens"] <= 2000
+        answers = told["asked"]["100"]
+        assert [one["depth"] for one in answers] == [f"0.{number}5" for number in range(10)]
+        assert all(one["loaded"] for one in answers)
+        assert any(one["found"] for one in answers)
 
 
 def test_it_needs_a_folder() -> None:

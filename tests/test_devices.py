@@ -20,6 +20,7 @@ from beacon_memory.config import BeaconConfig
 from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
+from beacon_memory.hot import HotMemories
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.prefix import Prefix, Section
 from beacon_memory.kv.prefix import _blocks as blocks_of
@@ -108,6 +109,26 @@ def test_loading_what_was_quantized(bits: int) -> None:
         on_device = stored.to("cuda").dequantized()
         assert same(on_device.keys, loaded.keys)
         assert same(on_device.values, loaded.values)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_asking_a_quantized_memory_that_is_kept(bits: int) -> None:
+    kv = quantized(compressed(a_model(), "select"), bits)
+
+    def section(model: BeaconModel) -> Section:
+        hot = HotMemories(10**6)
+        ((_, first),) = hot.sections(model, [("kept", lambda: kv)], 2000)
+        ((found, place),) = hot.sections(model, [("kept", lambda: pytest.fail("it was loaded again"))], 2000)
+        assert (first, place) == ("cold", "ram" if model.device.type == "cpu" else "device")
+        assert hot._places[model.device].used < 0.7 * found.nbytes
+        return found
+
+    expected, model = section(a_model()), a_model()
+    _ = model.fingerprint  # which is told by the numbers of its weights
+    with device(model):
+        found = section(model)
+        assert same(found.keys, expected.keys)
+        assert same(found.values, expected.values)
 
 
 def requests(model: BeaconModel) -> list[Request]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +19,9 @@ from tiny_models import tiny_model, tiny_tokenizer, train
 from beacon_memory import BeaconMemory, CorruptFileError, DocumentNotFoundError, InputError
 from beacon_memory.config import BeaconConfig
 from beacon_memory.hot import HotMemories
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.kv.prefix import Section
+from beacon_memory.kv.quantize import quantized
 from beacon_memory.kv.rope import Rope
 from beacon_memory.modeling.model import BeaconModel
 
@@ -243,3 +248,68 @@ def test_what_leaves_the_device_is_kept_in_ram_and_comes_back(
     assert [source(key) for key in "cab"] == ["cold", "ram", "ram"]
     assert [source(key) for key in "dec"] == ["cold", "cold", "cold"]  # what had to go from RAM, too
     assert {place.used for place in hot._places.values()} == {2 * size}
+
+
+def of_real_size(slots: int = 64) -> MemoryKV:
+    """Random K/V of 2 layers and 3 kv heads whose heads are as large as those of real models."""
+    return MemoryKV.of(BeaconKV(torch.randn(2, 3, slots, 64).bfloat16(), torch.randn(2, 3, slots, 64).bfloat16()))
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.5625), (4, 0.3125)])
+def test_quantized_memories_are_kept_in_their_bits(model: BeaconModel, bits: int, share: float) -> None:
+    kv = of_real_size()
+    packed = quantized(kv, bits)
+    hot = HotMemories(4 * kv.nbytes)
+    ((section, first),) = hot.sections(reader := like(model), [("a", lambda: packed)], 1000)
+    used = hot._places[torch.device("cpu")].used
+    assert (first, used / section.nbytes) == ("cold", pytest.approx(share, abs=0.01))
+    plain = Section.of(packed.dequantized(torch.bfloat16), reader.rope)
+    assert torch.equal(section.keys, plain.keys)
+    assert torch.equal(section.values, plain.values)
+    names = [str(number) for number in range(int(3.5 / share))]
+    for name in names:
+        hot.sections(reader, [(name, lambda: packed)], 1000)
+    found = [hot.sections(reader, [(name, lambda: packed)], 1000)[0][1] for name in names]
+    assert found == ["ram"] * len(names)  # where 4 of them would fit in 16 bits
+
+
+def like(model: BeaconModel) -> Any:
+    """A model with heads of a real size, as far as memories are made ready for it."""
+    return SimpleNamespace(
+        fingerprint=model.fingerprint,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        rope=Rope(1 / 10000 ** (torch.arange(32) / 32)),
+        max_positions=1024,
+    )
+
+
+def test_a_quantized_memory_is_dequantized_once_for_all_who_use_it_and_not_kept_so(model: BeaconModel) -> None:
+    packed, hot, reader = quantized(of_real_size(), 4), HotMemories(10**9), like(model)
+    one, other = (hot.sections(reader, [("a", lambda: packed)], 1000)[0][0] for _ in range(2))
+    assert one is other
+    kept = weakref.ref(one)
+    del one, other
+    gc.collect()
+    assert kept() is None
+    ((_, place),) = hot.sections(reader, [("a", lambda: pytest.fail("it was loaded again"))], 30)
+    assert place == "ram"  # also where there is less room, and it is interpolated
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("budget", [None, "x4"])
+def test_a_quantized_document_answers_as_its_numbers_do(
+    model: BeaconModel, tmp_path: Path, precision: str, budget: str | None
+) -> None:
+    store = BeaconMemory(tmp_path / "packed", model, reserve=100)
+    store.add("roof", ROOF + WELL, ratio=2, precision=precision, compression="select")
+    first, again = (store.ask("Who?", "roof", budget=budget, **SHORT) for _ in range(2))
+    assert (places(first), places(again)) == (("cold",), ("ram",))
+    assert first.text == again.text
+    gc.collect()
+    assert not store._hot._in_use  # the answers are there, and nobody uses the numbers any more
+    document = store.store.get("roof", dtype=model.dtype)
+    with BeaconMemory(tmp_path / "plain", model, reserve=100) as plain:
+        header = replace(document.header, namespace="")
+        plain.store.put(header, document.kv, store.store.text("roof"), precision="as-is")
+        assert plain.ask("Who?", "roof", budget=budget, **SHORT).text == first.text

@@ -12,7 +12,7 @@ import pytest
 import torch
 from crashing import fork, wait
 from kv_samples import same
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import tiny_model, tiny_tokenizer, train
 
 from beacon_memory import BeaconMemory, BeaconModel, Progress
 from beacon_memory.compression.methods.registry import BUILT_IN
@@ -115,6 +115,21 @@ def test_the_memory_on_disk_is_the_one_in_ram(memory: BeaconMemory, monkeypatch:
     memory.remove("long")
     add(memory)
     assert same(on_disk, memory.store.get("long").kv)
+
+
+def test_a_recompression_that_was_interrupted_goes_on_where_it_was(memory: BeaconMemory, model: BeaconModel) -> None:
+    add(memory)
+    config = BeaconConfig(beacon_window=WINDOW)
+    other = train(tiny_model("llama", config, tokenizer=tiny_tokenizer(), max_position_embeddings=2048), seed=7)
+    with BeaconMemory(memory.store.folder, other, reserve=100) as renewing:
+        with pytest.raises(KeyboardInterrupt):
+            renewing.recompress(progress=until(20, interrupt))
+        assert renewing.show("long").fingerprint == model.fingerprint.digest
+        told: list[Progress] = []
+        renewing.recompress(progress=told.append)
+        assert told[0].tokens > 19 * WINDOW
+        assert renewing.show("long").fingerprint == other.fingerprint.digest
+        assert windows_in(renewing) == []
 
 
 def test_another_text_model_or_ratio_begins_anew(memory: BeaconMemory) -> None:

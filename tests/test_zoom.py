@@ -4,13 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kv_samples import stack
+from kv_samples import same, stack
 from torch import Tensor
 
 from beacon_memory.compression.selection import best
 from beacon_memory.errors import InputError
 from beacon_memory.kv.levels import LEVELS, level_of, levels_of
 from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.quantize import quantized
 from beacon_memory.modeling.layout import slots_of
 from beacon_memory.zoom import allocate, section_counts, zoomed
 
@@ -148,3 +149,13 @@ def test_bounds_that_are_not_of_the_memory_are_refused(bounds: list[int]) -> Non
 def test_an_interpolated_memory_is_refused() -> None:
     with pytest.raises(InputError, match="an interpolated memory has no sections"):
         section_counts(rich().interpolated(50), [0, 50])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_loaded_of_a_quantized_memory_is_what_is_loaded_of_its_numbers(bits: int) -> None:
+    packed = quantized(rich(), bits)
+    plain = packed.dequantized()
+    lowest = allocate(sizes(plain), RELEVANCE, HEADS * TOKENS // 3)
+    part = zoomed(packed, BOUNDS, lowest, RELEVANCE)
+    assert part.bits == bits
+    assert same(part.dequantized(), zoomed(plain, BOUNDS, lowest, RELEVANCE))

@@ -261,9 +261,8 @@ class CompressingBar:
         """Show how many tokens are read. Their total is an estimate until the last document has begun."""
         last = self._bar.tasks[self._whole].remaining == 1
         total = progress.begun if last else max(self._estimate, progress.begun)
-        doing = (
-            "storing" if last and progress.tokens == progress.begun else "tokens"
-        )  # of a long one that takes a while
+        read = last and progress.tokens == progress.begun
+        doing = "storing" if read else "tokens"  # which takes a while, too, for a long document
         self._bar.update(self._tokens, description=doing, completed=progress.tokens, total=total)
 
 

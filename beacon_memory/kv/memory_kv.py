@@ -201,6 +201,14 @@ class MemoryKV:
             levels=None if self.levels is None else self.levels[kept],
         )
 
+    def taken(self, entries: Tensor, positions: Tensor, counts: Tensor, span: int) -> MemoryKV:
+        """Return some entries elsewhere.
+
+        entries: their numbers, in the order that a memory has. positions, counts, span: of what comes out.
+        """
+        levels = None if self.levels is None else self.levels[entries]
+        return MemoryKV(self.keys[entries], self.values[entries], positions, counts, span, levels)
+
     def grown(self, start: int, new: MemoryKV) -> MemoryKV:
         """Return this memory with `new` in place of everything from position `start` on, in the dtype of this one."""
         return MemoryKV.concat([self.between(0, start), new.to(dtype=self.keys.dtype)])

@@ -24,7 +24,7 @@ Block = tuple[slice, Tensor, Tensor]
 _FEW = 8  # slots
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Section:
     """A memory whose keys are rotated to the positions -span to -1.
 

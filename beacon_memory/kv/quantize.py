@@ -32,6 +32,7 @@ BITS = tuple(one.bits for one in Precision if one.quantized)
 # Both numbers are part of the stored form: with others, stored files could not be read.
 GROUP = 64
 _LARGEST_ROTATION = 256
+_AT_ONCE = 1 << 13  # entries that are dequantized at a time
 # The tensors that move to a device, those with one row for each entry first; counts stay on the CPU.
 _OF_ENTRIES = ("keys", "values", "value_scales", "value_zeros", "positions", "groups")
 _TENSORS = (*_OF_ENTRIES, "key_scales", "key_zeros")
@@ -105,6 +106,11 @@ class QuantizedKV:
         return -(-len(self.keys) // self.counts.numel())
 
     @property
+    def least_span(self) -> int:
+        """Return the smallest span that the memory may be interpolated to, see `MemoryKV.concat`."""
+        return min(self.slots, self.span)
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes of all tensors except counts, levels and groups, which follow from these."""
         return sum(int(getattr(self, name).nbytes) for name in _TENSORS if name != "groups")
@@ -118,11 +124,22 @@ class QuantizedKV:
     def dequantized(self, dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the memory with numbers instead of codes, by default in the dtype that it had before."""
         dtype = dtype or self.dtype
-        keys = _decoded(_unpacked(self.keys, self.bits), self.key_scales[self.groups], self.key_zeros[self.groups])
-        if _is_rotated(self.bits):
-            keys = _rotated(keys)
-        values = _decoded(_unpacked(self.values, self.bits), self.value_scales[:, None], self.value_zeros[:, None])
-        return MemoryKV(keys.to(dtype), values.to(dtype), self.positions, self.counts, self.span, self.levels)
+        shape = (len(self.keys), self.key_scales.shape[1])
+        keys, values = (torch.empty(shape, dtype=dtype, device=self.keys.device) for _ in range(2))
+        for start in range(0, len(keys), _AT_ONCE):  # for it takes several times their bytes meanwhile
+            rows = slice(start, start + _AT_ONCE)
+            groups = self.groups[rows]
+            decoded = _decoded(_unpacked(self.keys[rows], self.bits), self.key_scales[groups], self.key_zeros[groups])
+            keys[rows] = _rotated(decoded) if _is_rotated(self.bits) else decoded
+            scales, zeros = self.value_scales[rows, None], self.value_zeros[rows, None]
+            values[rows] = _decoded(_unpacked(self.values[rows], self.bits), scales, zeros)
+        return MemoryKV(keys, values, self.positions, self.counts, self.span, self.levels)
+
+    def taken(self, entries: Tensor, positions: Tensor, counts: Tensor, span: int) -> QuantizedKV:
+        """Return some entries elsewhere; takes what `MemoryKV.taken` takes. All groups stay."""
+        of_entries: dict[str, Any] = {name: getattr(self, name)[entries] for name in _OF_ENTRIES}
+        levels = None if self.levels is None else self.levels[entries]
+        return replace(self, **of_entries | {"positions": positions}, counts=counts, span=span, levels=levels)
 
     def grown(self, start: int, new: MemoryKV, windows: Sequence[int] = ()) -> QuantizedKV:
         """Return this memory with `new` in place of everything from position `start` on, quantized like this one.
@@ -160,17 +177,16 @@ class QuantizedKV:
     def _until(self, stop: int) -> QuantizedKV:
         """Return the entries at positions below `stop`, and their groups."""
         kept = self.positions < stop
-        numbers, groups = self.groups[kept].unique(return_inverse=True)
         of_entries: dict[str, Any] = {name: getattr(self, name)[kept] for name in _OF_ENTRIES}
-        return replace(
-            self,
-            **of_entries | {"groups": groups.to(torch.int32)},
-            key_scales=self.key_scales[numbers],
-            key_zeros=self.key_zeros[numbers],
-            counts=counts_of(self.counts, kept),
-            span=stop,
-            levels=None if self.levels is None else self.levels[kept],
-        )
+        levels = None if self.levels is None else self.levels[kept]
+        part = replace(self, **of_entries, counts=counts_of(self.counts, kept), span=stop, levels=levels)
+        return part.with_own_groups()
+
+    def with_own_groups(self) -> QuantizedKV:
+        """Return the same memory with the scales and zeros of its own groups alone, in tensors of their own."""
+        numbers, groups = self.groups.unique(return_inverse=True)
+        own = {name: getattr(self, name)[numbers] for name in ("key_scales", "key_zeros")}
+        return replace(self, groups=groups.to(torch.int32), **own)
 
 
 def quantized(kv: MemoryKV, bits: int, windows: Sequence[int] = ()) -> QuantizedKV:

@@ -91,6 +91,13 @@ def test_a_finished_document_leaves_nothing(store: MemoryStore) -> None:
     assert list((store.folder / "unfinished").iterdir()) == []
 
 
+def test_it_is_for_its_user_alone(store: MemoryStore) -> None:
+    leave(store)
+    path = windows_in(store)[0]
+    modes = [one.stat().st_mode & 0o777 for one in (path, path.parent, path.parent.parent)]
+    assert modes == [0o600, 0o700, 0o700]
+
+
 def test_repair_removes_what_nobody_went_on_with_for_a_week(store: MemoryStore) -> None:
     put(store)
     leave(store)

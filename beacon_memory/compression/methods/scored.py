@@ -195,7 +195,7 @@ class _Reading(Generic[Key]):
 
     @property
     def rows(self) -> int:
-        """How many rows its next window takes in a pass; once all are read, as many as its last one, until yielded."""
+        """How many rows its next window takes in a pass; once all are read, as many as its last one, until dropped."""
         if self.before == len(self.plan.windows):
             return 0
         window = self.plan.windows[min(self.read, len(self.plan.windows) - 1)]

@@ -158,10 +158,7 @@ def stage_kv_file(
             for tensors in _tensors(header, kv, depths=forms["counts"][1][1]):
                 for name, tensor in tensors.items():
                     file.append(name, tensor)
-            file.append(
-                "text",
-                torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8),
-            )
+            file.append("text", data)
             index = _index_hash({name: (metadata.tensors[name], file.read(name)) for name in forms})
             metadata = replace(metadata, index=index)
             file.describe({ENTRY: metadata.entry()})
@@ -180,10 +177,9 @@ def _forms(header: DocumentHeader, kv: StoredKV | WindowedKV) -> dict[str, Form]
     entries, groups, depths = 0, 0, 1
     precision = precision_of(kv)  # refuses what has none
     parts: Iterable[StoredKV] = kv.windows if isinstance(kv, WindowedKV) else [kv]
-    sizes = [(one.span, one.slots) for one in header.windows]
-    for part, (span, slots) in zip(
-        parts, sizes if isinstance(kv, WindowedKV) else [(header.span, header.slots)], strict=True
-    ):
+    whole = [(header.span, header.slots)]
+    sizes = [(one.span, one.slots) for one in header.windows] if isinstance(kv, WindowedKV) else whole
+    for part, (span, slots) in zip(parts, sizes, strict=True):
         if flaw := _misfit(part, span, slots):
             raise InputError(f"the K/V of {header.id!r} cannot be stored: {flaw}")
         entries += len(part.positions)
@@ -296,9 +292,8 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
             raise corrupt(path, f"its {name} are {_form(tensor)}, not {metadata.tensors[name]}")
         if not tensor.numel() and math.prod(filter(None, tensor.shape)) > _LARGEST_EMPTY:
             raise corrupt(path, f"its {name} have a shape that no model has: {list(tensor.shape)}")
-    if metadata.index != _index_hash(
-        {name: (metadata.tensors[name], [tensor_bytes(one)]) for name, one in tensors.items()}
-    ):
+    described = {name: (metadata.tensors[name], [tensor_bytes(one)]) for name, one in tensors.items()}
+    if metadata.index != _index_hash(described):
         raise corrupt(path, "its index is not the one that was written: the hash differs")
     if tensors["text"].dtype != torch.uint8 or tensors["text"].ndim != 1:
         raise corrupt(path, f"its text is {_form(tensors['text'])}, and no bytes")
@@ -415,7 +410,8 @@ def _kv(header: DocumentHeader, tensors: Mapping[str, Tensor], lowest: Sequence[
     whole |= {name: tensors[name].index_select(0, rows.numbers) for name in _QUANTIZED_ROWS}
     whole |= {name: tensors[name] for name in _QUANTIZED_INDEX}
     groups = groups_of(tensors["counts"], header.sections, rows)
-    return QuantizedKV(**whole, bits=8 * width // max(1, head_dim), groups=groups, dtype=torch.float32)
+    kv = QuantizedKV(**whole, bits=8 * width // max(1, head_dim), groups=groups, dtype=torch.float32)
+    return kv.with_own_groups()  # so that what is loaded holds neither the file nor more of it than it needs
 
 
 def _taken(rows: Tensor, numbers: Tensor) -> Tensor:

@@ -134,19 +134,14 @@ def groups_of(counts: Tensor, sections: Sequence[SectionSpan], rows: Rows) -> Te
     totals.index_add_(0, windows, head_sizes(counts))
     groups = -(-totals // GROUP)
     firsts = (groups.flatten().cumsum(0) - groups.flatten()).view_as(groups)
-    heads, depths = sizes.shape[2], sizes.shape[1]
-    section, depth, head = (
-        rows.cells // max(1, depths * heads),
-        rows.cells // max(1, heads) % max(1, depths),
-        rows.cells % max(1, heads),
-    )
+    section, depth, head = torch.unravel_index(rows.cells, sizes.shape)
     of_rows = windows[section]
     looked = torch.isin(windows, of_rows).nonzero()[:, 0]  # the sections of the windows that there are rows of
-    ranks = torch.empty(len(looked), depths, heads, dtype=torch.int64)
+    ranks = torch.empty(len(looked), *sizes.shape[1:], dtype=torch.int64)
     for window in windows[looked].unique():
         own = (windows[looked] == window).nonzero()[:, 0]
         in_turn = sizes[looked[own]].permute(2, 1, 0).long()  # heads, levels, sections
         flat = in_turn.flatten(1)
         ranks[own] = (flat.cumsum(1) - flat).view_as(in_turn).permute(2, 1, 0)
-    ranked = ranks[torch.bucketize(section, looked), depth, head] + rows.ordinals
+    ranked = ranks[torch.bucketize(section.contiguous(), looked), depth, head] + rows.ordinals
     return (firsts[of_rows, head] + ranked // GROUP).to(torch.int32)

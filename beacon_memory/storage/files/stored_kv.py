@@ -23,7 +23,7 @@ StoredKV = MemoryKV | QuantizedKV
 class WindowedKV:
     """K/V of a document window by window, so that one that is kept elsewhere need not be in RAM as a whole.
 
-    windows:   the memory of each, at positions of its own; iterated over several times.
+    windows:   the memory of each, one or more, at positions of its own; iterated over several times.
     precision: what each is converted to when its turn comes.
     """
 

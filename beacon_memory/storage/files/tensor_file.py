@@ -54,12 +54,13 @@ class TensorFile:
     ) -> None:
         self._file.close()
 
-    def append(self, name: str, rows: Tensor) -> None:
-        """Write the next rows of a tensor, on the CPU."""
+    def append(self, name: str, rows: Tensor | bytes) -> None:
+        """Write the next rows of a tensor: on the CPU, or as bytes."""
+        data = tensor_bytes(rows) if isinstance(rows, Tensor) else rows
         at = self._ends.get(name, self._spans[name][0])
         self._file.seek(self._start + at)
-        self._file.write(tensor_bytes(rows))
-        self._ends[name] = at + rows.nbytes
+        self._file.write(data)
+        self._ends[name] = at + len(data)
 
     def read(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a tensor as they are in the file."""
