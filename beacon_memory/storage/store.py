@@ -39,6 +39,7 @@ from beacon_memory.documents import (
     Text,
     check_id,
     choose_precision,
+    content_hash,
     utc_after,
     utc_now,
 )
@@ -367,9 +368,11 @@ class MemoryStore:
         What is written is a segment. It takes in those before it, from the last one on, as long as they have fewer than
         twice as many slots as it has by then; if that are all, the document is written anew as one file.
 
-        `on_evicted` and errors as in `put`.
+        `on_evicted` and errors as in `put`; InputError, too, if the text is not that of the row with what the header is
+        of behind it, or the K/V were made in another way.
         """
         text = Text.of(text)
+        _check_appended(row, header, text.value)
         if self.settings.quota is not None:
             self.uses.flush()  # eviction goes by it
         kv = with_precision(kv, row.precision, header.window_starts)
@@ -508,6 +511,20 @@ def _require_unchanged(row: DocumentRow, now: DocumentRow | None) -> DocumentRow
 
 def _changed(id: str) -> ConflictError:
     return ConflictError(f"document {id!r} was changed or removed meanwhile; read it again")
+
+
+def _check_appended(row: DocumentRow, header: DocumentHeader, text: str) -> None:
+    """Raise InputError unless a header is of what stands in a text behind that of a row, with K/V made in one way."""
+    start, stop = (header.windows[0].start, header.windows[-1].stop) if header.windows else (0, 0)
+    if not start or stop > len(text):
+        raise InputError(f"what is appended to {row.id!r} must stand behind its text, got characters {start} to {stop}")
+    if [content_hash(text[:start]), content_hash(text[start:])] != [row.content_hash, header.content_hash]:
+        raise InputError(f"the text of {row.id!r} is not the one that it has with what is appended: a hash differs")
+    ours = row.id, row.fingerprint, row.compression, header.method if row.method is None else row.method
+    if ours != (header.id, header.fingerprint.digest, header.compression, header.method):
+        raise InputError(
+            f"what is appended to {row.id!r} is of another document, or was made by another model or method"
+        )
 
 
 def _taken_in(files: Files, row: DocumentRow, slots: int) -> tuple[builtins.list[StoredFile], str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from kv_samples import FINGERPRINT, same
 from store_samples import change, files
-from workload import State, append, document, label, look, perform
+from workload import State, append, document, label, look, perform, piece
 
 from beacon_memory.documents import content_hash
 from beacon_memory.errors import ConflictError, CorruptFileError, InputError, QuotaError
@@ -110,17 +110,32 @@ def test_what_is_changed_as_a_whole_is_one_file_again(grown: MemoryStore, tmp_pa
 
 
 def test_who_appends_to_what_was_changed_meanwhile_is_refused(grown: MemoryStore) -> None:
-    row, before = grown.row("doc"), files(grown)
-    assert append(grown, "doc", "9")
-    header, kv, _ = document("any", "7")
-    for stale in (row, replace(grown.row("doc"), file="kv/no/file")):
-        with pytest.raises((ConflictError, CorruptFileError)):
-            grown.append(stale, replace(header, id="doc"), kv, document("doc", GROWN)[2])
-    grown.delete("doc")
-    with pytest.raises(ConflictError, match="changed or removed"):
-        grown.append(row, replace(header, id="doc"), kv, document("doc", GROWN)[2])
+    row, file = grown.read("doc")
+    before = files(grown)
+    assert append(grown, "doc", "9")  # which takes in all
+    for meanwhile in (
+        lambda: None,
+        lambda: grow(grown),
+        lambda: append(grown, "doc", "7"),
+        lambda: grown.delete("doc"),
+    ):
+        meanwhile()
+        with pytest.raises(ConflictError, match="changed or removed"):
+            grown.append(row, *piece(file.header, file.text, "8"))
     assert not any(path.exists() for path in before)
+    assert files(grown) == []
     assert verify(grown) == []
+
+
+def test_who_is_overtaken_while_writing_a_segment_is_refused(store: MemoryStore) -> None:
+    store.put(*document("doc", "1"))
+    row, file = store.read("doc")
+    assert append(store, "doc", "2")
+    with pytest.raises(ConflictError, match="changed or removed"):  # the first file is there, and none is taken in
+        store.append(row, *piece(file.header, file.text, "3"))
+    assert look(store, "doc") == State("1+2", "")
+    assert len(files(store)) == 2
+    assert verify(store) == []
 
 
 def test_what_does_not_fit_into_the_quota_is_not_appended(store: MemoryStore) -> None:
@@ -260,10 +275,27 @@ def test_a_grown_document_can_lie_elsewhere_and_be_erased(tmp_path: Path) -> Non
         assert verify(store) == []
 
 
-def test_a_header_of_another_document_is_not_appended(grown: MemoryStore) -> None:
+def test_what_does_not_belong_behind_a_document_is_not_appended(grown: MemoryStore) -> None:
     row, file = grown.read("doc")
-    header, kv, text = document("other", "9")
-    piece = replace(header, content_hash=content_hash(text))
-    with pytest.raises((InputError, CorruptFileError)):
-        grown.append(row, piece, kv, file.text + text)
+    before = files(grown)
+    header, kv, text = piece(file.header, file.text, "9")
+    for wrong, whole in (
+        (replace(header, id="other"), text),
+        (replace(header, fingerprint=replace(FINGERPRINT, adapter="other")), text),
+        (replace(header, compression="beacon"), text),
+        (replace(header, method={"score": "expected"}), text),
+        (replace(header, content_hash=content_hash("other")), text),
+        (header, f"x{text[1:]}"),
+        (header, f"{text} and more"),
+        (header, file.text),
+        (replace(header, windows=(), tokens=0, span=0, tail_ids=()), text),
+    ):
+        with pytest.raises(InputError, match="'doc'"):
+            grown.append(row, wrong, kv, whole)
+    with pytest.raises(InputError, match="cannot grow: its keys, kept in float32, hold NaN"):
+        grown.append(row, header, replace(kv, keys=kv.keys / 0), text)
+    with pytest.raises(InputError, match="cannot be stored: it spans 18 positions"):
+        grown.append(row, header, replace(kv, span=2), text)
+    assert files(grown) == before
     assert look(grown, "doc") == State(GROWN, "5")
+    assert verify(grown) == []
