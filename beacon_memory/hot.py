@@ -138,7 +138,7 @@ class HotMemories:
         """Return a quantized memory in the model's dtype: the same for all who use it at a time."""
         section = self._in_use.get(name)
         if section is None:
-            section = Section.of(memory.dequantized(model.dtype).interpolated(name[1]), model.rope)
+            section = Section.dequantized(memory.interpolated(name[1]), model.rope, model.dtype)
             self._in_use[name] = section
         return section
 

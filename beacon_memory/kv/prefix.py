@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .memory_kv import MemoryKV
+from .quantize import QuantizedKV
 from .rope import Rope, apply_rotation
 
 __all__ = ["Block", "Prefix", "Section"]
@@ -52,6 +53,19 @@ class Section:
             for keys, places in zip(memory.keys.split(sizes), positions, strict=True)
         ]
         return cls._laid_out(torch.cat(rotated), memory.values, counts, memory.span)
+
+    @classmethod
+    def dequantized(cls, memory: QuantizedKV, rope: Rope, dtype: torch.dtype) -> Self:
+        """Do the same of a quantized memory, layer by layer; dtype: of what comes out."""
+        counts = tuple(tuple(layer) for layer in memory.counts.tolist())
+        ends = [0, *accumulate(sum(layer) for layer in counts)]
+        shape = (len(memory.keys), memory.key_scales.shape[1])
+        keys, values = (torch.empty(shape, dtype=dtype, device=memory.keys.device) for _ in range(2))
+        for rows in map(slice, ends, ends[1:]):
+            numbers, values[rows] = memory.numbers(rows)
+            places = memory.positions[rows].float() - memory.span
+            keys[rows] = apply_rotation(numbers.to(dtype), *rope.table(places))
+        return cls._laid_out(keys, values, counts, memory.span)
 
     @classmethod
     def _laid_out(cls, keys: Tensor, values: Tensor, counts: tuple[tuple[int, ...], ...], span: int) -> Self:

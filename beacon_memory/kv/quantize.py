@@ -128,12 +128,22 @@ class QuantizedKV:
         keys, values = (torch.empty(shape, dtype=dtype, device=self.keys.device) for _ in range(2))
         for start in range(0, len(keys), _AT_ONCE):  # for it takes several times their bytes meanwhile
             rows = slice(start, start + _AT_ONCE)
-            groups = self.groups[rows]
-            decoded = _decoded(_unpacked(self.keys[rows], self.bits), self.key_scales[groups], self.key_zeros[groups])
-            keys[rows] = _rotated(decoded) if _is_rotated(self.bits) else decoded
-            scales, zeros = self.value_scales[rows, None], self.value_zeros[rows, None]
-            values[rows] = _decoded(_unpacked(self.values[rows], self.bits), scales, zeros)
+            keys[rows], values[rows] = self.numbers(rows)
         return MemoryKV(keys, values, self.positions, self.counts, self.span, self.levels)
+
+    def numbers(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of some entries, [entries, head_dim] float32."""
+        groups = self.groups[rows]
+        keys = _decoded(_unpacked(self.keys[rows], self.bits), self.key_scales[groups], self.key_zeros[groups])
+        scales, zeros = self.value_scales[rows, None], self.value_zeros[rows, None]
+        values = _decoded(_unpacked(self.values[rows], self.bits), scales, zeros)
+        return _rotated(keys) if _is_rotated(self.bits) else keys, values
+
+    def interpolated(self, span: int) -> QuantizedKV:
+        """Return the same entries on a smaller span, see `MemoryKV.interpolated`."""
+        if span >= self.span:
+            return self
+        return replace(self, positions=self.positions.float() * (span / self.span), span=span)
 
     def taken(self, entries: Tensor, positions: Tensor, counts: Tensor, span: int) -> QuantizedKV:
         """Return some entries elsewhere; takes what `MemoryKV.taken` takes. All groups stay."""
