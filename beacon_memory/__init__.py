@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from .question import Question as Question
     from .results import Added as Added
     from .results import Answer as Answer
+    from .results import ExplainedPassage as ExplainedPassage
+    from .results import ExplainedWord as ExplainedWord
+    from .results import Explanation as Explanation
     from .results import Progress as Progress
     from .results import ToolCall as ToolCall
     from .results import UnreadCall as UnreadCall
@@ -57,6 +60,9 @@ _LAZY = {
     "BeaconSequence": "compression.sequence",
     "CompressionMethod": "compression.methods.method",
     "Document": "documents",
+    "ExplainedPassage": "results",
+    "ExplainedWord": "results",
+    "Explanation": "results",
     "FilesBackend": "storage.files.backend",
     "Label": "documents",
     "MemoryKV": "kv.memory_kv",

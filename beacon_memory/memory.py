@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import itertools
 import os
 import threading
 import time
@@ -35,6 +36,7 @@ from beacon_memory.storage.store import MemoryStore
 from .conversation import Messages
 from .documents import Document
 from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
+from .explain import explained
 from .hot import HotMemories
 from .ingest import Ingestion
 from .picking import (
@@ -51,7 +53,7 @@ from .picking import (
 )
 from .question import Question
 from .recall import Budget, Indexes, Portion, portions
-from .results import Added, Answer, Place, Progress, Usage
+from .results import Added, Answer, Explanation, Place, Progress, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BeaconMemory"]
 
+_Read = TypeVar("_Read")
 _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 
 
@@ -381,10 +384,58 @@ class BeaconMemory:
     def _submit(self, asked: _Asked) -> Ticket:
         return self._loop.submit(asked.request, asked.config, seed=asked.seed)
 
+    def explain(
+        self,
+        question: Messages,
+        ids: str | Sequence[str] | None = None,
+        *,
+        budget: int | str | None = None,
+        limit: int = DEFAULT_LIMIT,
+    ) -> Explanation:
+        """Tell what `ask` would load for a question, passage by passage and word by word; nothing is answered.
+
+            for passage in memory.explain("Who pays the rent?", "lease", budget="x8").passages:
+                print(f"{passage.loaded:.0%} {passage.relevance:.1f} {passage.text}")
+
+        The arguments are those of `ask`, and so are the errors.
+        """
+        asked = Question(question, ids, budget, limit)
+        _, _, room = self._prompted(asked)
+
+        def tokenized(text: str) -> Sequence[tuple[int, int]]:
+            return self.compressor.tokenize(text).offsets
+
+        def tell() -> Explanation:
+            loaded = self._recalled(asked, room)
+            passages = [explained(one, self.store, tokenized, self._slot_bytes) for one in loaded]
+            return Explanation(
+                question=last_question(question),
+                ids=tuple(one.row.id for one in loaded),
+                slots=sum(one.slots for one in loaded),
+                bytes=sum(one.slots for one in loaded) * self._slot_bytes,
+                passages=tuple(itertools.chain.from_iterable(passages)),
+            )
+
+        return _undisturbed(tell)
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Return the bytes that a slot of all heads takes when it is loaded, its place included."""
+        layers, kv_heads, head_dim = self.model.kv_shape
+        return int(layers * kv_heads * (2 * head_dim * self.model.kv_dtype.itemsize + 1))
+
     def _asked(self, question: Question) -> _Asked:
         """Check a question, choose its documents and load them."""
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
         started = time.perf_counter()
+        prompt, config, room = self._prompted(question)
+        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + self.compressor.sink.slots)
+        request = Request(prefix, prompt)
+        return _Asked(loaded, places, request, config, question.seed, question.tools, model.tokenizer, started)
+
+    def _prompted(self, question: Question) -> tuple[Sequence[int], GenerationConfig, int]:
+        """Return the prompt of a question, how it is answered, and the memory slots that the model has left."""
+        model = self.model
         config = generation_config(model, question.stop, question.options)
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
@@ -396,11 +447,8 @@ class BeaconMemory:
             tools=question.tools,
             chat_template_kwargs=question.chat_template_kwargs,
         )
-        room = model.max_positions - slots - len(prompt) - new_tokens
         require_room(model, slots, len(prompt), new_tokens)
-        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + slots)
-        request = Request(prefix, prompt)
-        return _Asked(loaded, places, request, config, question.seed, question.tools, model.tokenizer, started)
+        return prompt, config, model.max_positions - slots - len(prompt) - new_tokens
 
     def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
         """Choose what is loaded for a question: of which documents, and how much of each."""
@@ -411,9 +459,7 @@ class BeaconMemory:
             require_made(model, index.header.fingerprint, row.id, row.precision)
         slots = room - max(0, len(found) - 1)  # what each takes is rounded up
         if budget is not None:
-            layers, kv_heads, head_dim = model.kv_shape
-            slot_bytes = layers * kv_heads * (2 * head_dim * model.kv_dtype.itemsize + 1)
-            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), slot_bytes))
+            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), self._slot_bytes))
         if sum(row.slots for row, _ in found) <= slots:
             return portions(found, {}, None)
         if passages is None:
@@ -509,11 +555,12 @@ class BeaconMemory:
 
         It is chosen anew if a document is replaced meanwhile.
         """
-        for _ in range(READ_TRIES):
-            with contextlib.suppress(ConflictError):
-                loaded = choose()
-                return loaded, *self._prefix(loaded, room)
-        raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+
+        def load() -> tuple[builtins.list[Portion], Prefix, tuple[Place, ...]]:
+            loaded = choose()
+            return loaded, *self._prefix(loaded, room)
+
+        return _undisturbed(load)
 
     def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV]]]
@@ -573,6 +620,14 @@ class BeaconMemory:
         except BeaconMemoryError as error:
             return replace(problem, message=f"{problem.message}; it could not be compressed anew: {error}")
         return replace(problem, mended=True)
+
+
+def _undisturbed(read: Callable[[], _Read]) -> _Read:
+    """Read documents, again if one of them is replaced meanwhile; raises ConflictError if that happens too often."""
+    for _ in range(READ_TRIES):
+        with contextlib.suppress(ConflictError):
+            return read()
+    raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
 
 
 @dataclass(frozen=True, slots=True)
