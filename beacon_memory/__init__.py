@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from .question import Question as Question
     from .results import Added as Added
     from .results import Answer as Answer
+    from .results import ExplainedPassage as ExplainedPassage
+    from .results import ExplainedWord as ExplainedWord
+    from .results import Explanation as Explanation
     from .results import LoadedDocument as LoadedDocument
     from .results import Progress as Progress
     from .results import SourcePassage as SourcePassage
@@ -59,6 +62,9 @@ _LAZY = {
     "BeaconSequence": "compression.sequence",
     "CompressionMethod": "compression.methods.method",
     "Document": "documents",
+    "ExplainedPassage": "results",
+    "ExplainedWord": "results",
+    "Explanation": "results",
     "FilesBackend": "storage.files.backend",
     "Label": "documents",
     "LoadedDocument": "results",

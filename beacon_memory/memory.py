@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import itertools
+import math
 import os
 import threading
 import time
@@ -37,6 +39,7 @@ from beacon_memory.storage.store import MemoryStore
 from .conversation import Messages
 from .documents import Document
 from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
+from .explain import explained
 from .hot import HotMemories
 from .ingest import Ingestion
 from .lookup import Lookup, gist_slots, sections_of_entries
@@ -54,7 +57,7 @@ from .picking import (
 )
 from .question import Question
 from .recall import DEFAULT_SLOTS, Budget, Indexes, Portion, level_counts, portions
-from .results import Added, Answer, LoadedDocument, Place, Progress, Usage
+from .results import Added, Answer, Explanation, LoadedDocument, Place, Progress, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BeaconMemory"]
 
+_Read = TypeVar("_Read")
 _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 
 
@@ -70,13 +74,12 @@ class _Asked:
     """Hold a question that is ready to be answered."""
 
     loaded: Sequence[Portion]
-    places: tuple[Place, ...]
+    documents: tuple[LoadedDocument, ...]
     request: Request
     config: GenerationConfig
     seed: int | None
     tools: Sequence[Mapping[str, Any]]
     tokenizer: Any
-    entry_bytes: int
     started: float
 
     def answer(self, generation: Generation) -> Answer:
@@ -89,11 +92,7 @@ class _Asked:
             stops=self.config.stop_strings or (),
             tools=self.tools,
         )
-        documents = tuple(
-            LoadedDocument(one.row.id, place, one.slots, one.entries * self.entry_bytes, len(one.sources))
-            for one, place in zip(self.loaded, self.places, strict=True)
-        )
-        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), documents)
+        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.documents)
         first = generation.first_token_at - self.started
         ids = tuple(one.row.id for one in self.loaded)
         sources = tuple(source for one in self.loaded for source in one.sources)
@@ -397,10 +396,66 @@ class BeaconMemory:
     def _submit(self, asked: _Asked) -> Ticket:
         return self._loop.submit(asked.request, asked.config, seed=asked.seed)
 
+    def explain(
+        self,
+        question: Messages,
+        ids: str | Sequence[str] | None = None,
+        *,
+        budget: int | str | None = None,
+        limit: int = DEFAULT_LIMIT,
+    ) -> Explanation:
+        """Tell what `ask` would load for a question, passage by passage and word by word; nothing is answered.
+
+            for passage in memory.explain("Who pays the rent?", "lease", budget="x8").passages:
+                print(f"{passage.loaded:.0%} {passage.relevance:.1f} {passage.text}")
+
+        The arguments are those of `ask`, and so are the errors.
+        """
+        asked = Question(question, ids, budget, limit)
+        _, _, room = self._prompted(asked)
+
+        def tokenized(text: str) -> Sequence[tuple[int, int]]:
+            return self.compressor.tokenize(text).offsets
+
+        def tell() -> Explanation:
+            loaded = self._recalled(asked, room)
+            passages = [explained(one, self.store, tokenized, self._slot_bytes) for one in loaded]
+            return Explanation(
+                question=last_question(question),
+                ids=tuple(one.row.id for one in loaded),
+                slots=sum(one.slots for one in loaded),
+                bytes=sum(one.slots for one in loaded) * self._slot_bytes,
+                passages=tuple(itertools.chain.from_iterable(passages)),
+            )
+
+        return _undisturbed(tell)
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Return the bytes that a slot of all heads takes when it is loaded."""
+        return math.prod(self.model.kv_shape[:2]) * self._entry_bytes
+
+    @property
+    def _entry_bytes(self) -> int:
+        """Return the bytes that one entry takes: key, value, and a byte for its place."""
+        return int(2 * self.model.kv_shape[-1] * self.model.kv_dtype.itemsize + 1)
+
     def _asked(self, question: Question) -> _Asked:
         """Check a question, choose its documents and load them."""
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
         started = time.perf_counter()
+        prompt, config, room = self._prompted(question)
+        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + self.compressor.sink.slots)
+        request = Request(prefix, prompt)
+        documents = tuple(
+            LoadedDocument(one.row.id, place, one.slots, one.entries * self._entry_bytes, len(one.sources))
+            for one, place in zip(loaded, places, strict=True)
+        )
+        return _Asked(loaded, documents, request, config, question.seed, question.tools, model.tokenizer, started)
+
+    def _prompted(self, question: Question) -> tuple[Sequence[int], GenerationConfig, int]:
+        """Return the prompt of a question, how it is answered, and the memory slots that the model has left."""
+        model = self.model
         config = generation_config(model, question.stop, question.options)
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
@@ -412,14 +467,8 @@ class BeaconMemory:
             tools=question.tools,
             chat_template_kwargs=question.chat_template_kwargs,
         )
-        room = model.max_positions - slots - len(prompt) - new_tokens
         require_room(model, slots, len(prompt), new_tokens)
-        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + slots)
-        request = Request(prefix, prompt)
-        entry_bytes = 2 * model.kv_shape[-1] * model.dtype.itemsize
-        return _Asked(
-            loaded, places, request, config, question.seed, question.tools, model.tokenizer, entry_bytes, started
-        )
+        return prompt, config, model.max_positions - slots - len(prompt) - new_tokens
 
     def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
         """Choose what is loaded for a question: of which documents, and how much of each."""
@@ -430,9 +479,7 @@ class BeaconMemory:
             require_made(model, index.header.fingerprint, row.id, row.precision)
         slots = room - max(0, len(found) - 1)  # what each takes is rounded up
         if budget is not None:
-            layers, kv_heads, head_dim = model.kv_shape
-            slot_bytes = layers * kv_heads * (2 * head_dim * model.kv_dtype.itemsize + 1)
-            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), slot_bytes))
+            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), self._slot_bytes))
         whole, least = sum(row.slots for row, _ in found), slots if budget else min(slots, DEFAULT_SLOTS)
         if passages is None:
             passages = self._passages(question, [row.id for row, _ in found]) if whole > least else {}
@@ -551,11 +598,12 @@ class BeaconMemory:
 
         It is chosen anew if a document is replaced meanwhile.
         """
-        for _ in range(READ_TRIES):
-            with contextlib.suppress(ConflictError):
-                loaded = choose()
-                return loaded, *self._prefix(loaded, room)
-        raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+
+        def load() -> tuple[builtins.list[Portion], Prefix, tuple[Place, ...]]:
+            loaded = choose()
+            return loaded, *self._prefix(loaded, room)
+
+        return _undisturbed(load)
 
     def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV | QuantizedKV]]]
@@ -618,6 +666,14 @@ class BeaconMemory:
         except BeaconMemoryError as error:
             return replace(problem, message=f"{problem.message}; it could not be compressed anew: {error}")
         return replace(problem, mended=True)
+
+
+def _undisturbed(read: Callable[[], _Read]) -> _Read:
+    """Read documents, again if one of them is replaced meanwhile; raises ConflictError if that happens too often."""
+    for _ in range(READ_TRIES):
+        with contextlib.suppress(ConflictError):
+            return read()
+    raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
 
 
 @dataclass(frozen=True, slots=True)

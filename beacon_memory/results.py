@@ -8,6 +8,9 @@ from typing import Any, Literal
 __all__ = [
     "Added",
     "Answer",
+    "ExplainedPassage",
+    "ExplainedWord",
+    "Explanation",
     "LoadedDocument",
     "Place",
     "Progress",
@@ -63,7 +66,7 @@ class LoadedDocument:
 
     place:    where its memory was.
     slots:    that it takes, the mean over heads.
-    bytes:    of its keys and values in the model's dtype.
+    bytes:    of its keys, values and places in the dtype of the checkpoint, as a budget counts them.
     passages: of which something was loaded.
     """
 
@@ -142,3 +145,49 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedWord:
+    """A word: the characters from `start` to `stop` of a document's text, and the share of its K/V that is loaded."""
+
+    start: int
+    stop: int
+    loaded: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedPassage:
+    """A passage with what would be loaded of it.
+
+    relevance, loaded: as of `SourcePassage`; loaded is 0 for a passage of which nothing is.
+    slots, bytes: memory slots that this takes, the mean over heads, and bytes in the model's dtype.
+    words: of the passage; () if nothing is loaded, or if its K/V are those of beacons, which stand for several words.
+    """
+
+    document: str
+    start: int
+    stop: int
+    text: str
+    relevance: float
+    loaded: float
+    slots: float
+    bytes: int
+    words: tuple[ExplainedWord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What would be loaded for a question.
+
+    ids: documents in the order in which they would be loaded.
+    slots, bytes: of all that would be loaded, the sink not counted; beacons that stand behind whole windows (`hybrid`)
+           count here, and in no passage.
+    passages: all of these documents, in the order of documents and texts, those of which nothing is loaded, too.
+    """
+
+    question: str
+    ids: tuple[str, ...]
+    slots: int
+    bytes: int
+    passages: tuple[ExplainedPassage, ...]

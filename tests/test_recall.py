@@ -79,7 +79,7 @@ def check(memory: BeaconMemory, answer: Answer) -> None:
     """Sources are in order, within their texts, and add up to what was loaded."""
     where = [(answer.ids.index(one.document), one.start, one.stop) for one in answer.sources]
     assert where == sorted(where)
-    entry = 2 * memory.model.kv_shape[-1] * 4  # bytes in float32
+    entry = 2 * memory.model.kv_shape[-1] * 4 + 1  # bytes in float32
     for one in answer.usage.documents:
         assert one.passages == sum(source.document == one.id for source in answer.sources)
         assert one.slots == math.ceil(one.bytes / entry / math.prod(memory.model.kv_shape[:2]))
