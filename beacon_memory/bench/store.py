@@ -33,7 +33,7 @@ from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.records import row_of
 from beacon_memory.storage.store import MemoryStore
 
-from .model import Figure
+from .measuring import Figure
 
 __all__ = ["Sample", "fill", "run", "samples"]
 
