@@ -35,7 +35,7 @@ from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 from beacon_memory.storage.records import row_of
 from beacon_memory.storage.store import MemoryStore
 
-from .model import Figure
+from .measuring import Figure
 
 __all__ = ["Sample", "fill", "run", "samples"]
 
