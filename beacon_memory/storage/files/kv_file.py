@@ -331,10 +331,11 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, MemoryError, RuntimeError, ValueError, TypeError) as error:
         if not identity(path):  # safe_open opens a file twice, the second time through torch: it vanished in between
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-        if isinstance(error, OSError) or any(os.strerror(one) in str(error) for one in _OF_THE_MACHINE):
+        machines = isinstance(error, (OSError, MemoryError))
+        if machines or any(os.strerror(one) in str(error) for one in _OF_THE_MACHINE):
             raise StoreError(f"{path} cannot be read: {error}; see to the disk and the machine's limits") from error
         if isinstance(error, SafetensorError):
             raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
