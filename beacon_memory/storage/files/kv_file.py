@@ -158,7 +158,8 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV, text: Text
 def _tensors(header: DocumentHeader, kv: StoredKV) -> dict[str, Tensor]:
     """Return all tensors of a file but the text."""
     order, places, counts = file_order(kv, header.sections)
-    tensors = {"keys": kv.keys[order], "values": kv.values[order], "places": places, "counts": counts}
+    keys, values = (part.index_select(0, order) for part in (kv.keys, kv.values))
+    tensors = {"keys": keys, "values": values, "places": places, "counts": counts}
     if isinstance(kv, QuantizedKV):
         if not torch.equal(kv.groups, group_numbers(kv.positions, kv.counts, kv.levels, header.window_starts)):
             raise InputError(f"the K/V of {header.id!r} were not quantized window by window; see `quantized`")
