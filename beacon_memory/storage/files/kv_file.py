@@ -222,7 +222,8 @@ def _rows(
         raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
     order, places, counts = file_order(kv, sections)
     counts = pad(counts, (0, 0, 0, 0, 0, depths - counts.shape[1]))
-    tensors = {"keys": kv.keys[order], "values": kv.values[order], "places": places, "counts": counts}
+    keys, values = (part.index_select(0, order) for part in (kv.keys, kv.values))
+    tensors = {"keys": keys, "values": values, "places": places, "counts": counts}
     if isinstance(kv, QuantizedKV):
         if not torch.equal(kv.groups, group_numbers(kv.positions, kv.counts, kv.levels, windows)):
             raise InputError(f"the K/V of {header.id!r} were not quantized window by window; see `quantized`")

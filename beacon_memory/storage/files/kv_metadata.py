@@ -63,7 +63,8 @@ class KVMetadata:
 
     def entry(self) -> str:
         """Return the entry as it is written; raises InputError if it would be too long to be read."""
-        entry = json.dumps({**self.described, "sha256": self.root})
+        described = self.described
+        entry = json.dumps({**described, "sha256": json_checksum(described)})
         if len(entry) > _LONGEST_ENTRY:
             raise InputError(f"the header of {self.header.id!r} would take {len(entry)} bytes; split the document")
         return entry
