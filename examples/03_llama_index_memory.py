@@ -78,7 +78,7 @@ def query(llm: BeaconMemoryLLM, text: str) -> None:
     (node,) = IngestionPipeline(transformations=[transform]).run(documents=[chapter])
     print(f"{node.node_id}: {sizes(llm, node.node_id)}")
     engine = BeaconQueryEngine.from_llm(llm, streaming=True)
-    for question in ("Who told the captain that rum would kill him?", "What is the name of the inn?"):
+    for question in ("How much was the boy promised each month?", "What song did the captain sing?"):
         response = engine.query(question)
         print(f"\nQ: {question}\n{response}")
         print(f"  from {', '.join(source.node.node_id for source in response.source_nodes)}")

@@ -60,7 +60,7 @@ def test_uncompressed_memory_gives_the_answer_of_the_full_text(model: BeaconMode
         prompt = [*model.sink_ids, *ids, *chat_prompt(model, question, behind_memory=True)]
         ((full,),) = generate(model, [Request(MemoryKV.of(model.empty_kv()), prompt)], config)
         assert expected in full.text
-        assert expected in memory.ask(question, "chapter", max_new_tokens=24).text
+        assert expected in memory.ask(question, "chapter", budget="x1", max_new_tokens=24).text
 
 
 def test_beacons_keep_more_of_the_text_the_more_there_are(model: BeaconModel) -> None:
@@ -91,7 +91,7 @@ def test_beacon_answers_of_the_default_model_rest_on_the_document(model: BeaconM
     memory = BeaconMemory(tmp_path, model)
     memory.add("chapter", CHAPTER, ratio=2, compression="beacon")
     question = "Who told the captain that rum would kill him?"
-    assert "Livesey" in memory.ask(question, "chapter", max_new_tokens=24).text
+    assert "Livesey" in memory.ask(question, "chapter", budget="x1", max_new_tokens=24).text
     assert "Livesey" not in memory.ask(question, [], max_new_tokens=24).text
 
 
