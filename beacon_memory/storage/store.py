@@ -510,7 +510,7 @@ def _require_unchanged(row: DocumentRow, now: DocumentRow | None) -> DocumentRow
 
 
 def _changed(id: str) -> ConflictError:
-    return ConflictError(f"document {id!r} was changed or removed meanwhile; read it again")
+    return ConflictError(f"document {id!r} was changed or removed meanwhile; read it again and try again")
 
 
 def _check_appended(row: DocumentRow, header: DocumentHeader, text: str) -> None:
