@@ -130,11 +130,12 @@ class PrefixBatch:
 
 def _ask(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Piece:
     """Attend to heads that have equally many entries, [heads, entries, head_dim], each for several units."""
-    units, count, _ = queries.shape
-    if not keys.shape[1]:
+    units, count, dim = queries.shape
+    heads, entries, _ = keys.shape
+    if not entries:
         return torch.zeros_like(queries), queries.new_full((units, count), _NOTHING, dtype=torch.float32)
-    output, total = _attend(queries.view(1, len(keys), -1, queries.shape[-1]), keys[None], values[None], None, scale)
-    return output.reshape(queries.shape), total.reshape(units, count)
+    output, total = _attend(queries.view(1, heads, -1, dim), keys[None], values[None], None, scale)
+    return output.reshape(units, count, dim), total.reshape(units, count)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,7 +212,7 @@ def attend_behind(
             attended.append(attend_joined(query[number], key[number], value[number], blocks, parts, scaling, dropout))
         return torch.stack(attended)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _merged(batch, layer, query, _attend_own(query, key, value, mask, scale), scale)
+    return _merged(batch, layer, query, key.shape[1], _attend_own(query, key, value, mask, scale), scale)
 
 
 def attend_apart(
@@ -232,7 +233,7 @@ def attend_apart(
         for row, (key, value) in zip(query.split(1), own, strict=True)
     ]
     outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return _merged(batch, layer, query, (outputs, sums), scale)
+    return _merged(batch, layer, query, own[0][0].shape[0], (outputs, sums), scale)
 
 
 def _causal(rows: int, own: int, device: torch.device) -> Tensor | None:
@@ -243,14 +244,11 @@ def _causal(rows: int, own: int, device: torch.device) -> Tensor | None:
 
 
 def _attend_own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> _Piece:
-    """Attend to own tokens, one unit for each kv head of each row of the batch."""
-    batch, heads, rows, dim = query.shape
-    groups = heads // key.shape[1]
-    if rows == 1:  # then all query heads of a kv head see the same
-        output, total = _attend(_grouped(query, key.shape[1]), key, value, mask, scale)
-    else:
-        output, total = _attend(query, for_queries(key, groups), for_queries(value, groups), mask, scale)
-    return output.reshape(batch * key.shape[1], -1, dim), total.reshape(batch * key.shape[1], -1)
+    """Attend to own tokens; returns [batch, heads, rows, head_dim], or the same by kv head if there is only one row."""
+    if query.shape[2] == 1:  # then all query heads of a kv head see the same
+        return _attend(_grouped(query, key.shape[1]), key, value, mask, scale)
+    groups = query.shape[1] // key.shape[1]
+    return _attend(query, for_queries(key, groups), for_queries(value, groups), mask, scale)
 
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
@@ -258,11 +256,11 @@ def _grouped(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(len(query), kv_heads, -1, query.shape[3])
 
 
-def _merged(batch: PrefixBatch, layer: int, query: Tensor, own: _Piece, scale: float) -> Tensor:
+def _merged(batch: PrefixBatch, layer: int, query: Tensor, kv_heads: int, own: _Piece, scale: float) -> Tensor:
     """Return attention to the whole of prefixes and own tokens, [batch, heads, rows, head_dim], given that to these."""
-    units, count, dim = own[0].shape
-    grouped = _grouped(query, units // len(query))
-    pieces = [own, *batch.attend(layer, grouped, scale)]
+    grouped = _grouped(query, kv_heads)
+    units, count, dim = len(grouped) * kv_heads, *grouped.shape[2:]
+    pieces = [(own[0].reshape(units, count, dim), own[1].reshape(units, count)), *batch.attend(layer, grouped, scale)]
     outputs, sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     if batch.units is not None:
         places = torch.cat((torch.arange(units, device=query.device), units + batch.units))
