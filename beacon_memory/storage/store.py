@@ -50,7 +50,7 @@ from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV, precision_of, with_precision
+from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV, precision_of, require_finite, with_precision
 
 from .conversations import StoredConversations
 from .eviction import UseLog, delete_expired, make_room
@@ -312,6 +312,8 @@ class MemoryStore:
             chosen = settings.precision
         kv = with_precision(kv, chosen, header.window_starts) if isinstance(chosen, Precision) else kv
         header = replace(header, namespace=self.namespace)
+        if not isinstance(kv, WindowedKV):  # whose windows are looked at when their turn comes
+            require_finite(header.id, kv)
         with self._publisher.new_file(header, kv, text) as new:
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
