@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from .question import Question as Question
     from .results import Added as Added
     from .results import Answer as Answer
+    from .results import ExplainedPassage as ExplainedPassage
+    from .results import ExplainedWord as ExplainedWord
+    from .results import Explanation as Explanation
+    from .results import LoadedDocument as LoadedDocument
     from .results import Progress as Progress
+    from .results import SourcePassage as SourcePassage
     from .results import ToolCall as ToolCall
     from .results import UnreadCall as UnreadCall
     from .results import Usage as Usage
@@ -57,8 +62,12 @@ _LAZY = {
     "BeaconSequence": "compression.sequence",
     "CompressionMethod": "compression.methods.method",
     "Document": "documents",
+    "ExplainedPassage": "results",
+    "ExplainedWord": "results",
+    "Explanation": "results",
     "FilesBackend": "storage.files.backend",
     "Label": "documents",
+    "LoadedDocument": "results",
     "MemoryKV": "kv.memory_kv",
     "MemoryStore": "storage.store",
     "Passage": "picking",
@@ -71,6 +80,7 @@ _LAZY = {
     "ReadWindow": "compression.methods.scored",
     "ScoredMethod": "compression.methods.scored",
     "Session": "session",
+    "SourcePassage": "results",
     "ToolCall": "results",
     "UnreadCall": "results",
     "Usage": "results",

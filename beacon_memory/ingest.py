@@ -18,14 +18,14 @@ from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import require_made
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files.access import read_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
-from beacon_memory.storage.files.kv_file import StoredFile, read_header
+from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
+from beacon_memory.storage.reading import read_document_index
 from beacon_memory.storage.store import MemoryStore
 from beacon_memory.storage.unfinished import UnfinishedDocument
 
-from .documents import Document, Label, Precision, PrecisionRule, Text, check_id, utc_now
+from .documents import Document, Label, Precision, PrecisionRule, Text, check_id, content_hash, utc_now
 from .errors import (
     BeaconMemoryError,
     ConfigError,
@@ -50,7 +50,7 @@ class _Job:
 
     offsets:   where each token of `work` starts and stops in the text, in characters.
     stored:    the K/V that the document had, if it grows.
-    replacing: the K/V file that the document must still have when it is stored, if that matters.
+    replacing: the row whose K/V the document must still have when it is stored, if that matters.
     unfinished: where the memories of its windows are on disk, if they are.
     """
 
@@ -63,14 +63,17 @@ class _Job:
     status: Status
     label: Label | None = None
     stored: StoredKV | None = None
-    replacing: str | None = None
+    replacing: DocumentRow | None = None
     keep_version: bool = False
     unfinished: UnfinishedDocument | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A document as it is to be stored; for the other fields see `_Job`."""
+    """A document as it is to be stored; for the other fields see `_Job`.
+
+    behind: the row of the document that header and K/V are put behind, if they are not all of it.
+    """
 
     header: DocumentHeader
     kv: StoredKV | WindowedKV
@@ -78,8 +81,9 @@ class _Made:
     precision: str
     status: Status
     label: Label | None = None
-    replacing: str | None = None
+    replacing: DocumentRow | None = None
     keep_version: bool = False
+    behind: DocumentRow | None = None
 
 
 class Ingestion:
@@ -343,19 +347,19 @@ class Ingestion:
         shifted[0] = (len(before), shifted[0][1])
         due = _for_windows(-(-(header.tokens + count) // window), _due(header, window), ratio)[-1]
         whole = Text(before + text)
-        breaks = [start for start, _ in split_passages(whole.value)]
-        grown = replace(
+        begin = next((at for one in reversed(header.windows) for _, at in reversed(one.cuts)), 0)
+        breaks = [start for start, _ in split_passages(whole.value, begin)]
+        added = replace(
             header,
-            content_hash=whole.sha256,
-            tokens=header.tokens + count,
-            windows=(*header.windows, replace(WindowSpan.of(count, 0, count, shifted, breaks), due=due)),
+            content_hash=content_hash(text),
+            tokens=count,
+            windows=(replace(WindowSpan.of(count, 0, count, shifted, breaks), due=due),),
             tail_ids=tuple(tokens.ids),
-            span=header.span + count,
+            span=count,
             created_at=utc_now(),
         )
         raw = self.compressor.read_raw(file.memory(), tokens.ids).to("cpu")
-        kv = _grown(file.kv, header.span, raw, grown)
-        return _Made(grown, kv, whole, row.precision or "auto", "appended", replacing=row.file)
+        return _Made(added, raw, whole, row.precision, "appended", behind=row)
 
     def _continue(
         self, row: DocumentRow, file: StoredFile, before: str, text: str, ratio: int | None, status: Status
@@ -387,7 +391,7 @@ class Ingestion:
             row.precision or "auto",
             status,
             stored=file.kv,
-            replacing=row.file,
+            replacing=row,
         )
 
     def _renew(self, row: DocumentRow, keep_version: bool) -> _Job:
@@ -401,9 +405,8 @@ class Ingestion:
             window = self.compressor.model.config.beacon_window
             compressed = [ratio for ratio in row.ratios if ratio]  # 0 may be of what was appended
             ratios = compressed[0] if len(compressed) == 1 else "auto"
-            with contextlib.suppress(CorruptFileError, FileNotFoundError):
-                header = read_file(self.store.files, row.file, read_header)
-                due = _due(header, window)
+            with contextlib.suppress(CorruptFileError, DocumentNotFoundError):
+                due = _due(read_document_index(self.store.parts, row)[1].header, window)
                 ratios = due if len(due) == -(-len(tokens.ids) // window) else "auto"
         job = _Job(
             Document(row.id, text.value),
@@ -413,7 +416,7 @@ class Ingestion:
             row.compression,
             row.precision or "auto",
             "recompressed",
-            replacing=row.file,
+            replacing=row,
             keep_version=keep_version,
         )
         return self._on_disk(job)
@@ -461,15 +464,14 @@ class Ingestion:
             return False
         parameters = self.compressor.parameters(compression)
         try:
-            path = self.store.files.fetch(row.file)
             if row.method is not None and len(row.ratios) == 1 and 0 not in row.ratios:
-                return row.method == parameters and path.exists()
-            header = read_file(self.store.files, row.file, read_header)
-        except (FileNotFoundError, CorruptFileError):
+                return row.method == parameters and self.store.files.fetch(row.file).exists()
+            now, index = read_document_index(self.store.parts, row)
+        except (FileNotFoundError, CorruptFileError, DocumentNotFoundError):
             return False
-        if header.settled != header.windows or [window.ratio for window in header.windows] != ratios:
-            return False
-        return header.method in (None, parameters)
+        header = index.header
+        whole = now.root == row.root and header.settled == header.windows
+        return whole and [window.ratio for window in header.windows] == ratios and header.method in (None, parameters)
 
     def _compressed(self, job: _Job) -> _Made:
         return self._made(job, self.compressor.compress_one(job.work, compression=job.compression))
@@ -514,16 +516,23 @@ class Ingestion:
     def _put(self, made: _Made, seconds: float) -> Added:
         """Store a document."""
         evicted: list[str] = []
-        row = self.store.put(
-            made.header,
-            made.kv,
-            made.text,
-            made.label,
-            precision=made.precision,
-            replacing=made.replacing,
-            keep_version=made.keep_version,
-            on_evicted=lambda gone: evicted.append(gone.id),
-        )
+
+        def on_evicted(gone: DocumentRow) -> None:
+            evicted.append(gone.id)
+
+        if made.behind is not None and not isinstance(made.kv, WindowedKV):  # what goes behind a document is short
+            row = self.store.append(made.behind, made.header, made.kv, made.text, on_evicted=on_evicted)
+        else:
+            row = self.store.put(
+                made.header,
+                made.kv,
+                made.text,
+                made.label,
+                precision=made.precision,
+                replacing=made.replacing,
+                keep_version=made.keep_version,
+                on_evicted=on_evicted,
+            )
         return replace(_added(row, made.status, seconds), evicted=tuple(evicted))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import itertools
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -36,8 +39,10 @@ from beacon_memory.storage.store import MemoryStore
 from .conversation import Messages
 from .documents import Document
 from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
+from .explain import explained
 from .hot import HotMemories
 from .ingest import Ingestion
+from .lookup import Lookup, gist_slots, sections_of_entries
 from .picking import (
     DEFAULT_LIMIT,
     PASSAGES_EACH,
@@ -51,8 +56,8 @@ from .picking import (
     pick,
 )
 from .question import Question
-from .recall import Budget, Indexes, Portion, portions
-from .results import Added, Answer, Place, Progress, Usage
+from .recall import DEFAULT_SLOTS, Budget, Indexes, Portion, level_counts, portions
+from .results import Added, Answer, Explanation, LoadedDocument, Place, Progress, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +65,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BeaconMemory"]
 
+_Read = TypeVar("_Read")
 _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 
 
@@ -68,7 +74,7 @@ class _Asked:
     """Hold a question that is ready to be answered."""
 
     loaded: Sequence[Portion]
-    places: tuple[Place, ...]
+    documents: tuple[LoadedDocument, ...]
     request: Request
     config: GenerationConfig
     seed: int | None
@@ -86,7 +92,7 @@ class _Asked:
             stops=self.config.stop_strings or (),
             tools=self.tools,
         )
-        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.places)
+        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.documents)
         first = generation.first_token_at - self.started
         ids = tuple(one.row.id for one in self.loaded)
         sources = tuple(source for one in self.loaded for source in one.sources)
@@ -110,6 +116,7 @@ class BeaconMemory:
     hot_bytes: of memories that stay ready for attention after a question, on the device and in RAM each; by default a
              quarter of what is free there. Quantized ones count with their bits. `warm` makes them ready before.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
+             `attention`, by what the model looks up when it reads the question, too, which takes it a short pass more;
              the name of an installed picker, or a `Picker`.
 
     A copy shares model and store. Pickled, it holds the names of both, and opens them again.
@@ -293,12 +300,13 @@ class BeaconMemory:
         """Answer a question from the memory of some documents.
 
         question: a text, or a conversation as dicts with `role` and `content`, as the model's chat template takes them.
-        ids:      documents to answer from, loaded in this order; None chooses up to `limit`, see `pick`.
+        ids:      documents to answer from; None chooses up to `limit`, see `pick`. They stand in this order, but those
+                  in which passages are found behind the others, the best match last.
         budget:   how much of their memories is loaded: a number of slots, bytes as "64MB", or a ratio as "x16", a slot
-                  for 16 tokens. It is spent where the question is, see `zoom`. By default all is loaded that fits the
-                  model's positions.
-        optional: those of `ids` that are left out if they do not fit whole beside those in front of them, as those that
-                  are chosen are. With a budget none is.
+                  for 16 tokens. It is spent where the question is, see `zoom`. By default 256 slots are loaded where
+                  passages are found, else all that fits the model's positions.
+        optional: those of `ids` that are left out if they do not fit whole beside those in front of them. With a budget
+                  none is.
         stop:     strings at which the answer ends. seed: of sampling.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
                   `Answer.parts` has the calls.
@@ -381,13 +389,73 @@ class BeaconMemory:
     def _loop(self) -> DecodeLoop:
         return self._load_once()[1]
 
+    @property
+    def _lookup(self) -> Lookup:
+        return self._load_once()[2]
+
     def _submit(self, asked: _Asked) -> Ticket:
         return self._loop.submit(asked.request, asked.config, seed=asked.seed)
+
+    def explain(
+        self,
+        question: Messages,
+        ids: str | Sequence[str] | None = None,
+        *,
+        budget: int | str | None = None,
+        limit: int = DEFAULT_LIMIT,
+    ) -> Explanation:
+        """Tell what `ask` would load for a question, passage by passage and word by word; nothing is answered.
+
+            for passage in memory.explain("Who pays the rent?", "lease", budget="x8").passages:
+                print(f"{passage.loaded:.0%} {passage.relevance:.1f} {passage.text}")
+
+        The arguments are those of `ask`, and so are the errors.
+        """
+        asked = Question(question, ids, budget, limit)
+        _, _, room = self._prompted(asked)
+
+        def tokenized(text: str) -> Sequence[tuple[int, int]]:
+            return self.compressor.tokenize(text).offsets
+
+        def tell() -> Explanation:
+            loaded = self._recalled(asked, room)
+            passages = [explained(one, self.store, tokenized, self._slot_bytes) for one in loaded]
+            return Explanation(
+                question=last_question(question),
+                ids=tuple(one.row.id for one in loaded),
+                slots=sum(one.slots for one in loaded),
+                bytes=sum(one.slots for one in loaded) * self._slot_bytes,
+                passages=tuple(itertools.chain.from_iterable(passages)),
+            )
+
+        return _undisturbed(tell)
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Return the bytes that a slot of all heads takes when it is loaded."""
+        return math.prod(self.model.kv_shape[:2]) * self._entry_bytes
+
+    @property
+    def _entry_bytes(self) -> int:
+        """Return the bytes that one entry takes: key, value, and a byte for its place."""
+        return int(2 * self.model.kv_shape[-1] * self.model.kv_dtype.itemsize + 1)
 
     def _asked(self, question: Question) -> _Asked:
         """Check a question, choose its documents and load them."""
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
         started = time.perf_counter()
+        prompt, config, room = self._prompted(question)
+        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + self.compressor.sink.slots)
+        request = Request(prefix, prompt)
+        documents = tuple(
+            LoadedDocument(one.row.id, place, one.slots, one.entries * self._entry_bytes, len(one.sources))
+            for one, place in zip(loaded, places, strict=True)
+        )
+        return _Asked(loaded, documents, request, config, question.seed, question.tools, model.tokenizer, started)
+
+    def _prompted(self, question: Question) -> tuple[Sequence[int], GenerationConfig, int]:
+        """Return the prompt of a question, how it is answered, and the memory slots that the model has left."""
+        model = self.model
         config = generation_config(model, question.stop, question.options)
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
@@ -399,11 +467,8 @@ class BeaconMemory:
             tools=question.tools,
             chat_template_kwargs=question.chat_template_kwargs,
         )
-        room = model.max_positions - slots - len(prompt) - new_tokens
         require_room(model, slots, len(prompt), new_tokens)
-        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + slots)
-        request = Request(prefix, prompt)
-        return _Asked(loaded, places, request, config, question.seed, question.tools, model.tokenizer, started)
+        return prompt, config, model.max_positions - slots - len(prompt) - new_tokens
 
     def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
         """Choose what is loaded for a question: of which documents, and how much of each."""
@@ -414,14 +479,14 @@ class BeaconMemory:
             require_made(model, index.header.fingerprint, row.id, row.precision)
         slots = room - max(0, len(found) - 1)  # what each takes is rounded up
         if budget is not None:
-            layers, kv_heads, head_dim = model.kv_shape
-            slot_bytes = layers * kv_heads * (2 * head_dim * model.kv_dtype.itemsize + 1)
-            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), slot_bytes))
-        if sum(row.slots for row, _ in found) <= slots:
-            return portions(found, {}, None)
+            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), self._slot_bytes))
+        whole, least = sum(row.slots for row, _ in found), slots if budget else min(slots, DEFAULT_SLOTS)
         if passages is None:
-            passages = self._passages(question, [row.id for row, _ in found])
-        return portions(found, passages, slots)
+            passages = self._passages(question, [row.id for row, _ in found]) if whole > least else {}
+        if any(one.score > 0 for of_document in passages.values() for one in of_document):
+            slots = least
+        chosen = portions(found, passages, None if whole <= slots else slots)
+        return chosen if question.ids is not None else [one for one in chosen if one.slots]
 
     def _chosen(
         self, question: Question, room: int
@@ -437,8 +502,7 @@ class BeaconMemory:
             known = any(self._query("", 1).documents())
             advice = "matches the question; name documents by id" if known else "is stored yet; add some"
             raise DocumentNotFoundError(f"no document {advice}")
-        rows, passages = [one.row for one in picks], {one.id: one.passages for one in picks}
-        return rows if question.budget is not None else fitting(rows, passages, room), passages
+        return [one.row for one in picks], {one.id: one.passages for one in picks}
 
     def _passages(self, question: Question, ids: Sequence[str]) -> dict[str, builtins.list[Passage]]:
         """Return the passages of some documents that a question is about, by their ids."""
@@ -486,7 +550,29 @@ class BeaconMemory:
     def _query(
         self, text: str, passages: int, fingerprint: str | None = None, ids: tuple[str, ...] | None = None
     ) -> Query:
-        return Query(text, self.store, passages, lambda: self.model, fingerprint, ids)
+        return Query(text, self.store, passages, lambda: self.model, fingerprint, ids, self._looked_up)
+
+    def _looked_up(self, question: str, ids: Sequence[str]) -> builtins.list[Passage]:
+        """Return the passages of documents, scored by attention; those of the first ones that fit the model."""
+        positions, sink = self.model.max_positions, self.compressor.sink.slots
+
+        def gist() -> builtins.list[Portion]:
+            rows = [self.store.row(id, self.model.fingerprint.digest) for id in ids]
+            fit = rows[: sum(tokens <= positions for tokens in accumulate(row.tokens for row in rows))]
+            found = [self._indexes.get(self.store, row) for row in fit]
+            for row, index in found:
+                require_made(self.model, index.header.fingerprint, row.id, row.precision)
+            return portions(found, {}, gist_slots(sum(row.tokens for row in fit))) if found else []
+
+        loaded, prefix, _ = self._loaded(gist, positions)
+        if not loaded:
+            return []
+        sections = [(one.row.id, section) for one in loaded for section in one.index.header.sections]
+        lowest = [level for one in loaded for level in one.lowest or ()]
+        counts = [level_counts(one.index) for one in loaded]
+        of_entries = sections_of_entries(counts, lowest, self._lookup.layers, sink)
+        scores = self._lookup.relevance(question, prefix, of_entries, len(sections))
+        return [Passage(id, one.start, one.stop, score) for (id, one), score in zip(sections, scores, strict=True)]
 
     def warm(self, ids: str | Sequence[str]) -> tuple[Place, ...]:
         """Make the memories of documents ready, so that the next question about one opens no file.
@@ -512,20 +598,24 @@ class BeaconMemory:
 
         It is chosen anew if a document is replaced meanwhile.
         """
-        for _ in range(READ_TRIES):
-            with contextlib.suppress(ConflictError):
-                loaded = choose()
-                return loaded, *self._prefix(loaded, room)
-        raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+
+        def load() -> tuple[builtins.list[Portion], Prefix, tuple[Place, ...]]:
+            loaded = choose()
+            return loaded, *self._prefix(loaded, room)
+
+        return _undisturbed(load)
 
     def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
         wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV | QuantizedKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
-        wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for one in loaded]
-        prefix, (_, *places) = self._hot.prefix(self.model, wanted, room)
+        # the best match nearest to the question, as within a document
+        placed = sorted(enumerate(loaded), key=lambda numbered: numbered[1].best)
+        wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for _, one in placed]
+        prefix, (_, *found) = self._hot.prefix(self.model, wanted, room)
         for one in loaded:
             self.store.uses.add(one.row.id)
-        return prefix, tuple(places)
+        places = {number: place for (number, _), place in zip(placed, found, strict=True)}
+        return prefix, tuple(places[number] for number in range(len(loaded)))
 
     def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
         """Return what tells the K/V of a row from those of every other document, and of every other time."""
@@ -578,6 +668,14 @@ class BeaconMemory:
         return replace(problem, mended=True)
 
 
+def _undisturbed(read: Callable[[], _Read]) -> _Read:
+    """Read documents, again if one of them is replaced meanwhile; raises ConflictError if that happens too often."""
+    for _ in range(READ_TRIES):
+        with contextlib.suppress(ConflictError):
+            return read()
+    raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """Say what the model and the compressor of a memory are made from."""
@@ -612,21 +710,21 @@ class _Source:
 
 
 class _Once:
-    """Makes a compressor, and the loop that answers, when it is first asked for, once for all threads.
+    """Makes a compressor, the loop that answers and what looks up, when it is first asked for, once for all threads.
 
     It is pickled by what it is made from.
     """
 
     def __init__(self, source: _Source) -> None:
         self._source = source
-        self._made: tuple[BeaconCompressor, DecodeLoop] | None = None
+        self._made: tuple[BeaconCompressor, DecodeLoop, Lookup] | None = None
         self._lock = threading.Lock()
 
-    def __call__(self) -> tuple[BeaconCompressor, DecodeLoop]:
+    def __call__(self) -> tuple[BeaconCompressor, DecodeLoop, Lookup]:
         with self._lock:
             if self._made is None:
                 compressor = self._source.load()
-                self._made = compressor, DecodeLoop(compressor.model)
+                self._made = compressor, DecodeLoop(compressor.model), Lookup(compressor.model)
             return self._made
 
     def __reduce__(self) -> tuple[type[_Once], tuple[_Source]]:

@@ -1,8 +1,9 @@
 """Choosing the documents of a question: a picker finds passages, and one rule makes documents of them.
 
 A picker is a function or an object that is called with a `Query` and returns scored passages. `text` finds them by
-the words that they share with the question; others are installed as entry points of the group `beacon_memory.pickers`,
-or handed to `BeaconMemory(store, picker=...)` as they are. What is made of the passages is the same for all:
+the words that they share with the question, `attention` also by what the model looks up when it reads it; others are
+installed as entry points of the group `beacon_memory.pickers`, or handed to `BeaconMemory(store, picker=...)` as they
+are. What is made of the passages is the same for all:
 
 * a document counts by its best passage, and must reach half the score of the best document;
 * a text that is stored under several ids counts once: under the best one, of equally good ones that written last;
@@ -14,7 +15,7 @@ or handed to `BeaconMemory(store, picker=...)` as they are. What is made of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ from beacon_memory.storage.catalog.passages import split_passages
 from .conversation import Messages, turns_of
 from .documents import SESSION_TAG
 from .errors import ConfigError, DocumentNotFoundError, InputError
+from .ranking import fused
 
 if TYPE_CHECKING:
     from beacon_memory.modeling.model import BeaconModel
@@ -73,6 +75,7 @@ class Query:
     load:  loads the model, or returns it if it is loaded; see `model`.
     fingerprint: of the model that will read the documents, if it is known.
     ids:   the documents whose passages are wanted; None for any.
+    look:  see `looked_up`.
     """
 
     text: str
@@ -81,6 +84,7 @@ class Query:
     load: Callable[[], BeaconModel] = field(repr=False)
     fingerprint: str | None = None
     ids: tuple[str, ...] | None = None
+    look: Callable[[str, Sequence[str]], Iterable[Passage]] = field(default=lambda _text, _ids: (), repr=False)
 
     @property
     def model(self) -> BeaconModel:
@@ -99,6 +103,14 @@ class Query:
         while rows := self.store.list(after=after, limit=100):
             yield from (row for row in rows if SESSION_TAG not in row.tags)
             after = rows[-1].id
+
+    def looked_up(self, ids: Sequence[str]) -> Iterable[Passage]:
+        """Return all passages of some documents, scored by how much of its attention the model gives them.
+
+        The question is read for that behind a weak memory of the documents; of those that do not fit the model's
+        positions there is none.
+        """
+        return self.look(self.text, ids)
 
     def passages(self, id: str) -> Iterator[tuple[int, int, str]]:
         """Iterate over a document's passages of about 300 characters: start, stop and text of each."""
@@ -149,7 +161,33 @@ def by_words(query: Query) -> Iterator[Passage]:
         yield Passage(hit.document, hit.start, hit.stop, hit.score)
 
 
-_BUILT_IN: Mapping[str, Picker] = {"text": by_words}
+def by_attention(query: Query) -> Iterator[Passage]:
+    """Find passages by words and by the model's attention; the picker `attention`.
+
+    Attention chooses among the passages of the documents that are given, or that words have found.
+    """
+    words = [*by_words(query)]
+    looked = [*query.looked_up(query.ids or [*dict.fromkeys(passage.document for passage in words)])]
+    read = {passage.document for passage in looked}
+    found = [*looked, *(passage for passage in words if passage.document not in read)]
+    by_document: dict[str, list[Passage]] = {}
+    for passage in words:
+        by_document.setdefault(passage.document, []).append(passage)
+    worded = [
+        max((one.score for one in by_document.get(passage.document, ()) if _within(passage, one)), default=0.0)
+        for passage in found
+    ]
+    attended = [passage.score if passage.document in read else 0.0 for passage in found]
+    for passage, score in zip(found, fused(worded, attended), strict=True):
+        yield replace(passage, score=score)
+
+
+def _within(inner: Passage, outer: Passage) -> bool:
+    """Tell whether the middle of a passage is in another one."""
+    return outer.start <= (inner.start + inner.stop) // 2 < outer.stop
+
+
+_BUILT_IN: Mapping[str, Picker] = {"text": by_words, "attention": by_attention}
 
 
 def find_picker(picker: str | Picker) -> Picker:

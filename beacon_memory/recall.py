@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
     from beacon_memory.storage.store import MemoryStore
 
-__all__ = ["Budget", "Indexes", "Portion", "portions"]
+__all__ = ["DEFAULT_SLOTS", "Budget", "Indexes", "Portion", "level_counts", "portions"]
+
+DEFAULT_SLOTS = 256  # that are loaded where passages are found: more of them lead a small reader astray
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _BUDGET = re.compile(r"(?i)\s*(?:x\s*(?P<ratio>\d+(?:\.\d+)?)|(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]i?b))\s*")
@@ -83,7 +85,8 @@ class Portion:
     row:    of the document, as its file is.
     lowest: of each section the lowest level that is loaded, None for all of everything.
     relevance: of each section.
-    slots:  that this takes, the mean over heads, rounded up.
+    entries: that are loaded, those of all heads of all layers together.
+    slots:  that they take, the mean over heads, rounded up.
     sources: the passages of which something is loaded.
     """
 
@@ -91,8 +94,14 @@ class Portion:
     index: StoredIndex
     lowest: tuple[int, ...] | None
     relevance: tuple[float, ...]
+    entries: int
     slots: int
     sources: tuple[SourcePassage, ...]
+
+    @property
+    def best(self) -> float:
+        """Return how relevant its most relevant section is."""
+        return max(self.relevance, default=0.0)
 
     @property
     def key(self) -> tuple[tuple[int, int], ...] | None:
@@ -148,9 +157,9 @@ def portions(
 
     passages: of documents, by their ids, those that the question is about, with their scores.
     """
-    if slots is None:
-        return [_portion(row, index, None, [0.0] * len(index.counts)) for row, index in found]
     relevance = [_relevance(index, passages.get(row.id, ())) for row, index in found]
+    if slots is None:
+        return [_portion(*one, None, of_document) for one, of_document in zip(found, relevance, strict=True)]
     sizes = torch.cat([_sizes(index.counts) for _, index in found])
     heads = math.prod(found[0][1].counts.shape[2:])
     lowest = allocate(sizes, list(chain.from_iterable(relevance)), slots * heads)
@@ -173,7 +182,15 @@ def _portion(
         for section, relevant, count in zip(sections, relevance, entries, strict=True)
         if count
     )
-    return Portion(row, index, lowest, tuple(relevance), -(-sum(entries) // heads), sources)
+    return Portion(row, index, lowest, tuple(relevance), sum(entries), -(-sum(entries) // heads), sources)
+
+
+def level_counts(index: StoredIndex) -> Tensor:
+    """Return how many entries of each level each section has, [sections, LEVELS, layers, kv_heads] int64."""
+    sections, levels, *heads = index.counts.shape
+    counts = torch.zeros(sections, LEVELS, *heads, dtype=torch.int64)
+    counts[:, LEVELS - levels :] = index.counts.flip(1)
+    return counts
 
 
 def _sizes(counts: Tensor) -> Tensor:

@@ -5,7 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Added", "Answer", "Place", "Progress", "SourcePassage", "Status", "ToolCall", "UnreadCall", "Usage"]
+__all__ = [
+    "Added",
+    "Answer",
+    "ExplainedPassage",
+    "ExplainedWord",
+    "Explanation",
+    "LoadedDocument",
+    "Place",
+    "Progress",
+    "SourcePassage",
+    "Status",
+    "ToolCall",
+    "UnreadCall",
+    "Usage",
+]
 
 Status = Literal["added", "replaced", "unchanged", "appended", "compacted", "recompressed"]
 # Where a document's memory was: in its file, or ready for attention, in RAM or on the model's device.
@@ -47,16 +61,33 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedDocument:
+    """Tell what was loaded of a document for a question.
+
+    place:    where its memory was.
+    slots:    that it takes, the mean over heads.
+    bytes:    of its keys, values and places in the dtype of the checkpoint, as a budget counts them.
+    passages: of which something was loaded.
+    """
+
+    id: str
+    place: Place
+    slots: int
+    bytes: int
+    passages: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Count the memory slots loaded (sink included, the mean over heads), and the tokens of prompt and answer.
 
-    places: where the memory of each document was, in the order of the answer's ids.
+    documents: what was loaded of each, in the order of the answer's ids.
     """
 
     slots: int
     prompt_tokens: int
     generated_tokens: int
-    places: tuple[Place, ...] = ()
+    documents: tuple[LoadedDocument, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +130,7 @@ class Answer:
 
     text: as the model wrote it, calls of tools included.
     parts: the texts and calls that it is made of, in their order; without tools it is all text.
-    ids: documents in the order in which they were loaded.
+    ids: documents, in the order in which they were named or picked.
     time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.
     sources: the passages of which something was loaded, in the order of documents and their texts.
     """
@@ -114,3 +145,49 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedWord:
+    """A word: the characters from `start` to `stop` of a document's text, and the share of its K/V that is loaded."""
+
+    start: int
+    stop: int
+    loaded: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedPassage:
+    """A passage with what would be loaded of it.
+
+    relevance, loaded: as of `SourcePassage`; loaded is 0 for a passage of which nothing is.
+    slots, bytes: memory slots that this takes, the mean over heads, and bytes in the model's dtype.
+    words: of the passage; () if nothing is loaded, or if its K/V are those of beacons, which stand for several words.
+    """
+
+    document: str
+    start: int
+    stop: int
+    text: str
+    relevance: float
+    loaded: float
+    slots: float
+    bytes: int
+    words: tuple[ExplainedWord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What would be loaded for a question.
+
+    ids: documents in the order in which they would be loaded.
+    slots, bytes: of all that would be loaded, the sink not counted; beacons that stand behind whole windows (`hybrid`)
+           count here, and in no passage.
+    passages: all of these documents, in the order of documents and texts, those of which nothing is loaded, too.
+    """
+
+    question: str
+    ids: tuple[str, ...]
+    slots: int
+    bytes: int
+    passages: tuple[ExplainedPassage, ...]

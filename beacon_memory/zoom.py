@@ -11,6 +11,7 @@ most stands nearest to the question.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import overload
@@ -23,7 +24,7 @@ from beacon_memory.kv.levels import LEVELS, TOP_LEVEL
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 
-__all__ = ["allocate", "section_sizes", "zoomed"]
+__all__ = ["allocate", "section_counts", "zoomed"]
 
 
 def allocate(sizes: Tensor, relevance: Sequence[float], budget: int) -> list[int]:
@@ -33,7 +34,7 @@ def allocate(sizes: Tensor, relevance: Sequence[float], budget: int) -> list[int
     are equally relevant share what is left for them by level: relevance that is the same for all, such as 0, gives
     blind selection.
 
-    sizes:     [sections, LEVELS] entries of each level, see `section_sizes`; of one memory or of several.
+    sizes:     [sections, LEVELS] entries of each level; of one memory or of several.
     relevance: how well each section matches the question, 0 for not at all.
     budget:    how many entries may be loaded, those of all heads of all layers together.
     """
@@ -46,13 +47,15 @@ def allocate(sizes: Tensor, relevance: Sequence[float], budget: int) -> list[int
     return [int(level) for level in lowest.tolist()]
 
 
-def section_sizes(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
-    """Return how many entries of each level each section of a memory has, [sections, LEVELS] int64.
+def section_counts(memory: MemoryKV, bounds: Sequence[int]) -> Tensor:
+    """Return how many entries of each level each section of a memory has, [sections, LEVELS, layers, kv_heads] int64.
 
     bounds: the positions at which sections begin, and behind them the memory's span.
     """
-    cells = _sections_of(memory, bounds) * LEVELS + _levels_of(memory)
-    return cells.bincount(minlength=(len(bounds) - 1) * LEVELS).view(-1, LEVELS).cpu()
+    shape = (len(bounds) - 1, LEVELS, *memory.counts.shape)
+    heads = torch.arange(memory.counts.numel()).repeat_interleave(memory.counts.flatten())
+    cells = (_sections_of(memory, bounds) * LEVELS + _levels_of(memory)).cpu() * memory.counts.numel() + heads
+    return cells.bincount(minlength=math.prod(shape)).view(shape)
 
 
 @overload
@@ -73,7 +76,7 @@ def zoomed(
     Sections of which nothing is loaded take no positions; equally relevant ones keep the order of the text.
 
     memory: one or several, joined by `MemoryKV.concat`, at their own positions: what is interpolated has no sections.
-    bounds: see `section_sizes`. lowest, relevance: see `allocate`.
+    bounds: see `section_counts`. lowest, relevance: see `allocate`.
     """
     starts, span = [0] * len(lowest), 0
     for section in sorted(range(len(lowest)), key=relevance.__getitem__):

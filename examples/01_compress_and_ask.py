@@ -33,7 +33,7 @@ def main() -> None:
         for question in QUESTIONS:
             print(f"\nQ: {question}")
             for ids in (*([f"ratio {ratio}"] for ratio in RATIOS), []):
-                answer = memory.ask(question, ids, max_new_tokens=32)
+                answer = memory.ask(question, ids, budget="x1", max_new_tokens=32)  # all of it
                 print(f"{ids[0] if ids else 'no document':12} {answer.text}")
 
 

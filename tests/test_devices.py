@@ -17,13 +17,14 @@ from training_samples import a_sample
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
+from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.hot import HotMemories
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.prefix import Prefix, Section
 from beacon_memory.kv.prefix import _blocks as blocks_of
-from beacon_memory.kv.quantize import quantized
+from beacon_memory.kv.quantize import QuantizedKV, quantized
 from beacon_memory.kv.rope import Rope
 from beacon_memory.modeling import prefix_attention
 from beacon_memory.modeling.model import BeaconModel
@@ -31,6 +32,7 @@ from beacon_memory.modeling.prefix_attention import PrefixBatch, attend_behind
 from beacon_memory.training.losses import TrainingModel
 
 CONFIG = BeaconConfig(beacon_window=32, beacon_sink_size=1)
+WINDOWS = (0, 32, 64)  # where those of 80 tokens begin
 
 
 def a_model(**settings: Any) -> BeaconModel:
@@ -71,6 +73,32 @@ def test_compressing(compression: str, score: str) -> None:
     with device(model := a_model()):
         kv = compressed(model, compression, score)
         assert all(same(getattr(kv, part), getattr(expected, part)) for part in ("keys", "values", "positions"))
+
+
+@pytest.mark.parametrize("compression", ["select", "beacon"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantizing(bits: int, compression: str) -> None:
+    expected = quantized(compressed(a_model(), compression), bits, WINDOWS)
+    with device(model := a_model()):
+        on_device = quantized(compressed(model, compression), bits, WINDOWS)
+        for part in ("key_scales", "key_zeros", "value_scales", "value_zeros", "groups"):
+            assert same(getattr(on_device, part).float(), getattr(expected, part).float())
+        for part in ("keys", "values"):  # a number that is half way between two codes may get either
+            its, others = (numbers(getattr(one, part)).int() for one in (on_device, expected))
+            assert (its == others).float().mean() > 0.99
+        assert same(on_device.dequantized().keys, expected.dequantized().keys)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_memory_grows_on_its_device(bits: int) -> None:
+    def grown(kv: MemoryKV) -> QuantizedKV:
+        return quantized(kv, bits, WINDOWS).grown(64, kv.between(64, 80))
+
+    expected = grown(compressed(a_model(), "select")).dequantized()
+    with device(model := a_model()):
+        on_device = grown(compressed(model, "select")).dequantized()
+        assert same(on_device.keys, expected.keys)
+        assert same(on_device.positions.float(), expected.positions.float())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -114,6 +142,17 @@ def test_generating_behind_memories() -> None:
     def tokens(model: BeaconModel) -> list[tuple[int, ...]]:
         config = generation_config(model, None, {"max_new_tokens": 5, "min_new_tokens": 5})
         return [texts[0].tokens for texts in generate(model, requests(model), config)]
+
+    expected = tokens(a_model())
+    with device(model := a_model()):
+        assert tokens(model) == expected
+
+
+def test_decoding_requests_together() -> None:
+    def tokens(model: BeaconModel) -> list[tuple[int, ...]]:
+        config = generation_config(model, None, {"max_new_tokens": 5, "min_new_tokens": 5})
+        loop = DecodeLoop(model)
+        return [ticket.result().tokens for ticket in [loop.submit(one, config) for one in requests(model)]]
 
     expected = tokens(a_model())
     with device(model := a_model()):

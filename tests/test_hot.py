@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from behind_memory import places
 from kv_samples import memory as some_memory
 from tiny_models import tiny_model, tiny_tokenizer, train
 
@@ -49,7 +50,7 @@ def fresh(memory: BeaconMemory) -> BeaconMemory:
 def ask(memory: BeaconMemory, *ids: str) -> tuple[str, tuple[str, ...]]:
     """The answer, and where the memories were."""
     answer = memory.ask("Who?", list(ids), **SHORT)
-    return answer.text, answer.usage.places
+    return answer.text, places(answer)
 
 
 def test_the_second_question_opens_no_file_and_answers_the_same(
@@ -138,11 +139,11 @@ def test_interpolated_memories_stay_ready_for_prompts_of_about_that_length(memor
     memory.add_many([("a", ROOF * 7), ("b", WELL * 7)], ratio=4, compression="select")
     assert sum(memory.store.get(id).header.span for id in ("a", "b")) > memory.model.max_positions
     first = memory.ask("Who?", ["a", "b"], **SHORT)
-    again = [memory.ask(f"Who{mark}", ["a", "b"], **SHORT).usage.places for mark in ("!?", "?")]
-    assert first.usage.places == ("cold", "cold")
+    again = [places(memory.ask(f"Who{mark}", ["a", "b"], **SHORT)) for mark in ("!?", "?")]
+    assert places(first) == ("cold", "cold")
     assert again == [("ram", "ram")] * 2
     assert ask(memory, "a", "b")[0] == first.text
-    assert memory.ask("Who? " * 30, ["a", "b"], **SHORT).usage.places == ("cold", "cold")  # much less room
+    assert places(memory.ask("Who? " * 30, ["a", "b"], **SHORT)) == ("cold", "cold")  # much less room
 
 
 def test_no_room_keeps_nothing_and_answers_all_the_same(memory: BeaconMemory) -> None:
@@ -303,7 +304,7 @@ def test_a_quantized_document_answers_as_its_numbers_do(
     store = BeaconMemory(tmp_path / "packed", model, reserve=100)
     store.add("roof", ROOF + WELL, ratio=2, precision=precision, compression="select")
     first, again = (store.ask("Who?", "roof", budget=budget, **SHORT) for _ in range(2))
-    assert (first.usage.places, again.usage.places) == (("cold",), ("ram",))
+    assert (places(first), places(again)) == (("cold",), ("ram",))
     assert first.text == again.text
     gc.collect()
     assert not store._hot._in_use  # the answers are there, and nobody uses the numbers any more

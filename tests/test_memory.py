@@ -350,10 +350,10 @@ def test_of_memories_that_do_not_fit_together_a_part_is_loaded(memory: BeaconMem
     for id in ("a", "b"):
         memory.add(id, ROOF * 7, ratio=1)
     assert 2 * memory.show("a").slots > memory.model.max_positions
-    answer = memory.ask("Who?", ["a", "b"], **SHORT)
+    answer = memory.ask("What?", ["a", "b"], **SHORT)
     assert answer.ids == ("a", "b")
     assert {one.document for one in answer.sources} == {"a", "b"}
-    assert 0.9 * memory.room("Who?", **SHORT) < answer.usage.slots <= 1 + memory.room("Who?", **SHORT)
+    assert 0.9 * memory.room("What?", **SHORT) < answer.usage.slots <= 1 + memory.room("What?", **SHORT)
 
 
 def test_a_question_that_leaves_no_room_is_refused_before_any_document_is_read(

@@ -168,14 +168,15 @@ def test_picker_can_read_documents_and_their_passages(model: BeaconModel, tmp_pa
     assert all(memory.store.text("long")[start:stop] == text for start, stop, text in pieces)
 
 
-def test_found_documents_that_do_not_fit_together_are_left_out_and_named_ones_loaded_in_part(
+def test_found_documents_share_what_there_is_and_named_ones_are_loaded_in_part(
     model: BeaconModel, tmp_path: Path
 ) -> None:
     long = {id: f"{id} " * 110 for id in ("one", "two", "six")} | {"four": "four"}
     memory = filled(tmp_path, model, Scores(("one", 9.0), ("two", 8.0), ("six", 7.0), ("four", 6.0)), long)
     assert 2 * memory.show("two").slots < model.max_positions < sum(row.slots for row in memory.list())
     answer = memory.ask("Which?", limit=4, **SHORT)
-    assert answer.ids == ("one", "two", "four")
+    assert answer.ids == ("one", "two", "six", "four")
+    assert answer.usage.slots <= 1 + memory.room("Which?", **SHORT)
     assert memory.ask("Which?", list(long), optional=list(long), **SHORT).ids == ("one", "two", "four")
     assert memory.ask("Which?", ["six", "one", "two"], optional=["one"], **SHORT).ids == ("six", "two")
     assert memory.ask("Which?", list(long), **SHORT).ids == tuple(long)
@@ -221,7 +222,7 @@ def test_nothing_found_is_an_error_where_an_answer_is_wanted(model: BeaconModel,
 
 
 def test_unknown_picker_is_refused_at_once_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"picker='texts' must be one of 'text'"):
+    with pytest.raises(ConfigError, match=r"picker='texts' must be one of 'attention', 'text'"):
         BeaconMemory(tmp_path, picker="texts")
     with pytest.raises(ConfigError, match=r"picker=7 must be a name, or something to call"):
         find_picker(7)  # type: ignore[arg-type]
@@ -234,7 +235,7 @@ def test_installed_picker_is_found_by_its_name(
     points = {"owls": "outside:make", "broken": "outside:absent", "number": "outside:int"}
     install(tmp_path / "site", monkeypatch, "outside", code, **points)
     assert picked(filled(tmp_path / "store", model, "owls"), "Where is the roof?") == ["owls"]
-    with pytest.raises(ConfigError, match=r"must be one of 'broken', 'number', 'owls', 'text'"):
+    with pytest.raises(ConfigError, match=r"must be one of 'attention', 'broken', 'number', 'owls', 'text'"):
         find_picker("hawks")
     with pytest.raises(ConfigError, match=r"picker='broken', outside:absent, cannot be loaded: AttributeError"):
         find_picker("broken")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from behind_memory import places
 from damage import parts
 from tiny_models import tiny_base, tiny_checkpoint, tiny_model, tiny_tokenizer, train
 
@@ -25,8 +26,9 @@ from beacon_memory import (
     Query,
 )
 from beacon_memory.config import BeaconConfig
+from beacon_memory.hot import HotMemories
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.recall import Budget
+from beacon_memory.recall import DEFAULT_SLOTS, Budget
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.files.kv_file import read_index
 
@@ -75,8 +77,12 @@ def index_of(memory: BeaconMemory, id: str) -> Any:
 
 def check(memory: BeaconMemory, answer: Answer) -> None:
     """Sources are in order, within their texts, and add up to what was loaded."""
-    places = [(answer.ids.index(one.document), one.start, one.stop) for one in answer.sources]
-    assert places == sorted(places)
+    where = [(answer.ids.index(one.document), one.start, one.stop) for one in answer.sources]
+    assert where == sorted(where)
+    entry = 2 * memory.model.kv_shape[-1] * 4 + 1  # bytes in float32
+    for one in answer.usage.documents:
+        assert one.passages == sum(source.document == one.id for source in answer.sources)
+        assert one.slots == math.ceil(one.bytes / entry / math.prod(memory.model.kv_shape[:2]))
     slots = 1.0  # of the sink
     for id in answer.ids:
         text, sections = memory.store.text(id), index_of(memory, id).header.sections
@@ -147,9 +153,22 @@ def test_no_more_is_loaded_than_the_budget_allows(memory: BeaconMemory, budget: 
     check(memory, answer)
 
 
-def test_without_a_budget_or_with_a_large_one_all_is_loaded(memory: BeaconMemory) -> None:
-    whole = memory.ask("Where is the otter?", "animals", **SHORT)
-    for budget in (None, "x1", 100_000, "1GB"):
+def test_without_a_budget_so_many_slots_are_loaded_where_the_question_is(memory: BeaconMemory) -> None:
+    answer = memory.ask("Where is the otter?", "animals", **SHORT)
+    asked = memory.ask("Where is the otter?", "animals", budget=DEFAULT_SLOTS, **SHORT)
+    assert (answer.text, answer.sources, answer.usage.slots) == (asked.text, asked.sources, asked.usage.slots)
+    assert DEFAULT_SLOTS - 50 < answer.usage.slots <= 1 + DEFAULT_SLOTS < memory.show("animals").slots
+    check(memory, answer)
+
+
+@pytest.mark.parametrize("question", ["Where is the yak?", "?"])
+def test_without_a_budget_all_that_fits_is_loaded_where_nothing_is_found(memory: BeaconMemory, question: str) -> None:
+    assert memory.ask(question, "animals", **SHORT).usage.slots == 1 + memory.show("animals").slots
+
+
+def test_with_a_large_budget_all_is_loaded(memory: BeaconMemory) -> None:
+    whole = memory.ask("Where is the otter?", "animals", budget="x1", **SHORT)
+    for budget in (100_000, "1GB"):
         answer = memory.ask("Where is the otter?", "animals", budget=budget, **SHORT)
         assert answer.text == whole.text
         assert answer.usage.slots == 1 + memory.show("animals").slots
@@ -177,6 +196,25 @@ def test_the_budget_is_spent_where_the_question_is(memory: BeaconMemory, name: s
         relevant = [one.loaded for one in answer.sources if one.relevance == max(s.relevance for s in answer.sources)]
         assert min(relevant) > sum(one.loaded for one in answer.sources) / len(answer.sources)
         check(memory, answer)
+
+
+@pytest.mark.parametrize("name", ["otter", "moss"])
+def test_the_document_that_matches_best_stands_nearest_to_the_question(
+    memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    placed: list[str] = []
+    sections = HotMemories.sections
+
+    def noted(hot: HotMemories, model: BeaconModel, wanted: Any, room: int) -> Any:
+        placed[:] = [key[1] for key, _ in wanted if key != "sink"]
+        return sections(hot, model, wanted, room)
+
+    monkeypatch.setattr(HotMemories, "sections", noted)
+    other, best_id = ("animals", "plants") if name in PLANTS else ("plants", "animals")
+    for ids in ([other, best_id], [best_id, other]):
+        answer = memory.ask(f"What about the {name}?", ids, **SHORT)
+        assert answer.ids == tuple(ids)
+        assert placed == [memory.show(other).file, memory.show(best_id).file]
 
 
 @pytest.mark.parametrize("ids", [None, "animals"])
@@ -229,10 +267,10 @@ def test_the_next_question_about_the_same_passages_opens_no_file(
     memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = memory.ask("Where is the otter?", "animals", budget="x8", **SHORT)
-    assert first.usage.places == ("cold",)
+    assert places(first) == ("cold",)
     monkeypatch.setattr("beacon_memory.storage.reading.read_file", lambda *_: pytest.fail("a file was read"))
     again = memory.ask("Where is the otter?", "animals", budget="x8", **SHORT)
-    assert (again.text, again.sources, again.usage.places) == (first.text, first.sources, ("ram",))
+    assert (again.text, again.sources, places(again)) == (first.text, first.sources, ("ram",))
 
 
 def test_only_what_is_loaded_is_read(memory: BeaconMemory) -> None:
@@ -244,8 +282,8 @@ def test_only_what_is_loaded_is_read(memory: BeaconMemory) -> None:
         flipped = bytearray(whole)
         flipped[len(whole) - len(data) + head[name]["data_offsets"][1] - 1] ^= 1
         path.write_bytes(flipped)
-        assert memory.ask("Where is the otter?", "animals", budget="x8", **SHORT).usage.places
-        for question, budget in (("Where is the raven?", "x3"), ("Where is the otter?", None)):
+        assert memory.ask("Where is the otter?", "animals", budget="x8", **SHORT).usage.documents
+        for question, budget in (("Where is the raven?", "x3"), ("Where is the otter?", "x1")):
             with pytest.raises(CorruptFileError, match="hash differs"):
                 memory.ask(question, "animals", budget=budget, **SHORT)
 
@@ -276,7 +314,7 @@ def test_a_document_that_is_replaced_between_two_questions_is_read_anew(memory: 
     memory.ask("Where is the otter?", "animals", budget="x8", **SHORT)
     memory.add("animals", about(("newt", "otter", "toad")), ratio=2)
     answer = memory.ask("Where is the otter?", "animals", budget="x8", **SHORT)
-    assert answer.usage.places == ("cold",)
+    assert places(answer) == ("cold",)
     assert "otter" in best(memory, answer)
     check(memory, answer)
 

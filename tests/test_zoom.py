@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from kv_samples import same, stack
+from torch import Tensor
 
 from beacon_memory.compression.selection import best
 from beacon_memory.errors import InputError
@@ -12,7 +13,7 @@ from beacon_memory.kv.levels import LEVELS, level_of, levels_of
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import quantized
 from beacon_memory.modeling.layout import slots_of
-from beacon_memory.zoom import allocate, section_sizes, zoomed
+from beacon_memory.zoom import allocate, section_counts, zoomed
 
 Entry = tuple[int, tuple[float, ...]]
 HEADS = 6
@@ -38,24 +39,29 @@ def entries(memory: MemoryKV) -> set[Entry]:
 
 
 def zoom(memory: MemoryKV, relevance: list[float], budget: int, bounds: list[int] = BOUNDS) -> MemoryKV:
-    return zoomed(memory, bounds, allocate(section_sizes(memory, bounds), relevance, budget), relevance)
+    return zoomed(memory, bounds, allocate(sizes(memory, bounds), relevance, budget), relevance)
 
 
-def test_sizes_count_every_entry_once_where_it_is() -> None:
+def sizes(memory: MemoryKV, bounds: list[int] = BOUNDS) -> Tensor:
+    return section_counts(memory, bounds).sum((2, 3))
+
+
+def test_every_entry_counts_once_where_it_is() -> None:
     memory = rich(ratio=2)
-    sizes = section_sizes(memory, BOUNDS)
+    counts = section_counts(memory, BOUNDS)
 
-    assert sizes.shape == (SECTIONS, LEVELS)
+    assert counts.shape == (SECTIONS, LEVELS, *memory.counts.shape)
     for number, (start, stop) in enumerate(pairwise(BOUNDS)):
         own = memory.between(start, stop)
         assert own.levels is not None
-        assert sizes[number].tolist() == own.levels.bincount(minlength=LEVELS).tolist()
+        for level in range(LEVELS):
+            assert torch.equal(counts[number, level], own.only(own.levels == level).counts)
 
 
 @pytest.mark.parametrize("relevance", [RELEVANCE, [0.0] * SECTIONS, [1.0, 1.0, 0.0, 0.0]])
 def test_the_budget_is_kept_and_used_but_for_less_than_a_level_of_one_section(relevance: list[float]) -> None:
     memory = rich()
-    largest = int(section_sizes(memory, BOUNDS).max())
+    largest = int(sizes(memory).max())
     for budget in range(0, HEADS * TOKENS + 50, 7):
         left = budget - len(zoom(memory, relevance, budget).keys)
         assert 0 <= left < largest or budget > HEADS * TOKENS
@@ -87,13 +93,13 @@ def test_where_all_is_equally_relevant_it_is_blind_selection(ratio: int, relevan
 
 def test_the_most_relevant_sections_are_loaded_whole_and_the_next_by_its_levels() -> None:
     memory = rich()
-    lowest = allocate(section_sizes(memory, BOUNDS), RELEVANCE, HEADS * (34 + 19 + 8))
+    lowest = allocate(sizes(memory), RELEVANCE, HEADS * (34 + 19 + 8))
     first, second, third, fourth = lowest
 
     assert (second, fourth) == (0, 0)
     assert 0 < third < LEVELS
     assert first == LEVELS
-    assert allocate(section_sizes(memory, BOUNDS), RELEVANCE, HEADS * 34) == [LEVELS, 0, LEVELS, LEVELS]
+    assert allocate(sizes(memory), RELEVANCE, HEADS * 34) == [LEVELS, 0, LEVELS, LEVELS]
 
 
 def test_loaded_sections_stand_closed_up_with_the_best_match_last() -> None:
@@ -137,19 +143,19 @@ def test_nothing_is_loaded_without_a_budget() -> None:
 @pytest.mark.parametrize("bounds", [[0, 50], [1, 100], [0, 60, 40, 100], [0, 50, 50, 100], [0, 50, 101]])
 def test_bounds_that_are_not_of_the_memory_are_refused(bounds: list[int]) -> None:
     with pytest.raises(InputError, match=r"must rise from 0 to the memory's span of 100 positions"):
-        section_sizes(rich(), bounds)
+        section_counts(rich(), bounds)
 
 
 def test_an_interpolated_memory_is_refused() -> None:
     with pytest.raises(InputError, match="an interpolated memory has no sections"):
-        section_sizes(rich().interpolated(50), [0, 50])
+        section_counts(rich().interpolated(50), [0, 50])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_loaded_of_a_quantized_memory_is_what_is_loaded_of_its_numbers(bits: int) -> None:
     packed = quantized(rich(), bits)
     plain = packed.dequantized()
-    lowest = allocate(section_sizes(plain, BOUNDS), RELEVANCE, HEADS * TOKENS // 3)
+    lowest = allocate(sizes(plain), RELEVANCE, HEADS * TOKENS // 3)
     part = zoomed(packed, BOUNDS, lowest, RELEVANCE)
     assert part.bits == bits
     assert same(part.dequantized(), zoomed(plain, BOUNDS, lowest, RELEVANCE))

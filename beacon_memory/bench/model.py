@@ -5,21 +5,15 @@ Each figure is a ratio of two measurements, both medians of three or more, in th
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +32,10 @@ from beacon_memory.memory import BeaconMemory
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
 
-__all__ = ["Figure", "reading", "run", "table"]
+from .measuring import QUESTION, REPEATS, Figure, evict, median_seconds, once, peak_memory, random_text
 
-QUESTION = "What is this document about?"
-_WORDS = "time year people way day man thing woman life child world school state family student group country problem"
-_REPEATS = 3
+__all__ = ["generating", "reading", "run", "window_loop"]
+
 _SHORT = 1000  # tokens of a short document
 _GROWN = 850  # tokens of one that is appended to
 _PEAK_TOKENS = (10_000, 100_000)
@@ -53,16 +46,6 @@ _ANSWER = 64  # tokens of the answer to each
 _PEAK_RATIO = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A measured figure, the bound that it should keep, and the measurements that it is computed from."""
-
-    name: str
-    value: float
-    bound: str
-    detail: str
-
-
 def run(
     model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
 ) -> list[Figure]:
@@ -70,7 +53,7 @@ def run(
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     return [
         *_answering(loaded, tokens, ratio),
-        *(figure for slots in _SLOTS for figure in _generating(loaded, slots)),
+        *(figure for slots in _SLOTS for figure in generating(loaded, slots)),
         *_together(loaded, _SLOTS[0]),
         *_compressing(loaded, tokens, ratio),
         *_appending(loaded, ratio),
@@ -86,28 +69,13 @@ def reading(
     return [figure for length in (_SHORT, tokens) for figure in _choosing(loaded, length, ratio)]
 
 
-def table(figures: list[Figure]) -> str:
-    """Return a markdown table of figures, followed by the machine and the versions."""
-    lines = ["| figure | measured | meant to be | made of |", "|---|---|---|---|"]
-    lines += [f"| {f.name} | {f.value:.3g} | {f.bound} | {f.detail} |" for f in figures]
-    cores = os.cpu_count()
-    machine = f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
-    return "\n".join([*lines, "", machine])
-
-
-def _text(tokens: int) -> str:
-    """Return random words, together about `tokens` tokens."""
-    draw, words = random.Random(0), _WORDS.split()
-    return " ".join(draw.choice(words) for _ in range(tokens))
-
-
 def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
     with (
         tempfile.TemporaryDirectory() as folder,
         BeaconMemory(folder, model, hot_bytes=0) as memory,
         BeaconMemory(folder, model) as warm,
     ):
-        added = memory.add("document", _text(tokens), ratio=ratio, compression="beacon")
+        added = memory.add("document", random_text(tokens), ratio=ratio, compression="beacon")
         path = memory.store.folder / memory.store.row("document").file
         config = generation_config(model, None, {"max_new_tokens": 1})
         text = memory.compressor.tokenize(memory.store.text("document"))
@@ -115,7 +83,7 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
         empty = Request(MemoryKV.of(model.empty_kv()), prompt)
 
         def from_store() -> float:
-            _evict(path)
+            evict(path)
             return memory.ask(QUESTION, "document", max_new_tokens=1).time_to_first_token
 
         def from_text() -> float:
@@ -130,7 +98,7 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 
         ways = (from_store, from_text, from_hot, from_nothing)
         from_store(), from_hot()  # to warm up
-        rounds = [[one() for one in ways] for _ in range(_REPEATS)]
+        rounds = [[one() for one in ways] for _ in range(REPEATS)]
         cold, full, hot, nothing = (statistics.median(times) for times in zip(*rounds, strict=True))
         raw = model.slot_bytes
         return [
@@ -156,7 +124,7 @@ def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 
 
 @torch.inference_mode()
-def _generating(model: BeaconModel, slots: int) -> list[Figure]:
+def generating(model: BeaconModel, slots: int) -> list[Figure]:
     """Measure a token behind memories of random K/V, and behind a stock cache of as many tokens."""
     layers, heads, _ = model.kv_shape
     draw = torch.Generator().manual_seed(0)
@@ -175,7 +143,7 @@ def _generating(model: BeaconModel, slots: int) -> list[Figure]:
     steps: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(1 + _STEPS):  # in turn, so that whatever else the machine does slows all of them
         for name, cache in caches.items():
-            steps[name].append(_once(partial(model.base, token, past_key_values=cache), model.device))
+            steps[name].append(once(partial(model.base, token, past_key_values=cache), model.device))
     medians = {name: statistics.median(times[1:]) for name, times in steps.items()}
     return [
         Figure(
@@ -209,7 +177,7 @@ def _together(model: BeaconModel, slots: int) -> list[Figure]:
             ticket.result()
 
     ways = [partial(way, count) for count in (_REQUESTS, 1) for way in (one_by_one, together)]
-    rounds = [[_once(way, model.device) for way in ways] for _ in range(1 + _REPEATS)]
+    rounds = [[once(way, model.device) for way in ways] for _ in range(1 + REPEATS)]
     apart, joined, single, looped = (statistics.median(times[1:]) for times in zip(*rounds, strict=True))
     rates = " / ".join(f"{_REQUESTS * _ANSWER / seconds:.1f}" for seconds in (joined, apart))
     return [
@@ -246,16 +214,10 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
         for one in documents:
             _stock_forward(model, one)
 
-    @torch.inference_mode()
-    def window_loop() -> None:
-        state = SequenceState.start(model, memory=compressor.sink)
-        for window in model.cut(state.cursor, ids, iter(compressor.ratios(len(ids), ratio)), tail="close"):
-            (state,), hidden = advance(model, [(state, [window])])
-            model.head(hidden).float()
-
+    loop_over_windows = partial(window_loop, compressor, ids, ratio)
     whole, short, stock_whole, stock_short, loop = (
-        _seconds(one, model.device)
-        for one in (compress([ids]), compress(shorts), lambda: stock([ids]), lambda: stock(shorts), window_loop)
+        median_seconds(one, model.device)
+        for one in (compress([ids]), compress(shorts), lambda: stock([ids]), lambda: stock(shorts), loop_over_windows)
     )
     rate = f"{tokens / whole:,.0f} tokens/s"
     return [
@@ -280,9 +242,19 @@ def _compressing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
     ]
 
 
+@torch.inference_mode()
+def window_loop(compressor: BeaconCompressor, ids: Sequence[int], ratio: int) -> None:
+    """Read windows one after another, each with the language-model head, as the published code of Activation Beacon."""
+    model = compressor.model
+    state = SequenceState.start(model, memory=compressor.sink)
+    for window in model.cut(state.cursor, ids, iter(compressor.ratios(len(ids), ratio)), tail="close"):
+        (state,), hidden = advance(model, [(state, [window])])
+        model.head(hidden).float()
+
+
 def _appending(model: BeaconModel, ratio: int) -> list[Figure]:
     """Measure a sentence behind a document that fills no window of the usual size."""
-    text, sentence = _text(_GROWN), " In 2030 the well ran dry, and the owls left the mill for the orchard."
+    text, sentence = random_text(_GROWN), " In 2030 the well ran dry, and the owls left the mill for the orchard."
     with tempfile.TemporaryDirectory() as folder, BeaconMemory(folder, model) as memory:
 
         def grow(id: str) -> tuple[float, ...]:
@@ -292,9 +264,9 @@ def _appending(model: BeaconModel, ratio: int) -> list[Figure]:
                 partial(memory.compact, id),
                 partial(memory.add, f"{id}, at once", text + sentence, ratio=ratio),
             )
-            return tuple(_once(one, model.device) for one in ways)
+            return tuple(once(one, model.device) for one in ways)
 
-        rounds = [grow(str(number)) for number in range(_REPEATS)]
+        rounds = [grow(str(number)) for number in range(REPEATS)]
     append, compact, add = (statistics.median(times) for times in zip(*rounds, strict=True))
     return [
         Figure(f"a sentence behind {_GROWN} tokens: {name}", add / seconds, bound, f"{add:.2f} s / {seconds:.2f} s")
@@ -316,7 +288,7 @@ def _choosing(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
 
     scores = {"repeat": "at least 0.45, for 8,000 tokens 0.6", "expected": "at least 0.9"}
     ways: list[Callable[[], object]] = [partial(_stock_forward, model, ids), *map(select, scores)]
-    rounds = [[_once(way, model.device) for way in ways] for _ in range(1 + _REPEATS)]  # the first warms up
+    rounds = [[once(way, model.device) for way in ways] for _ in range(1 + REPEATS)]  # the first warms up
     stock, *seconds = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
     return [
         Figure(
@@ -356,50 +328,13 @@ def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: s
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     compressor = BeaconCompressor(loaded)
     work = [Work(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
-    if loaded.device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-        list(compressor.compress(enumerate(work), compression="beacon"))
-        return int(torch.accelerator.max_memory_allocated())
-    with contextlib.suppress(OSError):  # Linux resets its peak, which was that of loading the model
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    list(compressor.compress(enumerate(work), compression="beacon"))
-    return _peak_resident()
-
-
-def _peak_resident() -> int:
-    """Return the most bytes of memory that this process has held at any time."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    _, peak = peak_memory(lambda: list(compressor.compress(enumerate(work), compression="beacon")), loaded.device)
+    return peak
 
 
 def _ids(model: BeaconModel, tokens: int) -> list[int]:
     draw = random.Random(0)
     return [draw.randrange(model.base.config.vocab_size) for _ in range(tokens)]
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median seconds of a piece of work, after one run to warm up."""
-    _once(work, device)
-    return statistics.median(_once(work, device) for _ in range(_REPEATS))
-
-
-def _once(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a piece of work."""
-    started = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def _evict(path: Path) -> None:
-    """Drop a file from the page cache, if the system has a call for it."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

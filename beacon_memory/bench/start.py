@@ -20,7 +20,7 @@ from pathlib import Path
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.default_model import ensure_default_model
 
-from .model import Figure
+from .measuring import Figure
 
 __all__ = ["run"]
 

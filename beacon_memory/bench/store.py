@@ -30,11 +30,12 @@ from beacon_memory.storage.files.durable import sync_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import read_kv_file
 from beacon_memory.storage.files.names import file_stem
+from beacon_memory.storage.files.segments import joined_headers, joined_kv
 from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 from beacon_memory.storage.records import row_of
 from beacon_memory.storage.store import MemoryStore
 
-from .model import Figure
+from .measuring import Figure
 
 __all__ = ["Sample", "fill", "run", "samples"]
 
@@ -48,6 +49,7 @@ _LOOKUPS = 300  # of each kind
 _PUTS = 40
 _OPENINGS = 11
 _LOADS = 15
+_TURN, _TURNS, _APPENDS = 20, (1, 200, 1000), 32  # tokens of a turn, turns of a document, and how many are added
 _ROW_MB, _PUT_MB, _LOAD_MB, _PART_MB = 0.2, 3, (20, 200), 50  # K/V of a document
 _STRATA = ((1, 100), (100, 3000), (3000, _WORDS))  # very common, medium and rare words, by rank
 
@@ -69,7 +71,8 @@ def run(rows: int) -> list[Figure]:
             _read_through(store.folder / "catalog.sqlite3")
             figures = [*_looking_up(store), _picking(store), _putting(store)]
         loading = [_loading(Path(folder), size) for size in _LOAD_MB]
-        return [*figures, _opening(Path(folder)), *loading, *_reading_parts(Path(folder))]
+        appending = [_appending(Path(folder), turns) for turns in _TURNS]
+        return [*figures, _opening(Path(folder)), *appending, *loading, *_reading_parts(Path(folder))]
 
 
 def _read_through(path: Path) -> None:
@@ -200,6 +203,48 @@ def _putting(store: MemoryStore) -> Figure:
         other.unlink()
     detail = f"{_PUTS} puts, beyond {statistics.median(alone):.3g} ms for writing and syncing {_PUT_MB} MB alone"
     return Figure("put, beyond writing, ms", statistics.median(beyond), "under 10", detail)
+
+
+def _appending(folder: Path, turns: int) -> Figure:
+    """Measure appends to a document of so many turns, kept at ratio 8, and what writing it whole would take.
+
+    All but what the model does: reading the text that there is, and storing what is new.
+    """
+    draw, words = random.Random(6), vocabulary()[: _STRATA[1][1]]
+    layers, heads, dim = _SHAPE
+
+    def turn() -> str:
+        return " ".join(draw.choices(words, k=_TURN * 3 // 4)) + ".\n"
+
+    def grown(store: MemoryStore) -> tuple[DocumentHeader, MemoryKV, Text]:
+        """Return header and K/V of a turn more, and the whole text with it."""
+        before, added = store.text("talk"), Text(turn())
+        whole = Text(before + added.value)
+        window = WindowSpan(_TURN, 0, len(before), len(whole.value), _TURN, due=8)
+        one = replace(header, content_hash=added.sha256, tokens=_TURN, windows=(window,), span=_TURN)
+        return one, MemoryKV.of(BeaconKV(*torch.randn(2, layers, heads, _TURN, dim).to(torch.bfloat16))), whole
+
+    def append(store: MemoryStore) -> float:
+        started = time.perf_counter()
+        one, kv, whole = grown(store)
+        store.append(store.row("talk"), one, kv, whole)
+        return 1000 * (time.perf_counter() - started)
+
+    def rewrite(store: MemoryStore) -> float:
+        started = time.perf_counter()
+        row, file = store.read("talk")
+        one, kv, whole = grown(store)
+        store.put(joined_headers([file.header, one], whole.sha256), joined_kv([file.kv, kv]), whole, replacing=row)
+        return 1000 * (time.perf_counter() - started)
+
+    with MemoryStore(folder / f"{turns} turns") as store:
+        text = "".join(turn() for _ in range(turns))
+        header, kv = document("talk", text, math.ceil(turns * _TURN / 8) * layers * heads * dim * 4 / 1e6)
+        store.put(header, kv, text)
+        times = [append(store) for _ in range(_APPENDS)]
+        whole = statistics.median(rewrite(store) for _ in range(_PUTS // 8 or 1))
+    detail = f"{_APPENDS} appends of {_TURN} tokens, {statistics.mean(times):.3g} in the mean; {whole:.3g} as one file"
+    return Figure(f"append to a document of {turns} turns, ms", statistics.median(times), "under 20", detail)
 
 
 def _opening(folder: Path) -> Figure:

@@ -13,7 +13,7 @@ import typer
 from beacon_memory import __version__
 from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
 
-from . import archive, documents, process, store
+from . import archive, documents, explain, process, store
 from . import eval as evaluation
 from .help import Commands
 from .options import (
@@ -52,6 +52,7 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
+    from beacon_memory.bench.contestants import ModelNames
     from beacon_memory.memory import BeaconMemory
     from beacon_memory.results import Added
 
@@ -70,7 +71,7 @@ app = Commands(
     no_args_is_help=True,
 )
 
-for part in (documents, store, archive):
+for part in (explain, documents, store, archive):
     app.add_typer(part.app)
 app.add_typer(evaluation.app, name="eval")
 
@@ -259,7 +260,7 @@ def ask(
         str | None,
         typer.Option(
             help="How much of their memories to load, where the question is: slots, bytes as 64MB, or a ratio as x16.",
-            show_default="all that fits the model",
+            show_default="256 slots where passages are found, else all that fits",
         ),
     ] = None,
     sources: Annotated[bool, typer.Option("--sources", help="Show the passages that were loaded.")] = False,
@@ -285,8 +286,8 @@ def ask(
 ) -> None:
     """Answer a question from stored documents, without reading them again.
 
-    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, places, time_to_first_token, seconds,
-    sources.
+    With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, documents, time_to_first_token,
+    seconds, sources.
     """
     from beacon_memory.results import Answer
 
@@ -373,11 +374,11 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["model", "reading", "store", "start"],
+        Literal["model", "reading", "race", "store", "start"],
         typer.Argument(
             help="model: speed and memory against the stock model; reading: how fast tokens are chosen from a text; "
-            "store: speed of a store of many documents, which needs no model; start: how long a fresh process takes to "
-            "answer."
+            "race: against other ways to answer from a text that was read before; store: speed of a store of many "
+            "documents, which needs no model; start: how long a fresh process takes to answer."
         ),
     ] = "model",
     tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
@@ -385,6 +386,25 @@ def bench(
     rows: Annotated[
         int, typer.Option(help="Of a store: how many documents. A million take some minutes and 2.5 GB.", min=1000)
     ] = 1_000_000,
+    contestants: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a race, as eval names baselines: stock-cache, kvzip:4, select:8@int4, ...",
+            show_default="a dozen of them",
+            metavar="NAMES",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Of a race: lengths of its texts, in tokens.", metavar="NUMBERS")
+    ] = "1000,2000,4000,8000",
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a race: page in which its tables stand, to be replaced by those of this one.",
+            parser=path_given,
+            metavar="FILE",
+        ),
+    ] = None,
     model: Model = None,
     adapter: Adapter = None,
     device: Device = None,
@@ -393,9 +413,14 @@ def bench(
 ) -> None:
     """Measure speed and memory on this machine, and print a table."""
     with reported("nothing is left behind"):
-        from beacon_memory.bench import model as measure
+        from beacon_memory.bench.measuring import machine, table
 
         quiet()
+        if what == "race":
+            from beacon_memory.bench.contestants import ModelNames
+
+            _race(contestants, lengths, write, ModelNames(model, adapter, device, dtype.value), as_json=as_json)
+            return
         if what == "store":
             from beacon_memory.bench import store as bench_store
 
@@ -405,12 +430,33 @@ def bench(
 
             figures = start.run(model, adapter, device, dtype.value)
         else:
+            from beacon_memory.bench import model as measure
+
             run = measure.reading if what == "reading" else measure.run
             figures = run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:
-            print_text(f"{measure.table(figures)}\n")
+            print_text(f"{table(figures)}\n\n{machine()}\n")
+
+
+def _race(contestants: str | None, lengths: str, page: Path | None, model: "ModelNames", *, as_json: bool) -> None:
+    from beacon_memory.bench import race
+
+    if page:
+        race.require_page(page)
+    try:
+        sizes = [int(length) for length in lengths.split(",")]
+    except ValueError as error:
+        raise InputError(f"--lengths is {lengths!r}, but must be numbers with commas between, as 1000,8000") from error
+    names = race.CONTESTANTS if contestants is None else contestants.split(",")
+    done = race.run(model, names, sizes)
+    if page:
+        race.write_into(page, done)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        print_text(f"{done.page()}\n")
 
 
 @app.command()

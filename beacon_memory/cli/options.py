@@ -178,8 +178,8 @@ Picker = Annotated[
     str,
     typer.Option(
         envvar="BEACON_MEMORY_PICKER",
-        help="Without --doc: how documents are found. text: by the words that they share with the question; or the "
-        "name of an installed picker.",
+        help="How documents and their passages are found. text: by the words that they share with the question; "
+        "attention: by what the model looks up, too, which takes a little longer; or the name of an installed picker.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -164,7 +164,7 @@ def note_sources(answer: Answer, store: MemoryStore) -> None:
 
 def row_fields(row: DocumentRow) -> dict[str, Any]:
     """Return the fields of a document that `list` prints as JSON."""
-    hidden = ("file", "content_hash", "fingerprint", "method", "root")
+    hidden = ("file", "segments", "content_hash", "fingerprint", "method", "root")
     used_at = datetime.fromtimestamp(row.used_at, UTC).isoformat() if row.used_at else None
     return {name: value for name, value in asdict(row).items() if name not in hidden} | {"used_at": used_at}
 

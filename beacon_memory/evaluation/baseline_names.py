@@ -12,7 +12,8 @@
     NAME:R         another compression method, by its registered name
     zoom:R         K/V of the passages that match the question best, up to 1/R of all, out of the memory of select:2;
                    they were read in their text, and stand one behind another, the best match last
-    slice:R        the same out of the K/V of all tokens
+    look:R         as zoom:R, the passages found by the model's attention, too
+    slice:R        as zoom:R, out of the K/V of all tokens
     nested:R       what select would have kept at ratio R, out of the memory of select:2; blind to the question
     beacon:R:N     beacon:R of a text cut into N documents, which are compressed one by one and then joined; likewise
                    all others that compress the text, from beacon:R to nested:R
@@ -44,7 +45,7 @@ from .untouched import Untouched
 __all__ = ["baselines"]
 
 _PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R")
-_ZOOMED = ("zoom", "slice", "nested")
+_ZOOMED = ("zoom", "look", "slice", "nested")
 _BITS = {one.value: one.bits for one in Precision if one.quantized}
 
 
@@ -115,6 +116,7 @@ def _baseline(
         "truncated": lambda ratio: Truncated(name, model, ratio),
         "bm25": lambda ratio=4: Retrieved(name, model, ratio),
         "zoom": partial(Zoomed, name, model),
+        "look": partial(Zoomed, name, model, looks=True),
         "slice": partial(Zoomed, name, model, rich=1),
         "nested": partial(Zoomed, name, model, blind=True),
     }

@@ -24,9 +24,11 @@ from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import quantized
+from beacon_memory.lookup import Lookup, gist_slots, sections_of_entries
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, document_slots, slots_of
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.zoom import allocate, section_sizes, zoomed
+from beacon_memory.ranking import fused
+from beacon_memory.zoom import allocate, section_counts, zoomed
 
 from .items import Item
 from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
@@ -197,7 +199,7 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
     def memories(self, documents: Sequence[Sequence[int]], ratio: int, compression: str = "beacon") -> list[MemoryKV]:
         """Return the memory of each document, without the sink. Ratio 0 keeps the K/V of every token."""
         whole = [[*self.lead, *ids] for ids in documents]
-        work = [Work(ids, self.compressor.ratios(len(ids), ratio)) for ids in whole]
+        work = [Work(ids, self.compressor.ratios(len(ids), ratio, compression)) for ids in whole]
         return [one.kv for _, one in self.compressor.compress(enumerate(work), compression=compression)]
 
     @property
@@ -355,36 +357,59 @@ class Compressed(PrefixBaseline):
     def capacity(self) -> int:
         """Return how many tokens of a text have slots that surely fit, however it is cut into documents."""
         window = self.model.config.beacon_window
-        windows = self.room // slots_of(window, self.ratio) - (self.documents - 1)
+        windows = self.room // self._slots(window) - (self.documents - 1)
         if windows < 1:
             raise CapacityError(f"{self.name}: the model has no positions for so many long documents; name fewer")
         return windows * window - self.documents
 
 
 class Zoomed(Compressed):
-    """The baselines `zoom:R`, `slice:R` and `nested:R`: 1/R of the text's K/V, out of a memory that serves every R.
+    """The baselines `zoom:R`, `look:R`, `slice:R` and `nested:R`: 1/R of the K/V, out of a memory that serves every R.
 
     ratio: R.
     rich:  the ratio of that memory.
     blind: whether levels alone decide what is loaded, and not the question; see `zoom.allocate`.
+    looks: whether passages are found by attention, too, and not by their words alone; see `lookup`.
     """
 
     def __init__(
-        self, name: str, model: BeaconModel, ratio: int, documents: int = 1, *, rich: int = 2, blind: bool = False
+        self,
+        name: str,
+        model: BeaconModel,
+        ratio: int,
+        documents: int = 1,
+        *,
+        rich: int = 2,
+        blind: bool = False,
+        looks: bool = False,
     ) -> None:
         super().__init__(name, model, "select", rich, documents)
         self.budget, self.asks_first = ratio, not blind
+        self.lookup = Lookup(model) if looks else None
 
     def loaded(self, memories: Sequence[MemoryKV], passages: Passages, question: str | None) -> list[MemoryKV]:
         """Return what is loaded of all documents together, as one memory."""
         pieces = [chunk for passage in passages for chunk in chunks(passage)]
-        relevance = [0.0] * len(pieces)
+        memory, bounds = MemoryKV.concat(memories), self._bounds(memories, pieces)
+        counts = section_counts(memory, bounds)
+
+        def part(relevance: Sequence[float], slots: int) -> tuple[MemoryKV, list[int]]:
+            lowest = allocate(counts.sum((2, 3)), relevance, slots * memory.counts.numel())
+            return zoomed(memory, bounds, lowest, relevance), lowest
+
+        relevance = blind = [0.0] * len(pieces)
         if self.asks_first:
             relevance = matches(self.texts(pieces), self.asked(question))
-        memory, bounds = MemoryKV.concat(memories), self._bounds(memories, pieces)
-        budget = slots_of(memory.span, self.budget) * memory.counts.numel()
-        lowest = allocate(section_sizes(memory, bounds), relevance, budget)
-        return [zoomed(memory, bounds, lowest, relevance)]
+        if self.lookup is not None:
+            gist, lowest = part(blind, gist_slots(memory.span))
+            sections = sections_of_entries([counts], lowest, self.lookup.layers, self.compressor.sink.slots)
+            prefix = self.model.prefix(self.composed([gist]))
+            looked = self.lookup.relevance(self.asked(question), prefix, sections, len(pieces))
+            relevance = fused(relevance, looked)
+        return [part(relevance, slots_of(memory.span, self.budget))[0]]
+
+    def _slots(self, tokens: int) -> int:
+        return slots_of(tokens, self.budget)  # only what is loaded must fit
 
     def _bounds(self, memories: Sequence[MemoryKV], pieces: Passages) -> list[int]:
         """Return where in the joined memories the pieces of the text begin, and where the last one ends."""

@@ -18,7 +18,7 @@ from beacon_memory.errors import InputError
 
 from .levels import TOP_LEVEL
 
-__all__ = ["BeaconKV", "MemoryKV", "counts_of", "fitting_spans", "joining_order"]
+__all__ = ["BeaconKV", "MemoryKV", "counts_of", "fitting_spans", "joined_levels", "joining_order"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,7 +255,7 @@ class MemoryKV:
             positions=torch.cat(positions)[order],
             counts=torch.stack([part.counts for part in parts]).sum(0),
             span=offsets[-1],
-            levels=_joined_levels(parts, order),
+            levels=joined_levels([(part.levels, part.positions) for part in parts], order),
         )
 
 
@@ -274,13 +274,16 @@ def joining_order(counts: Sequence[Tensor]) -> Tensor:
     return torch.cat([heads.repeat_interleave(one.flatten()) for one in counts]).argsort(stable=True)
 
 
-def _joined_levels(parts: Sequence[MemoryKV], order: Tensor) -> Tensor | None:
-    """Return the levels of joined memories; entries of one that has none are never left out."""
-    if all(part.levels is None for part in parts):
+def joined_levels(parts: Sequence[tuple[Tensor | None, Tensor]], order: Tensor) -> Tensor | None:
+    """Return the levels of joined memories; entries of one that has none are never left out.
+
+    parts: levels and positions of each memory. order: see `joining_order`.
+    """
+    if all(levels is None for levels, _ in parts):
         return None
     filled = [
-        torch.full_like(part.positions, TOP_LEVEL, dtype=torch.uint8) if part.levels is None else part.levels
-        for part in parts
+        torch.full_like(positions, TOP_LEVEL, dtype=torch.uint8) if levels is None else levels
+        for levels, positions in parts
     ]
     return torch.cat(filled)[order]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError
 
 from .levels import LEVELS, TOP_LEVEL
-from .memory_kv import MemoryKV, counts_of, joining_order
+from .memory_kv import MemoryKV, counts_of, joined_levels, joining_order
 
 __all__ = ["BITS", "GROUP", "QuantizedKV", "group_count", "group_numbers", "quantized"]
 
@@ -158,28 +159,29 @@ class QuantizedKV:
 
         windows: the positions at which the windows of what comes out begin, if there are several in `new`.
         """
-        kept, added = self._until(start), quantized(new, self.bits, [window - start for window in windows])
-        order = joining_order([kept.counts, added.counts]).to(self.keys.device)
-        shifted = {
-            "positions": added.positions + start,
-            "groups": added.groups + len(kept.key_scales),
-        }
-        joined: dict[str, Any] = {
-            name: torch.cat([getattr(kept, name), shifted.get(name, getattr(added, name))])[order]
-            for name in _OF_ENTRIES
-        }
-        for name in ("key_scales", "key_zeros"):
-            joined[name] = torch.cat([getattr(kept, name), getattr(added, name)])
-        levels = [
-            torch.full_like(one.groups, TOP_LEVEL, dtype=torch.uint8) if one.levels is None else one.levels
-            for one in (kept, added)
-        ]
+        return QuantizedKV.concat([self._until(start), quantized(new, self.bits, [one - start for one in windows])])
+
+    @staticmethod
+    def concat(parts: Sequence[QuantizedKV]) -> QuantizedKV:
+        """Join memories of the same bits, each at the positions after the one before; codes are copied.
+
+        Each must begin where a window does. Raises InputError for no parts, or for different bits.
+        """
+        if not parts or len({part.bits for part in parts}) > 1:
+            raise InputError(f"QuantizedKV.concat needs memories of the same bits, got {[part.bits for part in parts]}")
+        order = joining_order([part.counts for part in parts]).to(parts[0].keys.device)
+        spans = accumulate((part.span for part in parts), initial=0)
+        groups = accumulate((len(part.key_scales) for part in parts), initial=0)
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+        joined["positions"] = torch.cat([part.positions + span for part, span in zip(parts, spans, strict=False)])
+        joined["groups"] = torch.cat([part.groups + before for part, before in zip(parts, groups, strict=False)])
+        joined |= {name: joined[name][order] for name in _OF_ENTRIES}
         return replace(
-            self,
+            parts[0],
             **joined,
-            counts=kept.counts + added.counts,
-            span=start + new.span,
-            levels=torch.cat(levels)[order],
+            counts=torch.stack([part.counts for part in parts]).sum(0),
+            span=sum(part.span for part in parts),
+            levels=joined_levels([(part.levels, part.positions) for part in parts], order),
         )
 
     def _until(self, stop: int) -> QuantizedKV:

@@ -350,6 +350,8 @@ def _extracted_document(
             stored, label = read_kv_file(temps[0]), read_label(temps[1])
         except CorruptFileError as error:
             raise corrupt(path, f"{pair[0].name} cannot be read: {error}") from error
+        if stored.behind:
+            raise corrupt(path, f"{pair[0].name} is a segment of a document, not a whole one")
         of_file, of_label = ((one.namespace, one.id) for one in (stored.header, label))
         if of_file != of_label:
             raise corrupt(path, f"{pair[0].name} is of {of_file!r}, but its label of {of_label!r}")

@@ -9,7 +9,7 @@ from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.durable import identity
 from beacon_memory.storage.files.label_file import label_name
 from beacon_memory.storage.files.marks import mark_of
-from beacon_memory.storage.files.names import number_of, stem_of, version_of
+from beacon_memory.storage.files.names import base_of, number_of, stem_of, version_of
 
 __all__ = ["suspected_files", "unnamed_files"]
 
@@ -23,9 +23,9 @@ def suspected_files(catalog: Catalog, files: Files) -> set[str]:
 def unnamed_files(catalog: Catalog, files: Files, suspected: set[str]) -> Iterator[tuple[str, bool]]:
     """Yield those of the suspected files that are there and that no row names, sorted. Nobody may be writing.
 
-    With each it is told whether it is a leftover: if the catalog says so, if its mark does, or if its document has a
-    later one. Any other was written for a catalog that is no longer there, or after the backup that this one was
-    restored from, or its row was damaged.
+    With each it is told whether it is a leftover: if the catalog says so, of a segment by the file before it, if its
+    mark does, or if its document has a later one. Any other was written for a catalog that is no longer there, or after
+    the backup that this one was restored from, or its row was damaged.
     """
     catalog.sync()  # or what is removed now could be named by the row that a power cut brings back
     unsettled = catalog.file_names.unsettled()
@@ -36,10 +36,10 @@ def unnamed_files(catalog: Catalog, files: Files, suspected: set[str]) -> Iterat
         named |= of_document
         latest[stem] = max(map(version_of, of_document), default=0)
     for name in sorted(files.present(suspected) - _named(named)):
-        left = number_of(name) in unsettled or identity(mark_of(files, name)) is not None
+        left = number_of(base_of(name)) in unsettled or identity(mark_of(files, name)) is not None
         yield name, left or 0 < version_of(name) < latest[stem_of(name)]
 
 
 def _named(files: set[str]) -> set[str]:
     """Return the names of K/V files and of their labels."""
-    return files | {label_name(name) for name in files}
+    return files | {label_name(base_of(name)) for name in files}

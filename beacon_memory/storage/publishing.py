@@ -27,13 +27,25 @@ from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.label_file import label_name, read_label, stage_label
 from beacon_memory.storage.files.marks import lay_label_mark, lay_mark, sync_mark
-from beacon_memory.storage.files.names import file_stem, number_of
+from beacon_memory.storage.files.names import base_of, file_stem, number_of, segment_name
 from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
 
 from .parts import StoreParts
 from .records import label_of
 
-__all__ = ["NewFile", "Publisher", "write_label"]
+__all__ = ["NewFile", "Publisher", "Segment", "write_label"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where a new segment belongs.
+
+    file:   name of the first K/V file of its document.
+    behind: root of the file that it continues.
+    """
+
+    file: str
+    behind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +71,26 @@ class Publisher:
         self._parts = parts
 
     @contextlib.contextmanager
-    def new_file(self, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text) -> Iterator[NewFile]:
+    def new_file(
+        self, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text, segment: Segment | None = None
+    ) -> Iterator[NewFile]:
         """Write a K/V file, and begin a transaction for its row; if anything raises there, the file is removed.
 
-        Raises ConflictError if files have another place by then.
+        Unless it is a segment, its label follows. Raises ConflictError if files have another place by then.
         """
         with self._parts.writing(create=True) as catalog:
             place = self._parts.settings.files
             files = self._parts.files
-            name = f"{file_stem(check_id(header.id))}-{catalog.file_names.take_number():012x}.safetensors"
+            number = catalog.file_names.take_number()
+            name = f"{file_stem(check_id(header.id))}-{number:012x}.safetensors"
+            if segment is not None:
+                name = segment_name(segment.file, number)
             mark = lay_mark(files, name)
             try:
-                staged = stage_kv_file(files.staging, header, kv, text)
+                staged = stage_kv_file(files.staging, header, kv, text, segment.behind if segment else "")
                 try:
                     sync_mark(mark)
-                    files.publish(staged.path, name, more=True)  # its label follows
+                    files.publish(staged.path, name, more=segment is None)
                 finally:
                     unlink(staged.path)
                 with catalog.transaction():
@@ -135,14 +152,16 @@ class Publisher:
         return not names
 
     def _remove(self, files: Files, names: Sequence[str]) -> bool:
-        gone = [name for name in names if files.remove(name) and files.remove(label_name(name))]
+        first = {name for name in names if base_of(name) == name}
+        gone = [name for name in names if files.remove(name) and (name not in first or files.remove(label_name(name)))]
         try:
             files.sync(gone)
         except StoreError:
             return False
-        if gone:
+        settled = first - {base_of(name) for name in names if name not in gone}  # they and all of their segments
+        if settled:
             with contextlib.suppress(StoreError):  # then `repair` does
-                self._parts.catalog().file_names.settle(map(number_of, gone))
+                self._parts.catalog().file_names.settle(map(number_of, settled))
         return len(gone) == len(names)
 
 

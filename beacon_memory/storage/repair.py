@@ -15,7 +15,7 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,14 +39,25 @@ from beacon_memory.storage.files.durable import identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label
 from beacon_memory.storage.files.locks import looking, tidying
-from beacon_memory.storage.files.marks import marked_labels
-from beacon_memory.storage.files.names import EVERYWHERE, NUMBERED, file_stem, number_of, stem_of, temps_in, version_of
+from beacon_memory.storage.files.marks import mark_of, marked_labels
+from beacon_memory.storage.files.names import (
+    EVERYWHERE,
+    NUMBERED,
+    base_of,
+    file_stem,
+    number_of,
+    stem_of,
+    temps_in,
+    version_of,
+)
+from beacon_memory.storage.files.segments import joined_files
 from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 
 from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG, named
 from .publishing import write_label
-from .records import difference_of, label_of, row_of
+from .reading import read_files
+from .records import label_of, row_of
 from .settings import COPY, adopt_copy, copy_is_newer, keep_copy, read_copy
 from .store import MemoryStore
 from .unfinished import remove_unfinished, stale_unfinished
@@ -233,7 +244,7 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
         return
     except CorruptFileError as error:
         kinds: dict[type, ProblemKind] = {MissingFileError: "missing-file", MismatchedFileError: "mismatched-file"}
-        yield Problem(kinds.get(type(error), "damaged-file"), id, row.file, str(error)), None
+        yield Problem(kinds.get(type(error), "damaged-file"), id, _unreadable(store, row), str(error)), None
     try:
         store.parts.catalog().documents.text(id)
     except DocumentNotFoundError:
@@ -243,14 +254,25 @@ def _look_at(store: MemoryStore, row: DocumentRow) -> Iterator[tuple[Problem, Me
         yield Problem("damaged-text", id, None, str(error)), mend
 
 
+def _unreadable(store: MemoryStore, row: DocumentRow) -> str:
+    """Return the name of the one of a document's files that is not as it was written, the first if none can be told."""
+    for name in row.segments:
+        try:
+            read_file(store.files, name, read_kv_file)
+        except (CorruptFileError, FileNotFoundError):
+            return name
+    return row.file
+
+
 def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Iterator[tuple[Problem, Mend]]:
     """Look at K/V that are kept for readers with another model; damaged ones are dropped."""
     catalog = store.parts.catalog()
     if isinstance(row, DamagedRow):
         yield Problem("damaged-row", row.id, None, row.message), partial(catalog.versions.forget, row)
         return
+    flaw = ""
     try:
-        flaw = difference_of(row, store.namespace, read_file(store.files, row.file, read_kv_file))
+        read_files(store.files, row, store.namespace)
     except FileNotFoundError:
         flaw = "is missing"
     except CorruptFileError as error:
@@ -342,7 +364,7 @@ def _look_at_unnamed(store: MemoryStore, suspected: set[str], temps: Sequence[Pa
             message = f"{names[-1]} is a label without K/V; if those cannot be brought back, remove it"
             yield Problem("orphan-file", None, names[-1], message), None
             continue
-        name = documents[-1]
+        name = max(documents, key=version_of)
         id, namespace = _owner_of(files, name)
         if namespace not in (None, store.namespace):
             message = f"{name} is of {named(namespace)}: somebody moved or copied it; move it back, or remove it"
@@ -378,17 +400,18 @@ def _owner_of(files: Files, name: str) -> tuple[str, str] | tuple[None, None]:
 
 
 def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
-    """Make a damaged row anew from the file that it names or, if it cannot be read, from those of the same id.
+    """Make a damaged row anew from the files that it names or, if these cannot be read, from those of the same id.
 
     If none can, and the text has the hash that stands in the row, the row is kept with the values that it has now: it
     is needed to compress the text again, and what is wrong in it is overwritten then.
     """
-    catalog, files = store.parts.catalog(), store.files
-    others = {name for name in files.names() if stem_of(name) == file_stem(damaged.id)} - {damaged.file}
-    names = [*sorted(others, key=version_of), *([damaged.file] if _NAMED.fullmatch(damaged.file) else [])]
+    catalog = store.parts.catalog()
+    names = _files_of(store, file_stem(damaged.id)) | ({damaged.file} if _NAMED.fullmatch(damaged.file) else set())
+    # its own file first, with all that follows it, for the row may no longer tell its segments
+    ordered = sorted(names, key=lambda name: (base_of(name) == damaged.file, version_of(name)))
     file: StoredFile | None = None
     try:
-        row, file = _best(store, names)
+        row, file = _best(store, ordered, ordered)
     except CorruptFileError:
         row = damaged.believed()
     with catalog.transaction():
@@ -399,52 +422,78 @@ def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
         catalog.documents.put(row, Text(text))
 
 
+def _files_of(store: MemoryStore, stem: str) -> set[str]:
+    """Return the names of all files of a document but those that were being written when a process was killed."""
+    files = store.files
+    return {name for name in files.names() if stem_of(name) == stem and identity(mark_of(files, name)) is None}
+
+
 def _remake_text(store: MemoryStore, row: DocumentRow, file: StoredFile) -> None:
     """Write the text of a document's file into the catalog."""
     catalog = store.parts.catalog()
     with catalog.transaction():
         now = catalog.documents.require(row.id)
-        if now.file == row.file:  # else it was replaced since, text and all
+        if now.files == row.files:  # else it was replaced since, text and all
             catalog.documents.put(now, Text(file.text))
 
 
 def _adopt(store: MemoryStore, names: list[str]) -> None:
-    """Give lost files of one document a row again: the latest that can be read, unless there is a later one by now."""
+    """Give lost files of one document a row again: the latest that can be read, unless there are later ones by now."""
     catalog, files = store.parts.catalog(), store.files
-    row, file = _best(store, sorted(names, key=version_of))
+    row, file = _best(store, sorted(names, key=version_of), _files_of(store, stem_of(names[0])))
     with catalog.transaction():
         now = catalog.documents.get(row.id)
-        if now is None or version_of(now.file) < version_of(row.file):
+        if now is None or version_of(now.files[-1]) < version_of(row.files[-1]):
             row = catalog.documents.put(row, Text(file.text))
-            catalog.properties.set("last", max(catalog.properties.count("last"), version_of(row.file)))
+            catalog.properties.set("last", max(catalog.properties.count("last"), version_of(row.files[-1])))
             write_label(store.parts, row)
-            names = [*names, *([now.file, label_name(now.file)] if now else [])]
+            names = [*names, *([*now.files, label_name(now.file)] if now else [])]
             now = row
-    for name in names:
-        if version_of(name) < version_of(now.file):  # a later one cannot be read now, but perhaps some day
+    for name in {*names} - {*now.files, label_name(now.file)}:
+        if version_of(name) < version_of(now.files[-1]):  # a later one cannot be read now, but perhaps some day
             files.remove(name)
 
 
-def _best(store: MemoryStore, names: list[str]) -> tuple[DocumentRow, StoredFile]:
-    """Read the last of these files that can be read, and is of this namespace; returns a row for it, and the file.
+def _best(store: MemoryStore, names: Sequence[str], others: Iterable[str]) -> tuple[DocumentRow, StoredFile]:
+    """Read the last of these files that can be read with all that it continues, and is of this namespace.
 
-    Raises CorruptFileError if none can be read.
+    others: files of the document that they may continue.
+
+    Returns a row for it, and all of the document. Raises CorruptFileError if none can be read.
     """
-    for name in reversed([name for name in names if name.endswith(".safetensors")]):
-        with contextlib.suppress(CorruptFileError, FileNotFoundError):
-            file = read_file(store.files, name, read_kv_file)
-            header = file.header
-            if stem_of(name) != file_stem(header.id) or header.namespace != store.namespace:
-                continue
-            label, created_at = Label(), header.created_at
-            with contextlib.suppress(CorruptFileError, FileNotFoundError):
-                beside = read_file(store.files, label_name(name), read_label)
-                if (beside.id, beside.namespace) == (header.id, header.namespace):
-                    label, created_at = beside.label, beside.created_at
-            return row_of(
-                name, file.root, header, precision_of(file.kv), stored_bytes(file.kv), label, created_at
-            ), file
+    read = functools.cache(partial(_read_own, store))
+    for last in reversed([name for name in names if name.endswith(".safetensors")]):
+        found = {last: file} if (file := read(last)) else {}
+        same = (one for one in others if base_of(one) == base_of(last) and one.endswith(".safetensors"))
+        before = sorted(same, key=version_of, reverse=True)
+        for name in before:  # each file was written after those that it continues
+            if file is not None and file.behind and (earlier := read(name)) and earlier.root == file.behind:
+                file = found[name] = earlier
+        if file is not None and not file.behind:
+            with contextlib.suppress(CorruptFileError):
+                return _row_for(store, [*found][::-1], joined_files([*found.values()][::-1]))
     raise CorruptFileError(f"none of {', '.join(names)} can be read")
+
+
+def _read_own(store: MemoryStore, name: str) -> StoredFile | None:
+    """Read a K/V file; returns None if that cannot be, or if it is of another document or namespace than its name."""
+    with contextlib.suppress(CorruptFileError, FileNotFoundError):
+        file = read_file(store.files, name, read_kv_file)
+        if stem_of(name) == file_stem(file.header.id) and file.header.namespace == store.namespace:
+            return file
+    return None
+
+
+def _row_for(store: MemoryStore, names: Sequence[str], file: StoredFile) -> tuple[DocumentRow, StoredFile]:
+    """Return the row of a document whose files have these names and hold this, with the label beside them."""
+    header = file.header
+    label, created_at = Label(), header.created_at
+    with contextlib.suppress(CorruptFileError, FileNotFoundError):
+        beside = read_file(store.files, label_name(names[0]), read_label)
+        if (beside.id, beside.namespace) == (header.id, header.namespace):
+            label, created_at = beside.label, beside.created_at
+    row = row_of(names[0], file.root, header, precision_of(file.kv), stored_bytes(file.kv), label, created_at)
+    return replace(row, segments=tuple(names[1:])), file
 
 
 def _remove(files: Files, name: str) -> None:
@@ -472,7 +521,7 @@ def _settle(store: MemoryStore) -> None:
     names = store.parts.catalog().file_names
     if names.unsettled():
         with tidying(store.folder):  # both are read in here: a writer who is killed leaves file and number behind
-            there = {number_of(name) for name in store.files.names()}
+            there = {number_of(base_of(name)) for name in store.files.names()}
             if gone := names.unsettled() - there:
                 store.files.sync(EVERYWHERE)
                 names.settle(gone)

@@ -4,6 +4,7 @@
     folder/settings.json                                 a copy of the settings, once there are any
     folder/sessions/<hash of id>.json                    a copy of the row of a conversation
     folder/kv/<2 hex>/<hash of id>-<number>.safetensors  K/V and text, a new file for each version of a document
+    folder/kv/<2 hex>/<hash of id>-<number>-<number>.safetensors  a segment: K/V and text of what was appended
     folder/kv/<2 hex>/<hash of id>-<number>.json         its label
     folder/unfinished/<hash>/                            what was read of a long document that is not stored yet
     folder/namespaces/<hash of name>/                    the same once more for each namespace
@@ -20,6 +21,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +39,7 @@ from beacon_memory.documents import (
     Text,
     check_id,
     choose_precision,
+    content_hash,
     utc_after,
     utc_now,
 )
@@ -45,17 +48,26 @@ from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.full_text import PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
-from beacon_memory.storage.files.access import Files
+from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredFile
+from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV, precision_of, require_finite, with_precision
+from beacon_memory.storage.files.segments import joined_headers, joined_kv, read_back
+from beacon_memory.storage.files.stored_kv import (
+    StoredKV,
+    WindowedKV,
+    not_finite,
+    precision_of,
+    require_finite,
+    stored_bytes,
+    with_precision,
+)
 
 from .conversations import StoredConversations
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
-from .publishing import Publisher
+from .publishing import Publisher, Segment
 from .reading import READ_TRIES, find_row, read_document, require_file
 from .records import row_of
 from .settings import Settings, keep_copy, keeping_copy
@@ -283,7 +295,7 @@ class MemoryStore:
         *,
         precision: str = PrecisionRule.AUTO,
         created_at: str | None = None,
-        replacing: str | None = None,
+        replacing: DocumentRow | None = None,
         only_new: bool = False,
         keep_version: bool = False,
         on_evicted: Callable[[DocumentRow], None] = lambda _: None,
@@ -294,7 +306,7 @@ class MemoryStore:
         label:        without one a replaced document keeps its own.
         precision:    a `Precision` to keep the K/V in; `as-is`: the one they are in; `auto`: what the settings say.
         created_at:   of a document that was created elsewhere, ISO 8601, UTC.
-        replacing:    the K/V file that the document must still have, else ConflictError: it was changed meanwhile.
+        replacing:    the row whose K/V the document must still have, else ConflictError: it was changed meanwhile.
         only_new:     refuse a document that is stored already, with an InputError.
         keep_version: keep the replaced K/V for readers whose model made them, see `drop_versions`.
         on_evicted:   called with each document that had to go for this one, see `Settings.quota`.
@@ -319,8 +331,8 @@ class MemoryStore:
             old = new.catalog.documents.get(header.id)
             if only_new and old is not None:
                 raise taken([header.id])
-            if replacing is not None and (old is None or old.file != replacing):
-                raise ConflictError(f"document {header.id!r} was changed or removed meanwhile; read it again")
+            if replacing is not None:
+                _require_unchanged(replacing, old)
             label = label or (old.label if old else Label())
             created_at = old.created_at if old else created_at or utc_now()
             row = row_of(new.name, new.root, header, precision_of(kv), new.nbytes, label, created_at)
@@ -340,6 +352,71 @@ class MemoryStore:
         """
         self.parts.make_folder()
         return UnfinishedDocument(self.folder, decides)
+
+    def append(
+        self,
+        row: DocumentRow,
+        header: DocumentHeader,
+        kv: StoredKV,
+        text: Text | str,
+        *,
+        on_evicted: Callable[[DocumentRow], None] = lambda _: None,
+    ) -> DocumentRow:
+        """Put K/V behind those of a document, in the precision of these; returns its new row. The label stays.
+
+        row:    of the document, which must still have these K/V, else ConflictError.
+        header: of what is appended alone; only its windows tell where they lie in the whole text.
+        text:   the whole text as it is then.
+
+        What is written is a segment. It takes in those before it, from the last one on, as long as they have fewer than
+        twice as many slots as it has by then; if that are all, the document is written anew as one file.
+
+        `on_evicted` and errors as in `put`; InputError, too, if the text is not that of the row with what the header is
+        of behind it, or the K/V were made in another way.
+        """
+        text = Text.of(text)
+        _check_appended(row, header, text.value)
+        if self.settings.quota is not None:
+            self.uses.flush()  # eviction goes by it
+        kv = with_precision(kv, row.precision, header.window_starts)
+        if flaw := not_finite(kv):
+            raise InputError(f"{row.id!r} cannot grow: {flaw}; keep it in bfloat16")
+        header = replace(header, namespace=self.namespace)
+        try:
+            before, behind = _taken_in(self.files, row, header.slots)
+        except FileNotFoundError as error:
+            raise _changed(row.id) from error
+        kept = row.files[: len(row.files) - len(before)]
+        whole = joined_kv([*(file.kv for file in before), kv])
+        headers = [*(file.header for file in before), header]
+        if not kept:
+            joined = joined_headers(headers, text.sha256)
+            return self.put(joined, whole, text, precision=row.precision, replacing=row, on_evicted=on_evicted)
+        own = Text(text.value[headers[0].windows[0].start :])
+        with self._publisher.new_file(
+            joined_headers(headers, own.sha256), whole, own, Segment(row.file, behind)
+        ) as new:
+            new.superseded.extend(delete_expired(new.catalog)[1])
+            now = _require_unchanged(row, new.catalog.documents.get(row.id))
+            new.superseded.extend([*new.catalog.versions.drop(row.id), *row.files[len(kept) :]])
+            grown = replace(
+                now,
+                content_hash=text.sha256,
+                tokens=now.tokens + header.tokens,
+                slots=now.slots + header.slots,
+                bytes=now.bytes + stored_bytes(kv),
+                ratios=tuple(sorted({*now.ratios, *header.ratios})),
+                updated_at=utc_after(now.updated_at),
+                used_at=int(time.time()),
+                root=new.root,
+                segments=(*kept[1:], new.name),
+            )
+            evicted, gone = make_room(new.catalog, grown, self.settings.quota)
+            new.superseded.extend(gone)
+            new.catalog.documents.append(grown, text)
+        for one in evicted:
+            on_evicted(one)
+        return grown
 
     def update(
         self,
@@ -374,9 +451,8 @@ class MemoryStore:
             if documents.get(new_id) is not None:
                 raise InputError(f"{new_id!r} is the id of another document; remove that first, or choose another")
             now = documents.require(id)
-            if now.file != old.file:
-                raise ConflictError(f"document {id!r} was changed or removed meanwhile; try again")
-            new.superseded.extend([*new.catalog.versions.drop(id), old.file])
+            _require_unchanged(old, now)
+            new.superseded.extend([*new.catalog.versions.drop(id), *old.files])
             row = row_of(new.name, new.root, header, precision_of(file.kv), new.nbytes, now.label, now.created_at)
             row = replace(row, used_at=now.used_at)
             documents.rename(id, row)
@@ -395,7 +471,7 @@ class MemoryStore:
                 return row
             kv = with_precision(file.kv, wanted, file.header.window_starts)
             with contextlib.suppress(ConflictError):
-                return self.put(file.header, kv, file.text, precision=wanted, replacing=row.file, keep_version=True)
+                return self.put(file.header, kv, file.text, precision=wanted, replacing=row, keep_version=True)
         raise StoreError(f"document {id!r} was replaced {READ_TRIES} times while it was being converted; try again")
 
     def delete(self, id: str) -> None:
@@ -429,6 +505,48 @@ def taken(ids: Sequence[str], what: str = "documents") -> InputError:
     return InputError(f"{named} would replace stored {what}: allow that with replace, or remove them first")
 
 
+def _require_unchanged(row: DocumentRow, now: DocumentRow | None) -> DocumentRow:
+    """Return the row of a document as it is now; raises ConflictError if it has other K/V than a row of it said."""
+    if now is None or now.files != row.files:
+        raise _changed(row.id)
+    return now
+
+
+def _changed(id: str) -> ConflictError:
+    return ConflictError(f"document {id!r} was changed or removed meanwhile; read it again")
+
+
+def _check_appended(row: DocumentRow, header: DocumentHeader, text: str) -> None:
+    """Raise InputError unless a header is of what stands in a text behind that of a row, with K/V made in one way."""
+    start, stop = (header.windows[0].start, header.windows[-1].stop) if header.windows else (0, 0)
+    if not start or stop > len(text):
+        raise InputError(f"what is appended to {row.id!r} must stand behind its text, got characters {start} to {stop}")
+    if [content_hash(text[:start]), content_hash(text[start:])] != [row.content_hash, header.content_hash]:
+        raise InputError(f"the text of {row.id!r} is not the one that it has with what is appended: a hash differs")
+    ours = row.id, row.fingerprint, row.compression, header.method if row.method is None else row.method
+    if ours != (header.id, header.fingerprint.digest, header.compression, header.method):
+        raise InputError(
+            f"what is appended to {row.id!r} is of another document, or was made by another model or method"
+        )
+
+
+def _taken_in(files: Files, row: DocumentRow, slots: int) -> tuple[builtins.list[StoredFile], str]:
+    """Read those of a document's files that a new segment of so many slots takes in, the last ones.
+
+    Returns them in their order, and the root of the file before them. Raises FileNotFoundError if one of them is gone.
+    """
+    taken: builtins.list[StoredFile] = []
+    behind, left = row.root, row.slots
+    reading = read_back(files, row.files, row.root, lambda path, _: read_kv_file(path))
+    for name in reversed(row.files):
+        size = left if name == row.file else read_file(files, name, read_header).slots
+        if size >= 2 * slots:
+            break
+        taken.insert(0, next(reading))
+        behind, slots, left = taken[0].behind, slots + size, left - size
+    return taken, behind
+
+
 def _supersede(catalog: Catalog, old: DocumentRow | None, row: DocumentRow, keep_version: bool) -> builtins.list[str]:
     """Make way for a document's new row: drop or keep the K/V that it had; returns the files to remove.
 
@@ -436,8 +554,8 @@ def _supersede(catalog: Catalog, old: DocumentRow | None, row: DocumentRow, keep
     changed.
     """
     if old is None or not keep_version or old.content_hash != row.content_hash:
-        return catalog.versions.drop(row.id) + ([old.file] if old else [])
+        return catalog.versions.drop(row.id) + ([*old.files] if old else [])
     gone = catalog.versions.drop(row.id, row.fingerprint)
     if old.fingerprint == row.fingerprint:
-        return [*gone, old.file]
+        return [*gone, *old.files]
     return gone + catalog.versions.keep(old)

@@ -231,7 +231,7 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
             if ids is None:  # what the search finds may change with any document
                 loaded = [secrets.token_hex(16)]
             else:
-                loaded = [memory.store.row(id, fingerprint).file for id in ([ids] if isinstance(ids, str) else ids)]
+                loaded = [memory.store.row(id, fingerprint).root for id in ([ids] if isinstance(ids, str) else ids)]
         return f"{super()._get_llm_string(stop=stop, **kwargs)}---{fingerprint}---{loaded}"
 
 

@@ -8,6 +8,7 @@ import pytest
 from tiny_models import tiny_base, tiny_checkpoint
 
 from beacon_memory.bench import model as bench
+from beacon_memory.bench.measuring import table
 from beacon_memory.modeling.model import BeaconModel
 
 
@@ -37,7 +38,7 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
         "peak memory",
     ]
     assert all(figure.value > 0 for figure in figures)
-    shown = bench.table(figures)
+    shown = table(figures)
     for figure in figures:
         assert f"| {figure.name} | {figure.value:.3g} | {figure.bound} | {figure.detail} |" in shown
 

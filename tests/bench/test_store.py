@@ -244,6 +244,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "_LOOKUPS": 3,
         "_PUTS": 2,
+        "_TURNS": (1,),
+        "_APPENDS": 2,
         "_OPENINGS": 2,
         "_LOADS": 2,
         "_PUT_MB": 0.1,
@@ -262,6 +264,7 @@ def test_figures_of_a_run_have_bounds_and_parts() -> None:
         "pick 10 passages for a question",
         "put",
         "open",
+        "append to a document of 1 turns",
         "load 1 MB",
         "read a quarter of the entries",
         "read all of one section in 16",

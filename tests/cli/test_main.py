@@ -356,6 +356,9 @@ def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None
         (["ask", "Who?", "--model", "absent/folder/of/a/model"], "cannot be loaded"),
         (["show", "absent"], "'absent'"),
         (["remove", "absent"], "'absent'"),
+        (["bench", "race", "--contestants", "selekt:4"], "unknown contestant 'selekt:4'"),
+        (["bench", "race", "--lengths", "much"], "--lengths is 'much', but must be numbers"),
+        (["bench", "race", "--write", "absent.md"], "the page 'absent.md' cannot be read"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_1(run: Run, arguments: list[str], message: str) -> None:

@@ -33,6 +33,7 @@ KINDS = {
     "select-expected:4@int8": Compressed,
     "zoom:8": Zoomed,
     "zoom:8:3": Zoomed,
+    "look:16": Zoomed,
     "slice:4": Zoomed,
     "nested:4": Zoomed,
 }
@@ -49,8 +50,8 @@ def test_every_name_has_its_baseline_in_order() -> None:
     assert [vars(one)["bits"] for one in (*found[6:14], *found[17:21])] == [None] * 8 + [8, 4, 4, 8]
     assert (vars(found[18])["documents"], vars(found[20])["compressor"].score) == (3, "expected")
     settings = [tuple(vars(one)[name] for name in ("ratio", "budget", "documents")) for one in found[21:]]
-    assert settings == [(2, 8, 1), (2, 8, 3), (1, 4, 1), (2, 4, 1)]
-    assert [one.asks_first for one in found[21:]] == [True, True, True, False]
+    assert settings == [(2, 8, 1), (2, 8, 3), (2, 16, 1), (1, 4, 1), (2, 4, 1)]
+    assert [one.asks_first for one in found[21:]] == [True, True, True, True, False]
 
 
 def test_presses_share_one_stock_model() -> None:

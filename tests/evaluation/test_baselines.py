@@ -169,6 +169,14 @@ class TestTextsThatDoNotFit:
         assert 0 <= float(prefix.positions.min()) <= float(prefix.positions.max()) < prefix.span
         assert not answer(one).cut
 
+    @pytest.mark.parametrize("name", ["zoom:8", "slice:8", "nested:8"])
+    def test_what_is_loaded_of_a_text_must_fit_and_not_the_text(self, name: str) -> None:
+        context = CONTEXT * (self.POSITIONS // TOKENS + 1)
+        one = self.baseline(name)
+        assert not answer(one, an_item(context=context)).cut
+        prefix = prefix_of(one, "Where does the Fern rise?", context)
+        assert math.ceil(len(TEXT) * len(context) / len(CONTEXT) / 8) - 16 < prefix.slots <= 1 + self.ROOM
+
     @pytest.mark.parametrize("name", ["full", "beacon:2", "select:2", "hybrid:2"])
     def test_a_score_of_a_part_would_not_be_comparable(self, name: str) -> None:
         with pytest.raises(CapacityError, match=rf"{name}: a text of {2 * TOKENS} tokens .* 1200 positions whole"):
@@ -299,6 +307,12 @@ class TestZoomed:
         prefix, line = prefix_of(baseline("zoom:7"), question), self.line(rich, 5)
         assert same(prefix.between(prefix.span - line.span, prefix.span), line)
         assert prefix.slots < prefix_of(baseline("select:2")).slots / 3
+
+    def test_what_is_looked_up_comes_in_where_words_find_nothing(self) -> None:
+        question = "Why?"
+        looked, blind = (prefix_of(baseline(name), question) for name in ("look:7", "zoom:7"))
+        assert looked.slots <= blind.slots
+        assert looked.span < blind.span == 1 + TOKENS  # passages, instead of a little of everything
 
     def test_documents_compete_for_one_budget(self) -> None:
         parts = [baseline("select:2").memories([ids_of(text)], 2, "select")[0] for text in TestQuantized.DOCUMENTS]

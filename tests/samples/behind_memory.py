@@ -13,6 +13,7 @@ from beacon_memory.config import BeaconConfig
 from beacon_memory.generation.options import generation_config
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.results import Answer
 
 
 def make_model(name: str = "llama", window: int = 16, **overrides: Any) -> BeaconModel:
@@ -40,3 +41,9 @@ def printable_part(model: BeaconModel, tokens: Sequence[int]) -> str:
     """A character from the middle of a text that is whole by itself, as a single byte need not be."""
     characters = [model.tokenizer.decode([token]) for token in tokens]
     return next(c for c in characters[1:-1] if c.isascii() and c.isprintable() and c != characters[0])
+
+
+def places(answer: Answer) -> tuple[str, ...]:
+    """Where the memories of an answer's documents were."""
+    assert answer.ids == tuple(one.id for one in answer.usage.documents)
+    return tuple(one.place for one in answer.usage.documents)

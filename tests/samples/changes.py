@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import workload
 from crashing import copied, everything
 from workload import document, label
 
@@ -25,7 +26,18 @@ def put(id: str, version: str, **options: object) -> Act:
 
 
 def append(store: MemoryStore) -> None:
-    put("doc", "2", replacing=store.row("doc").file)(store)
+    assert workload.append(store, "doc", "2")
+
+
+def appended(times: int) -> Act:
+    """Let a document have grown so many times."""
+
+    def act(store: MemoryStore) -> None:
+        two(store)
+        for _ in range(times):
+            append(store)
+
+    return act
 
 
 def recompress(store: MemoryStore) -> None:
@@ -85,6 +97,10 @@ CHANGES = {
     "put": Change(two, put("new", "2")),
     "replacement": Change(two, put("doc", "2")),
     "append": Change(two, append),
+    "append that takes in a segment": Change(appended(1), append),
+    "append that makes one file of all": Change(appended(3), append),
+    "replacement of segments": Change(appended(3), put("doc", "2")),
+    "delete of segments": Change(appended(3), lambda store: store.delete("doc")),
     "recompression": Change(two, recompress),
     "eviction": Change(full, put("new", "3")),
     "put in place of an expired one": Change(expired, put("doc", "2")),

@@ -201,7 +201,7 @@ def seen(store: MemoryStore, id: str) -> object:
     assert (row.id, row.content_hash, row.fingerprint) == (id, header.content_hash, header.fingerprint.digest)
     found_by_words = {hit.document for hit in store.search(text.split()[0], 1000)}
     assert id in found_by_words
-    row = replace(row, file="", updated_at="", used_at=0)
+    row = replace(row, file="", segments=(), updated_at="", used_at=0)
     kv = [getattr(found.kv, name) for name in ("keys", "values", "positions", "counts")]
     tensors = [(str(one.dtype), tuple(one.shape), xxhash.xxh3_128_hexdigest(one.float().numpy())) for one in kv]
     return asdict(row), asdict(header), text, tensors

@@ -144,6 +144,8 @@ _OPERATORS: dict[Any, Any] = {
     Tensor.__getitem__: _indexed,
     Tensor.__setitem__: _assign,
     Tensor.copy_: torch.ops.aten.copy_,
+    Tensor.__bool__: lambda tensor: bool(_listed(tensor)),
+    Tensor.__int__: lambda tensor: int(_listed(tensor)),
     Tensor.__invert__: torch.ops.aten.bitwise_not,
     Tensor.new_tensor: lambda like, data: _made(data, device=like.device, dtype=like.dtype),
     Tensor.nonzero: torch.ops.aten.nonzero,

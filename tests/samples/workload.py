@@ -1,7 +1,8 @@
 """Random work on a store that notes what it does before and after, so that it is known what must be there if it dies.
 
 A document is known by three words: the version of its K/V and text, the version of its label, and what its K/V are kept
-in. From these all of its bytes follow.
+in. From these all of its bytes follow. One that has grown has a version such as `5+7+1`: of what was put, and of each
+piece that was appended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import secrets
 import shutil
 import tempfile
@@ -22,17 +24,20 @@ import torch
 from kv_samples import sample
 from torch import Tensor
 
-from beacon_memory.documents import Label
+from beacon_memory.documents import Label, content_hash
 from beacon_memory.errors import DocumentNotFoundError, StoreError
-from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.storage.archive import export_documents, import_documents
 from beacon_memory.storage.erasing import erase
-from beacon_memory.storage.files.header import DocumentHeader
+from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
+from beacon_memory.storage.files.segments import joined_headers, joined_kv
 from beacon_memory.storage.files.stored_kv import StoredKV, with_precision
 from beacon_memory.storage.repair import repair, verify
 from beacon_memory.storage.store import MemoryStore
 
 _, _KV = sample(dtype=torch.float32)
+_CREATED = "2026-01-01T00:00:00.000+00:00"
+MOST_PIECES = 5  # so that a text is one passage
 
 _BUSY = "busy"
 _WAITED = (  # what errors say if others were at work for too long
@@ -65,14 +70,42 @@ class Entry:
     done: bool | None
 
 
-def document(id: str, version: str) -> tuple[DocumentHeader, MemoryKV, str]:
+def document(id: str, version: str) -> tuple[DocumentHeader, StoredKV, str]:
     """Header, K/V and text of a version, the same whoever asks."""
-    text = f"word{version} is in the text of version {version}"
+    first, *more = version.split("+")
+    text = f"word{first} is in the text of version {first}"
     header, _ = sample(id, text)
-    generator = torch.Generator().manual_seed(int(version))
-    keys, values = (torch.randn(_KV.keys.shape, generator=generator) for _ in range(2))
-    header = replace(header, created_at="2026-01-01T00:00:00.000+00:00")
-    return header, replace(_KV, keys=keys, values=values), text
+    header = replace(header, created_at=_CREATED)
+    kv: StoredKV = replace(_KV, keys=_random(_KV.keys.shape, first), values=_random(_KV.keys.shape, f"{first}0"))
+    for one in more:
+        added, new, text = piece(header, text, one)
+        header, kv = joined_headers([header, added], content_hash(text)), joined_kv([kv, new])
+    return header, kv, text
+
+
+def piece(header: DocumentHeader, text: str, version: str) -> tuple[DocumentHeader, MemoryKV, str]:
+    """Header and K/V of a piece that is appended to the document of a header and a text, and the text with it."""
+    added = f" word{version} was appended as {version}"
+    window = WindowSpan(1, 0, len(text), len(text) + len(added), 1, due=4)
+    header = replace(
+        header, content_hash=content_hash(added), tokens=1, windows=(window,), tail_ids=(int(version) % 97,), span=1
+    )
+    kv = MemoryKV.of(BeaconKV(*(_random((2, 3, 1, 4), f"{version}{which}") for which in range(2))))
+    return header, kv, text + added
+
+
+def version_in(text: str) -> str:
+    """The version of a document, as its text tells it."""
+    return "+".join(re.findall(r"(?:of version|appended as) (\d+)", text))
+
+
+def words(version: str) -> str:
+    """A word of the text of a version that no other one has."""
+    return f"word{version.rpartition('+')[2]}"
+
+
+def _random(shape: Sequence[int], seed: str) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) % 2**63))
 
 
 def label(version: str) -> Label:
@@ -91,16 +124,25 @@ def perform(store: MemoryStore, operation: Operation) -> bool:
                 store.put(*document(id, rest[0]))
             case "update":
                 store.update(id, metadata=label(rest[0]).metadata, tags=label(rest[0]).tags)
+            case "append":
+                return append(store, id, rest[0])
             case "convert":
                 store.convert(id, "int8")
-            case "rename" if rest[0] in store:
-                return False
             case "rename":
-                store.rename(id, rest[0])
+                return rest[0] not in store and bool(store.rename(id, rest[0]))
             case "delete":
                 store.delete(id)
     except DocumentNotFoundError:
         return False
+    return True
+
+
+def append(store: MemoryStore, id: str, version: str) -> bool:
+    """Append a piece to a document; False if it has as many as it can."""
+    row, file = store.read(id)
+    if version_in(file.text).count("+") == MOST_PIECES:
+        return False
+    store.append(row, *piece(file.header, file.text, version))
     return True
 
 
@@ -115,6 +157,8 @@ def after(states: Mapping[str, State], operation: Operation) -> dict[str, State]
             now[id] = State(rest[0], old.label if old else "")
         case "update" if old:
             now[id] = replace(old, label=rest[0])
+        case "append" if old and old.content.count("+") < MOST_PIECES:
+            now[id] = replace(old, content=f"{old.content}+{rest[0]}")
         case "convert" if old:
             now[id] = replace(old, precision="int8")
         case "rename" if old and rest[0] not in states:
@@ -133,7 +177,7 @@ def look(store: MemoryStore, id: str, *, still: bool = True) -> State | None:
         row, file = store.read(id)
     except DocumentNotFoundError:
         return None
-    content = file.text.split()[-1]
+    content = version_in(file.text)
     header, kv, text = document(id, content)
     assert file.text == text
     assert replace(file.header, id=id) == replace(header, namespace=store.namespace)
@@ -144,7 +188,7 @@ def look(store: MemoryStore, id: str, *, still: bool = True) -> State | None:
     if still:
         assert store.text(id) == text
         assert id in store
-        assert id in {hit.document for hit in store.search(f"word{content}")}
+        assert id in {hit.document for hit in store.search(words(content))}
         assert id in {one.id for one in store.list(tags=row.tags, metadata=row.metadata)}
     return State(content, version, row.precision)
 
@@ -157,7 +201,8 @@ def work(
     handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     while time.monotonic() < until:
         chosen = rng.choice([*own, *shared])
-        names = ["put", "put", "update", "convert", "delete"] + ["replace", "rename"] * (chosen in own)
+        names = ["put", "put", "update", "convert", "delete"]
+        names += ["replace", "rename", "append", "append"] * (chosen in own)
         operation = [rng.choice(names), chosen]
         operation += {"rename": [rng.choice(own)], "convert": [], "delete": []}.get(
             operation[0], [str(rng.getrandbits(50))]
@@ -224,7 +269,7 @@ def _read(store: MemoryStore, _: Path) -> set[str]:
     for row in rows:
         look(store, row.id, still=False)
     for hit in store.search("version"):
-        assert hit.text == document(hit.document, hit.text.split()[-1])[2]
+        assert hit.text == document(hit.document, version_in(hit.text))[2]
     return set()
 
 

@@ -257,20 +257,20 @@ def test_delete_removes_row_text_and_file(store: MemoryStore) -> None:
 
 def test_what_is_replaced_must_be_what_was_read(store: MemoryStore) -> None:
     header, kv = sample()
-    with pytest.raises(ConflictError, match="'doc' was changed or removed meanwhile; read it again"):
-        store.put(header, kv, TEXT, replacing="kv/no/file")
-    assert not files(store)
     first = store.put(header, kv, TEXT)
+    with pytest.raises(ConflictError, match="'doc' was changed or removed meanwhile; read it again"):
+        store.put(header, kv, TEXT, replacing=replace(first, file="kv/no/file"))
+    assert store.row("doc") == first
     store.update("doc", tags=["a"])  # no reason to compress it anew
-    second = store.put(header, kv, TEXT, replacing=first.file)
+    second = store.put(header, kv, TEXT, replacing=first)
     with pytest.raises(ConflictError, match="read it again"):
-        store.put(*sample(text="a late text"), "a late text", replacing=first.file)
+        store.put(*sample(text="a late text"), "a late text", replacing=first)
     assert store.row("doc") == second
     assert store.text("doc") == TEXT
     assert files(store) == [store.folder / second.file]
     store.delete("doc")
     with pytest.raises(ConflictError, match="changed or removed"):
-        store.put(header, kv, TEXT, replacing=second.file)
+        store.put(header, kv, TEXT, replacing=second)
     assert not files(store)
     assert verify(store) == []
 

@@ -114,7 +114,7 @@ def test_a_document_that_was_replaced_meanwhile_is_not_renamed(store: MemoryStor
             put(store, text="quite another text")
             return found
 
-    with pytest.raises(ConflictError, match="'doc' was changed or removed meanwhile; try again"):
+    with pytest.raises(ConflictError, match="'doc' was changed or removed meanwhile; read it again"):
         Interrupted(store.folder).rename("doc", "new")
     assert [row.id for row in store.list()] == ["doc"]
     assert len(files(store)) == 1

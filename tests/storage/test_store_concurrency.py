@@ -280,7 +280,7 @@ def test_replacing_what_was_read_loses_no_change_of_others(store: MemoryStore) -
             while True:
                 row, file = store.read("doc")
                 with contextlib.suppress(ConflictError):
-                    store.put(*document("doc", str(int(file.text.split()[-1]) + 1)), replacing=row.file)
+                    store.put(*document("doc", str(int(file.text.split()[-1]) + 1)), replacing=row)
                     break
 
     with processes(count):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import sqlite3
 import time
@@ -20,15 +19,13 @@ from .texts import misindexed
 
 __all__ = ["find_flaws", "mend_catalog"]
 
-_NO_PAGE = re.compile(r"unable to get the page\. error code=(\d+)")
-
 
 def find_flaws(catalog: Catalog) -> list[str]:
     """Return what is wrong with a database as a whole, a sentence each; [] if it is sound. Rows are not looked at."""
     with catalog.connections.use() as db:
         found = [str(line) for (line,) in db.execute("PRAGMA integrity_check(10)").fetchall() if line != "ok"]
-        if unread := [line for line in found if _is_of_the_machine(line)]:
-            raise StoreError(f"{catalog.path} cannot be read: {unread[0]}; see to the disk")
+        if found and catalog.connections.misread():
+            raise StoreError(f"{catalog.path} cannot be read: {found[0]}; see to the disk")
         if not found:
             try:
                 _check_full_text(db.conn)
@@ -50,12 +47,6 @@ def find_flaws(catalog: Catalog) -> list[str]:
             if any(misindexed(db)):
                 found.append("what passages are found by is not what they are")
     return found
-
-
-def _is_of_the_machine(line: str) -> bool:
-    """Tell whether a check has found that the machine cannot read a page, rather than what is wrong in it."""
-    code = int(found[1]) if (found := _NO_PAGE.search(line)) else 0
-    return code & 0xFF == sqlite3.SQLITE_IOERR and code != sqlite3.SQLITE_IOERR_SHORT_READ
 
 
 def _check_full_text(connection: sqlite3.Connection) -> None:

@@ -202,19 +202,20 @@ class Connections:
             return StoreError(f"{self.path}: another process has been writing for {BUSY_SECONDS:.0f} s; try again")
         cut = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHORT_READ  # a file ends too early
         barred = _code(error) == sqlite3.SQLITE_READONLY and self._forbids_writing()
-        if (_code(error) in _REFUSED and not (cut or barred)) or self._misread(error):
+        seen_as_damage = getattr(error, "sqlite_errorcode", None) in _SEEN_AS_DAMAGE
+        if (_code(error) in _REFUSED and not (cut or barred)) or (seen_as_damage and self.misread()):
             return StoreError(f"{self.path} cannot be written or read: {error}; see to space and permissions")
         return CorruptFileError(
             f"{self.path} cannot be used as a catalog: {error}; `beacon-memory repair` makes it anew"
         )
 
-    def _misread(self, error: sqlite3.Error) -> bool:
-        """Tell whether what SQLite calls damage was an error of the machine.
+    def misread(self) -> bool:
+        """Tell whether what SQLite has just called damage was an error of the machine.
 
-        SQLite takes a disk that cannot read something (EIO) for one that holds something wrong. So the database is
-        looked at anew: all of it, since nothing less tells.
+        SQLite takes a disk that cannot read something (EIO) for one that holds something wrong, also where it checks a
+        database. So the database is looked at anew: all of it, since nothing less tells.
         """
-        if getattr(error, "sqlite_errorcode", None) not in _SEEN_AS_DAMAGE or self.path == ":memory:":
+        if self.path == ":memory:":
             return False
         try:
             for end in ("", "-wal"):

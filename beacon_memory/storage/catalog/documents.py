@@ -14,7 +14,7 @@ from beacon_memory.documents import Label, Text, check_id, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError
 
 from .connections import Connections
-from .rows import COLUMNS, DamagedRow, DocumentRow, from_record, printable, properties_of, to_record
+from .rows import COLUMNS, DamagedRow, DocumentRow, files_of, from_record, printable, properties_of, to_record
 from .texts import Texts, damaged_text
 
 __all__ = ["Documents"]
@@ -142,6 +142,17 @@ class Documents:
             self._texts.set_kind(row.id, row.tags)
         return row
 
+    def append(self, row: DocumentRow, text: Text) -> None:
+        """Write the row of a document whose text has grown at its end, and what is new of that.
+
+        Raises InputError if the row is of another text.
+        """
+        if row.content_hash != text.sha256:
+            raise InputError(f"content_hash {row.content_hash!r} of {row.id!r} is not the sha256 of its text")
+        with self._connections.transaction() as db:
+            _write(db, row)
+            self._texts.append(row.id, text.value, row.tags)
+
     def update(self, row: DocumentRow) -> None:
         """Write the row of a document whose text stays."""
         with self._connections.transaction() as db:
@@ -160,13 +171,14 @@ class Documents:
         """Remove a document with its text and versions; returns its K/V files, or raises DocumentNotFoundError."""
         with self._connections.transaction() as db:
             found = db.execute(
-                "SELECT file FROM documents WHERE id = ? UNION ALL SELECT file FROM versions WHERE document = ?",
+                "SELECT file, segments FROM documents WHERE id = ? "
+                "UNION ALL SELECT file, segments FROM versions WHERE document = ?",
                 [check_id(id), id],
             ).fetchall()
             if not found:
                 raise self._not_found(id)
             db.execute("DELETE FROM documents WHERE id = ?", [id])
-        return [str(file) for (file,) in found]
+        return [name for columns in found for name in files_of(*columns)]
 
     def forget(self, row: DamagedRow) -> None:
         """Remove a damaged row, with text and versions."""

@@ -1,17 +1,18 @@
 """The names of K/V files: numbers for new ones, those that rows name, and those that are about to be removed.
 
 A file's name holds a number, `kv/<2 hex>/<hash of id>-<number>.safetensors`. When a row loses its file, because the
-document is replaced or removed, a trigger keeps the number as *unsettled* until the file is gone. So a file that no row
-names can be told from one whose row was lost.
+document is replaced or removed, a trigger keeps the number as *unsettled* until the file is gone, with all segments,
+whose names begin with that of the file. So a file that no row names can be told from one whose row was lost.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .connections import Connections, begin_immediate
 from .properties import Properties
+from .rows import files_of
 
 __all__ = ["FileNames"]
 
@@ -33,16 +34,19 @@ class FileNames:
     def named(self, id: str | None = None) -> set[str]:
         """Return the files that the rows of a document name, or those of all documents; kept versions included."""
         where = ("WHERE id = ?", "WHERE document = ?") if id is not None else ("", "")
-        sql = f"SELECT file FROM documents {where[0]} UNION ALL SELECT file FROM versions {where[1]}"  # noqa: S608
-        with self._connections.use() as db:
-            return {str(file) for (file,) in db.execute(sql, [id, id] if id is not None else []).fetchall()}
+        return self._named(where, [id, id] if id is not None else [])
 
     def beginning(self, stem: str) -> set[str]:
         """Return the files whose names begin with the stem of a document's, see `file_stem`, and that rows name."""
         where = "WHERE file >= :stem || '-' AND file < :stem || '.'"
-        sql = f"SELECT file FROM documents {where} UNION ALL SELECT file FROM versions {where}"  # noqa: S608
+        return self._named((where, where), {"stem": stem})
+
+    def _named(self, where: tuple[str, str], values: Sequence[str] | dict[str, str]) -> set[str]:
+        """Return the files that some rows of documents and of kept versions name."""
+        of_documents, of_versions = "SELECT file, segments FROM documents", "SELECT file, segments FROM versions"
         with self._connections.use() as db:
-            return {str(file) for (file,) in db.execute(sql, {"stem": stem}).fetchall()}
+            found = db.execute(f"{of_documents} {where[0]} UNION ALL {of_versions} {where[1]}", values).fetchall()
+        return {name for columns in found for name in files_of(*columns)}
 
     def unsettled(self) -> set[str]:
         """Return the numbers of files that had a row, and are about to be removed."""

@@ -266,6 +266,13 @@ def m012_short_passages(db: Database) -> None:
             db.execute(insert, [id, number, start, stop, passage, indexed_form(passage), kind])
 
 
+@migrations()
+def m013_segments(db: Database) -> None:
+    """Name the files behind the first: what was appended to a document has files of its own."""
+    for table in ("documents", "versions"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN segments TEXT NOT NULL DEFAULT '[]'")
+
+
 def _keep_texts(db: Database) -> None:
     """Cut the texts anew whose passages, joined, are not what the column holds."""
     of_one = "SELECT text FROM passages WHERE document = documents.id ORDER BY ordinal"

@@ -18,14 +18,16 @@ _BOUNDARIES = (
 )
 
 
-def split_passages(text: str) -> list[tuple[int, int]]:
+def split_passages(text: str, start: int = 0) -> list[tuple[int, int]]:
     """Cut `text` into passages: (start, stop) in characters, covering it without gap or overlap; [] for no text.
+
+    start: where to begin. If a passage of the text begins there, those from there on are the same as of the whole text;
+           and where a text grows at its end, all of its passages but the last stay as they are.
 
     Short paragraphs are joined and long ones divided to about `PASSAGE_LENGTH` characters: no passage is longer than
     five quarters of that, and, unless it is the whole text, none is shorter than a quarter of it.
     """
     passages = []
-    start = 0
     while len(text) - start > PASSAGE_LENGTH + _SLACK:
         stop = _last_boundary(text, start + _SLACK, start + PASSAGE_LENGTH)
         passages.append((start, stop))

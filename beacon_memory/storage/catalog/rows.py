@@ -17,13 +17,14 @@ __all__ = [
     "DocumentRow",
     "Totals",
     "checksum",
+    "files_of",
     "from_record",
     "printable",
     "properties_of",
     "to_record",
 ]
 
-_JSON = ("ratios", "metadata", "tags")
+_JSON = ("ratios", "metadata", "tags", "segments")
 _NOT_CHECKED = ("used_at", "checksum", "seal")  # seal: the checksum's name while older steps of `migrations` run
 _ENCODER = json.JSONEncoder(sort_keys=True, default=repr)
 
@@ -32,7 +33,7 @@ _ENCODER = json.JSONEncoder(sort_keys=True, default=repr)
 class DocumentRow:
     """The catalog's row of a document, without its text.
 
-    file:         name of the K/V file, relative to the store's folder, with forward slashes
+    file:         name of the (first) K/V file, relative to the store's folder, with forward slashes
     content_hash: sha256 of the text, in hexadecimal
     fingerprint:  digest of the `Fingerprint` of the K/V
     compression:  the name of the method that made slots of the text
@@ -43,8 +44,9 @@ class DocumentRow:
     created_at, updated_at: ISO 8601, UTC; the first survives replacement
     used_at:      when it was last read or written, in seconds since 1970, to a minute or so
     method:       the parameters of the compression method; None in rows older than the column
-    root:         the hash that stands for the whole K/V file; empty in rows older than the column, whose files are of
-                  formats that are not read any more
+    root:         the hash that stands for the whole K/V file, the last one if there are segments, and so for all; empty
+                  in rows older than the column, whose files are of formats that are not read any more
+    segments:     names of the files behind the first, in their order
     """
 
     id: str
@@ -66,6 +68,12 @@ class DocumentRow:
     used_at: int = 0
     method: Mapping[str, str | int] | None = None
     root: str = ""
+    segments: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all K/V files, in their order."""
+        return self.file, *self.segments
 
     @property
     def label(self) -> Label:
@@ -135,10 +143,20 @@ def from_record(record: Mapping[str, Any]) -> DocumentRow:
     values = dict(record)
     del values["checksum"]
     written = [*map(values.__getitem__, _JSON), values.get("method") or "null"]
-    ratios, metadata, tags, method = json.loads(f"[{', '.join(written)}]")  # at once, which is faster
+    ratios, metadata, tags, segments, method = json.loads(f"[{', '.join(written)}]")  # at once, which is faster
     values |= {"ratios": tuple(ratios), "metadata": metadata, "tags": tuple(tags), "pinned": bool(record["pinned"])}
+    values["segments"] = tuple(segments)
     values["method"] = None if method is None else dict(method)
     return DocumentRow(**values)
+
+
+def files_of(file: object, segments: object) -> list[str]:
+    """Return the K/V files that a row names in these columns, as far as they can be read."""
+    try:
+        more = json.loads(str(segments))
+    except ValueError:
+        more = []
+    return [str(file), *(str(one) for one in (more if isinstance(more, list) else []))]
 
 
 def properties_of(metadata: Mapping[str, object], tags: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -158,10 +176,10 @@ def checksum(record: Mapping[str, Any]) -> str:
     checked = dict(record)
     for name in _NOT_CHECKED:
         checked.pop(name, None)
-    if checked.get("method") is None:  # as in rows older than the column, whose checksums go on; so with the root
-        checked.pop("method", None)
-    if not checked.get("root"):
-        checked.pop("root", None)
+    # what a column says by default does not count, so the checksums of rows older than the column go on
+    for name, default in (("method", None), ("root", ""), ("segments", "[]")):
+        if checked.get(name, default) == default:
+            checked.pop(name, None)
     return hashlib.sha256(_ENCODER.encode(checked).encode()).hexdigest()[:32]
 
 

@@ -20,6 +20,10 @@ __all__ = ["Texts", "damaged_text", "misindexed", "sound_text"]
 
 _BATCH = 1000  # passages that are read together
 _STORED = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
+_LAST = "SELECT ordinal, start, text FROM passages WHERE document = ? ORDER BY ordinal DESC LIMIT 1"
+_INSERT = """
+    INSERT INTO passages (document, ordinal, start, stop, text, indexed_form, kind) VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
 _INDEXED = """
     SELECT id, text, indexed_form, kind, EXISTS (
         SELECT 1 FROM labels WHERE labels.document = passages.document AND name = 'tag' AND value = ?
@@ -42,8 +46,6 @@ class Texts:
     def write(self, id: str, text: str) -> None:
         """Write the text of a document in place of the one it has; the first passages that stay are left alone."""
         cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text)]
-        columns = "document, ordinal, start, stop, text, indexed_form"
-        insert = f"INSERT INTO passages ({columns}) VALUES (?, ?, ?, ?, ?, ?)"  # noqa: S608  # our own names
         with self._connections.transaction() as db:
             same = 0
             for (start, stop, passage), stored in zip(cuts, db.execute(_STORED, [id]).fetchall(), strict=False):
@@ -51,12 +53,29 @@ class Texts:
                     break
                 same += 1
             db.execute("DELETE FROM passages WHERE document = ? AND NOT ordinal BETWEEN 0 AND ?", [id, same - 1])
-            passages = [(id, n, *cut, indexed_form(cut[2])) for n, cut in enumerate(cuts[same:], same)]
-            db.conn.executemany(insert, passages)
+            passages = [(id, n, *cut, indexed_form(cut[2]), None) for n, cut in enumerate(cuts[same:], same)]
+            db.conn.executemany(_INSERT, passages)
+
+    def append(self, id: str, text: str, tags: Iterable[str]) -> None:
+        """Write the text of a document, with these tags, that has grown at its end: only its last passage is cut anew.
+
+        Passages before that one are not looked at.
+        """
+        with self._connections.transaction() as db:
+            number, begin, last = db.execute(_LAST, [id]).fetchone() or (0, 0, "")
+            kinds = zip((number, begin, last), (int, int, str), strict=True)
+            if not all(isinstance(*one) for one in kinds) or not text.startswith(last, begin):
+                self.write(id, text)  # what was stored is damaged
+                self.set_kind(id, tags)
+                return
+            db.execute("DELETE FROM passages WHERE document = ? AND ordinal = ?", [id, number])
+            cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text, begin)]
+            passages = [(id, n, *cut, indexed_form(cut[2]), _kind(tags)) for n, cut in enumerate(cuts, number)]
+            db.conn.executemany(_INSERT, passages)
 
     def set_kind(self, id: str, tags: Iterable[str]) -> None:
         """Note whether a document with these tags is a conversation, for `search`."""
-        kind = CONVERSATION if SESSION_TAG in tags else None
+        kind = _kind(tags)
         with self._connections.transaction() as db:
             db.execute("UPDATE passages SET kind = ? WHERE document = ? AND kind IS NOT ?", [kind, id, kind])
 
@@ -88,6 +107,11 @@ class Texts:
             return False
         row = db.execute("SELECT content_hash FROM documents WHERE id = ?", [id]).fetchone()
         return row is not None and self.find(id, row[0]) is not None
+
+
+def _kind(tags: Iterable[str]) -> str | None:
+    """Return the kind of the passages of a document with these tags."""
+    return CONVERSATION if SESSION_TAG in tags else None
 
 
 def sound_text(db: Database, id: str, content_hash: str) -> str | None:

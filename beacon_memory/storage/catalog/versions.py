@@ -14,7 +14,7 @@ from typing import Any
 from beacon_memory.errors import CorruptFileError
 
 from .connections import Connections
-from .rows import DamagedRow, DocumentRow, from_record, printable, to_record
+from .rows import DamagedRow, DocumentRow, files_of, from_record, printable, to_record
 
 __all__ = ["Versions"]
 
@@ -42,6 +42,7 @@ class Versions:
     def keep(self, row: DocumentRow) -> list[str]:
         """Keep a document's row that is about to be replaced; returns the files of the version whose place it takes."""
         record = {"document": row.id, "fingerprint": row.fingerprint, "file": row.file, "bytes": row.bytes}
+        record["segments"] = json.dumps(row.segments)
         with self._connections.transaction() as db:
             gone = self.drop(row.id, row.fingerprint)
             db.table("versions").insert(record | {"record": json.dumps(to_record(row))})
@@ -52,9 +53,9 @@ class Versions:
         given = {name: one for name, one in (("document", id), ("fingerprint", fingerprint)) if one is not None}
         where = " AND ".join(f"{name} = :{name}" for name in given) or "TRUE"
         with self._connections.transaction() as db:
-            files = db.execute(f"SELECT file FROM versions WHERE {where}", given).fetchall()  # noqa: S608  # our names
-            db.execute(f"DELETE FROM versions WHERE {where}", given)  # noqa: S608
-        return [str(file) for (file,) in files]
+            found = db.execute(f"SELECT file, segments FROM versions WHERE {where}", given).fetchall()  # noqa: S608
+            db.execute(f"DELETE FROM versions WHERE {where}", given)  # noqa: S608  # our names
+        return [name for columns in found for name in files_of(*columns)]
 
     def forget(self, row: DamagedRow) -> None:
         """Remove a damaged row."""
@@ -71,7 +72,7 @@ def _row(stored: Mapping[str, Any]) -> DocumentRow:
     """Return the row that is kept in the columns of a version; raises CorruptFileError if it is damaged."""
     with contextlib.suppress(ValueError, KeyError, TypeError, CorruptFileError):
         row = from_record(json.loads(stored["record"]))
-        columns = (stored["document"], stored["fingerprint"], stored["file"], stored["bytes"])
-        if columns == (row.id, row.fingerprint, row.file, row.bytes):
+        columns = tuple(stored[name] for name in ("document", "fingerprint", "file", "bytes", "segments"))
+        if columns == (row.id, row.fingerprint, row.file, row.bytes, json.dumps(row.segments)):
             return row
     raise CorruptFileError(f"a kept version of {stored['document']!r} is damaged; `beacon-memory repair` drops it")

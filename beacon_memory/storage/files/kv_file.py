@@ -7,7 +7,8 @@ section and level the XXH3 hash of its rows; and of quantized ones `key_scales` 
 `text` [bytes] is the source text in UTF-8. The metadata tells the rest: see `kv_metadata`. docs/file-format.md is the
 whole of it.
 
-So a part of a file can be read, and what is read is compared with its hash, without reading the rest.
+So a part of a file can be read, and what is read is compared with its hash, without reading the rest. A document may
+have several files, see `segments`.
 
 Files are never changed in place: `stage_kv_file` writes and syncs a temporary file, which `files` gives its name.
 """
@@ -26,6 +27,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -71,8 +73,9 @@ class StoredFile:
 
     kv:         all of the memory, or the part that was chosen.
     text_bytes: the source text in UTF-8 [bytes]; of a part, it is compared with its hash by `text` only.
-    root:       the hash that stands for the whole file.
+    root:       the hash that stands for the whole file, and for those before it.
     lowest:     of each section the lowest level that was loaded, None if all was.
+    behind:     the root of the file that this one continues; "" if it is no segment.
     """
 
     header: DocumentHeader
@@ -80,6 +83,7 @@ class StoredFile:
     text_bytes: Tensor
     root: str
     lowest: Sequence[int] | None = None
+    behind: str = ""
 
     def memory(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the K/V on a device, dequantized there; dtype: as stored, or float32 if they are quantized."""
@@ -105,12 +109,13 @@ class StoredIndex:
     """Tell what could be read of a file.
 
     counts: how many entries there are, [sections, levels, layers, kv_heads] uint8, levels from the top one down.
-    root:   see `StoredFile`.
+    root, behind: see `StoredFile`.
     """
 
     header: DocumentHeader
     counts: Tensor
     root: str
+    behind: str = ""
 
 
 # Of each section of a document the lowest level to load, `LEVELS` for none.
@@ -130,8 +135,10 @@ class StagedFile:
     nbytes: int
 
 
-def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text) -> StagedFile:
-    """Write a temporary file into `folder`, created if missing, and sync it to disk.
+def stage_kv_file(
+    folder: Path, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text, behind: str = ""
+) -> StagedFile:
+    """Write a temporary file into `folder`, created if missing, and sync it to disk; behind: see `StoredFile`.
 
     Of K/V that come window by window, one is in RAM at a time, and is looked through for NaN and infinity; the file is
     the same.
@@ -143,7 +150,7 @@ def stage_kv_file(folder: Path, header: DocumentHeader, kv: StoredKV | WindowedK
         raise InputError(f"the header of {header.id!r} was made for another text: its content_hash differs")
     data = text.value.encode()
     forms = {**_forms(header, kv), "text": (torch.uint8, (len(data),))}
-    metadata = KVMetadata(header, {name: _described(*form) for name, form in forms.items()}, "0" * 2 * _HASH)
+    metadata = KVMetadata(header, {name: _described(*form) for name, form in forms.items()}, "0" * 2 * _HASH, behind)
     entry = metadata.entry()
     make_folder(folder)
     temp = new_temp(folder)
@@ -221,7 +228,7 @@ def _rows(
             raise InputError(f"the K/V of {header.id!r} were not quantized window by window; see `quantized`")
         tensors |= {name: getattr(kv, name)[order] for name in _QUANTIZED_ROWS}
         tensors |= {name: getattr(kv, name) for name in _QUANTIZED_INDEX}
-    hashes = b"".join(_rows_hash(tensors, start, stop) for start, stop in _runs(counts))
+    hashes = b"".join(_rows_hashes(tensors, _runs(counts)))
     tensors["hashes"] = torch.tensor([*hashes], dtype=torch.uint8).view(*counts.shape[:2], _HASH)
     return tensors
 
@@ -260,7 +267,7 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
         raise corrupt(path, str(error)) from error
     if flaw := _misfit(kv, header.span, header.slots if lowest is None else None):
         raise corrupt(path, flaw)
-    file = StoredFile(header, kv, tensors["text"], index.root, lowest)
+    file = StoredFile(header, kv, tensors["text"], index.root, lowest, index.behind)
     if choose is None:
         try:
             _ = file.text  # so a damaged copy in a cache is known for one while it can be fetched anew
@@ -294,7 +301,7 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
         _require_index(metadata.header, tensors)
     except InputError as error:
         raise corrupt(path, str(error)) from error
-    return StoredIndex(metadata.header, tensors["counts"], root), tensors
+    return StoredIndex(metadata.header, tensors["counts"], root, metadata.behind), tensors
 
 
 def _require_file(path: Path) -> None:
@@ -365,23 +372,18 @@ def _checked_choice(lowest: Sequence[int], header: DocumentHeader) -> list[int]:
 
 def _check_rows(path: Path, tensors: Mapping[str, Tensor], lowest: Sequence[int] | None) -> None:
     """Compare the rows that are loaded with their hashes; raises CorruptFileError."""
-    hashes, depths = tensors["hashes"].numpy().tobytes(), tensors["counts"].shape[1]
-    runs = list(_runs(tensors["counts"]))
-    for number in _loaded_runs(lowest, len(runs), depths):
-        start, stop = runs[number]
-        if _rows_hash(tensors, start, stop) != hashes[_HASH * number : _HASH * (number + 1)]:
-            raise corrupt(path, "its tensors are not those that were written: their hash differs")
+    written, runs = tensors["hashes"].flatten(0, 1), [*_runs(tensors["counts"])]
+    if lowest is not None:
+        loaded = [*_loaded_runs(lowest, tensors["counts"].shape[1])]
+        written, runs = written[torch.tensor(loaded, dtype=torch.int64)], [runs[number] for number in loaded]
+    if b"".join(_rows_hashes(tensors, runs)) != written.numpy().tobytes():
+        raise corrupt(path, "its tensors are not those that were written: their hash differs")
 
 
-def _loaded_runs(lowest: Sequence[int] | None, runs: int, depths: int) -> Iterable[int]:
-    """Return the numbers of the sections and levels that are loaded, among those of `_runs`."""
-    if lowest is None:
-        return range(runs)
-    return (
-        number
-        for section, level in enumerate(lowest)
-        for number in range(section * depths, section * depths + min(depths, LEVELS - level))
-    )
+def _loaded_runs(lowest: Sequence[int], depths: int) -> Iterator[int]:
+    """Yield the numbers of the sections and levels that are loaded, among those of `_runs`."""
+    for section, level in enumerate(lowest):
+        yield from range(section * depths, section * depths + min(depths, LEVELS - level))
 
 
 def _runs(counts: Tensor) -> Iterator[tuple[int, int]]:
@@ -394,10 +396,9 @@ def _kv(header: DocumentHeader, tensors: Mapping[str, Tensor], lowest: Sequence[
     """Make K/V of the tensors of a file; raises InputError for tensors that cannot be any."""
     rows = rows_of(tensors["counts"], tensors["places"], header.sections, lowest)
     levels = rows.levels if tensors["counts"].shape[1] > 1 else None
-    # index_select copies whole rows, three times as fast as indexing does
     whole: dict[str, Any] = {
-        "keys": tensors["keys"].index_select(0, rows.numbers),
-        "values": tensors["values"].index_select(0, rows.numbers),
+        "keys": _taken(tensors["keys"], rows.numbers),
+        "values": _taken(tensors["values"], rows.numbers),
         "positions": rows.positions,
         "counts": rows.counts,
         "span": header.span,
@@ -411,6 +412,15 @@ def _kv(header: DocumentHeader, tensors: Mapping[str, Tensor], lowest: Sequence[
     groups = groups_of(tensors["counts"], header.sections, rows)
     kv = QuantizedKV(**whole, bits=8 * width // max(1, head_dim), groups=groups, dtype=torch.float32)
     return kv.with_own_groups()  # so that what is loaded holds neither the file nor more of it than it needs
+
+
+def _taken(rows: Tensor, numbers: Tensor) -> Tensor:
+    """Return some rows, in memory of numpy's if there are any: it has large pages, which the system gives sooner."""
+    room = np.empty(len(numbers) * rows[:1].nbytes, np.uint8)
+    if not room.size:
+        return rows.index_select(0, numbers)
+    taken = torch.from_numpy(room).view(rows.dtype).view(len(numbers), *rows.shape[1:])
+    return torch.index_select(rows, 0, numbers, out=taken)
 
 
 def _form(tensor: Tensor) -> dict[str, Any]:
@@ -436,13 +446,15 @@ def _index_hash(tensors: Mapping[str, tuple[Mapping[str, Any], Iterable[bytes | 
     return hasher.hexdigest()
 
 
-def _rows_hash(tensors: Mapping[str, Tensor], start: int, stop: int) -> bytes:
-    """Hash some rows of all tensors that have one for each entry."""
-    hasher = xxhash.xxh3_128()
-    rows = (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors))
-    for name in rows if start < stop else ():
-        hasher.update(tensor_bytes(tensors[name][start:stop]))
-    return hasher.digest()
+def _rows_hashes(tensors: Mapping[str, Tensor], runs: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the hash of each run of rows, of all tensors that have one for each entry."""
+    names = (*_PLAIN_ROWS, *(name for name in _QUANTIZED_ROWS if name in tensors))
+    rows = [(tensor_bytes(tensors[name]), tensors[name][:1].nbytes) for name in names]
+    for start, stop in runs:
+        hasher = xxhash.xxh3_128()
+        for data, width in rows:
+            hasher.update(data[start * width : stop * width])
+        yield hasher.digest()
 
 
 def _misfit(kv: StoredKV, span: int, slots: int | None) -> str | None:

@@ -6,7 +6,8 @@ One metadata entry `beacon_memory` is a JSON object:
     header    a DocumentHeader
     tensors   dtype and shape of each tensor under its name
     index     the XXH3 hash (128 bits) of the tensors that tell of the others, the hashes of these among them
-    sha256    of the four above: the root, which stands for every byte of the file but the text, which has its own
+    behind    of a segment: the root of the file that it continues
+    sha256    of those above: the root, which stands for every byte of the file but the text, which has its own
 
 Files of other formats are refused: those of older ones held the K/V in an order in which no part can be read apart.
 """
@@ -40,17 +41,20 @@ class KVMetadata:
 
     tensors: dtype and shape of each, as `{"dtype": "torch.bfloat16", "shape": [120, 64]}`.
     index:   XXH3 of the tensors that tell of the others, in hexadecimal.
+    behind:  the root of the file that a segment continues, "" for a file that is no segment.
     """
 
     header: DocumentHeader
     tensors: Mapping[str, Mapping[str, Any]]
     index: str
+    behind: str = ""
 
     @property
     def described(self) -> dict[str, Any]:
         """Return the JSON object without its hash."""
-        header = asdict(self.header)
-        return {"format": FORMAT_VERSION, "header": header, "tensors": dict(self.tensors), "index": self.index}
+        described = {"format": FORMAT_VERSION, "header": asdict(self.header), "tensors": dict(self.tensors)}
+        behind = {"behind": self.behind} if self.behind else {}
+        return {**described, "index": self.index, **behind}
 
     @property
     def root(self) -> str:
@@ -69,8 +73,8 @@ def read_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[KVMetadata, 
     """Read the metadata of a file and its root, and check version and hash; raises CorruptFileError."""
     entry = _checked(path, metadata)
     try:
-        header = DocumentHeader.from_dict(entry["header"])
-        return KVMetadata(header, dict(entry["tensors"]), str(entry["index"])), str(entry["sha256"])
+        header, behind = DocumentHeader.from_dict(entry["header"]), str(entry.get("behind", ""))
+        return KVMetadata(header, dict(entry["tensors"]), str(entry["index"]), behind), str(entry["sha256"])
     except (
         AttributeError,
         IndexError,

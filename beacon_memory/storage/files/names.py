@@ -18,11 +18,13 @@ __all__ = [
     "FILE_NAME",
     "NUMBERED",
     "TEMP_PREFIX",
+    "base_of",
     "check_name",
     "file_stem",
     "hash_id",
     "new_temp",
     "number_of",
+    "segment_name",
     "stem_of",
     "temps_in",
     "version_of",
@@ -30,7 +32,7 @@ __all__ = [
 
 # Nothing else that a catalog or a bucket names becomes a path of this machine.
 FILE_NAME = re.compile(r"kv/\w[\w-]{0,63}/\w[\w.-]{0,199}", re.ASCII)
-NUMBERED = re.compile(r"kv/[0-9a-f]{2}/[0-9a-f]{32}-([0-9a-f]{12})\.(safetensors|json)")
+NUMBERED = re.compile(r"(kv/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{12})(?:-([0-9a-f]{12}))?\.(safetensors|json)")
 # A name in each folder that files lie in: who syncs all of these has synced whatever was removed.
 EVERYWHERE = tuple(f"kv/{number:02x}/any" for number in range(256))
 TEMP_PREFIX = ".tmp"  # safetensors names its own temporary files so, too: one pattern finds what a crash left
@@ -57,8 +59,19 @@ def file_stem(id: str) -> str:
 
 
 def number_of(name: str) -> str:
-    """Return the number of a document's version from the name of its file: 12 characters in front of the ending."""
+    """Return the number of a file from its name: 12 characters in front of the ending."""
     return name.rpartition(".")[0][-12:]
+
+
+def segment_name(file: str, number: int) -> str:
+    """Return the name of a segment with this number, of the document whose first K/V file is `file`."""
+    return f"{file.removesuffix('.safetensors')}-{number:012x}.safetensors"
+
+
+def base_of(name: str) -> str:
+    """Return the name of the first K/V file of the document that a segment is of; of another file, the name itself."""
+    numbered = NUMBERED.fullmatch(name)
+    return f"{numbered[1]}.{numbered[3]}" if numbered and numbered[2] else name
 
 
 def stem_of(name: str) -> str:
@@ -67,9 +80,8 @@ def stem_of(name: str) -> str:
 
 
 def version_of(name: str) -> int:
-    """Return the number of a document's version from the name of its file, 0 if it has none: a later one is higher."""
-    numbered = NUMBERED.fullmatch(name)
-    return int(numbered[1], 16) if numbered else 0
+    """Return the number of a file as one that compares, 0 if its name has none: that of a later file is higher."""
+    return int(number_of(name), 16) if NUMBERED.fullmatch(name) else 0
 
 
 def temps_in(folder: Path, *, idle: float = 0.0) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from beacon_memory.errors import InputError
 from beacon_memory.kv.levels import LEVELS, TOP_LEVEL
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import GROUP, QuantizedKV
@@ -26,11 +27,11 @@ __all__ = ["Rows", "file_order", "groups_of", "head_sizes", "rows_of", "run_size
 class Rows:
     """Which rows of a file make up a memory.
 
-    numbers:   [entries] of the file, for entries in the order of a memory: layer, head, position.
+    numbers:   [entries] int32, of the file, for entries in the order of a memory: layer, head, position.
     positions: [entries] int32
     levels:    [entries] uint8
     counts:    [layers, kv_heads] int64
-    cells, ordinals: [entries], the cell of the counts that a row is in, and its number there.
+    cells, ordinals: [entries] int32, the cell of the counts that a row is in, and its number there.
     """
 
     numbers: Tensor
@@ -67,34 +68,46 @@ def rows_of(
 
     counts, places: as `file_order` gave them.
     lowest: of each section the lowest level that is loaded; `LEVELS` for nothing of it.
+
+    Raises InputError for sections that span more positions than int32 holds.
     """
     count, depths, layers, kv_heads = counts.shape
     heads = layers * kv_heads
-    levels = torch.zeros(count, dtype=torch.int64) if lowest is None else torch.tensor(list(lowest), dtype=torch.int64)
-    chosen = (levels < LEVELS).nonzero()[:, 0]  # of a long document few, so only what they have is looked at
+    span, most = sections[-1].first + sections[-1].size if count else 0, torch.iinfo(torch.int32).max
+    if span > most:
+        raise InputError(f"it spans {span} positions, but a position is at most {most}")
+    least = torch.zeros(count, dtype=torch.int64) if lowest is None else torch.tensor(list(lowest), dtype=torch.int64)
+    chosen = (least < LEVELS).nonzero()[:, 0]  # of a long document few, so only what they have is looked at
     runs = run_sizes(counts)
-    before = (runs.flatten().cumsum(0) - runs.flatten()).view_as(runs)[chosen]
+    first_rows = (runs.flatten().cumsum(0) - runs.flatten()).view_as(runs)[chosen]
     sizes = counts[chosen].flatten(2).long()
-    starts = (before[..., None] + sizes.cumsum(2) - sizes).flatten()
-    loaded = torch.arange(depths) < LEVELS - levels[chosen][:, None]
+    starts = (first_rows[..., None] + sizes.cumsum(2) - sizes).flatten()
+    loaded = torch.arange(depths) < LEVELS - least[chosen][:, None]
     sizes = sizes * loaded[..., None]
     each = sizes.flatten()
-    cells = torch.arange(len(each)).repeat_interleave(each)
-    ordinals = torch.arange(len(cells)) - (each.cumsum(0) - each)[cells]
-    numbers = starts[cells] + ordinals
-    within = max(1, heads * depths)
-    cells = chosen[cells // within] * within + cells % within
-    firsts = torch.tensor([section.first for section in sections], dtype=torch.int64)
-    positions = firsts[cells // within] + places[numbers].long()
-    span = sections[-1].first + sections[-1].size if count else 0
-    order = (cells % max(1, heads) * span + positions).argsort(stable=True)
+    cells = torch.arange(len(each), dtype=torch.int32).repeat_interleave(each)
+    firsts = torch.tensor([section.first for section in sections], dtype=torch.int32)[chosen]
+    # what all rows of a cell share is computed once for it, and tensors are small: room from the system takes time
+    narrow = torch.int64 if int(runs.sum()) > most else torch.int32
+    ordinals = torch.arange(len(cells), dtype=narrow)
+    ordinals -= (each.cumsum(0) - each).to(narrow).index_select(0, cells)
+    numbers = starts.to(narrow).index_select(0, cells) + ordinals
+    positions = _of_cells(firsts[:, None, None], sizes).index_select(0, cells) + places.index_select(0, numbers)
+    wide = torch.int64 if heads * span > most else torch.int32
+    before = _of_cells(torch.arange(heads, dtype=wide) * span, sizes).index_select(0, cells)
+    order = (before + positions).argsort(stable=True)
+    cells = cells.index_select(0, order)
+    levels = _of_cells(TOP_LEVEL - torch.arange(depths)[:, None], sizes).to(torch.uint8).index_select(0, cells)
+    if len(chosen) < count:
+        within = heads * depths
+        cells = chosen[cells // within] * within + cells % within
     return Rows(
-        numbers[order],
-        positions[order].to(torch.int32),
-        (TOP_LEVEL - cells // max(1, heads) % depths)[order].to(torch.uint8),
+        numbers.index_select(0, order),
+        positions.index_select(0, order),
+        levels,
         sizes.sum((0, 1)).view(layers, kv_heads),
-        cells[order],
-        ordinals[order],
+        cells,
+        ordinals.index_select(0, order),
     )
 
 
@@ -106,6 +119,11 @@ def run_sizes(counts: Tensor) -> Tensor:
 def head_sizes(counts: Tensor) -> Tensor:
     """Return how many entries each head has of each section, [sections, heads] int64; counts: see `rows_of`."""
     return torch.from_numpy(counts.flatten(2).numpy().sum(1, dtype="int64"))
+
+
+def _of_cells(values: Tensor, sizes: Tensor) -> Tensor:
+    """Return the value of each cell, [cells], where one axis of `sizes` [sections, levels, heads] tells it."""
+    return values.expand_as(sizes).flatten()
 
 
 def groups_of(counts: Tensor, sections: Sequence[SectionSpan], rows: Rows) -> Tensor:

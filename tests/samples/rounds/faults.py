@@ -8,7 +8,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from changes import CRASHING, Act, Change, put, recompressed, two
+from changes import CRASHING, Act, Change, append, appended, put, recompressed, two
 from crashing import LEFT_BY_CRASHES, copied, everything, mend, seen
 from failing_calls import with_failing_call
 from upkeep_samples import unfinished_put
@@ -73,7 +73,7 @@ def crashed(store: MemoryStore) -> None:
 
 
 def lost(store: MemoryStore) -> None:
-    two(store)
+    appended(1)(store)
     store.configure(quota=10**9)
     store.close()
     (store.folder / "catalog.sqlite3").write_bytes(b"no database" * 1000)
@@ -117,9 +117,10 @@ OPERATIONS: Mapping[str, Change] = {
     "repair of a lost catalog": Change(lost, repair),
     "erasing what was removed": Change(crashed, erase),
     "remote put": Change(remote(two), put("doc", "2")),
+    "remote append": Change(remote(appended(1)), append),
     "remote update": Change(remote(two), lambda store: store.update("doc", tags=["new"])),
     "remote delete": Change(remote(two), lambda store: store.delete("doc")),
-    "remote read": Change(uncached(two), read),
+    "remote read": Change(uncached(appended(1)), read),
     "remote repair": Change(uncached(two), repair_sound),
     "remote erase": Change(remote(recompressed), erase_doc),
 }

@@ -88,9 +88,10 @@ class Expectation:
 
 def some_operations(rng: random.Random) -> list[Operation]:
     def one() -> Operation:
-        name = rng.choice(["put", "put", "replace", "update", "convert", "rename", "delete", "delete", *_CARE])
+        changes = ["put", "put", "replace", "append", "append", "update", "convert", "rename", "delete", "delete"]
+        name = rng.choice([*changes, *_CARE])
         version = str(rng.getrandbits(50))
-        more = {"put": [version], "replace": [version], "update": [version], "rename": [rng.choice(IDS)]}
+        more = {key: [version] for key in ("put", "replace", "append", "update")} | {"rename": [rng.choice(IDS)]}
         return [name, rng.choice(IDS), *more.get(name, [])]
 
     return [one() for _ in range(rng.randint(1, 4))]

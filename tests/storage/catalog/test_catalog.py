@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlite_utils import Database
 
-from beacon_memory.documents import Label, Text, content_hash
+from beacon_memory.documents import SESSION_TAG, Label, Text, content_hash
 from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
@@ -242,6 +242,45 @@ def test_a_reader_goes_on_while_another_connection_writes(catalog: Catalog, tmp_
     other.close()
 
 
+@pytest.mark.parametrize("tags", [(), (SESSION_TAG,)])
+def test_a_text_that_grows_is_kept_as_if_it_had_been_written_at_once(
+    catalog: Catalog, tmp_path: Path, tags: tuple[str, ...]
+) -> None:
+    pieces = ["One word. ", "a\n\n", "x" * 500, "漢字。", " ", "Ça va? " * 30, LONG, "end"]
+    text = pieces[0]
+    add(catalog, "doc", text, tags=tags)
+    add(catalog, "beside", LONG)
+    for piece in pieces * 3:
+        text += piece
+        catalog.documents.append(row("doc", text, tags=tags), Text(text))
+        assert catalog.documents.text("doc") == text
+    again = Catalog(tmp_path / "again.sqlite3")
+    add(again, "doc", text, tags=tags)
+    assert kept(tmp_path / "catalog.sqlite3") == kept(tmp_path / "again.sqlite3")
+    assert find_flaws(catalog) == []
+    again.close()
+
+
+def kept(path: Path) -> list[tuple[object, ...]]:
+    columns = "ordinal, start, stop, text, indexed_form, kind"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(f"SELECT {columns} FROM passages WHERE document = 'doc' ORDER BY ordinal").fetchall()
+
+
+@pytest.mark.parametrize("value", ["text = 'other'", "start = 'x'", "ordinal = 'x'", "text = x'ff'"])
+def test_a_text_whose_end_is_damaged_is_written_anew_when_it_grows(
+    catalog: Catalog, tmp_path: Path, value: str
+) -> None:
+    add(catalog, "doc", LONG)
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3", isolation_level=None)) as db:
+        db.execute(f"UPDATE passages SET {value} WHERE id = (SELECT max(id) FROM passages)")
+    text = f"{LONG} and more"
+    catalog.documents.append(row("doc", text), Text(text))
+    assert catalog.documents.text("doc") == text
+    with pytest.raises(InputError, match="content_hash"):
+        catalog.documents.append(row("doc", "another text"), Text(text))
+
+
 def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
     first = Catalog(path)
@@ -266,6 +305,7 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
         "m010_root",
         "m011_conversations",
         "m012_short_passages",
+        "m013_segments",
     ]
     assert db.journal_mode == "wal"
     db.close()

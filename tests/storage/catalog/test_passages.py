@@ -20,6 +20,10 @@ def test_passages_cover_the_text_without_gap(parts: list[str]) -> None:
     for start, stop in passages:
         assert stop - start <= 1.25 * PASSAGE_LENGTH
         assert stop - start >= 0.25 * PASSAGE_LENGTH or len(passages) == 1
+    for start, _ in passages:  # whatever follows, all but the last passage stay; and cutting can begin at any of them
+        assert split_passages(text, start) == [one for one in passages if one[0] >= start]
+        before = split_passages(text[: start + PASSAGE_LENGTH // 2])[:-1]
+        assert before == passages[: len(before)]
 
 
 def test_passages_end_at_paragraphs_then_sentences_then_words() -> None:

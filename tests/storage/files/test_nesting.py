@@ -17,7 +17,7 @@ from beacon_memory.kv.levels import LEVELS, TOP_LEVEL, level_of
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, group_numbers
 from beacon_memory.memory import BeaconMemory
-from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
+from beacon_memory.storage.files.header import DocumentHeader, SectionSpan, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredIndex, read_index, read_kv_file
 from beacon_memory.storage.files.nesting import file_order, groups_of, rows_of
 from beacon_memory.storage.files.stored_kv import StoredKV, precision_of, with_precision
@@ -230,3 +230,18 @@ def test_a_document_read_in_part_is_the_one_compressed_more(tmp_path: Path, prec
     theirs = eighth.between(0, whole.header.windows[0].span)
     assert torch.equal(ours.positions, theirs.positions)  # the first window was read behind nothing either way
     assert torch.equal(ours.counts, theirs.counts)
+
+
+@pytest.mark.parametrize("first", [0, 2**30])
+def test_rows_stand_in_the_order_of_a_memory_however_far_a_section_is_from_the_start(first: int) -> None:
+    counts = torch.tensor([[[[2, 1, 0, 2]]]], dtype=torch.uint8)
+    places = torch.tensor([3, 9, 4, 0, 255], dtype=torch.uint8)
+    rows = rows_of(counts, places, [SectionSpan(0, first, 256, 0, 0)])
+    assert rows.numbers.tolist() == [0, 1, 2, 3, 4]
+    assert rows.positions.tolist() == [first + place for place in places.tolist()]
+
+
+def test_sections_beyond_what_a_position_can_tell_are_refused() -> None:
+    counts, places = torch.ones(1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    with pytest.raises(InputError, match="a position is at most 2147483647"):
+        rows_of(counts, places, [SectionSpan(0, 2**31 - 100, 256, 0, 0)])
