@@ -65,7 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ratio", default="auto", help="tokens per slot (default auto)")
     parser.add_argument("--score", default="expected", help="how tokens are chosen (default expected)")
     parser.add_argument(
-        "--budgets", nargs="+", default=["50", "100", "500", "1000", "all"], help="all: what fits the model"
+        "--budgets", nargs="+", default=["none", "50", "100", "500", "1000", "x1"], help="as for `ask`, or none"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
@@ -112,7 +112,7 @@ def _add(options: argparse.Namespace) -> dict[str, object]:
 def _ask(memory: BeaconMemory, item: Item, budget: str) -> dict[str, object]:
     """Ask one question; returns whether the fact's passage was loaded and is in the answer, and what that took."""
     place = memory.store.text(ID).index(item.answers[0])
-    answer: Answer = memory.ask(item.question, ID, budget=None if budget == "all" else budget, max_new_tokens=32)
+    answer: Answer = memory.ask(item.question, ID, budget=None if budget == "none" else budget, max_new_tokens=32)
     return {
         "depth": item.group,
         "loaded": any(source.start <= place < source.stop for source in answer.sources),

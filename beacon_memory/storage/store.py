@@ -59,6 +59,7 @@ from beacon_memory.storage.files.stored_kv import (
     WindowedKV,
     not_finite,
     precision_of,
+    require_finite,
     stored_bytes,
     with_precision,
 )
@@ -323,6 +324,8 @@ class MemoryStore:
             chosen = settings.precision
         kv = with_precision(kv, chosen, header.window_starts) if isinstance(chosen, Precision) else kv
         header = replace(header, namespace=self.namespace)
+        if not isinstance(kv, WindowedKV):  # whose windows are looked at when their turn comes
+            require_finite(header.id, kv)
         with self._publisher.new_file(header, kv, text) as new:
             new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)

@@ -45,7 +45,7 @@ from .header import DocumentHeader, SectionSpan
 from .kv_metadata import ENTRY, LONGEST_HEADER, KVMetadata, corrupt, read_metadata
 from .names import new_temp
 from .nesting import file_order, groups_of, head_sizes, rows_of, run_sizes
-from .stored_kv import StoredKV, WindowedKV, not_finite, precision_of
+from .stored_kv import StoredKV, WindowedKV, precision_of, require_finite
 from .tensor_file import Form, TensorFile, tensor_bytes
 
 __all__ = [
@@ -140,10 +140,11 @@ def stage_kv_file(
 ) -> StagedFile:
     """Write a temporary file into `folder`, created if missing, and sync it to disk; behind: see `StoredFile`.
 
-    Of K/V that come window by window, one is in RAM at a time; the file is the same.
+    Of K/V that come window by window, one is in RAM at a time, and is looked through for NaN and infinity; the file is
+    the same.
 
-    Raises InputError if `kv` is not a memory that the header describes, is interpolated or not finite, or if the text
-    is another one; StoreError if the file cannot be written. Nothing is left behind then.
+    Raises InputError if `kv` is not a memory that the header describes, or is interpolated, or the text is another one;
+    StoreError if the file cannot be written. Nothing is left behind then.
     """
     if text.sha256 != header.content_hash:
         raise InputError(f"the header of {header.id!r} was made for another text: its content_hash differs")
@@ -210,6 +211,7 @@ def _tensors(header: DocumentHeader, kv: StoredKV | WindowedKV, depths: int) -> 
         return
     of_windows = {number: list(own) for number, own in groupby(header.sections, key=lambda section: section.window)}
     for number, (part, start) in enumerate(zip(kv, header.window_starts, strict=True)):
+        require_finite(header.id, part)
         placed = replace(part.to("cpu"), positions=part.positions + start)
         yield _rows(header, placed, of_windows.get(number, []), [start], depths)
 
@@ -218,8 +220,6 @@ def _rows(
     header: DocumentHeader, kv: StoredKV, sections: Sequence[SectionSpan], windows: Sequence[int], depths: int
 ) -> dict[str, Tensor]:
     """Return the rows of all tensors of a file that belong to some windows, which begin at these positions."""
-    if flaw := not_finite(kv):
-        raise InputError(f"{header.id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
     order, places, counts = file_order(kv, sections)
     counts = pad(counts, (0, 0, 0, 0, 0, depths - counts.shape[1]))
     keys, values = (part.index_select(0, order) for part in (kv.keys, kv.values))

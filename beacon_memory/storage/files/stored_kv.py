@@ -14,7 +14,7 @@ from beacon_memory.errors import InputError
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV, quantized
 
-__all__ = ["StoredKV", "WindowedKV", "not_finite", "precision_of", "stored_bytes", "with_precision"]
+__all__ = ["StoredKV", "WindowedKV", "not_finite", "precision_of", "require_finite", "stored_bytes", "with_precision"]
 
 StoredKV = MemoryKV | QuantizedKV
 
@@ -74,6 +74,12 @@ def with_precision(
 def stored_bytes(kv: StoredKV) -> int:
     """Count the bytes that keys, values and positions take in a file, where a position takes one."""
     return kv.nbytes - kv.positions.nbytes + len(kv.positions)
+
+
+def require_finite(id: str, kv: StoredKV) -> None:
+    """Raise InputError for K/V of a document that hold NaN or infinity."""
+    if flaw := not_finite(kv):
+        raise InputError(f"{id!r} cannot be stored: {flaw}; compress it anew, or keep it in bfloat16")
 
 
 def not_finite(kv: StoredKV) -> str | None:
