@@ -29,12 +29,13 @@ from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.files.kv_file import StoredIndex
 from beacon_memory.storage.reading import READ_TRIES
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
 from .conversation import Messages
-from .documents import Document
+from .documents import SESSION_TAG, Document
 from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
 from .explain import explained
 from .hot import HotMemories
@@ -42,17 +43,21 @@ from .ingest import Ingestion
 from .picking import (
     DEFAULT_LIMIT,
     PASSAGES_EACH,
+    SESSION_BUDGET,
     Passage,
     Pick,
     Picker,
     Query,
+    asked_about,
     find_picker,
     fitting,
+    in_context,
     last_question,
     pick,
+    telling,
 )
 from .question import Question
-from .recall import Budget, Indexes, Portion, portions
+from .recall import Budget, Indexes, Portion, portions, slots_of_passages
 from .results import Added, Answer, Explanation, Place, Progress, Usage
 
 if TYPE_CHECKING:
@@ -282,6 +287,7 @@ class BeaconMemory:
         ids: str | Sequence[str] | None = None,
         *,
         budget: int | str | None = None,
+        session_budget: int = SESSION_BUDGET,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -297,6 +303,8 @@ class BeaconMemory:
         budget:   how much of their memories is loaded: a number of slots, bytes as "64MB", or a ratio as "x16", a slot
                   for 16 tokens. It is spent where the question is, see `zoom`. By default all is loaded that fits the
                   model's positions.
+        session_budget: without a `budget`, how many slots are loaded of what conversations were folded into
+                  (`Session`), where the question is; all others are loaded whole beside that, if they fit.
         optional: those of `ids` that are left out if they do not fit whole beside those in front of them, as those that
                   are chosen are. With a budget none is.
         stop:     strings at which the answer ends. seed: of sampling.
@@ -308,8 +316,8 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if prompt and answer exceed the model's positions,
         or FingerprintMismatchError for a document that another model compressed.
         """
-        given = Question(question, ids, budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
-        asked = self._asked(given)
+        how = (session_budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        asked = self._asked(Question(question, ids, budget, *how))
         if (asked.config.num_beams or 1) > 1:
             ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
             return asked.answer(generation)
@@ -352,6 +360,7 @@ class BeaconMemory:
         ids: str | Sequence[str] | None = None,
         *,
         budget: int | str | None = None,
+        session_budget: int = SESSION_BUDGET,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -365,9 +374,8 @@ class BeaconMemory:
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
         or not and in whatever thread, are decoded together.
         """
-        asked = self._asked(
-            Question(question, ids, budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
-        )
+        how = (session_budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        asked = self._asked(Question(question, ids, budget, *how))
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
@@ -390,6 +398,7 @@ class BeaconMemory:
         ids: str | Sequence[str] | None = None,
         *,
         budget: int | str | None = None,
+        session_budget: int = SESSION_BUDGET,
         limit: int = DEFAULT_LIMIT,
     ) -> Explanation:
         """Tell what `ask` would load for a question, passage by passage and word by word; nothing is answered.
@@ -399,7 +408,7 @@ class BeaconMemory:
 
         The arguments are those of `ask`, and so are the errors.
         """
-        asked = Question(question, ids, budget, limit)
+        asked = Question(question, ids, budget, session_budget, limit)
         _, _, room = self._prompted(asked)
 
         def tokenized(text: str) -> Sequence[tuple[int, int]]:
@@ -460,7 +469,44 @@ class BeaconMemory:
         slots = room - max(0, len(found) - 1)  # what each takes is rounded up
         if budget is not None:
             slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), self._slot_bytes))
-        if sum(row.slots for row, _ in found) <= slots:
+        folded = [one for one in found if SESSION_TAG in one[0].tags]
+        others = [one for one in found if SESSION_TAG not in one[0].tags]
+        if budget is not None or _slots(others) + question.session_budget > slots:
+            return self._within(found, slots, question, passages)
+        chosen = [*portions(others, {}, None), *self._remembered(folded, question)]
+        places = {row.id: place for place, (row, _) in enumerate(found)}
+        return sorted(chosen, key=lambda portion: places[portion.row.id])
+
+    def _remembered(
+        self, folded: Sequence[tuple[DocumentRow, StoredIndex]], question: Question
+    ) -> builtins.list[Portion]:
+        """Choose what is loaded of a conversation: the passages that tell of the question, and no others.
+
+        So much is loaded of what resembles them that a small reader would take one for the other. Where no passage
+        tells of it, all share the budget.
+        """
+        if _slots(folded) == 0:
+            return []
+        passages = self._passages(question, [row.id for row, _ in folded])
+        kept = telling(itertools.chain.from_iterable(passages.values()))
+        if not kept:
+            return self._within(folded, question.session_budget, question, passages)
+        by_document = {row.id: [one for one in kept if one.document == row.id] for row, _ in folded}
+        slots = min(question.session_budget, slots_of_passages(folded, by_document))
+        return portions(folded, by_document, slots)
+
+    def _within(
+        self,
+        found: Sequence[tuple[DocumentRow, StoredIndex]],
+        slots: int,
+        question: Question,
+        passages: Mapping[str, Sequence[Passage]] | None,
+    ) -> builtins.list[Portion]:
+        """Choose what is loaded of documents within so many memory slots: all if it fits, else where the question is.
+
+        passages: that were found for it; None if nobody has looked for them yet.
+        """
+        if _slots(found) <= slots:
             return portions(found, {}, None)
         if passages is None:
             passages = self._passages(question, [row.id for row, _ in found])
@@ -474,7 +520,9 @@ class BeaconMemory:
         if question.ids is not None:
             named = [question.ids] if isinstance(question.ids, str) else question.ids
             rows = [self.store.row(id, fingerprint) for id in named]
-            return rows if question.budget is not None else fitting(rows, question.optional, room), None
+            if question.budget is None:
+                rows = fitting(rows, question.optional, room, question.session_budget)
+            return rows, None
         picks = self._picks(question.messages, question.limit, fingerprint)
         if not picks:
             known = any(self._query("", 1).documents())
@@ -485,11 +533,13 @@ class BeaconMemory:
 
     def _passages(self, question: Question, ids: Sequence[str]) -> dict[str, builtins.list[Passage]]:
         """Return the passages of some documents that a question is about, by their ids."""
-        wanted = PASSAGES_EACH * len(ids)
-        query = self._query(last_question(question.messages), wanted, self.model.fingerprint.digest, tuple(ids))
+        wanted, fingerprint = PASSAGES_EACH * len(ids), self.model.fingerprint.digest
         found: dict[str, builtins.list[Passage]] = {id: [] for id in ids}
-        for passage in self._picker(query):
-            if passage.score > 0 and passage.document in found:
+        for passage in in_context(
+            (self._picker(self._query(text, wanted, fingerprint, tuple(ids))), weight)
+            for text, weight in asked_about(question.messages)
+        ):
+            if passage.document in found:
                 found[passage.document].append(passage)
         return found
 
@@ -628,6 +678,10 @@ def _undisturbed(read: Callable[[], _Read]) -> _Read:
         with contextlib.suppress(ConflictError):
             return read()
     raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+
+
+def _slots(found: Sequence[tuple[DocumentRow, StoredIndex]]) -> int:
+    return sum(row.slots for row, _ in found)
 
 
 @dataclass(frozen=True, slots=True)

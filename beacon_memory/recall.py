@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
     from beacon_memory.storage.store import MemoryStore
 
-__all__ = ["Budget", "Indexes", "Portion", "portions"]
+__all__ = ["Budget", "Indexes", "Portion", "portions", "slots_of_passages"]
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _BUDGET = re.compile(r"(?i)\s*(?:x\s*(?P<ratio>\d+(?:\.\d+)?)|(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]i?b))\s*")
@@ -150,6 +150,19 @@ def portions(
         _portion(row, index, tuple(lowest[start:stop]), of_document)
         for (row, index), (start, stop), of_document in zip(found, pairwise(ends), relevance, strict=True)
     ]
+
+
+def slots_of_passages(
+    found: Sequence[tuple[DocumentRow, StoredIndex]], passages: Mapping[str, Sequence[Passage]]
+) -> int:
+    """Return the memory slots that the sections of documents take which passages are in, rounded up; see `portions`."""
+    entries = 0
+    for row, index in found:
+        sizes = index.counts.sum((1, 2, 3), dtype=torch.int64).tolist()
+        entries += sum(
+            size for size, one in zip(sizes, _relevance(index, passages.get(row.id, ())), strict=True) if one
+        )
+    return -(-entries // math.prod(found[0][1].counts.shape[2:]))
 
 
 def _portion(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 
 __all__ = ["PASSAGE_LENGTH", "split_passages"]
 
@@ -17,22 +19,27 @@ _BOUNDARIES = (
     re.compile(r"\s+"),
 )
 
+_EXCHANGE = re.compile(r"\n(?=User: )")  # as `Session` writes the turns that it folds
+
 
 def split_passages(text: str) -> list[tuple[int, int]]:
     """Cut `text` into passages: (start, stop) in characters, covering it without gap or overlap; [] for no text.
 
     Short paragraphs are joined and long ones divided to about `PASSAGE_LENGTH` characters: no passage is longer than
-    five quarters of that, and, unless it is the whole text, none is shorter than a quarter of it.
+    five quarters of that, and, unless it is the whole text, none is shorter than a quarter of it. In a conversation,
+    however, each turn of the user begins a passage, however short.
     """
-    passages = []
-    start = 0
-    while len(text) - start > PASSAGE_LENGTH + _SLACK:
+    exchanges = [0, *(match.end() for match in _EXCHANGE.finditer(text)), len(text)]
+    return [cut for start, stop in pairwise(exchanges) for cut in _cut(text, start, stop)]
+
+
+def _cut(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    while end - start > PASSAGE_LENGTH + _SLACK:
         stop = _last_boundary(text, start + _SLACK, start + PASSAGE_LENGTH)
-        passages.append((start, stop))
+        yield start, stop
         start = stop
-    if start < len(text):
-        passages.append((start, len(text)))
-    return passages
+    if start < end:
+        yield start, end
 
 
 def _last_boundary(text: str, low: int, high: int) -> int:
