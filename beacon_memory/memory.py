@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import copy
 import itertools
+import math
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -29,14 +31,16 @@ from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.catalog.words import words
 from beacon_memory.storage.files.kv_file import StoredIndex
 from beacon_memory.storage.reading import READ_TRIES
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
-from .conversation import Messages
+from .conversation import Messages, turns_of
 from .documents import SESSION_TAG, Document
 from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
+from .evidence import words_together
 from .explain import explained
 from .hot import HotMemories
 from .ingest import Ingestion
@@ -58,7 +62,7 @@ from .picking import (
 )
 from .question import Question
 from .recall import Budget, Indexes, Portion, portions, slots_of_passages
-from .results import Added, Answer, Explanation, Place, Progress, Usage
+from .results import NOT_IN_MEMORY, Added, Answer, Evidence, Explanation, Place, Progress, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -74,16 +78,24 @@ _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 class _Asked:
     """Hold a question that is ready to be answered."""
 
+    question: Question
     loaded: Sequence[Portion]
     places: tuple[Place, ...]
+    evidence: Evidence | None
     request: Request
     config: GenerationConfig
-    seed: int | None
-    tools: Sequence[Mapping[str, Any]]
     tokenizer: Any
     started: float
 
+    @property
+    def refused(self) -> Answer | None:
+        """The answer to a question that is abstained from before anything is generated; None to any other."""
+        if not self.question.abstain or self.evidence is None or self.evidence.relevant:
+            return None
+        return self.answer(Generation((), NOT_IN_MEMORY, time.perf_counter()))
+
     def answer(self, generation: Generation) -> Answer:
+        """Return the answer of which a text was generated."""
         now = time.perf_counter()
         parts = read_answer(
             self.tokenizer,
@@ -91,13 +103,24 @@ class _Asked:
             generation.tokens,
             prompt=self.request.prompt,
             stops=self.config.stop_strings or (),
-            tools=self.tools,
+            tools=self.question.tools,
         )
-        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.places)
-        first = generation.first_token_at - self.started
-        ids = tuple(one.row.id for one in self.loaded)
-        sources = tuple(source for one in self.loaded for source in one.sources)
-        return Answer(generation.text, parts, ids, usage, first, now - self.started, sources)
+        evidence = self.evidence
+        if evidence is not None and generation.likelihoods:
+            evidence = replace(evidence, likelihood=math.exp(fmean(generation.likelihoods)))
+        answer = Answer(
+            text=generation.text,
+            parts=parts,
+            ids=tuple(one.row.id for one in self.loaded),
+            usage=Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.places),
+            time_to_first_token=generation.first_token_at - self.started,
+            seconds=now - self.started,
+            sources=tuple(source for one in self.loaded for source in one.sources),
+            evidence=evidence,
+        )
+        if self.question.abstain and answer.supported is False:
+            return replace(answer, text=NOT_IN_MEMORY, parts=(NOT_IN_MEMORY,))
+        return answer
 
 
 def _wherever(name: _Named) -> _Named | Path:
@@ -288,6 +311,7 @@ class BeaconMemory:
         *,
         budget: int | str | None = None,
         session_budget: int = SESSION_BUDGET,
+        abstain: bool = False,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -300,6 +324,7 @@ class BeaconMemory:
 
         question: a text, or a conversation as dicts with `role` and `content`, as the model's chat template takes them.
         ids:      documents to answer from, loaded in this order; None chooses up to `limit`, see `pick`.
+        abstain:  whether to answer `NOT_IN_MEMORY` where the answer is not supported, see `Answer.supported`.
         budget:   how much of their memories is loaded: a number of slots, bytes as "64MB", or a ratio as "x16", a slot
                   for 16 tokens. It is spent where the question is, see `zoom`. By default all is loaded that fits the
                   model's positions.
@@ -316,8 +341,10 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if prompt and answer exceed the model's positions,
         or FingerprintMismatchError for a document that another model compressed.
         """
-        how = (session_budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        how = (session_budget, abstain, limit, optional, stop, seed, tools, chat_template_kwargs, options)
         asked = self._asked(Question(question, ids, budget, *how))
+        if (refused := asked.refused) is not None:
+            return refused
         if (asked.config.num_beams or 1) > 1:
             ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
             return asked.answer(generation)
@@ -340,19 +367,23 @@ class BeaconMemory:
         """
         if isinstance(questions, str):
             raise InputError(f"questions={questions!r} must be several; ask one by ask")
-        asked: dict[Ticket, _Asked] = {}
-        answers: dict[Ticket, Answer] = {}
+        asked: dict[Ticket, tuple[int, _Asked]] = {}
+        answers: dict[int, Answer] = {}
 
         def submitted() -> Iterator[Ticket]:
-            for question in questions:
+            for number, question in enumerate(questions):
                 one = self._asked(question if isinstance(question, Question) else Question(question))
+                if (refused := one.refused) is not None:
+                    answers[number] = refused
+                    continue
                 ticket = self._submit(one)
-                asked[ticket] = one
+                asked[ticket] = number, one
                 yield ticket
 
         for ticket in self._loop.as_finished(submitted()):
-            answers[ticket] = asked[ticket].answer(ticket.result())
-        return [answers[ticket] for ticket in asked]
+            number, one = asked[ticket]
+            answers[number] = one.answer(ticket.result())
+        return [answers[number] for number in sorted(answers)]
 
     def stream(
         self,
@@ -361,6 +392,7 @@ class BeaconMemory:
         *,
         budget: int | str | None = None,
         session_budget: int = SESSION_BUDGET,
+        abstain: bool = False,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -374,23 +406,34 @@ class BeaconMemory:
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
         or not and in whatever thread, are decoded together.
         """
-        how = (session_budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        how = (session_budget, abstain, limit, optional, stop, seed, tools, chat_template_kwargs, options)
         asked = self._asked(Question(question, ids, budget, *how))
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
 
     def _stream(self, asked: _Asked) -> Iterator[str | Answer]:
+        if (answer := asked.refused) is not None:
+            yield answer.text
+            yield answer
+            return
         with contextlib.closing(iter(self._submit(asked))) as pieces:
             for piece in pieces:
-                yield piece if isinstance(piece, str) else asked.answer(piece)
+                if isinstance(piece, str):
+                    if not asked.question.abstain:  # else it is only known at the end whether it is the answer
+                        yield piece
+                    continue
+                answer = asked.answer(piece)
+                if asked.question.abstain:
+                    yield answer.text
+                yield answer
 
     @property
     def _loop(self) -> DecodeLoop:
         return self._load_once()[1]
 
     def _submit(self, asked: _Asked) -> Ticket:
-        return self._loop.submit(asked.request, asked.config, seed=asked.seed)
+        return self._loop.submit(asked.request, asked.config, seed=asked.question.seed)
 
     def explain(
         self,
@@ -408,7 +451,7 @@ class BeaconMemory:
 
         The arguments are those of `ask`, and so are the errors.
         """
-        asked = Question(question, ids, budget, session_budget, limit)
+        asked = Question(question, ids, budget, session_budget, limit=limit)
         _, _, room = self._prompted(asked)
 
         def tokenized(text: str) -> Sequence[tuple[int, int]]:
@@ -439,8 +482,17 @@ class BeaconMemory:
         started = time.perf_counter()
         prompt, config, room = self._prompted(question)
         loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + self.compressor.sink.slots)
-        request = Request(prefix, prompt)
-        return _Asked(loaded, places, request, config, question.seed, question.tools, model.tokenizer, started)
+        evidence = self._evidence(question, loaded)
+        return _Asked(question, loaded, places, evidence, Request(prefix, prompt), config, model.tokenizer, started)
+
+    def _evidence(self, question: Question, loaded: Sequence[Portion]) -> Evidence | None:
+        """Return what speaks for an answer before there is one; None without documents, and with tools."""
+        if not loaded or question.tools:
+            return None
+        asked = last_question(question.messages)
+        places = self.store.places_of_words(asked, [one.row.id for one in loaded])
+        said = [words(str(turn.get("content") or "")) for turn in turns_of(question.messages)[:-1]]
+        return Evidence(words_together(places, (source for one in loaded for source in one.sources), said))
 
     def _prompted(self, question: Question) -> tuple[Sequence[int], GenerationConfig, int]:
         """Return the prompt of a question, how it is answered, and the memory slots that the model has left."""

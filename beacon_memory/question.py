@@ -26,6 +26,7 @@ class Question:
     ids: str | Sequence[str] | None = None
     budget: int | str | None = None
     session_budget: int = SESSION_BUDGET
+    abstain: bool = False
     limit: int = DEFAULT_LIMIT
     optional: Collection[str] = ()
     stop: str | Sequence[str] | None = None
