@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .question import Question as Question
     from .results import Added as Added
     from .results import Answer as Answer
+    from .results import Evidence as Evidence
     from .results import ExplainedPassage as ExplainedPassage
     from .results import ExplainedWord as ExplainedWord
     from .results import Explanation as Explanation
@@ -62,6 +63,7 @@ _LAZY = {
     "BeaconSequence": "compression.sequence",
     "CompressionMethod": "compression.methods.method",
     "Document": "documents",
+    "Evidence": "results",
     "ExplainedPassage": "results",
     "ExplainedWord": "results",
     "Explanation": "results",

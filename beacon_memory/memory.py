@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -32,13 +33,16 @@ from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
+from beacon_memory.storage.catalog.words import words
+from beacon_memory.storage.files.kv_file import StoredIndex
 from beacon_memory.storage.reading import READ_TRIES
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
-from .conversation import Messages
-from .documents import Document
+from .conversation import Messages, turns_of
+from .documents import SESSION_TAG, Document
 from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
+from .evidence import words_together
 from .explain import explained
 from .hot import HotMemories
 from .ingest import Ingestion
@@ -46,18 +50,22 @@ from .lookup import Lookup, gist_slots, sections_of_entries
 from .picking import (
     DEFAULT_LIMIT,
     PASSAGES_EACH,
+    SESSION_BUDGET,
     Passage,
     Pick,
     Picker,
     Query,
+    asked_about,
     find_picker,
     fitting,
+    in_context,
     last_question,
     pick,
+    telling,
 )
 from .question import Question
-from .recall import DEFAULT_SLOTS, Budget, Indexes, Portion, level_counts, portions
-from .results import Added, Answer, Explanation, LoadedDocument, Place, Progress, Usage
+from .recall import DEFAULT_SLOTS, Budget, Indexes, Portion, level_counts, portions, slots_of_passages
+from .results import NOT_IN_MEMORY, Added, Answer, Evidence, Explanation, LoadedDocument, Place, Progress, Usage
 
 if TYPE_CHECKING:
     import torch
@@ -73,16 +81,24 @@ _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
 class _Asked:
     """Hold a question that is ready to be answered."""
 
+    question: Question
     loaded: Sequence[Portion]
     documents: tuple[LoadedDocument, ...]
+    evidence: Evidence | None
     request: Request
     config: GenerationConfig
-    seed: int | None
-    tools: Sequence[Mapping[str, Any]]
     tokenizer: Any
     started: float
 
+    @property
+    def refused(self) -> Answer | None:
+        """The answer to a question that is abstained from before anything is generated; None to any other."""
+        if not self.question.abstain or self.evidence is None or self.evidence.relevant:
+            return None
+        return self.answer(Generation((), NOT_IN_MEMORY, time.perf_counter()))
+
     def answer(self, generation: Generation) -> Answer:
+        """Return the answer of which a text was generated."""
         now = time.perf_counter()
         parts = read_answer(
             self.tokenizer,
@@ -90,13 +106,24 @@ class _Asked:
             generation.tokens,
             prompt=self.request.prompt,
             stops=self.config.stop_strings or (),
-            tools=self.tools,
+            tools=self.question.tools,
         )
-        usage = Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.documents)
-        first = generation.first_token_at - self.started
-        ids = tuple(one.row.id for one in self.loaded)
-        sources = tuple(source for one in self.loaded for source in one.sources)
-        return Answer(generation.text, parts, ids, usage, first, now - self.started, sources)
+        evidence = self.evidence
+        if evidence is not None and generation.likelihoods:
+            evidence = replace(evidence, likelihood=math.exp(fmean(generation.likelihoods)))
+        answer = Answer(
+            text=generation.text,
+            parts=parts,
+            ids=tuple(one.row.id for one in self.loaded),
+            usage=Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.documents),
+            time_to_first_token=generation.first_token_at - self.started,
+            seconds=now - self.started,
+            sources=tuple(source for one in self.loaded for source in one.sources),
+            evidence=evidence,
+        )
+        if self.question.abstain and answer.supported is False:
+            return replace(answer, text=NOT_IN_MEMORY, parts=(NOT_IN_MEMORY,))
+        return answer
 
 
 def _wherever(name: _Named) -> _Named | Path:
@@ -289,6 +316,8 @@ class BeaconMemory:
         ids: str | Sequence[str] | None = None,
         *,
         budget: int | str | None = None,
+        session_budget: int = SESSION_BUDGET,
+        abstain: bool = False,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -302,9 +331,12 @@ class BeaconMemory:
         question: a text, or a conversation as dicts with `role` and `content`, as the model's chat template takes them.
         ids:      documents to answer from; None chooses up to `limit`, see `pick`. They stand in this order, but those
                   in which passages are found behind the others, the best match last.
+        abstain:  whether to answer `NOT_IN_MEMORY` where the answer is not supported, see `Answer.supported`.
         budget:   how much of their memories is loaded: a number of slots, bytes as "64MB", or a ratio as "x16", a slot
                   for 16 tokens. It is spent where the question is, see `zoom`. By default 256 slots are loaded where
                   passages are found, else all that fits the model's positions.
+        session_budget: without a `budget`, how many slots are loaded of what conversations were folded into
+                  (`Session`), where the question is, beside those of other documents.
         optional: those of `ids` that are left out if they do not fit whole beside those in front of them. With a budget
                   none is.
         stop:     strings at which the answer ends. seed: of sampling.
@@ -316,8 +348,10 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if prompt and answer exceed the model's positions,
         or FingerprintMismatchError for a document that another model compressed.
         """
-        given = Question(question, ids, budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
-        asked = self._asked(given)
+        how = (session_budget, abstain, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        asked = self._asked(Question(question, ids, budget, *how))
+        if (refused := asked.refused) is not None:
+            return refused
         if (asked.config.num_beams or 1) > 1:
             ((generation, *_),) = generate(self.model, [asked.request], asked.config, seed=seed)
             return asked.answer(generation)
@@ -340,19 +374,23 @@ class BeaconMemory:
         """
         if isinstance(questions, str):
             raise InputError(f"questions={questions!r} must be several; ask one by ask")
-        asked: dict[Ticket, _Asked] = {}
-        answers: dict[Ticket, Answer] = {}
+        asked: dict[Ticket, tuple[int, _Asked]] = {}
+        answers: dict[int, Answer] = {}
 
         def submitted() -> Iterator[Ticket]:
-            for question in questions:
+            for number, question in enumerate(questions):
                 one = self._asked(question if isinstance(question, Question) else Question(question))
+                if (refused := one.refused) is not None:
+                    answers[number] = refused
+                    continue
                 ticket = self._submit(one)
-                asked[ticket] = one
+                asked[ticket] = number, one
                 yield ticket
 
         for ticket in self._loop.as_finished(submitted()):
-            answers[ticket] = asked[ticket].answer(ticket.result())
-        return [answers[ticket] for ticket in asked]
+            number, one = asked[ticket]
+            answers[number] = one.answer(ticket.result())
+        return [answers[number] for number in sorted(answers)]
 
     def stream(
         self,
@@ -360,6 +398,8 @@ class BeaconMemory:
         ids: str | Sequence[str] | None = None,
         *,
         budget: int | str | None = None,
+        session_budget: int = SESSION_BUDGET,
+        abstain: bool = False,
         limit: int = DEFAULT_LIMIT,
         optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
@@ -373,17 +413,27 @@ class BeaconMemory:
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
         or not and in whatever thread, are decoded together.
         """
-        asked = self._asked(
-            Question(question, ids, budget, limit, optional, stop, seed, tools, chat_template_kwargs, options)
-        )
+        how = (session_budget, abstain, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        asked = self._asked(Question(question, ids, budget, *how))
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
 
     def _stream(self, asked: _Asked) -> Iterator[str | Answer]:
+        if (answer := asked.refused) is not None:
+            yield answer.text
+            yield answer
+            return
         with contextlib.closing(iter(self._submit(asked))) as pieces:
             for piece in pieces:
-                yield piece if isinstance(piece, str) else asked.answer(piece)
+                if isinstance(piece, str):
+                    if not asked.question.abstain:  # else it is only known at the end whether it is the answer
+                        yield piece
+                    continue
+                answer = asked.answer(piece)
+                if asked.question.abstain:
+                    yield answer.text
+                yield answer
 
     @property
     def _loop(self) -> DecodeLoop:
@@ -394,7 +444,7 @@ class BeaconMemory:
         return self._load_once()[2]
 
     def _submit(self, asked: _Asked) -> Ticket:
-        return self._loop.submit(asked.request, asked.config, seed=asked.seed)
+        return self._loop.submit(asked.request, asked.config, seed=asked.question.seed)
 
     def explain(
         self,
@@ -402,6 +452,7 @@ class BeaconMemory:
         ids: str | Sequence[str] | None = None,
         *,
         budget: int | str | None = None,
+        session_budget: int = SESSION_BUDGET,
         limit: int = DEFAULT_LIMIT,
     ) -> Explanation:
         """Tell what `ask` would load for a question, passage by passage and word by word; nothing is answered.
@@ -411,7 +462,7 @@ class BeaconMemory:
 
         The arguments are those of `ask`, and so are the errors.
         """
-        asked = Question(question, ids, budget, limit)
+        asked = Question(question, ids, budget, session_budget, limit=limit)
         _, _, room = self._prompted(asked)
 
         def tokenized(text: str) -> Sequence[tuple[int, int]]:
@@ -446,12 +497,21 @@ class BeaconMemory:
         started = time.perf_counter()
         prompt, config, room = self._prompted(question)
         loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + self.compressor.sink.slots)
-        request = Request(prefix, prompt)
         documents = tuple(
             LoadedDocument(one.row.id, place, one.slots, one.entries * self._entry_bytes, len(one.sources))
             for one, place in zip(loaded, places, strict=True)
         )
-        return _Asked(loaded, documents, request, config, question.seed, question.tools, model.tokenizer, started)
+        evidence = self._evidence(question, loaded)
+        return _Asked(question, loaded, documents, evidence, Request(prefix, prompt), config, model.tokenizer, started)
+
+    def _evidence(self, question: Question, loaded: Sequence[Portion]) -> Evidence | None:
+        """Return what speaks for an answer before there is one; None without documents, and with tools."""
+        if not loaded or question.tools:
+            return None
+        asked = last_question(question.messages)
+        places = self.store.places_of_words(asked, [one.row.id for one in loaded])
+        said = [words(str(turn.get("content") or "")) for turn in turns_of(question.messages)[:-1]]
+        return Evidence(words_together(places, (source for one in loaded for source in one.sources), said))
 
     def _prompted(self, question: Question) -> tuple[Sequence[int], GenerationConfig, int]:
         """Return the prompt of a question, how it is answered, and the memory slots that the model has left."""
@@ -480,11 +540,52 @@ class BeaconMemory:
         slots = room - max(0, len(found) - 1)  # what each takes is rounded up
         if budget is not None:
             slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), self._slot_bytes))
-        whole, least = sum(row.slots for row, _ in found), slots if budget else min(slots, DEFAULT_SLOTS)
+            return self._within(found, slots, slots, question, passages)
+        folded = [one for one in found if SESSION_TAG in one[0].tags]
+        others = [one for one in found if SESSION_TAG not in one[0].tags]
+        remembered = self._remembered(folded, min(question.session_budget, slots), question)
+        left = slots - sum(one.slots for one in remembered)
+        chosen = [*self._within(others, left, min(left, DEFAULT_SLOTS), question, passages), *remembered]
+        places = {row.id: place for place, (row, _) in enumerate(found)}
+        return sorted(chosen, key=lambda portion: places[portion.row.id])
+
+    def _remembered(
+        self, folded: Sequence[tuple[DocumentRow, StoredIndex]], slots: int, question: Question
+    ) -> builtins.list[Portion]:
+        """Choose what is loaded of a conversation: the passages that tell of the question, and no others.
+
+        So much is loaded of what resembles them that a small reader would take one for the other. Where no passage
+        tells of it, all share the budget.
+        """
+        if _slots(folded) == 0:
+            return []
+        passages = self._passages(question, [row.id for row, _ in folded])
+        kept = telling(itertools.chain.from_iterable(passages.values()))
+        if not kept:
+            return self._within(folded, slots, slots, question, passages)
+        by_document = {row.id: [one for one in kept if one.document == row.id] for row, _ in folded}
+        return portions(folded, by_document, min(slots, slots_of_passages(folded, by_document)))
+
+    def _within(
+        self,
+        found: Sequence[tuple[DocumentRow, StoredIndex]],
+        slots: int,
+        enough: int,
+        question: Question,
+        passages: Mapping[str, Sequence[Passage]] | None,
+    ) -> builtins.list[Portion]:
+        """Choose what is loaded of documents within so many memory slots: all if it fits, else where the question is.
+
+        enough:   slots that are loaded where passages are found.
+        passages: that were found for it; None if nobody has looked for them yet.
+        """
+        if not found:
+            return []
+        whole = _slots(found)
         if passages is None:
-            passages = self._passages(question, [row.id for row, _ in found]) if whole > least else {}
+            passages = self._passages(question, [row.id for row, _ in found]) if whole > enough else {}
         if any(one.score > 0 for of_document in passages.values() for one in of_document):
-            slots = least
+            slots = enough
         chosen = portions(found, passages, None if whole <= slots else slots)
         return chosen if question.ids is not None else [one for one in chosen if one.slots]
 
@@ -496,7 +597,9 @@ class BeaconMemory:
         if question.ids is not None:
             named = [question.ids] if isinstance(question.ids, str) else question.ids
             rows = [self.store.row(id, fingerprint) for id in named]
-            return rows if question.budget is not None else fitting(rows, question.optional, room), None
+            if question.budget is None:
+                rows = fitting(rows, question.optional, room, question.session_budget)
+            return rows, None
         picks = self._picks(question.messages, question.limit, fingerprint)
         if not picks:
             known = any(self._query("", 1).documents())
@@ -506,11 +609,13 @@ class BeaconMemory:
 
     def _passages(self, question: Question, ids: Sequence[str]) -> dict[str, builtins.list[Passage]]:
         """Return the passages of some documents that a question is about, by their ids."""
-        wanted = PASSAGES_EACH * len(ids)
-        query = self._query(last_question(question.messages), wanted, self.model.fingerprint.digest, tuple(ids))
+        wanted, fingerprint = PASSAGES_EACH * len(ids), self.model.fingerprint.digest
         found: dict[str, builtins.list[Passage]] = {id: [] for id in ids}
-        for passage in self._picker(query):
-            if passage.score > 0 and passage.document in found:
+        for passage in in_context(
+            (self._picker(self._query(text, wanted, fingerprint, tuple(ids))), weight)
+            for text, weight in asked_about(question.messages)
+        ):
+            if passage.document in found:
                 found[passage.document].append(passage)
         return found
 
@@ -674,6 +779,10 @@ def _undisturbed(read: Callable[[], _Read]) -> _Read:
         with contextlib.suppress(ConflictError):
             return read()
     raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+
+
+def _slots(found: Sequence[tuple[DocumentRow, StoredIndex]]) -> int:
+    return sum(row.slots for row, _ in found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,22 +33,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_LIMIT",
+    "SESSION_BUDGET",
     "Passage",
     "Pick",
     "Picker",
     "Query",
+    "asked_about",
     "excerpts",
     "find_picker",
     "fitting",
+    "in_context",
     "last_question",
     "pick",
+    "telling",
 ]
 
 DEFAULT_LIMIT = 3  # documents that a question without ids may load
+SESSION_BUDGET = 1024  # memory slots that a question may load of what conversations were folded into
 PASSAGES_EACH = (
     50  # passages that a picker is asked for, for each document that is wanted; of one text it needs no more
 )
 _WEAKEST = 0.5  # of the best passage's score: what a document must reach to be loaded beside it
+_RESEMBLING = 0.7  # of the best passage's score: what is below it resembles what is asked for, and leads astray
+_CONTEXT = (1.0, 0.4, 0.2)  # what the user's last turn counts for, and what the ones before it
 _GROUP = "beacon_memory.pickers"
 
 
@@ -248,12 +255,17 @@ def pick(picker: Picker, query: Query, limit: int = DEFAULT_LIMIT) -> list[Pick]
     return [*picks.values()] or _only_document(query)
 
 
-def fitting(rows: Sequence[DocumentRow], optional: Collection[str], room: int) -> list[DocumentRow]:
+def fitting(
+    rows: Sequence[DocumentRow], optional: Collection[str], room: int, session_budget: int = SESSION_BUDGET
+) -> list[DocumentRow]:
     """Leave out documents that do not fit into `room` memory slots beside those in front of them.
 
     optional: ids of those that may be left out. If all may, the first one stays, for an error to name its size.
+    session_budget: slots that are loaded at most of what conversations were folded into, which is never left out.
     """
-    room -= sum(row.slots for row in rows if row.id not in optional)
+    needed = [row for row in rows if row.id not in optional]
+    folded = sum(row.slots for row in needed if SESSION_TAG in row.tags)
+    room -= sum(row.slots for row in needed) - max(0, folded - session_budget)
     kept: list[DocumentRow] = []
     first = all(row.id in optional for row in rows)
     for row in rows:
@@ -282,6 +294,41 @@ def last_question(messages: Messages) -> str:
     """
     turns = turns_of(messages)
     return str(([turn for turn in turns if turn["role"] == "user"] or turns)[-1].get("content") or "")
+
+
+def asked_about(messages: Messages) -> list[tuple[str, float]]:
+    """Return what a conversation asks about: the texts of the user's last turns, the last one first, with weights.
+
+    The last turn is the question; those before it say what it is about where it does not ("And who signed it?").
+    """
+    asked = [str(turn.get("content") or "") for turn in turns_of(messages) if turn["role"] == "user"]
+    texts = asked[: -len(_CONTEXT) - 1 : -1] or [last_question(messages)]
+    return [*zip(texts, _CONTEXT, strict=False)]
+
+
+def in_context(found: Iterable[tuple[Iterable[Passage], float]]) -> list[Passage]:
+    """Join the passages that were found for several texts, each with its weight, the question's first.
+
+    The best passage of each text counts as much as that of the question, times the weight of the text; a passage that
+    several have found counts for all of them.
+    """
+    scores: dict[tuple[str, int, int], float] = {}
+    first = 0.0
+    for passages, weight in found:
+        kept = [one for one in passages if one.score > 0]
+        best = max(map(_score, kept), default=0.0)
+        first = first or best
+        for one in kept:
+            place = (one.document, one.start, one.stop)
+            scores[place] = scores.get(place, 0.0) + one.score * (weight * (first / best))
+    return [Passage(*place, score) for place, score in scores.items()]
+
+
+def telling(passages: Iterable[Passage]) -> list[Passage]:
+    """Leave out passages that only resemble the best one: a small reader takes one for the other."""
+    found = [*passages]
+    weakest = _RESEMBLING * max(map(_score, found), default=0.0)
+    return [one for one in found if one.score >= weakest]
 
 
 def _only_document(query: Query) -> list[Pick]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .conversation import Messages
-from .picking import DEFAULT_LIMIT
+from .picking import DEFAULT_LIMIT, SESSION_BUDGET
 
 __all__ = ["Question"]
 
@@ -25,6 +25,8 @@ class Question:
     messages: Messages
     ids: str | Sequence[str] | None = None
     budget: int | str | None = None
+    session_budget: int = SESSION_BUDGET
+    abstain: bool = False
     limit: int = DEFAULT_LIMIT
     optional: Collection[str] = ()
     stop: str | Sequence[str] | None = None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
     from beacon_memory.storage.store import MemoryStore
 
-__all__ = ["DEFAULT_SLOTS", "Budget", "Indexes", "Portion", "level_counts", "portions"]
+__all__ = ["DEFAULT_SLOTS", "Budget", "Indexes", "Portion", "level_counts", "portions", "slots_of_passages"]
 
 DEFAULT_SLOTS = 256  # that are loaded where passages are found: more of them lead a small reader astray
 
@@ -168,6 +168,19 @@ def portions(
         _portion(row, index, tuple(lowest[start:stop]), of_document)
         for (row, index), (start, stop), of_document in zip(found, pairwise(ends), relevance, strict=True)
     ]
+
+
+def slots_of_passages(
+    found: Sequence[tuple[DocumentRow, StoredIndex]], passages: Mapping[str, Sequence[Passage]]
+) -> int:
+    """Return the memory slots that the sections of documents take which passages are in, rounded up; see `portions`."""
+    entries = 0
+    for row, index in found:
+        sizes = index.counts.sum((1, 2, 3), dtype=torch.int64).tolist()
+        entries += sum(
+            size for size, one in zip(sizes, _relevance(index, passages.get(row.id, ())), strict=True) if one
+        )
+    return -(-entries // math.prod(found[0][1].counts.shape[2:]))
 
 
 def _portion(

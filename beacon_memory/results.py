@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = [
+    "LEAST_LIKELIHOOD",
+    "LEAST_WORDS",
+    "NOT_IN_MEMORY",
     "Added",
     "Answer",
+    "Evidence",
     "ExplainedPassage",
     "ExplainedWord",
     "Explanation",
@@ -20,6 +24,11 @@ __all__ = [
     "UnreadCall",
     "Usage",
 ]
+
+NOT_IN_MEMORY = "That is not in memory."  # what `ask` answers where it abstains
+# Below these an answer is not supported. Chosen on questions that were asked of the right article and of a wrong one.
+LEAST_WORDS = 0.42
+LEAST_LIKELIHOOD = 0.33
 
 Status = Literal["added", "replaced", "unchanged", "appended", "compacted", "recompressed"]
 # Where a document's memory was: in its file, or ready for attention, in RAM or on the model's device.
@@ -125,6 +134,30 @@ class UnreadCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """What speaks for an answer being in memory; see `Answer.supported`.
+
+    words:      the share of the question's words that one passage has of which something was loaded, 0 to 1; question
+                words, such as "where", do not count.
+    likelihood: the geometric mean of the probabilities that the model gave the tokens of the answer, 0 to 1; None for
+                beams, of which it is not known.
+    """
+
+    words: float
+    likelihood: float | None = None
+
+    @property
+    def relevant(self) -> bool:
+        """Whether something was loaded that the question is about."""
+        return self.words >= LEAST_WORDS
+
+    @property
+    def sure(self) -> bool:
+        """Whether the model was sure of its answer."""
+        return self.likelihood is None or self.likelihood >= LEAST_LIKELIHOOD
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer, with the documents that it was given from.
 
@@ -133,6 +166,7 @@ class Answer:
     ids: documents, in the order in which they were named or picked.
     time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.
     sources: the passages of which something was loaded, in the order of documents and their texts.
+    evidence: what speaks for the answer; None without documents, and with tools.
     """
 
     text: str
@@ -142,6 +176,15 @@ class Answer:
     time_to_first_token: float
     seconds: float
     sources: tuple[SourcePassage, ...] = ()
+    evidence: Evidence | None = None
+
+    @property
+    def supported(self) -> bool | None:
+        """Whether what was asked seems to be in memory: False if nothing relevant was loaded or the model was unsure.
+
+        It errs: see docs/evaluation.md for how often. None where there is no evidence.
+        """
+        return None if self.evidence is None else self.evidence.relevant and self.evidence.sure
 
     def __str__(self) -> str:
         return self.text

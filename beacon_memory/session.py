@@ -19,11 +19,14 @@ from .conversation import Conversation
 from .documents import SESSION_TAG, Document, check_id, check_utf8, content_hash
 from .errors import CapacityError, CorruptFileError, DocumentNotFoundError, InputError, StoreError
 from .memory import BeaconMemory
+from .picking import SESSION_BUDGET
 from .results import Answer
 
-__all__ = ["Session", "Turn"]
+__all__ = ["SESSION_SLOTS", "Session", "Turn"]
 
 Turn = dict[str, Any]
+
+SESSION_SLOTS = 8192  # memory slots that a conversation may take in a store: at ratio 2, some 60,000 characters
 
 _logger = logging.getLogger(__name__)
 _STANDING = "system"  # the role of turns that stay in force
@@ -31,7 +34,7 @@ _STANDING = "system"  # the role of turns that stay in force
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """The tokens of recent turns and of system turns, and the slots of documents, that a model has positions for."""
+    """The tokens of recent turns and of system turns that a model has positions for, and the slots of documents."""
 
     recent: int
     system: int
@@ -62,23 +65,35 @@ class Session:
             many tokens as a window of the model, or as `slots`, the next one, `<id>/2`, begins. So folding takes no
             longer in a long conversation than in a short one. What takes more than `slots` becomes several documents,
             compressed as strongly as it takes for all of them to fit.
-    slots:  how many memory slots these documents may take. When they need more, one document is compressed twice as
-            strongly, older ones sooner. If that one cannot be compressed further, the oldest is removed.
+    slots:  how many memory slots these documents may take in the store. When they need more, one document is compressed
+            twice as strongly, older ones sooner. If that one cannot be compressed further, the oldest is removed.
+    budget: how many of these slots a question may load: those of the exchanges that it is about. The two turns of the
+            user before it count, too, for less.
     system: how many tokens of system turns stay in force: they are not folded but stand in front of the recent turns,
             each text once. Those that do not fit beside newer ones are folded as others are.
 
-    If the model has fewer positions than these three and `reserve` take together, all three shrink in proportion.
-    Several threads and processes may use the same session. Raises InputError for bounds below 1, or `system` below 0.
+    If the model has fewer positions than `recent`, `budget`, `system` and `reserve` take together, `recent` and
+    `system` shrink in proportion. Several threads and processes may use the same session. Raises InputError for bounds
+    below 1, or `system` below 0.
     """
 
     def __init__(
-        self, memory: BeaconMemory, id: str, *, recent: int = 512, slots: int = 1024, system: int = 512
+        self,
+        memory: BeaconMemory,
+        id: str,
+        *,
+        recent: int = 512,
+        slots: int = SESSION_SLOTS,
+        budget: int = SESSION_BUDGET,
+        system: int = 512,
     ) -> None:
-        if recent < 1 or slots < 1 or system < 0:
-            raise InputError(f"recent={recent} and slots={slots} must be at least 1, and system={system} at least 0")
+        if min(recent, slots, budget) < 1 or system < 0:
+            raise InputError(
+                f"recent={recent}, slots={slots} and budget={budget} must be at least 1, and system={system} at least 0"
+            )
         self.memory = memory
         self.id = check_id(id)
-        self.recent, self.slots, self.system = recent, slots, system
+        self.recent, self.slots, self.budget, self.system = recent, slots, budget, system
 
     @property
     def turns(self) -> list[Turn]:
@@ -119,12 +134,17 @@ class Session:
             else:
                 self._conversations.put(replace(before, turns=left))
 
-    def ask(self, question: str, **options: Any) -> Answer:
-        """Answer a question from the whole conversation, and add both to it. For `options` see `BeaconMemory.ask`."""
+    def ask(self, question: str, *, keep: bool = True, **options: Any) -> Answer:
+        """Answer a question from the whole conversation, and add both to it. For `options` see `BeaconMemory.ask`.
+
+        keep: False for a question that is no part of the conversation: it stays as it was.
+        """
         asked = {"role": "user", "content": question}
         state, rows = self._now()
+        options = {"session_budget": self.budget, **options}
         answer = self.memory.ask([*state.turns, asked], [row.id for row in rows.values()], **options)
-        self.add([asked, {"role": "assistant", "content": answer.text}])
+        if keep:
+            self.add([asked, {"role": "assistant", "content": answer.text}])
         return answer
 
     def clear(self) -> None:
@@ -168,8 +188,8 @@ class Session:
         free = model.max_positions - model.config.beacon_sink_size - self.memory.compressor.reserve
         if free < 1:  # nothing can be folded; so much the longer are turns kept
             return _Bounds(self.recent, self.system, 0)
-        share = min(1.0, free / (self.recent + self.system + self.slots))
-        return _Bounds(int(self.recent * share), int(self.system * share), int(self.slots * share))
+        share = min(1.0, free / (self.recent + self.system + min(self.budget, self.slots)))
+        return _Bounds(int(self.recent * share), int(self.system * share), self.slots)
 
     def _staying(self, turns: Sequence[Turn], bounds: _Bounds) -> list[int]:
         """Return which turns stay as text: system turns that stay in force, and recent turns."""

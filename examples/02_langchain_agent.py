@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, BeaconMemory(Path(arguments.store or temporary)) as memory:
         model = ChatBeaconMemory(memory=memory, max_tokens=16, temperature=0)
-        history = BeaconChatMessageHistory("harbour", memory, recent=256, slots=512)
+        history = BeaconChatMessageHistory("harbour", memory, recent=256)
         agent = create_agent(model, [weigh, add], middleware=[ScriptedChoice(), BeaconHistoryMiddleware(history)])
         slot = memory.model.slot_bytes
         said: list[BaseMessage] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -68,3 +69,19 @@ def test_it_needs_a_folder() -> None:
     done = run()
     assert done.returncode == 2
     assert done.stderr.startswith("usage:")
+
+
+def test_the_facts_of_a_conversation_can_be_told_apart() -> None:
+    spec = importlib.util.spec_from_file_location("conversation", ROOT / "benchmarks" / "conversation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclass looks for it
+    spec.loader.exec_module(module)
+    facts = module.facts(100, seed=0)
+    assert facts == module.facts(100, seed=0) != module.facts(100, seed=1)
+    assert len({fact.question for fact in facts}) == len({fact.said for fact in facts}) == 100
+    for fact in facts:
+        assert fact.value in fact.said
+        assert fact.value not in fact.question
+        assert len({*fact.said.split()} & {*fact.question.split()}) >= 2

@@ -21,6 +21,7 @@ PUBLIC = {
     "BeaconSequence",
     "CompressionMethod",
     "Document",
+    "Evidence",
     "ExplainedPassage",
     "ExplainedWord",
     "Explanation",

@@ -25,7 +25,7 @@ from beacon_memory import (
 from beacon_memory.config import BeaconConfig
 from beacon_memory.documents import SESSION_TAG
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.picking import excerpts, find_picker, fitting, last_question
+from beacon_memory.picking import asked_about, excerpts, find_picker, fitting, in_context, last_question
 
 SHORT: dict[str, Any] = {"max_new_tokens": 4}
 TEXTS = {"roof": "The roof is of larch.", "well": "The well is deep.", "owls": "The owls leave in autumn."}
@@ -267,3 +267,38 @@ def test_picker_on_its_page_runs(model: BeaconModel, tmp_path: Path, monkeypatch
     exec(compile(code, "pickers.md", "exec"), names)  # noqa: S102  # our own document
     memory = filled(tmp_path / "store", model, names["newest"])
     assert sorted(picked(memory)) == sorted(TEXTS)  # all of them are from today
+
+
+def test_a_conversation_asks_about_the_last_turns_of_the_user() -> None:
+    turns = [
+        {"role": role, "content": content}
+        for role, content in (
+            ("system", "Be brief."),
+            ("user", "first"),
+            ("user", "second"),
+            ("assistant", "yes"),
+            ("user", "third"),
+            ("assistant", "no"),
+            ("user", "fourth"),
+            ("assistant", "so"),
+        )
+    ]
+    assert asked_about(turns) == [("fourth", 1.0), ("third", 0.4), ("second", 0.2)]
+    assert asked_about(turns[:2]) == [("first", 1.0)]
+    assert asked_about("Where?") == [("Where?", 1.0)]
+    assert asked_about(turns[:1]) == [("Be brief.", 1.0)]
+
+
+def found(**scores: float) -> list[Passage]:
+    return [Passage(id, 0, 10, score) for id, score in scores.items()]
+
+
+def test_what_turns_before_the_question_find_counts_for_less_whatever_their_scores() -> None:
+    joined = {one.document: one.score for one in in_context([(found(a=4, b=2), 1.0), (found(b=90, c=45, d=0), 0.5)])}
+    assert joined == {"a": 4.0, "b": 2.0 + 0.5 * 4, "c": 0.25 * 4}
+
+
+def test_where_the_question_finds_nothing_the_turns_before_it_decide() -> None:
+    joined = {one.document: one.score for one in in_context([(found(), 1.0), (found(a=6, b=3), 0.5)])}
+    assert joined == {"a": 3.0, "b": 1.5}
+    assert in_context([([], 1.0), ([], 0.5)]) == []

@@ -15,6 +15,7 @@ from store_samples import change
 from tiny_models import tiny_model, tiny_tokenizer
 
 from beacon_memory import (
+    Answer,
     BeaconMemory,
     CapacityError,
     CorruptFileError,
@@ -545,3 +546,65 @@ def test_nothing_is_found_of_a_conversation_that_was_cleared_and_erased(memory: 
             assert hash_id("Ytterbium") not in path.name
     assert whole(session) == kept
     assert memory.verify() == []
+
+
+def told(session: Session, count: int) -> None:
+    """Hold a conversation in which someone does something different in each exchange."""
+    for n in range(count):
+        said = f"On day {n} the visitor{n} brought a present{n} to us, and we were all very glad of it."
+        session.add([{"role": "user", "content": said}, {"role": "assistant", "content": "I see."}])
+
+
+def loaded(memory: BeaconMemory, answer: Answer) -> str:
+    """The text of what an answer was given from."""
+    return "".join(memory.store.text(source.document)[source.start : source.stop] for source in answer.sources)
+
+
+def test_a_question_loads_what_it_is_about_and_no_more_than_its_budget(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=200, budget=120)
+    told(session, 30)
+    assert sum(memory.show(id).slots for id in session.ids) > 3 * 120
+    assert {max(memory.show(id).ratios) for id in session.ids} == {2}
+    for n in (0, 7, 20):
+        answer = session.ask(f"What did visitor{n} bring?", keep=False, max_new_tokens=2)
+        assert answer.usage.slots <= 121  # with the sink
+        assert f"the visitor{n} brought a present{n} to us" in loaded(memory, answer)
+        assert f"visitor{n + 1}" not in loaded(memory, answer)  # which is told in the same words
+
+
+def test_a_question_that_asks_on_loads_what_the_turn_before_was_about(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=200, budget=120)
+    told(session, 30)
+    session.add([{"role": "user", "content": "Tell me of visitor7."}, {"role": "assistant", "content": "Yes?"}])
+    answer = session.ask("Was that so?", keep=False, max_new_tokens=2)
+    assert "the visitor7 brought a present7 to us" in loaded(memory, answer)
+
+
+def test_a_question_that_is_not_kept_leaves_the_conversation_as_it_was(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat")
+    session.add(exchange(1))
+    kept = session.ask("Who?", keep=False, max_new_tokens=4)
+    assert session.turns == exchange(1)
+    assert session.ask("Who?", max_new_tokens=4).text == kept.text
+    assert [turn["content"] for turn in session.turns[2:]] == ["Who?", kept.text]
+
+
+def test_other_documents_are_loaded_whole_beside_a_conversation(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=200)
+    told(session, 30)
+    memory.add("letter", "The key of the mill is lost. " * 20, ratio=2)
+    ids, own = ["letter", *session.ids], memory.show("letter").slots
+    answer = memory.ask("What did visitor7 bring?", ids, session_budget=120, max_new_tokens=2)
+    assert answer.ids == tuple(ids)
+    assert own < answer.usage.slots <= 1 + own + 120
+    assert {source.loaded for source in answer.sources if source.document == "letter"} == {0.5}
+    found = memory.ask("What did visitor7 bring?", ids, session_budget=120, optional=["letter"], max_new_tokens=2)
+    assert found.ids == answer.ids  # there is room for it beside what is loaded of the conversation
+    whole = memory.ask("What did visitor7 bring?", ids, budget=100, max_new_tokens=2)
+    assert whole.usage.slots <= 101
+
+
+@pytest.mark.parametrize("bounds", [{"recent": 0}, {"slots": 0}, {"budget": 0}, {"system": -1}])
+def test_bounds_that_leave_no_room_are_refused(memory: BeaconMemory, bounds: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"must be at least 1, and system=-?\d+ at least 0"):
+        Session(memory, "chat", **bounds)

@@ -174,6 +174,30 @@ def needle(
 
 
 @app.command()
+def support(
+    data: Data,
+    limit: Annotated[int | None, typer.Option(help="Most questions of each kind.", min=1, show_default="all")] = None,
+    documents: Annotated[int | None, typer.Option(help="Most documents.", min=1, show_default="all")] = None,
+    budget: Annotated[str, typer.Option(help="What a question loads, as of ask.")] = "512",
+    where: Where = None,
+    json: Output = None,
+    seed: Seed = 0,
+    model: Model = None,
+    adapter: Adapter = None,
+    device: Device = None,
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Tell answers that are in memory from those that are not: precision, recall, false alarms.
+
+    Rows as of long, whose questions without answers are not in memory; or as of qa: half of the questions are then
+    asked of the document of another title.
+    """
+    chosen = _conditions(where)
+    with _evaluation("", seed, model, adapter, device, dtype, json) as (evaluation, done):
+        done(evaluation.support(data, limit=limit, documents=documents, budget=budget, where=chosen))
+
+
+@app.command()
 def ppl(
     data: Data,
     context_tokens: Annotated[int, typer.Option(help="Tokens that are compressed.", min=1)] = 768,

@@ -264,6 +264,9 @@ def ask(
         ),
     ] = None,
     sources: Annotated[bool, typer.Option("--sources", help="Show the passages that were loaded.")] = False,
+    abstain: Annotated[
+        bool, typer.Option("--abstain", help="Rather say that it is not in memory than give an unsupported answer.")
+    ] = False,
     limit: Annotated[int, typer.Option(help="Without --doc: how many documents may be picked.", min=1)] = 3,
     picker: Picker = "text",
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
@@ -287,7 +290,7 @@ def ask(
     """Answer a question from stored documents, without reading them again.
 
     With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, documents, time_to_first_token,
-    seconds, sources.
+    seconds, sources, supported, evidence.
     """
     from beacon_memory.results import Answer
 
@@ -296,6 +299,7 @@ def ask(
             raise InputError("--stream prints text and --json one object: choose one")
         options: dict[str, Any] = {
             "budget": budget,
+            "abstain": abstain,
             "limit": limit,
             "stop": stop,
             "seed": seed,

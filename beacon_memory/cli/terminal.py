@@ -134,6 +134,8 @@ def answer_fields(answer: Answer) -> dict[str, Any]:
         "time_to_first_token": answer.time_to_first_token,
         "seconds": answer.seconds,
         "sources": [asdict(source) for source in answer.sources],
+        "supported": answer.supported,
+        "evidence": None if answer.evidence is None else asdict(answer.evidence),
     }
 
 
@@ -146,6 +148,8 @@ def note_usage(answer: Answer) -> None:
         style="dim",
         markup=False,
     )
+    if answer.supported is False:
+        remarks().print("this is perhaps not in memory: see it with explain", style="dim", markup=False)
 
 
 def note_sources(answer: Answer, store: MemoryStore) -> None:

@@ -20,12 +20,15 @@ from beacon_memory.errors import InputError
 from .metrics import LEVAL_JUDGED, LEVAL_METRICS, LONGBENCH_METRICS, METRICS
 
 __all__ = [
+    "Asked",
     "Item",
     "LongItems",
+    "SupportItems",
     "read_kv_retrieval",
     "read_long",
     "read_longbench",
     "read_qa",
+    "read_support",
     "read_texts",
 ]
 
@@ -65,6 +68,27 @@ class Item:
     answers: tuple[str, ...]
     metrics: tuple[str, ...]
     group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question about a document; without answers it asks for what is not in it.
+
+    document: its key in `SupportItems.texts`.
+    """
+
+    id: str
+    document: str
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SupportItems:
+    """Texts of documents by name, and questions about what is in them and what is not."""
+
+    texts: Mapping[str, str]
+    asked: tuple[Asked, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +197,75 @@ def read_long(path: str | Path, *, limit: int | None = None, questions: int | No
             documents.append((task, _sample(items, questions, f"{seed} {document}")))
     chosen = _sample(documents, limit, seed, lambda document: document[0])
     return LongItems(tuple(item for _, items in chosen for item in items), dict(+left_out))
+
+
+def read_support(
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    documents: int | None = None,
+    seed: int = 0,
+    where: Mapping[str, str] | None = None,
+) -> SupportItems:
+    """Read questions about what is in a document, and about as many that ask for what is not.
+
+    Rows of `read_long` have both: questions without answers, such as LoCoMo's adversarial ones, ask for what is not
+    there. Of rows of `read_qa`, the contexts of a title are a document, and every other question drawn is asked of the
+    document of another title.
+
+    limit:     most questions of each kind, drawn at random. documents: most documents, likewise.
+    where:     keep only rows with these values.
+
+    Raises InputError if there is no question of one of the kinds.
+    """
+    rows = [(line, row) for line, row in _rows(path) if _chosen(row, where or {}, line)]
+    texts, asked = _of_documents(rows) if all("qa" in row for _, row in rows) else _of_titles(rows)
+    kept = {*_sample([*texts], documents, seed)}
+    asked = [one for one in asked if one.document in kept]
+    if len({bool(one.answers) for one in asked}) == 1 and len(kept) > 1:
+        asked = _crossed(asked, [*kept], seed)
+    kinds = [[one for one in asked if bool(one.answers) is kind] for kind in (True, False)]
+    if not all(kinds):
+        raise InputError(f"{path} must have questions with answers and without, or documents of several titles")
+    drawn = [one for kind in kinds for one in _sample(kind, limit, seed)]
+    used = {one.document for one in drawn}
+    return SupportItems({name: text for name, text in texts.items() if name in used}, tuple(drawn))
+
+
+def _of_documents(rows: Sequence[tuple[str, Row]]) -> tuple[dict[str, str], list[Asked]]:
+    """Return texts and questions of rows as `read_long` has them."""
+    texts: dict[str, str] = {}
+    asked: list[Asked] = []
+    for line, row in rows:
+        name = _text(row, "doc_id", line)
+        texts[name] = "\n\n".join(_list(row, "sessions", line, str) if row.get("sessions") else _lines(row, line))
+        for number, one in enumerate(_list(row, "qa", line, dict), start=1):
+            answers = _answers(one, line) if one.get("answers") else ()
+            asked.append(Asked(f"{name} {number}", name, _text(one, "question", line), answers))
+    return texts, asked
+
+
+def _of_titles(rows: Sequence[tuple[str, Row]]) -> tuple[dict[str, str], list[Asked]]:
+    """Return texts and questions of rows as `read_qa` has them."""
+    contexts: dict[str, dict[str, None]] = {}
+    asked: list[Asked] = []
+    for line, row in rows:
+        title = _text(row, "title", line)
+        contexts.setdefault(title, {})[_text(row, "context", line)] = None
+        asked.append(Asked(f"{title} {len(asked) + 1}", title, _text(row, "question", line), _answers(row, line)))
+    return {title: "\n\n".join(texts) for title, texts in contexts.items()}, asked
+
+
+def _crossed(asked: Sequence[Asked], documents: Sequence[str], seed: int) -> list[Asked]:
+    """Ask half of the questions of a document that they are not about."""
+    rng = random.Random(seed)
+    crossed = {*rng.sample(range(len(asked)), len(asked) // 2)}
+    return [
+        replace(one, document=rng.choice([name for name in documents if name != one.document]), answers=())
+        if number in crossed
+        else one
+        for number, one in enumerate(asked)
+    ]
 
 
 def read_longbench(path: str | Path, *, limit: int | None = None, seed: int = 0) -> list[Item]:

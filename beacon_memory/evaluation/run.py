@@ -23,7 +23,7 @@ from .items import Item
 from .journal import Journal, Record
 from .metrics import METRICS, Interval, bootstrap, paired_difference
 
-__all__ = ["Progress", "Result", "Row", "run_continuations", "run_items"]
+__all__ = ["Progress", "Result", "Row", "run_continuations", "run_items", "run_records"]
 
 # Figures depend on the versions of these.
 PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")
@@ -162,6 +162,20 @@ def run_continuations(
         baseline.forget()
     rows = _with_gap_closed(_summary(records), records)
     return Result(task, dict(settings), provenance, rows, records)
+
+
+def run_records(
+    task: str,
+    settings: Mapping[str, Any],
+    model: BeaconModel,
+    make: Callable[[Journal], list[Record]],
+    *,
+    output: Path | None = None,
+) -> Result:
+    """Return the result of a task that makes its records itself, with a journal to go on from; see `run_items`."""
+    provenance = _provenance(model)
+    records = make(_journal(output, task, settings, provenance))
+    return Result(task, dict(settings), provenance, _summary(records), records)
 
 
 def _journal(output: Path | None, task: str, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> Journal:

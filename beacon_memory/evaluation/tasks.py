@@ -9,12 +9,15 @@ from pathlib import Path
 from beacon_memory.modeling.model import BeaconModel
 
 from .baseline_names import baselines
-from .items import Item, read_kv_retrieval, read_long, read_longbench, read_qa, read_texts
+from .items import Item, read_kv_retrieval, read_long, read_longbench, read_qa, read_support, read_texts
 from .needles import needle_items
 from .pieces import token_ids
-from .run import Progress, Result, run_continuations, run_items
+from .run import Progress, Result, run_continuations, run_items, run_records
+from .support import support_records
 
 __all__ = ["Evaluation"]
+
+_SHORT = 16  # tokens of an answer whose likelihood is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,29 @@ class Evaluation:
         items = needle_items(texts, lengths=lengths, depths=depths, count=self._count, seed=self.seed, repeats=repeats)
         settings = {"lengths": list(lengths), "depths": list(depths), "repeats": repeats}
         return self._answers(task, items, data, settings, max_new_tokens=32)
+
+    def support(
+        self,
+        data: Path,
+        *,
+        limit: int | None,
+        documents: int | None,
+        budget: int | str,
+        where: Mapping[str, str],
+        task: str = "support",
+    ) -> Result:
+        """Ask for what is in a document and for what is not, and tell the two apart."""
+        items = read_support(data, limit=limit, documents=documents, seed=self.seed, where=where)
+        settings = {"limit": limit, "documents": documents, "budget": budget, "where": dict(where)}
+        return run_records(
+            task,
+            self._settings(data, {**settings, "max_new_tokens": _SHORT}),
+            self.model,
+            lambda journal: support_records(
+                items, self.model, journal, budget=budget, max_new_tokens=_SHORT, progress=self.progress
+            ),
+            output=self.output,
+        )
 
     def ppl(
         self, data: Path, *, context_tokens: int, continuation_tokens: int, limit: int | None, task: str = "ppl"

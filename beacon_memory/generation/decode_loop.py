@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -51,13 +51,14 @@ class Ticket:
     Iterating over it, once, yields pieces of its text as they come, and the whole `Generation` last, or raises what
     went wrong with it; `async for` does the same. Who ends that early cancels the request.
 
-    tokens: generated so far.
+    tokens: generated so far. likelihoods: of each, see `Generation`.
     """
 
     def __init__(self, loop: DecodeLoop, config: GenerationConfig) -> None:
         self._loop = loop
         self._config = config
         self.tokens: list[int] = []
+        self.likelihoods: list[float] = []
         self._seen = 0  # of the tokens, those that were iterated over
         self._first = 0.0
         self._ended = False
@@ -78,7 +79,8 @@ class Ticket:
         self._loop.wait(lambda: self._ended)
         if self._error is not None:
             raise self._error
-        return finished(self._loop.model, self.tokens, self._config, self._first)
+        text = finished(self._loop.model, self.tokens, self._config, self._first)
+        return replace(text, likelihoods=tuple(self.likelihoods[: len(text.tokens)]))
 
     def __iter__(self) -> Generator[str | Generation]:
         try:
@@ -127,8 +129,9 @@ class Ticket:
             yield rest
         yield whole
 
-    def _add(self, token: int, *, end: bool) -> None:
+    def _add(self, token: int, likelihood: float, *, end: bool) -> None:
         self._first = self._first or time.perf_counter()
+        self.likelihoods.append(likelihood)
         self.tokens.append(token)
         self._ended = end
         self._wake()
@@ -163,15 +166,25 @@ class _Row:
     def unread(self) -> int:
         return self.ids.shape[1] - self.own.read
 
-    def next(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ids with the next one [1, tokens + 1], and whether it ends the answer [1]; logits: [vocab]."""
-        scores: Tensor = self.processors(self.ids, logits[None].to(torch.float32, copy=True))  # type: ignore[arg-type]
+    def next(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ids with the next one [1, tokens + 1], its log probability [1], and whether it is the last [1].
+
+        logits: [vocab]
+        """
+        raw = logits[None].to(torch.float32, copy=True)
+        total = raw.logsumexp(-1)
+        scores: Tensor = self.processors(self.ids, raw)  # type: ignore[arg-type]
         if self.sample:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
         else:
             token = scores.argmax(-1, keepdim=True)
         ids = torch.cat((self.ids, token), dim=1)
-        return ids, self.criteria(ids, None)  # no criterion that `generate` makes of options asks for scores
+        likelihood = logits[token[0]].to(torch.float32) - total
+        return (
+            ids,
+            likelihood,
+            self.criteria(ids, None),
+        )  # no criterion that `generate` makes of options asks for scores
 
 
 class DecodeLoop:
@@ -371,7 +384,7 @@ class DecodeLoop:
 
 def _take(rows: Iterable[_Row], logits: Iterable[Tensor]) -> None:
     """Take what requests have read as read, and the tokens that come after it; logits: behind it [vocab] of each."""
-    found: list[tuple[_Row, Tensor, Tensor]] = []
+    found: list[tuple[_Row, Tensor, Tensor, Tensor]] = []
     for row, scores in zip(rows, logits, strict=True):
         if row.count < row.unread:
             row.own.read += row.count
@@ -383,12 +396,13 @@ def _take(rows: Iterable[_Row], logits: Iterable[Tensor]) -> None:
             _fail(row, error)
     if not found:
         return
-    tokens = torch.cat([ids[0, -1:] for _, ids, _ in found]).tolist()
+    tokens = torch.cat([ids[0, -1:] for _, ids, *_ in found]).tolist()
+    likelihoods = torch.cat([likelihood for _, _, likelihood, _ in found]).tolist()
     ends = torch.cat([end for *_, end in found]).tolist()
-    for (row, ids, _), token, end in zip(found, tokens, ends, strict=True):
+    for (row, ids, *_), token, likelihood, end in zip(found, tokens, likelihoods, ends, strict=True):
         row.own.read, row.ids = ids.shape[1] - 1, ids
         if not row.ticket.done:  # else it was cancelled meanwhile
-            row.ticket._add(token, end=end)
+            row.ticket._add(token, likelihood, end=end)
 
 
 def _fail(row: _Row, error: Exception) -> None:

@@ -48,11 +48,13 @@ class Generation:
     tokens:         generated token ids, the end-of-sequence token included.
     text:           their text, without special tokens and without the stop string that ended it.
     first_token_at: time of the first token, in seconds on the clock of time.perf_counter.
+    likelihoods:    log probability that the model gives each token, before options change it; () if nobody looked.
     """
 
     tokens: tuple[int, ...]
     text: str
     first_token_at: float
+    likelihoods: tuple[float, ...] = ()
 
 
 def require_room(model: BeaconModel, slots: int, prompt: int, new_tokens: int) -> None:

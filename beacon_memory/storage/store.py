@@ -260,6 +260,10 @@ class MemoryStore:
             require_file(self.parts, id)
         return hits
 
+    def places_of_words(self, query: str, documents: Sequence[str]) -> dict[str, builtins.list[tuple[str, int, int]]]:
+        """Return for each word that `search` looks for where it is in documents; see `full_text.places_of_words`."""
+        return self.parts.catalog().texts.places_of_words(query, documents)
+
     def get(
         self,
         document: str | DocumentRow,

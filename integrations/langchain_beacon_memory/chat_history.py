@@ -12,6 +12,8 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
 from beacon_memory import BeaconMemory, Session
+from beacon_memory.picking import SESSION_BUDGET
+from beacon_memory.session import SESSION_SLOTS
 
 from .chat_model import ChatBeaconMemory
 from .messages import from_session_turns, to_session_turn
@@ -31,8 +33,10 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
                 program knows of the user.
     memory, namespace: where it is kept; the model that continues it must have the same.
     recent:     tokens of messages that stay as they are. When there are more, the oldest are folded until half is left.
-    slots:      memory slots that the folded ones may take; beyond, the older are compressed more strongly, and in the
-                end the oldest are forgotten.
+    slots:      memory slots that the folded ones may take in the store; beyond, the older are compressed more strongly,
+                and in the end the oldest are forgotten.
+    budget:     how many of these slots a question loads, where it is about them. `BeaconHistoryMiddleware` and
+                `behind_history` see to it; who loads `document_ids` otherwise gives it as `session_budget`.
     system:     tokens of system messages that stay in force in front of the recent ones, however old they are.
 
     More on these bounds: `Session`. Messages that cannot be added leave the conversation as it was.
@@ -45,13 +49,15 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
         *,
         namespace: str | None = None,
         recent: int = 512,
-        slots: int = 1024,
+        slots: int = SESSION_SLOTS,
+        budget: int = SESSION_BUDGET,
         system: int = 512,
     ) -> None:
         super().__init__()
         self.session_id = session_id
         self.memory = memory if namespace is None else memory.within(namespace)
-        self.session = Session(self.memory, f"{_PREFIX}{session_id}", recent=recent, slots=slots, system=system)
+        id = f"{_PREFIX}{session_id}"
+        self.session = Session(self.memory, id, recent=recent, slots=slots, budget=budget, system=system)
 
     @property
     def namespace(self) -> str:
@@ -97,4 +103,5 @@ class _BehindHistory:
         history: BeaconChatMessageHistory = config["configurable"]["message_history"]
         own, found = self.model.own_documents(self.model._convert_input(asked).to_messages(), history.namespace)
         ids = list(dict.fromkeys([*own, *history.document_ids]))
-        return self.model.bind(document_ids=ids, optional=found, namespace=history.namespace)
+        budget = history.session.budget
+        return self.model.bind(document_ids=ids, optional=found, session_budget=budget, namespace=history.namespace)

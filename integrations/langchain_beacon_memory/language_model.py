@@ -32,6 +32,7 @@ class BeaconLanguageModel(BaseModel):
                   some for the last question, as `BeaconMemory.ask` does.
     namespace:    where the documents are; by default the memory's own namespace.
     budget:       how much of their memories is loaded, where the question is; see `BeaconMemory.ask`.
+    abstain:      whether to answer that it is not in memory where an answer is not supported; likewise.
     max_tokens:   of an answer. temperature, top_p, seed: of sampling. stop: strings at which an answer ends.
     model_kwargs: further options of transformers' `generate`.
     model:        the name of the model in traces.
@@ -47,6 +48,7 @@ class BeaconLanguageModel(BaseModel):
     document_ids: Sequence[str] | None = ()
     namespace: str | None = None
     budget: int | str | None = None
+    abstain: bool = False
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -69,7 +71,9 @@ class BeaconLanguageModel(BaseModel):
 
     def _options(self, stop: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of `BeaconMemory.ask` for a call."""
-        own = {name: getattr(self, name) for name in ("budget", "max_tokens", "temperature", "top_p", "seed")}
+        own = {
+            name: getattr(self, name) for name in ("budget", "abstain", "max_tokens", "temperature", "top_p", "seed")
+        }
         chosen = self.model_kwargs | {name: value for name, value in own.items() if value is not None} | dict(options)
         if (most := chosen.pop("max_tokens", None)) is not None:
             chosen["max_new_tokens"] = most
@@ -78,7 +82,8 @@ class BeaconLanguageModel(BaseModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = ("model", "namespace", "document_ids", "budget", "max_tokens", "temperature", "top_p", "seed", "stop")
+        own = ("model", "namespace", "document_ids", "budget", "abstain")
+        names = (*own, "max_tokens", "temperature", "top_p", "seed", "stop")
         of_store = {"store": str(self.memory.store.root), "store_namespace": self.memory.store.namespace}
         return {**of_store, **{name: getattr(self, name) for name in names}, **self.model_kwargs}
 
@@ -106,4 +111,5 @@ def response_metadata(answer: Answer, model: str) -> dict[str, Any]:
         "time_to_first_token": answer.time_to_first_token,
         "seconds": answer.seconds,
         "sources": [asdict(source) for source in answer.sources],
+        "supported": answer.supported,
     }

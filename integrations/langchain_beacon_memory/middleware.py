@@ -145,7 +145,8 @@ class BeaconHistoryMiddleware(AgentMiddleware[Any, Any, Any]):
             own, found = request.model.own_documents(request.messages, history.namespace)
             settings = {**request.model_settings, "document_ids": own, "optional": found}
             request = request.override(model_settings=settings)
-        return _with_documents(request, history.namespace, history.document_ids)
+        settings = {**request.model_settings, "session_budget": history.session.budget}
+        return _with_documents(request.override(model_settings=settings), history.namespace, history.document_ids)
 
     def after_agent(self, state: HistoryState, runtime: Runtime[Any]) -> dict[str, Any]:
         """Add the messages of the run to the history."""

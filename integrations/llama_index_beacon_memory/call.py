@@ -14,7 +14,7 @@ from beacon_memory import Answer, BeaconMemory
 from beacon_memory.generation.background import in_background
 from beacon_memory.generation.prompt import require_tools
 from beacon_memory.generation.tool_calls import certain_text
-from beacon_memory.picking import fitting
+from beacon_memory.picking import SESSION_BUDGET, fitting
 
 from .messages import to_turns
 
@@ -71,7 +71,8 @@ class Call:
             rows = [memory.show(id) for id in ids]
             optional = set(ids).difference(self.conversations)
             if self.options["budget"] is None:
-                rows = fitting(rows, optional, memory.room(to_turns(self.messages), **given))
+                room = memory.room(to_turns(self.messages), **given)
+                rows = fitting(rows, optional, room, self.options.get("session_budget", SESSION_BUDGET))
         return [row.id for row in rows if row.id in optional]
 
     def _asked(self, memory: BeaconMemory) -> dict[str, Any]:

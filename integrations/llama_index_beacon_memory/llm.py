@@ -49,9 +49,10 @@ __all__ = ["BeaconMemoryLLM"]
 class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
     """A local model that answers behind the memories of stored documents.
 
-    Everything runs in this process. Each of `document_ids`, `namespace`, `budget`, `temperature`, `max_tokens`, `seed`
-    and `stop` may be given with a call, too, and so may other options of transformers' `generate`. They only ever come
-    from the program: nothing in the text or the metadata of a message can name a document or a namespace.
+    Everything runs in this process. Each of `document_ids`, `namespace`, `budget`, `abstain`, `temperature`,
+    `max_tokens`, `seed` and `stop` may be given with a call, too, and so may other options of transformers' `generate`.
+    They only ever come from the program: nothing in the text or the metadata of a message can name a document or a
+    namespace.
 
     It calls tools if the chat template of its model has a place for them (`metadata.is_function_calling_model`).
 
@@ -68,6 +69,9 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
     )
     budget: int | str | None = Field(
         default=None, description="How much of their memories is loaded, where the question is: see BeaconMemory.ask."
+    )
+    abstain: bool = Field(
+        default=False, description="Whether to answer that it is not in memory where an answer is not supported."
     )
     temperature: float = Field(default=0.0, ge=0, description="Of sampling; 0 takes the likeliest token.")
     max_tokens: int = Field(default=DEFAULT_NUM_OUTPUTS, gt=0, description="Tokens that an answer may have.")
@@ -236,7 +240,7 @@ class BeaconMemoryLLM(MemoryComponent, FunctionCallingLLM):
         return prompt if formatted or self.completion_to_prompt is None else self.completion_to_prompt(prompt)
 
     def _call(self, messages: Sequence[ChatMessage], given: Mapping[str, Any]) -> Call:
-        names = ("document_ids", "budget", "temperature", "max_tokens", "seed", "stop")
+        names = ("document_ids", "budget", "abstain", "temperature", "max_tokens", "seed", "stop")
         own_options = self.generate_kwargs | {name: getattr(self, name) for name in names}
         meant = {name: value for name, value in given.items() if value is not None or name == "document_ids"}
         options = own_options | meant

@@ -10,6 +10,7 @@ from llama_index.core.bridge.pydantic import Field
 from llama_index.core.memory import BaseMemoryBlock
 
 from beacon_memory import BeaconMemoryError, Session
+from beacon_memory.session import SESSION_SLOTS
 
 from . import handles
 from .llm import BeaconMemoryLLM
@@ -34,10 +35,11 @@ class BeaconMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     name: str = Field(default="BeaconMemory", description="The name of the block; part of its documents' ids.")
     llm: BeaconMemoryLLM = Field(description="The model that reads the messages and answers behind them.")
     slots: int = Field(
-        default=1024,
+        default=SESSION_SLOTS,
         ge=1,
-        description="Memory slots that a conversation may take. When it needs more, its older documents are compressed "
-        "more strongly, and when that goes no further the oldest is forgotten.",
+        description="Memory slots that a conversation may take in the store. When it needs more, its older documents "
+        "are compressed more strongly, and when that goes no further the oldest is forgotten. How many of them a "
+        "question loads is told by `session_budget` with a call.",
     )
     system: int = Field(
         default=512,

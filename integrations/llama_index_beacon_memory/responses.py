@@ -65,6 +65,7 @@ def to_response(answer: Answer) -> ChatResponse:
             "document_ids": list(answer.ids),
             "usage": usage,
             "sources": [asdict(source) for source in answer.sources],
+            "supported": answer.supported,
             "time_to_first_token": answer.time_to_first_token,
             "seconds": answer.seconds,
         },

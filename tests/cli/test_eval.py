@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from beacon_memory.cli.main import app
 from beacon_memory.evaluation.report import markdown, read_result
 
-COMMANDS = ("qa", "long", "longbench", "kv", "needle", "ppl", "retention", "report")
+COMMANDS = ("qa", "long", "longbench", "kv", "needle", "support", "ppl", "retention", "report")
 Run = Callable[..., Result]
 
 
@@ -97,6 +97,18 @@ def test_needle_has_a_score_for_each_length_and_depth(run: Run) -> None:
     assert (read["settings"]["lengths"], read["settings"]["depths"]) == ([400, 200], [0.0, 0.5])
 
 
+def test_support_compares_ways_to_tell_what_is_not_in_memory(run: Run) -> None:
+    result = run("support", "--data", file("locomo"), "--limit", "3", "--budget", "x4", "--json", "out.json")
+    read = written(result)
+    assert [(row["baseline"], row["items"]) for row in read["rows"]] == [("words", 4), ("likelihood", 4), ("both", 4)]
+    words = [record["scores"] for record in read["records"] if record["baseline"] == "words"]
+    assert [("recall" in scores, "right" in scores) for scores in words] == [(False, True)] * 3 + [(True, False)]
+    assert all(0 <= scores["likelihood"] <= 1 for scores in words)
+    known = [scores for scores in words if "right" in scores]
+    assert {scores["words"] for scores in known} == {1.0}  # the river, and that it rises
+    assert {scores["false alarm"] for scores in known} == {0.0}
+
+
 def test_ppl_says_how_much_of_the_gap_is_closed(run: Run) -> None:
     result = run("ppl", "--data", file("paul_graham_essays"), "--context-tokens", "100", "--continuation-tokens", "20",
                  "--baselines", "full,none,beacon:4,select:4,hybrid:4:2", "--limit", "1",
@@ -144,6 +156,7 @@ def test_report_writes_a_page_with_plots_and_goes_on_where_it_stopped(run: Run) 
         (["ppl", "--data", file("paul_graham_essays"), "--baselines", "bm25:4"], "bm25:4 must know"),
         (["ppl", "--data", file("paul_graham_essays"), "--context-tokens", "9000"], "none is as long as"),
         (["ppl", "--data", "long.jsonl", "--context-tokens", "3500", "--baselines", "full"], "4096 positions whole"),
+        (["support", "--data", file("qa_dev")], "must have questions with answers and without"),
         (["report", "data", "results", "--only", "quality"], "there is no task quality; name one of qa-squad"),
         (["report", "nothing", "results"], "nothing holds none of"),
         (["ppl", "--data", "long.jsonl", "--baselines", "none", "--json", "bad.jsonl/out"], "name another file"),

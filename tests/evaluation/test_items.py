@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from beacon_memory.errors import InputError
-from beacon_memory.evaluation.items import Item, read_kv_retrieval, read_long, read_longbench, read_qa, read_texts
+from beacon_memory.evaluation.items import (
+    Item,
+    read_kv_retrieval,
+    read_long,
+    read_longbench,
+    read_qa,
+    read_support,
+    read_texts,
+)
 from beacon_memory.evaluation.metrics import METRICS
 
 ROWS = 24
@@ -314,3 +322,40 @@ def test_a_row_without_the_key_of_where_is_refused(rivers: Path) -> None:
 def test_a_limit_below_one_is_refused(rivers: Path, limit: int) -> None:
     with pytest.raises(InputError, match=f"limit={limit}"):
         read_rivers(rivers, limit=limit)
+
+
+def test_questions_of_titles_are_asked_of_their_own_and_of_other_documents(tmp_path: Path) -> None:
+    rows = [
+        {"title": title, "context": f"{title} {n}", "question": f"{title} {n}?", "answers": [str(n)]}
+        for title in ("Rivers", "Hills", "Towns")
+        for n in range(10)
+    ]
+    file = tmp_path / "qa.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = read_support(file, limit=8, seed=1)
+    assert items.texts["Hills"] == "\n\n".join(f"Hills {n}" for n in range(10))
+    own = [one for one in items.asked if one.answers]
+    others = [one for one in items.asked if not one.answers]
+    assert (len(own), len(others)) == (8, 8)
+    assert all(one.question.startswith(one.document) for one in own)
+    assert not any(one.question.startswith(one.document) for one in others)
+    assert {one.id for one in own}.isdisjoint(one.id for one in others)
+    assert read_support(file, limit=8, seed=1) == items
+    two = read_support(file, documents=2)
+    assert len(two.texts) == 2
+    assert {one.document for one in two.asked} == two.texts.keys()
+
+
+def test_questions_without_answers_ask_for_what_is_not_there(tmp_path: Path) -> None:
+    qa = [{"question": "Where?", "answers": ["here"]}, {"question": "Who?", "answers": []}]
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"doc_id": "talk", "sessions": ["One.", "Two."], "context": "", "qa": qa}))
+    items = read_support(file)
+    assert items.texts == {"talk": "One.\n\nTwo."}
+    assert [(one.id, one.document, one.answers) for one in items.asked] == [
+        ("talk 1", "talk", ("here",)),
+        ("talk 2", "talk", ()),
+    ]
+    file.write_text(json.dumps({"doc_id": "talk", "context": "One.", "qa": qa[:1]}))
+    with pytest.raises(InputError, match="must have questions with answers and without"):
+        read_support(file)

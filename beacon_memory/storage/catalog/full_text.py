@@ -16,7 +16,7 @@ from beacon_memory.errors import InputError
 
 from .words import phrase, words
 
-__all__ = ["CONVERSATION", "PassageHit", "search"]
+__all__ = ["CONVERSATION", "PassageHit", "places_of_words", "search"]
 
 CONVERSATION = "conversation"  # the kind of passages that conversations were folded into; one word
 
@@ -48,6 +48,11 @@ _BEST = """
         )
         ORDER BY rowid DESC LIMIT :most
     ) ORDER BY score DESC, id LIMIT :kept
+"""
+_WITH_WORD = """
+    SELECT document, start, stop FROM passages
+    WHERE document IN (SELECT value FROM json_each(:documents))
+    AND id IN (SELECT rowid FROM passages_fts WHERE passages_fts MATCH :match)
 """
 _NEWEST = """
     SELECT id FROM documents
@@ -101,11 +106,25 @@ def search(
         raise InputError(f"a query must be a str, got {query!r} of type {type(query).__name__}")
     among = None if documents is None else json.dumps(list(documents))
     asked = _Search(db, limit, now, per_text, conversations, among)
+    telling = _telling(query)
+    more = [word for word in words(query) if word in telling or word in _NOUNS]
+    return asked.hits(telling) or (asked.hits(more) if more != telling else [])
+
+
+def places_of_words(db: Database, query: str, documents: Sequence[str]) -> dict[str, list[tuple[str, int, int]]]:
+    """Return for each word that `search` looks for the passages of some documents with it: document, start, stop."""
+    found = {}
+    for word in _telling(query)[:_LONGEST]:
+        values = {"match": phrase(word), "documents": json.dumps(list(documents))}
+        found[word] = db.execute(_WITH_WORD, values).fetchall()
+    return found
+
+
+def _telling(query: str) -> list[str]:
+    """Return the words of a query that say what it is about: without question words, if it has others."""
     names = set(words(" ".join(_INSIDE.findall(query)))) if not query.isupper() else set()
     every = words(query)
-    telling = [word for word in every if word not in _QUESTION_WORDS or word in names] or every
-    more = [word for word in every if word in telling or word in _NOUNS]
-    return asked.hits(telling) or (asked.hits(more) if more != telling else [])
+    return [word for word in every if word not in _QUESTION_WORDS or word in names] or every
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 
 __all__ = ["PASSAGE_LENGTH", "split_passages"]
 
@@ -17,6 +19,8 @@ _BOUNDARIES = (
     re.compile(r"\s+"),
 )
 
+_EXCHANGE = re.compile(r"\n(?=User: )")  # as `Session` writes the turns that it folds
+
 
 def split_passages(text: str, start: int = 0) -> list[tuple[int, int]]:
     """Cut `text` into passages: (start, stop) in characters, covering it without gap or overlap; [] for no text.
@@ -25,16 +29,20 @@ def split_passages(text: str, start: int = 0) -> list[tuple[int, int]]:
            and where a text grows at its end, all of its passages but the last stay as they are.
 
     Short paragraphs are joined and long ones divided to about `PASSAGE_LENGTH` characters: no passage is longer than
-    five quarters of that, and, unless it is the whole text, none is shorter than a quarter of it.
+    five quarters of that, and, unless it is the whole text, none is shorter than a quarter of it. In a conversation,
+    however, each turn of the user begins a passage, however short.
     """
-    passages = []
-    while len(text) - start > PASSAGE_LENGTH + _SLACK:
+    exchanges = [start, *(match.end() for match in _EXCHANGE.finditer(text, start)), len(text)]
+    return [cut for begin, end in pairwise(exchanges) for cut in _cut(text, begin, end)]
+
+
+def _cut(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    while end - start > PASSAGE_LENGTH + _SLACK:
         stop = _last_boundary(text, start + _SLACK, start + PASSAGE_LENGTH)
-        passages.append((start, stop))
+        yield start, stop
         start = stop
-    if start < len(text):
-        passages.append((start, len(text)))
-    return passages
+    if start < end:
+        yield start, end
 
 
 def _last_boundary(text: str, low: int, high: int) -> int:

@@ -11,7 +11,7 @@ from beacon_memory.documents import SESSION_TAG, utc_now
 from beacon_memory.errors import CorruptFileError
 
 from .connections import Connections
-from .full_text import CONVERSATION, PassageHit, search
+from .full_text import CONVERSATION, PassageHit, places_of_words, search
 from .passages import split_passages
 from .rows import printable
 from .words import indexed_form
@@ -100,6 +100,11 @@ class Texts:
                 if not self._is_sound(db, id):
                     raise damaged_text(id)
         return hits
+
+    def places_of_words(self, query: str, documents: Sequence[str]) -> dict[str, list[tuple[str, int, int]]]:
+        """Return for each word of a query which passages of some documents have it; see `full_text.places_of_words`."""
+        with self._connections.reading() as db:
+            return places_of_words(db, query, documents)
 
     def _is_sound(self, db: Database, id: str) -> bool:
         """Tell whether the text of a document that passages name is the one that its row names."""

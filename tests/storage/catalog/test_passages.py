@@ -38,5 +38,19 @@ def test_passages_end_at_paragraphs_then_sentences_then_words() -> None:
     assert _passages("Heading\n\n" + "One sentence of many. " * 60)[0].startswith("Heading\n\nOne sentence")
 
 
+def test_each_exchange_of_a_conversation_is_a_passage() -> None:
+    turns = [
+        "User: The well is deep.\nAssistant: I see.\n",
+        "User: Yes.\n",
+        "User: A long story. " + "And so on. " * 60,
+    ]
+    passages = _passages("System: Be brief.\n" + "".join(turns))
+    assert passages[:3] == ["System: Be brief.", turns[0].rstrip(), "User: Yes."]
+    assert passages[3].startswith("User: A long story.")
+    assert 1 < len(passages[3:]) < 4
+    assert all(len(text) <= 1.25 * PASSAGE_LENGTH for text in passages)
+    assert _passages("The user said: User: no.") == ["The user said: User: no."]
+
+
 def _passages(text: str) -> list[str]:
     return [text[start:stop].rstrip() for start, stop in split_passages(text)]
