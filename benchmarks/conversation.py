@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=100, help="how many facts (at most and by default %(default)s)")
     parser.add_argument("--exchanges", type=int, default=200, help="of person and model (default: %(default)s)")
     parser.add_argument("--ask", type=int, help="how many of the facts to ask for (default: all of them)")
+    parser.add_argument("--recent", type=int, default=512, help="tokens kept as text (default: %(default)s)")
     parser.add_argument("--budget", type=int, default=1024, help="slots that a question loads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the facts and their places (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write all answers to this file")
@@ -97,7 +98,7 @@ def main() -> None:
     rng = random.Random(given.seed)
     places = dict(zip(sorted(rng.sample(range(given.exchanges), given.facts)), told, strict=True))
     with tempfile.TemporaryDirectory() as store, BeaconMemory(store) as memory:
-        session = Session(memory, "conversation", budget=given.budget)
+        session = Session(memory, "conversation", recent=given.recent, budget=given.budget)
         memory.compressor  # noqa: B018  # loading the model is no part of the time
         started = time.perf_counter()
         for exchange in range(given.exchanges):

@@ -140,16 +140,14 @@ def answer_fields(answer: Answer) -> dict[str, Any]:
 
 
 def note_usage(answer: Answer) -> None:
-    """Print the documents that an answer comes from, and its costs."""
-    usage = answer.usage
+    """Print the documents that an answer comes from, its costs, and whether it is in doubt."""
+    usage, doubt = answer.usage, "; it is perhaps not in memory" if answer.supported is False else ""
     remarks().print(
         f"from {shown(', '.join(answer.ids))}: {usage.slots:,} slots, {usage.prompt_tokens} prompt and "
-        f"{usage.generated_tokens} generated tokens, first token after {answer.time_to_first_token:.2f} s",
+        f"{usage.generated_tokens} generated tokens, first token after {answer.time_to_first_token:.2f} s{doubt}",
         style="dim",
         markup=False,
     )
-    if answer.supported is False:
-        remarks().print("this is perhaps not in memory: see it with explain", style="dim", markup=False)
 
 
 def note_sources(answer: Answer, store: MemoryStore) -> None:

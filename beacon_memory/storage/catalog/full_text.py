@@ -116,7 +116,10 @@ def places_of_words(db: Database, query: str, documents: Sequence[str]) -> dict[
     found = {}
     for word in _telling(query)[:_LONGEST]:
         values = {"match": phrase(word), "documents": json.dumps(list(documents))}
-        found[word] = db.execute(_WITH_WORD, values).fetchall()
+        places = db.execute(_WITH_WORD, values)
+        found[word] = [
+            one for one in places if (*map(type, one),) == (str, int, int)
+        ]  # what is damaged may be no passage
     return found
 
 
