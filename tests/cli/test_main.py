@@ -352,7 +352,7 @@ def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None
         (["ask", "Who?", "--chat-template-kwargs", "[]"], "chat_template_kwargs=[] must be a dict"),
         (["ask", "Who?", "--chat-template-kwargs", '{"absent": 1}'], "absent=1 is not known to the model's chat templ"),
         (["ask", "Who?", "--budget", "much"], "budget='much' must be a number of memory slots, bytes as '64MB'"),
-        (["ask", "Who?", "--picker", "absent"], "picker='absent' must be one of 'text'"),
+        (["ask", "Who?", "--picker", "absent"], "picker='absent' must be one of 'attention', 'text'"),
         (["ask", "Who?", "--model", "absent/folder/of/a/model"], "cannot be loaded"),
         (["show", "absent"], "'absent'"),
         (["remove", "absent"], "'absent'"),
@@ -611,7 +611,7 @@ def test_a_budget_is_spent_where_the_question_is_and_sources_show_where(run: Run
     Path("animals.txt").write_text(text, encoding="utf-8")
     run("add", "animals.txt", "--ratio", "2")
     question = ["ask", "What about the heron?", "--doc", "animals.txt", "--max-new-tokens", "2"]
-    (whole,) = lines(run(*question, "--json"))
+    (whole,) = lines(run(*question, "--budget", "x1", "--json"))
     (part,) = lines(run(*question, "--budget", "x8", "--json"))
     assert list(part) == list(whole) == json_fields("ask")
     assert part["slots"] - 1 <= -(-len(text) // 8) < whole["slots"]
