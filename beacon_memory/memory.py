@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -319,7 +319,6 @@ class BeaconMemory:
         session_budget: int = SESSION_BUDGET,
         abstain: bool = False,
         limit: int = DEFAULT_LIMIT,
-        optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -337,8 +336,6 @@ class BeaconMemory:
                   passages are found, else all that fits the model's positions.
         session_budget: without a `budget`, how many slots are loaded of what conversations were folded into
                   (`Session`), where the question is, beside those of other documents.
-        optional: those of `ids` that are left out if they do not fit whole beside those in front of them. With a budget
-                  none is.
         stop:     strings at which the answer ends. seed: of sampling.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
                   `Answer.parts` has the calls.
@@ -348,7 +345,7 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if prompt and answer exceed the model's positions,
         or FingerprintMismatchError for a document that another model compressed.
         """
-        how = (session_budget, abstain, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        how = (session_budget, abstain, limit, stop, seed, tools, chat_template_kwargs, options)
         asked = self._asked(Question(question, ids, budget, *how))
         if (refused := asked.refused) is not None:
             return refused
@@ -401,7 +398,6 @@ class BeaconMemory:
         session_budget: int = SESSION_BUDGET,
         abstain: bool = False,
         limit: int = DEFAULT_LIMIT,
-        optional: Collection[str] = (),
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -413,7 +409,7 @@ class BeaconMemory:
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
         or not and in whatever thread, are decoded together.
         """
-        how = (session_budget, abstain, limit, optional, stop, seed, tools, chat_template_kwargs, options)
+        how = (session_budget, abstain, limit, stop, seed, tools, chat_template_kwargs, options)
         asked = self._asked(Question(question, ids, budget, *how))
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
@@ -533,7 +529,7 @@ class BeaconMemory:
     def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
         """Choose what is loaded for a question: of which documents, and how much of each."""
         model, budget = self.model, None if question.budget is None else Budget.of(question.budget)
-        rows, passages = self._chosen(question, room)
+        rows, passages = self._chosen(question)
         found = [self._indexes.get(self.store, row) for row in rows]
         for row, index in found:
             require_made(model, index.header.fingerprint, row.id, row.precision)
@@ -586,20 +582,14 @@ class BeaconMemory:
             passages = self._passages(question, [row.id for row, _ in found]) if whole > enough else {}
         if any(one.score > 0 for of_document in passages.values() for one in of_document):
             slots = enough
-        chosen = portions(found, passages, None if whole <= slots else slots)
-        return chosen if question.ids is not None else [one for one in chosen if one.slots]
+        return portions(found, passages, None if whole <= slots else slots)
 
-    def _chosen(
-        self, question: Question, room: int
-    ) -> tuple[builtins.list[DocumentRow], Mapping[str, Sequence[Passage]] | None]:
+    def _chosen(self, question: Question) -> tuple[builtins.list[DocumentRow], Mapping[str, Sequence[Passage]] | None]:
         """Return the rows of the documents that are named, or of those that are found, with the passages found."""
         fingerprint = self.model.fingerprint.digest
         if question.ids is not None:
             named = [question.ids] if isinstance(question.ids, str) else question.ids
-            rows = [self.store.row(id, fingerprint) for id in named]
-            if question.budget is None:
-                rows = fitting(rows, question.optional, room, question.session_budget)
-            return rows, None
+            return [self.store.row(id, fingerprint) for id in named], None
         picks = self._picks(question.messages, question.limit, fingerprint)
         if not picks:
             known = any(self._query("", 1).documents())
@@ -631,7 +621,7 @@ class BeaconMemory:
         picks = self._picks(question, limit)
         if room is None:
             return picks
-        kept = {row.id for row in fitting([one.row for one in picks], {one.id for one in picks}, room)}
+        kept = {row.id for row in fitting([one.row for one in picks], room)}
         return [one for one in picks if one.id in kept]
 
     def room(

@@ -8,13 +8,12 @@ are. What is made of the passages is the same for all:
 * a document counts by its best passage, and must reach half the score of the best document;
 * a text that is stored under several ids counts once: under the best one, of equally good ones that written last;
 * what conversations were folded into (`Session`) is never chosen;
-* a store of one text needs no passage;
-* documents that do not fit the model's positions beside better ones are left out (`fitting`).
+* a store of one text needs no passage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
@@ -255,25 +254,15 @@ def pick(picker: Picker, query: Query, limit: int = DEFAULT_LIMIT) -> list[Pick]
     return [*picks.values()] or _only_document(query)
 
 
-def fitting(
-    rows: Sequence[DocumentRow], optional: Collection[str], room: int, session_budget: int = SESSION_BUDGET
-) -> list[DocumentRow]:
-    """Leave out documents that do not fit into `room` memory slots beside those in front of them.
+def fitting(rows: Sequence[DocumentRow], room: int) -> list[DocumentRow]:
+    """Leave out documents that do not fit whole into `room` memory slots beside those in front of them.
 
-    optional: ids of those that may be left out. If all may, the first one stays, for an error to name its size.
-    session_budget: slots that are loaded at most of what conversations were folded into, which is never left out.
+    The first one stays in any case.
     """
-    needed = [row for row in rows if row.id not in optional]
-    folded = sum(row.slots for row in needed if SESSION_TAG in row.tags)
-    room -= sum(row.slots for row in needed) - max(0, folded - session_budget)
-    kept: list[DocumentRow] = []
-    first = all(row.id in optional for row in rows)
-    for row in rows:
-        if row.id in optional:
-            if row.slots > room and not first:
-                continue
-            room, first = room - row.slots, False
-        kept.append(row)
+    kept = list(rows[:1])
+    for row in rows[1:]:
+        if sum(one.slots for one in (*kept, row)) <= room:
+            kept.append(row)
     return kept
 
 

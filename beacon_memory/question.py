@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,6 @@ class Question:
     session_budget: int = SESSION_BUDGET
     abstain: bool = False
     limit: int = DEFAULT_LIMIT
-    optional: Collection[str] = ()
     stop: str | Sequence[str] | None = None
     seed: int | None = None
     tools: Sequence[Mapping[str, Any]] = ()

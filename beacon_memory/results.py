@@ -135,7 +135,7 @@ class UnreadCall:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What speaks for an answer being in memory; see `Answer.supported`.
+    """Signs that an answer is in memory; see `Answer.supported`.
 
     words:      the share of the question's words that one passage has of which something was loaded, 0 to 1; question
                 words, such as "where", do not count.
@@ -221,7 +221,7 @@ class ExplainedPassage:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What would be loaded for a question.
+    """The passages that would be loaded for a question.
 
     ids: documents in the order in which they would be loaded.
     slots, bytes: of all that would be loaded, the sink not counted; beacons that stand behind whole windows (`hybrid`)

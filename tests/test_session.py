@@ -598,7 +598,7 @@ def test_other_documents_are_loaded_whole_beside_a_conversation(memory: BeaconMe
     assert answer.ids == tuple(ids)
     assert own < answer.usage.slots <= 1 + own + 120
     assert {source.loaded for source in answer.sources if source.document == "letter"} == {0.5}
-    found = memory.ask("What did visitor7 bring?", ids, session_budget=120, optional=["letter"], max_new_tokens=2)
+    found = memory.ask("What did visitor7 bring?", ids, session_budget=120, max_new_tokens=2)
     assert found.ids == answer.ids  # there is room for it beside what is loaded of the conversation
     whole = memory.ask("What did visitor7 bring?", ids, budget=100, max_new_tokens=2)
     assert whole.usage.slots <= 101

@@ -18,6 +18,7 @@ FRAMEWORK = {"forward"}  # torch's spelling of `__call__`
 # Classes that may have more public methods and properties, and why.
 LARGE_CLASSES = {
     "BeaconMemory": "the facade: one method for each thing that a user does",
+    "MemoryStore": "documents as files and rows: one method for each thing that is done with them",
     "BeaconModel": "the stock model and all that is read with it: half are its properties",
 }
 

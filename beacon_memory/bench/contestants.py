@@ -61,7 +61,7 @@ class ModelNames:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What the name of a contestant says."""
+    """A contestant, as its name describes it."""
 
     name: str
     method: str

@@ -1,4 +1,4 @@
-"""What all benchmarks measure with: figures beside their bounds, seconds, peak memory, files out of the page cache."""
+"""Means that all benchmarks measure with: figures beside bounds, seconds, peak memory, files out of the page cache."""
 
 from __future__ import annotations
 

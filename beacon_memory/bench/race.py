@@ -45,7 +45,7 @@ _BEGIN, _END = "<!-- written by `beacon-memory bench race --write` -->", "<!-- u
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured of a contestant on a text of so many tokens.
+    """Figures of a contestant on a text of so many tokens.
 
     reading: seconds to read the text and keep what answers need.
     first:   seconds from the question to the first token of the answer, by the place of what was kept.

@@ -28,8 +28,8 @@ def create_memory_chain(
 
     The input is a question or a conversation, or what a prompt template in front makes of it; the output is the model's
     message. retriever: by default the picker of the model's memory; one of your own must have the documents' ids in its
-    metadata, see `BeaconMemoryRetriever`, which it is made part of. Documents that do not fit the model's positions
-    beside better ones are left out. If nothing is found, the model answers without a document.
+    metadata, see `BeaconMemoryRetriever`, which it is made part of. If nothing is found, the model answers
+    without a document.
 
         create_memory_chain(ChatBeaconMemory(memory=memory)).invoke("Who pays the rent?")
     """
@@ -57,4 +57,4 @@ class _MemoryChain:
 
     def _behind(self, documents: Sequence[Document]) -> Runnable[LanguageModelInput, AIMessage]:
         ids = self.finder.ids(documents)
-        return self.model.bind(document_ids=ids, optional=ids, namespace=self.finder.searched)
+        return self.model.bind(document_ids=ids, namespace=self.finder.searched)

@@ -101,7 +101,7 @@ class _BehindHistory:
 
     def bound(self, asked: LanguageModelInput, config: RunnableConfig) -> Any:
         history: BeaconChatMessageHistory = config["configurable"]["message_history"]
-        own, found = self.model.own_documents(self.model._convert_input(asked).to_messages(), history.namespace)
+        own = self.model.own_documents(self.model._convert_input(asked).to_messages(), history.namespace)
         ids = list(dict.fromkeys([*own, *history.document_ids]))
         budget = history.session.budget
-        return self.model.bind(document_ids=ids, optional=found, session_budget=budget, namespace=history.namespace)
+        return self.model.bind(document_ids=ids, session_budget=budget, namespace=history.namespace)

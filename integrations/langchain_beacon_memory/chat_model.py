@@ -52,13 +52,12 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
     def _llm_type(self) -> str:
         return "beacon-memory-chat"
 
-    def own_documents(self, messages: Sequence[BaseMessage], namespace: str) -> tuple[list[str], list[str]]:
-        """Return the documents that the model loads by itself in a namespace, and which of them were only found."""
+    def own_documents(self, messages: Sequence[BaseMessage], namespace: str) -> list[str]:
+        """Return the documents that the model loads by itself in a namespace."""
         if self.document_ids is not None:
-            return list(self.document_ids), []
+            return list(self.document_ids)
         with self.memory.in_namespace(namespace) as memory:
-            found = [pick.id for pick in memory.pick(to_turns(messages))]
-        return found, found
+            return [pick.id for pick in memory.pick(to_turns(messages))]
 
     def _generate(
         self,

@@ -26,12 +26,11 @@ class DocumentsState(AgentState[Any]):
     """State of an agent whose runs may be given documents.
 
     document_ids: of the run that begins; taken out of the state then, so that no later run has them.
-    loaded_document_ids, documents_found: of the run, and whether they were found, not given.
+    loaded_document_ids: of the run, given or found.
     """
 
     document_ids: NotRequired[Annotated[list[str] | None, OmitFromOutput]]
     loaded_document_ids: NotRequired[Annotated[list[str], PrivateStateAttr]]
-    documents_found: NotRequired[Annotated[bool, PrivateStateAttr]]
 
 
 class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
@@ -40,9 +39,8 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
         create_agent(model, tools, middleware=[BeaconMemoryMiddleware(BeaconMemoryRetriever(memory=memory))])
 
     A run may be given documents, `agent.invoke({"messages": [...], "document_ids": ["lease"]})`, for this run alone;
-    else the retriever looks for some with the last human message, once a run, and those that do not fit the model's
-    positions beside better ones are left out. The model must be a `ChatBeaconMemory` of the same memory; documents of
-    its own stay in front.
+    else the retriever looks for some with the last human message, once a run. The model must be a `ChatBeaconMemory` of
+    the same memory; documents of its own stay in front.
 
     retriever: or a function that makes one for a run, for example in the namespace of a user that the run's context
                names: `lambda runtime: BeaconMemoryRetriever(memory=memory, namespace=runtime.context.user)`.
@@ -60,21 +58,21 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     def before_agent(self, state: DocumentsState, runtime: Runtime[Any]) -> dict[str, Any]:
         """Decide which documents to load."""
         if (given := state.get("document_ids")) is not None:
-            return _loading(given, found=False)
+            return _loading(given)
         retriever, question = self._retriever(runtime), last_question(to_turns(state["messages"]))
-        return _loading(retriever.ids(retriever.invoke(question)), found=True)
+        return _loading(retriever.ids(retriever.invoke(question)))
 
     async def abefore_agent(self, state: DocumentsState, runtime: Runtime[Any]) -> dict[str, Any]:
         """Decide which documents to load."""
         if (given := state.get("document_ids")) is not None:
-            return _loading(given, found=False)
+            return _loading(given)
         retriever, question = self._retriever(runtime), last_question(to_turns(state["messages"]))
-        return _loading(retriever.ids(await retriever.ainvoke(question)), found=True)
+        return _loading(retriever.ids(await retriever.ainvoke(question)))
 
     def _loaded(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         retriever, state = self._retriever(request.runtime), cast(DocumentsState, request.state)
         ids = state.get("loaded_document_ids", [])
-        return _with_documents(request, retriever.searched, ids, found=state.get("documents_found", False))
+        return _with_documents(request, retriever.searched, ids)
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -89,8 +87,8 @@ class BeaconMemoryMiddleware(AgentMiddleware[Any, Any, Any]):
         return await handler(self._loaded(request))
 
 
-def _loading(ids: list[str], *, found: bool) -> dict[str, Any]:
-    return {"document_ids": None, "loaded_document_ids": ids, "documents_found": found}
+def _loading(ids: list[str]) -> dict[str, Any]:
+    return {"document_ids": None, "loaded_document_ids": ids}
 
 
 class HistoryState(AgentState[Any]):
@@ -142,8 +140,8 @@ class BeaconHistoryMiddleware(AgentMiddleware[Any, Any, Any]):
         messages = cast(list[AnyMessage], history.messages)
         request = request.override(messages=[*messages, *request.messages])
         if isinstance(request.model, ChatBeaconMemory) and "document_ids" not in request.model_settings:
-            own, found = request.model.own_documents(request.messages, history.namespace)
-            settings = {**request.model_settings, "document_ids": own, "optional": found}
+            own = request.model.own_documents(request.messages, history.namespace)
+            settings = {**request.model_settings, "document_ids": own}
             request = request.override(model_settings=settings)
         settings = {**request.model_settings, "session_budget": history.session.budget}
         return _with_documents(request.override(model_settings=settings), history.namespace, history.document_ids)
@@ -158,13 +156,8 @@ class BeaconHistoryMiddleware(AgentMiddleware[Any, Any, Any]):
         return await asyncio.to_thread(self.after_agent, state, runtime)
 
 
-def _with_documents(
-    request: ModelRequest[Any], namespace: str, ids: Sequence[str], *, found: bool = False
-) -> ModelRequest[Any]:
-    """Return the request with documents behind those that are loaded anyway.
-
-    found: nobody named them, so those that do not fit the model's positions beside better ones are left out.
-    """
+def _with_documents(request: ModelRequest[Any], namespace: str, ids: Sequence[str]) -> ModelRequest[Any]:
+    """Return the request with documents behind those that are loaded anyway."""
     settings = request.model_settings
     if settings.get("namespace", namespace) != namespace:
         raise InputError(
@@ -173,6 +166,4 @@ def _with_documents(
         )
     others = settings.get("document_ids", getattr(request.model, "document_ids", ())) or ()
     loaded = {"document_ids": list(dict.fromkeys([*others, *ids])), "namespace": namespace}
-    if found:
-        loaded["optional"] = [*settings.get("optional", ()), *(id for id in ids if id not in others)]
     return request.override(model_settings={**settings, **loaded})

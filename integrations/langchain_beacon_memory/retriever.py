@@ -98,7 +98,7 @@ class BeaconMemoryRetriever(BaseRetriever):
         with self.memory.in_namespace(self.namespace) as memory:
             rows = [memory.show(id) for id in documents][: self._count(k)]
         if self.max_slots is not None:
-            rows = fitting(rows, documents, self.max_slots)
+            rows = fitting(rows, self.max_slots)
         return [documents[row.id] for row in rows]
 
     def _count(self, k: int | None) -> int:

@@ -14,7 +14,6 @@ from beacon_memory import Answer, BeaconMemory
 from beacon_memory.generation.background import in_background
 from beacon_memory.generation.prompt import require_tools
 from beacon_memory.generation.tool_calls import certain_text
-from beacon_memory.picking import SESSION_BUDGET, fitting
 
 from .messages import to_turns
 
@@ -62,19 +61,6 @@ class Call:
                 async for piece in pieces:
                     yield piece
 
-    def fitting(self) -> list[str]:
-        """Return those of the documents to load that fit the model beside better ones, question and answer."""
-        with self.memory.in_namespace(self.namespace) as memory:
-            names = ("tools", "max_new_tokens", "chat_template_kwargs")
-            given = {name: self.options[name] for name in names if name in self.options}
-            ids = list(dict.fromkeys([*(self.ids or ()), *self.conversations]))
-            rows = [memory.show(id) for id in ids]
-            optional = set(ids).difference(self.conversations)
-            if self.options["budget"] is None:
-                room = memory.room(to_turns(self.messages), **given)
-                rows = fitting(rows, optional, room, self.options.get("session_budget", SESSION_BUDGET))
-        return [row.id for row in rows if row.id in optional]
-
     def _asked(self, memory: BeaconMemory) -> dict[str, Any]:
         """Return the arguments of `BeaconMemory.ask`."""
         if self.options["tools"]:
@@ -83,8 +69,7 @@ class Call:
         if self.ids is None:
             found = [pick.id for pick in memory.pick(_said(turns))]
         ids = list(dict.fromkeys([*(found if self.ids is None else self.ids), *self.conversations]))
-        optional = set(found).difference(self.conversations)
-        return {"question": turns, "ids": ids, "optional": optional, **self.options}
+        return {"question": turns, "ids": ids, **self.options}
 
 
 def _said(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

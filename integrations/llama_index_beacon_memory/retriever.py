@@ -77,7 +77,7 @@ class BeaconRetriever(BaseRetriever):
         if self._max_slots is None:
             return found
         rows = [self._memory.show(id) for id in dict.fromkeys(ids)]
-        kept = {row.id for row in fitting(rows, set(ids), self._max_slots)}
+        kept = {row.id for row in fitting(rows, self._max_slots)}
         return [one for one, id in zip(found, ids, strict=True) if id in kept]
 
     def _document_id(self, found: NodeWithScore) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -27,8 +27,7 @@ _QUESTION = PromptTemplate("{query_str}")
 class BeaconSynthesizer(BaseSynthesizer):
     """Answer a question behind the memories of the documents that nodes belong to.
 
-    The nodes' texts are never put into the prompt; the nodes are kept as `source_nodes`. Those whose documents do not
-    fit the model's positions beside the documents of nodes in front of them are left out.
+    The nodes' texts are never put into the prompt; the nodes are kept as `source_nodes`.
 
     llm:              also decides in which store and namespace documents are looked for.
     text_qa_template: the prompt, with `query_str`; by default the question alone.
@@ -64,7 +63,7 @@ class BeaconSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Answer from the memories of nodes; raises DocumentNotFoundError for one without."""
-        nodes, ids = self._fitting(query, nodes, response_kwargs)
+        ids = self._document_ids(nodes)
         return super().synthesize(query, nodes, additional_source_nodes, document_ids=ids, **response_kwargs)
 
     async def asynthesize(
@@ -75,7 +74,7 @@ class BeaconSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Answer from the memories of nodes without blocking the event loop."""
-        nodes, ids = await asyncio.to_thread(self._fitting, query, nodes, response_kwargs)
+        ids = await asyncio.to_thread(self._document_ids, nodes)
         return await super().asynthesize(query, nodes, additional_source_nodes, document_ids=ids, **response_kwargs)
 
     def get_response(
@@ -112,17 +111,9 @@ class BeaconSynthesizer(BaseSynthesizer):
         prompt = self._text_qa_template.format_messages(llm=self._beacon_llm, query_str=query)
         return self._beacon_llm._extend_messages(prompt), {**response_kwargs, "document_ids": list(ids)}
 
-    def _fitting(
-        self, query: QueryType, nodes: Sequence[NodeWithScore], response_kwargs: Mapping[str, Any]
-    ) -> tuple[list[NodeWithScore], list[str]]:
-        """Return the nodes whose documents can be loaded together, and the ids of those."""
-        documents = [self._document_id(one) for one in nodes]
-        if not documents:
-            return [], []
-        text = query if isinstance(query, str) else query.query_str
-        messages, options = self._asked(text, list(dict.fromkeys(documents)), dict(response_kwargs))
-        ids = self._beacon_llm._call(messages, options).fitting()
-        return [one for one, id in zip(nodes, documents, strict=True) if id in ids], ids
+    def _document_ids(self, nodes: Sequence[NodeWithScore]) -> list[str]:
+        """Return the ids of the documents of nodes, each once."""
+        return list(dict.fromkeys(self._document_id(one) for one in nodes))
 
     def _document_id(self, found: NodeWithScore) -> str:
         id = of_nodes.document_id(self._beacon_llm.memory, found.node)

@@ -16,7 +16,7 @@ import pytest
 from catalog_samples import LONG_AGO
 from typer.testing import CliRunner
 
-from beacon_memory.bench import model as bench
+from beacon_memory.bench import measuring
 from beacon_memory.bench import store as bench_store
 from beacon_memory.bench.store import document, fill, questions, samples, vocabulary
 from beacon_memory.cli.main import app
@@ -270,7 +270,7 @@ def test_figures_of_a_run_have_bounds_and_parts() -> None:
         "read all of one section in 16",
     ]
     assert all(figure.value > 0 for figure in figures if not figure.name.startswith("put"))
-    assert "95% of them under" in bench.table(figures)
+    assert "95% of them under" in measuring.table(figures)
 
 
 @pytest.mark.usefixtures("small")

@@ -216,11 +216,11 @@ async def test_retriever_and_chain_load_what_ask_loads(tmp_path: Path, asynchron
     retriever = BeaconMemoryRetriever(memory=memory, k=4)
     assert retriever.ids(retriever.invoke(asked)) == list(scores)
     expected = memory.ask(asked, limit=4, max_new_tokens=8, temperature=0)
-    assert 1 < len(expected.ids) < len(scores)
+    assert list(expected.ids) == list(scores)
     chain = create_memory_chain(model, retriever)
     answer = await chain.ainvoke(asked) if asynchronous else chain.invoke(asked)
     assert (answer.response_metadata["document_ids"], answer.content) == (list(expected.ids), expected.text)
-    named = model.invoke(asked, document_ids=list(scores))  # these are not left out
+    named = model.invoke(asked, document_ids=list(scores))
     assert named.response_metadata["document_ids"] == list(scores)
 
 
@@ -231,7 +231,7 @@ def test_of_documents_that_do_not_all_fit_every_way_loads_what_ask_loads(tmp_pat
     model = ChatBeaconMemory(memory=memory, max_tokens=6, temperature=0)
     for k in (2, 3, 4):
         expected = list(memory.ask("Which owl?", limit=k, max_new_tokens=6).ids)
-        assert len(expected) == 2
+        assert len(expected) == k
         retriever = BeaconMemoryRetriever(memory=memory, k=k)
         chained = create_memory_chain(model, retriever).invoke("Which owl?")
         agent: Any = create_agent(model, middleware=[BeaconMemoryMiddleware(retriever)])
@@ -243,12 +243,12 @@ def test_of_documents_that_do_not_all_fit_every_way_loads_what_ask_loads(tmp_pat
             assert answer.response_metadata["document_ids"] == expected
 
 
-def test_documents_of_an_index_that_do_not_fit_beside_better_ones_are_left_out(tmp_path: Path) -> None:
+def test_documents_of_an_index_are_left_out_that_do_not_fit_into_the_slots_of_the_retriever(tmp_path: Path) -> None:
     memory = crowded(tmp_path)
     model = ChatBeaconMemory(memory=memory, max_tokens=8, temperature=0)
     found = [Document("x", metadata={"document_id": id}) for id in ("one", "two", "three")]
     inner = Fixed(documents=found)
-    assert create_memory_chain(model, inner).invoke("?").response_metadata["document_ids"] == ["one", "three"]
+    assert create_memory_chain(model, inner).invoke("?").response_metadata["document_ids"] == ["one", "two", "three"]
     bound = memory.show("one").slots + memory.show("three").slots
     assert BeaconMemoryRetriever(memory=memory, inner=inner, max_slots=bound).invoke("?") == [found[0], found[2]]
     assert BeaconMemoryRetriever(memory=memory, inner=inner).invoke("?") == found

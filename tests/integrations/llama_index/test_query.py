@@ -318,7 +318,7 @@ def test_retriever_engine_and_model_load_what_ask_loads(tmp_path: Path, streamin
     found = BeaconRetriever(memory, 4).retrieve(asked)
     assert [(one.node.node_id, one.score) for one in found] == [(pick.id, pick.best.score) for pick in picks]
     expected = memory.ask(asked, limit=4, max_new_tokens=8, temperature=0)
-    assert 1 < len(expected.ids) < len(ids)
+    assert list(expected.ids) == ids
     engine = BeaconQueryEngine.from_llm(llm, similarity_top_k=4, streaming=streaming)
     for response in (engine.query(asked), asyncio.run(engine.aquery(asked)) if not streaming else engine.query(asked)):
         assert tuple(one.node.node_id for one in response.source_nodes) == expected.ids
@@ -326,7 +326,7 @@ def test_retriever_engine_and_model_load_what_ask_loads(tmp_path: Path, streamin
         assert text.strip() == expected.text
     expected = memory.ask(asked, max_new_tokens=8, temperature=0)
     assert llm.chat([ChatMessage(asked)], document_ids=None).raw["document_ids"] == list(expected.ids)
-    assert llm.chat([ChatMessage(asked)], document_ids=ids).raw["document_ids"] == ids  # named ones are not left out
+    assert llm.chat([ChatMessage(asked)], document_ids=ids).raw["document_ids"] == ids
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -348,10 +348,9 @@ def test_found_documents_leave_room_for_the_conversation(tmp_path: Path) -> None
     block = BeaconMemoryBlock(llm=llm, slots=200)
     block.session("monday").add([{"role": "user", "content": "hello " * 40}])
     messages = [*asyncio.run(block.aget(session_id="monday")), ChatMessage("Which owl?")]
-    loaded = llm.chat(messages, document_ids=None).raw["document_ids"]
-    picked = [pick.id for pick in memory.pick("Which owl?")]
-    assert loaded == [*(id for id in picked if id in loaded), "BeaconMemory/monday/1"]
-    assert 1 < len(loaded) < 1 + len(picked)
+    answer = llm.chat(messages, document_ids=None).raw
+    assert answer["document_ids"] == [*(pick.id for pick in memory.pick("Which owl?")), "BeaconMemory/monday/1"]
+    assert {source["document"] for source in answer["sources"]} >= {"BeaconMemory/monday/1"}
 
 
 def test_conversations_are_not_found_as_documents(llm: BeaconMemoryLLM) -> None:
