@@ -63,6 +63,7 @@ class Lookup:
         return sorted({layer for layer, _ in self.heads})
 
     @cached_property
+    @torch.inference_mode()
     def heads(self) -> list[tuple[int, int]]:
         """The heads that are asked, as layer and query head in it; found out when they are first needed.
 
@@ -80,7 +81,7 @@ class Lookup:
         sink = MemoryKV.of(read_sink(self.model))
         read = MemoryKV.of(read_raw(self.model, self.model.prefix(sink), ids))
         prefix = self.model.prefix(sink, replace(read, span=read.span + _DISTANCE))
-        of_entries = torch.cat((sentences.new_full((sink.slots,), -1), sentences)).to(self.model.device)
+        of_entries = torch.cat((sentences.new_full((sink.slots,), -1), sentences))
         sections = dict.fromkeys(range(layers), [of_entries] * kv_heads)
         found = self._shares(list(answers), prefix, sections, len(ends) + 1)
         shares = torch.stack([torch.stack([*of_layers.values()]) for of_layers in found]).cpu()
@@ -121,7 +122,8 @@ def _shares_of(query: Tensor, front: Sequence[Block], sections: Sequence[Tensor]
     """Return the shares of each query head, [heads, count]; query: [heads, rows, head_dim], scaled and rotated."""
     groups, shares = len(query) // len(sections), []
     keys = [key.float() for _, of_block, _ in front for key in of_block]
-    for head, (key, section) in enumerate(zip(keys, sections, strict=True)):
+    for head, (key, of_entries) in enumerate(zip(keys, sections, strict=True)):
+        section = of_entries.to(key.device)
         weights = query[head * groups : (head + 1) * groups] @ key[section >= 0].T
         received = weights.softmax(-1).mean(1)
         shares.append(received.new_zeros(groups, count).index_add_(1, section[section >= 0], received))

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 from training_samples import a_sample
 
 from beacon_memory.compression.compressor import BeaconCompressor
+from beacon_memory.compression.selection import read_raw, read_sink
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.generation.decode_loop import DecodeLoop
@@ -26,6 +27,7 @@ from beacon_memory.kv.prefix import Prefix, Section
 from beacon_memory.kv.prefix import _blocks as blocks_of
 from beacon_memory.kv.quantize import QuantizedKV, quantized
 from beacon_memory.kv.rope import Rope
+from beacon_memory.lookup import Lookup
 from beacon_memory.modeling import prefix_attention
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.modeling.prefix_attention import PrefixBatch, attend_behind
@@ -73,6 +75,20 @@ def test_compressing(compression: str, score: str) -> None:
     with device(model := a_model()):
         kv = compressed(model, compression, score)
         assert all(same(getattr(kv, part), getattr(expected, part)) for part in ("keys", "values", "positions"))
+
+
+@torch.inference_mode()
+def looked_up(model: BeaconModel) -> list[float]:
+    lookup, sink = Lookup(model), MemoryKV.of(read_sink(model))
+    read = MemoryKV.of(read_raw(model, model.prefix(sink), some_ids(40)))
+    sections = dict.fromkeys(range(3), [torch.cat((torch.tensor([-1]), torch.arange(40) // 11))] * 2)
+    return lookup.relevance("Who rows?", model.prefix(sink, read), sections, 4)
+
+
+def test_looking_up() -> None:
+    expected = looked_up(a_model())
+    with device(model := a_model()):
+        assert looked_up(model) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("compression", ["select", "beacon"])
