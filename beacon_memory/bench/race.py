@@ -166,8 +166,8 @@ class _Answers:
 def run(model: ModelNames, names: Sequence[str] = CONTESTANTS, lengths: Sequence[int] = LENGTHS) -> Race:
     """Let contestants read texts of so many tokens, less where question and answer need the room, and answer.
 
-    Takes more than eighteen minutes on two cores. Stock runs whether it is named or not. Raises InputError, before any is
-    loaded, for an unknown contestant and for lengths that are too short, and MissingDependencyError.
+    All of it takes more than eighteen minutes on two cores. Stock runs whether it is named or not. Raises InputError,
+    before anything is loaded, for an unknown contestant and for lengths that are too short, and MissingDependencyError.
     """
     forms = [form_of(name) for name in dict.fromkeys(("stock", *names))]
     if not lengths or min(lengths) <= _WARMING:
