@@ -8,7 +8,6 @@ import copy
 import itertools
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from beacon_memory.generation.tool_calls import read_answer
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.prefix import Prefix
 from beacon_memory.kv.quantize import QuantizedKV
-from beacon_memory.modeling.model import UNTRAINED, BeaconModel, require_made
+from beacon_memory.modeling.model import BeaconModel, require_made
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.catalog.words import words
@@ -46,6 +45,7 @@ from .evidence import words_together
 from .explain import explained
 from .hot import HotMemories
 from .ingest import Ingestion
+from .load_once import LoadOnce, ModelSource
 from .lookup import Lookup, gist_slots, sections_of_entries
 from .picking import (
     DEFAULT_LIMIT,
@@ -173,7 +173,7 @@ class BeaconMemory:
         opened = store if isinstance(store, MemoryStore) else MemoryStore(store)
         self.store = opened.within(namespace) if namespace else opened
         model, adapter = _wherever(model), _wherever(adapter)
-        self._load_once = _Once(_Source(model, adapter, device, dtype, reserve, score))
+        self._load_once = LoadOnce(ModelSource(model, adapter, device, dtype, reserve, score))
         self._hot = HotMemories(hot_bytes)
         self._indexes = Indexes()
 
@@ -528,11 +528,9 @@ class BeaconMemory:
 
     def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
         """Choose what is loaded for a question: of which documents, and how much of each."""
-        model, budget = self.model, None if question.budget is None else Budget.of(question.budget)
+        budget = None if question.budget is None else Budget.of(question.budget)
         rows, passages = self._chosen(question)
-        found = [self._indexes.get(self.store, row) for row in rows]
-        for row, index in found:
-            require_made(model, index.header.fingerprint, row.id, row.precision)
+        found = self._indexed(rows)
         slots = room - max(0, len(found) - 1)  # what each takes is rounded up
         if budget is not None:
             slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), self._slot_bytes))
@@ -544,6 +542,13 @@ class BeaconMemory:
         chosen = [*self._within(others, left, min(left, DEFAULT_SLOTS), question, passages), *remembered]
         places = {row.id: place for place, (row, _) in enumerate(found)}
         return sorted(chosen, key=lambda portion: places[portion.row.id])
+
+    def _indexed(self, rows: Iterable[DocumentRow]) -> builtins.list[tuple[DocumentRow, StoredIndex]]:
+        """Return documents with the indexes of their files; raises FingerprintMismatchError for another model's."""
+        found = [self._indexes.get(self.store, row) for row in rows]
+        for row, index in found:
+            require_made(self.model, index.header.fingerprint, row.id, row.precision)
+        return found
 
     def _remembered(
         self, folded: Sequence[tuple[DocumentRow, StoredIndex]], slots: int, question: Question
@@ -654,9 +659,7 @@ class BeaconMemory:
         def gist() -> builtins.list[Portion]:
             rows = [self.store.row(id, self.model.fingerprint.digest) for id in ids]
             fit = rows[: sum(tokens <= positions for tokens in accumulate(row.tokens for row in rows))]
-            found = [self._indexes.get(self.store, row) for row in fit]
-            for row, index in found:
-                require_made(self.model, index.header.fingerprint, row.id, row.precision)
+            found = self._indexed(fit)
             return portions(found, {}, gist_slots(sum(row.tokens for row in fit))) if found else []
 
         loaded, prefix, _ = self._loaded(gist, positions)
@@ -773,58 +776,3 @@ def _undisturbed(read: Callable[[], _Read]) -> _Read:
 
 def _slots(found: Sequence[tuple[DocumentRow, StoredIndex]]) -> int:
     return sum(row.slots for row, _ in found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Say what the model and the compressor of a memory are made from."""
-
-    model: str | Path | BeaconModel | None
-    adapter: str | Path | None
-    device: str | torch.device | None
-    dtype: torch.dtype | str
-    reserve: int
-    score: str
-
-    def load(self) -> BeaconCompressor:
-        model = self.model
-        if not isinstance(model, BeaconModel):
-            model = BeaconModel.from_pretrained(model, self.adapter, device=self.device, dtype=self.dtype)
-        compressor = BeaconCompressor(model, reserve=self.reserve, score=self.score)
-        compressor.sink, model.fingerprint  # noqa: B018  # now, so that no answer waits for them
-        return compressor
-
-    def named(self) -> _Source:
-        """Return the same with a loaded model by its name; raises InputError for one without."""
-        if not isinstance(self.model, BeaconModel):
-            return self
-        name, adapter = str(self.model.base.config.name_or_path), self.model.adapter
-        if not name:
-            raise InputError(
-                "the model of this memory has no name under which another process could load it; load it with "
-                "BeaconModel.from_pretrained to pickle the memory"
-            )
-        dtype: torch.dtype | str = "auto" if self.model.kv_dtype != self.model.dtype else self.model.dtype
-        return replace(self, model=name, adapter=None if adapter in (UNTRAINED, name) else adapter, dtype=dtype)
-
-
-class _Once:
-    """Makes a compressor, the loop that answers and what looks up, when it is first asked for, once for all threads.
-
-    It is pickled by what it is made from.
-    """
-
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-        self._made: tuple[BeaconCompressor, DecodeLoop, Lookup] | None = None
-        self._lock = threading.Lock()
-
-    def __call__(self) -> tuple[BeaconCompressor, DecodeLoop, Lookup]:
-        with self._lock:
-            if self._made is None:
-                compressor = self._source.load()
-                self._made = compressor, DecodeLoop(compressor.model), Lookup(compressor.model)
-            return self._made
-
-    def __reduce__(self) -> tuple[type[_Once], tuple[_Source]]:
-        return _Once, (self._source.named(),)
