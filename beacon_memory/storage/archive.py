@@ -283,8 +283,10 @@ def _workshop(path: Path) -> Iterator[Path]:
                 unlink(temp)
             yield folder
         finally:
-            for left in (*temps_in(folder), lock):
-                unlink(left)
+            # what cannot be removed now is by the next export: it does not make this one fail
+            with contextlib.suppress(StoreError):
+                for left in (*temps_in(folder), lock):
+                    unlink(left)
             with contextlib.suppress(OSError):  # of somebody who has put something of their own there
                 folder.rmdir()
 
