@@ -19,17 +19,35 @@ from beacon_memory.modeling.text_tokens import text_tokens
 from .recipe import DataSource, Recipe, Stage
 from .rows import Context, Rows, contexts_by_title, load_rows, texts
 
-__all__ = ["Branch", "Sample", "SampleSet"]
+__all__ = ["Branch", "Loaded", "Sample", "SampleSet"]
 
 CHARS_PER_TOKEN = 6  # a text of n tokens is shorter than this times n
+_BLIND = 2  # selected memories that the questions on one document share
+_LEAST_ZOOM = 2  # the ratio of the memory that passages are loaded from
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How much of a selected memory is loaded for a branch: tokens / ratio slots; 0 loads everything.
+
+    question: the passages that match it are loaded whole, best first; without one, the best entries of all the text.
+    """
+
+    ratio: int
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens that follow a memory: ids[:labelled] are given, ids[labelled:] are predicted."""
+    """Tokens that follow a memory: ids[:labelled] are given, ids[labelled:] are predicted.
+
+    loaded: of a selected memory, what the tokens follow; None where branches follow the memory as the sample's ratios
+            leave it.
+    """
 
     ids: tuple[int, ...]
     labelled: int
+    loaded: Loaded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +70,9 @@ class Sample:
     @property
     def ratio(self) -> int | None:
         """Return the ratio of its windows, or None if they have different ones."""
-        found = {ratio for part in self.ratios for ratio in part}
+        found = {branch.loaded.ratio for branch in self.branches if branch.loaded is not None} or {
+            ratio for part in self.ratios for ratio in part
+        }
         return found.pop() if len(found) == 1 else None
 
 
@@ -131,7 +151,8 @@ class SampleSet(Dataset[Sample]):
             ids = self._tokens(text)[:wanted]
         split = max(1, len(ids) - self.stage.continuation)
         parts = self._split(rng, [[id] for id in ids[:split]])
-        branches = (Branch(tuple(ids[split:]), 1),) if len(ids) > split + 1 else ()
+        (loaded,) = self._blind(rng, 1)
+        branches = (Branch(tuple(ids[split:]), 1, loaded),) if len(ids) > split + 1 else ()
         return Sample("text", parts, self._ratios(rng, parts), branches, self.stage.label_text)
 
     def _questions(self, rng: random.Random, title: Sequence[Context]) -> Sample:
@@ -148,11 +169,14 @@ class SampleSet(Dataset[Sample]):
             room -= len(ids)
         parts = self._split(rng, pieces)
         questions = [question for context in chosen for question in context.questions]
-        branches = []
+        branches, blind = [], self._blind(rng, _BLIND)
         for question in rng.sample(questions, min(len(questions), self.stage.branches)):
             prompt = chat_prompt(self.model, question.question, behind_memory=True)
             answer = [*self._tokens(rng.choice(question.answers)), self.model.tokenizer.eos_token_id]
-            branches.append(Branch((*prompt, *answer), len(prompt)))
+            loaded = rng.choice(blind)
+            if self.stage.zoomed and rng.random() < self.stage.zoomed:
+                loaded = Loaded(rng.choice([ratio for ratio in self.ratios if ratio > _LEAST_ZOOM]), question.question)
+            branches.append(Branch((*prompt, *answer), len(prompt), loaded))
         return Sample("qa", parts, self._ratios(rng, parts), tuple(branches))
 
     def _split(self, rng: random.Random, pieces: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -163,7 +187,15 @@ class SampleSet(Dataset[Sample]):
             (*self.lead, *(id for piece in pieces[start:stop] for id in piece)) for start, stop in pairwise(cuts)
         )
 
+    def _blind(self, rng: random.Random, count: int) -> list[Loaded | None]:
+        """Draw what questions share that do not load passages of their own."""
+        if self.stage.compression != "select":
+            return [None]
+        return [Loaded(ratio) for ratio in rng.choices(self.ratios, k=count)]
+
     def _ratios(self, rng: random.Random, parts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        if self.stage.compression == "select":
+            return ()  # of each branch
         window = self.model.config.beacon_window
         counts = [-(-len(part) // window) for part in parts]
         if self.stage.ratio_per == "document":
