@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,26 +28,45 @@ __all__ = ["AnsweringLinear", "answering_layers", "install_answering", "remove_a
 _answering: ContextVar[bool] = ContextVar("answering", default=False)
 
 
+# Bytes of a layer's weights up to which they are held a second time, with the change added: beside so small a product
+# two more would take a good part of the time. Of a larger layer the change is worked out apart.
+_SMALL = 2**23
+
+
 class AnsweringLinear(nn.Module):
     """A linear layer of a stock model (`base`), and a change of low rank for tokens that follow a memory.
 
     down: [rank, in_features]; up: [out_features, rank].
     """
 
-    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, scaling: float) -> None:
+    changed: Tensor | None
+
+    def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, scaling: float) -> None:
         super().__init__()
         self.base = base
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
         self.scaling = scaling
+        self.register_buffer("changed", None, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Project rows, [..., in_features]."""
-        projected: Tensor = self.base(rows)
         if not _answering.get():
+            projected: Tensor = self.base(rows)
             return projected
+        if self.base.weight.nbytes <= _SMALL and not self.up.requires_grad:
+            return linear(rows, self._changed(), self.base.bias)
+        projected = self.base(rows)
         reduced = linear(rows, self.down).flatten(0, -2)
         return torch.addmm(projected.flatten(0, -2), reduced, self.up.T, alpha=self.scaling).view_as(projected)
+
+    def _changed(self) -> Tensor:
+        """Return the weights with the change added, made when they are first needed."""
+        if self.changed is None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                change = (self.up.float() @ self.down.float()) * self.scaling
+                self.changed = (self.base.weight + change).to(self.base.weight.dtype)
+        return self.changed
 
 
 def _enter(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -70,9 +89,9 @@ def install_answering(
     for name, (down, up) in factors.items():
         layer = base.get_submodule(name)
         if isinstance(layer, BeaconLinear):
-            layer.base = AnsweringLinear(layer.base, down, up, scaling)
+            layer.base = AnsweringLinear(cast(nn.Linear, layer.base), down, up, scaling)
         else:
-            base.set_submodule(name, AnsweringLinear(layer, down, up, scaling))
+            base.set_submodule(name, AnsweringLinear(cast(nn.Linear, layer), down, up, scaling))
     for layer in base.model.layers:
         yield layer.register_forward_pre_hook(_enter, with_kwargs=True)
         yield layer.register_forward_hook(_leave, always_call=True)

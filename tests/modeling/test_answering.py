@@ -19,6 +19,7 @@ from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.modeling import answering
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
@@ -63,8 +64,12 @@ def test_documents_are_read_as_without_it(compression: str) -> None:
     assert with_answers(a_model()).fingerprint == plain.fingerprint
 
 
-def test_what_follows_is_read_as_by_a_model_that_has_it_in_its_weights() -> None:
+@pytest.mark.parametrize("small", [0, 2**23], ids=["apart", "added"])
+def test_what_follows_is_read_as_by_a_model_that_has_it_in_its_weights(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The memory is that of the plain model in both cases."""
+    monkeypatch.setattr(answering, "_SMALL", small)
     model, merged = with_answers(a_model()), with_answers(a_model())
     prefix = memory(model)
     changed = dict(answering_parameters(merged.base))
