@@ -404,7 +404,7 @@ def bench(
     write: Annotated[
         Path | None,
         typer.Option(
-            help="Of a race: page in which its tables stand, to be replaced by those of this one.",
+            help="Of a race: page in which its tables stand, to be replaced by those of this one, length by length.",
             parser=path_given,
             metavar="FILE",
         ),
@@ -454,9 +454,9 @@ def _race(contestants: str | None, lengths: str, page: Path | None, model: "Mode
     except ValueError as error:
         raise InputError(f"--lengths is {lengths!r}, but must be numbers with commas between, as 1000,8000") from error
     names = race.CONTESTANTS if contestants is None else contestants.split(",")
-    done = race.run(model, names, sizes)
-    if page:
-        race.write_into(page, done)
+    for done in race.run(model, names, sizes):
+        if page:
+            race.write_into(page, done)
     if as_json:
         print_json(asdict(done))
     else:
@@ -466,7 +466,8 @@ def _race(contestants: str | None, lengths: str, page: Path | None, model: "Mode
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.", parser=name_given)
+        str,
+        typer.Argument(help="TOML file, or a shipped recipe's name: answers, default, paper.", parser=name_given),
     ],
     output: Annotated[
         Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.", parser=path_given)
