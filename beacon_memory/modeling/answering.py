@@ -8,6 +8,7 @@ LoRA" (arXiv 2504.12397).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -21,11 +22,12 @@ from .cache import MemoryCache
 from .packed_cache import PackedCache
 from .projections import BeaconLinear
 
-__all__ = ["AnsweringLinear", "answering_layers", "install_answering", "remove_answering"]
+__all__ = ["AnsweringLinear", "answering_layers", "in_answers", "install_answering", "remove_answering"]
 
 # Whether the decoder layer that is running reads what follows a memory. The layer's own hooks set it from the keyword
 # arguments of the call, so it is right in every thread, and when gradient checkpointing runs a layer a second time.
 _answering: ContextVar[bool] = ContextVar("answering", default=False)
+_in_answers: ContextVar[bool] = ContextVar("in_answers", default=False)  # see `in_answers`
 
 
 # Bytes of a layer's weights up to which they are held a second time, with the change added: beside so small a product
@@ -44,8 +46,8 @@ class AnsweringLinear(nn.Module):
     def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, scaling: float) -> None:
         super().__init__()
         self.base = base
-        self.down = nn.Parameter(down, requires_grad=False)
-        self.up = nn.Parameter(up, requires_grad=False)
+        self.down = nn.Parameter(down.to(base.weight), requires_grad=False)
+        self.up = nn.Parameter(up.to(base.weight), requires_grad=False)
         self.scaling = scaling
         self.register_buffer("changed", None, persistent=False)
 
@@ -71,11 +73,22 @@ class AnsweringLinear(nn.Module):
 
 def _enter(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
     cache, attention = kwargs.get("past_key_values"), kwargs.get("beacon_pass")
-    _answering.set(isinstance(cache, MemoryCache | PackedCache) or getattr(attention, "answers", False))
+    ours = isinstance(cache, MemoryCache | PackedCache) or getattr(attention, "answers", False)
+    _answering.set(ours or _in_answers.get())
 
 
 def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
     _answering.set(False)
+
+
+@contextmanager
+def in_answers() -> Iterator[None]:
+    """Let every pass in this block be one of what follows a memory, whatever carries the memory."""
+    before = _in_answers.set(True)
+    try:
+        yield
+    finally:
+        _in_answers.reset(before)
 
 
 def install_answering(

@@ -268,8 +268,7 @@ class BeaconModel(nn.Module):
 
     def install_answering(self, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
         """Put a LoRA of answers into the base; see `answering.install_answering`."""
-        given = {name: tuple(part.to(self.device, self.dtype) for part in pair) for name, pair in factors.items()}
-        for hook in install_answering(self.base, cast(Any, given), scaling):
+        for hook in install_answering(self.base, factors, scaling):
             self._hooks.append(hook)
 
     def _uninstall(self) -> None:
