@@ -16,6 +16,7 @@ from typing import Any
 from beacon_memory.documents import check_namespace
 from beacon_memory.errors import CorruptFileError, InputError, MismatchedFileError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
 from beacon_memory.storage.files.durable import (
@@ -100,7 +101,7 @@ class StoreParts:
                     return self._nothing
                 self.make_folder()
                 create_file(path)  # SQLite would let others read it; the log beside it has the same rights
-                self._catalog = Catalog(path)
+                self._catalog = SQLiteCatalog(path)
                 self._opened = identity(path)
                 if not begun or self._is_bare(self._catalog):
                     self._begin(self._catalog)
@@ -218,7 +219,7 @@ class StoreParts:
     @functools.cached_property
     def _nothing(self) -> Catalog:
         """An empty catalog in memory, for a store that was never written to."""
-        return Catalog(":memory:")
+        return SQLiteCatalog(":memory:")
 
 
 def folder_of(root: Path, namespace: str) -> Path:
@@ -240,7 +241,7 @@ def namespace_names(root: Path) -> list[str]:
         if is_link(Path(folder.path)) or not identity(path):
             continue
         try:
-            with contextlib.closing(Catalog(path)) as catalog:
+            with contextlib.closing(SQLiteCatalog(path)) as catalog:
                 name = catalog.properties.get("namespace")  # none if its first writer was killed
         except CorruptFileError:  # which those who use it learn
             name = read_copy(path.parent).get("namespace")

@@ -21,13 +21,14 @@ from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.migrations import migrations
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 
 LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra. " * 20 for n in range(9))
 
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     yield catalog
     with sqlite3.connect(tmp_path / "catalog.sqlite3") as connection:
         connection.execute("INSERT INTO passages_fts(passages_fts, rank) VALUES('integrity-check', 1)")
@@ -39,7 +40,7 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
 
 def test_the_catalog_imports_no_torch() -> None:
     script = (
-        "import sys, beacon_memory.storage.catalog.catalog\n"
+        "import sys, beacon_memory.storage.catalog.sqlite\n"
         "print(sorted({'torch', 'safetensors', 'transformers'} & {*sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -75,7 +76,7 @@ def test_any_text_is_an_id(catalog: Catalog, id: str) -> None:
 @given(ids=st.sets(st.text(min_size=1), min_size=1, max_size=8), text=st.text())
 @settings(max_examples=40, deadline=None)
 def test_ids_texts_and_metadata_survive_as_they_are(ids: set[str], text: str) -> None:
-    catalog = Catalog(":memory:")
+    catalog = SQLiteCatalog(":memory:")
     for id in ids:
         add(catalog, id, text + id, metadata={id: text})
     assert {row.id for row in catalog.documents.list()} == ids
@@ -233,7 +234,7 @@ def test_threads_share_a_catalog(catalog: Catalog) -> None:
 
 def test_a_reader_goes_on_while_another_connection_writes(catalog: Catalog, tmp_path: Path) -> None:
     before = add(catalog, "doc", "old")
-    other = Catalog(tmp_path / "catalog.sqlite3")
+    other = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     with other.transaction():
         add(other, "doc", "new")
         assert catalog.documents.require("doc") == before
@@ -254,7 +255,7 @@ def test_a_text_that_grows_is_kept_as_if_it_had_been_written_at_once(
         text += piece
         catalog.documents.append(row("doc", text, tags=tags), Text(text))
         assert catalog.documents.text("doc") == text
-    again = Catalog(tmp_path / "again.sqlite3")
+    again = SQLiteCatalog(tmp_path / "again.sqlite3")
     add(again, "doc", text, tags=tags)
     assert kept(tmp_path / "catalog.sqlite3") == kept(tmp_path / "again.sqlite3")
     assert find_flaws(catalog) == []
@@ -283,11 +284,11 @@ def test_a_text_whose_end_is_damaged_is_written_anew_when_it_grows(
 
 def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
-    first = Catalog(path)
+    first = SQLiteCatalog(path)
     stored = add(first, "doc", "text")
     identity = first.properties.get("identity")
     first.close()
-    again = Catalog(path)
+    again = SQLiteCatalog(path)
     assert again.documents.list() == [stored]
     assert again.properties.get("identity") == identity
     again.close()
@@ -313,9 +314,9 @@ def test_a_catalog_is_kept_between_openings(tmp_path: Path) -> None:
 
 def test_many_processes_may_create_the_same_catalog(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from beacon_memory.storage.catalog.catalog import Catalog\n"
+        "import sys, time; from beacon_memory.storage.catalog.sqlite import SQLiteCatalog\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        "for n in range(8): Catalog(f'{sys.argv[1]}/{n}.sqlite3').close()"
+        "for n in range(8): SQLiteCatalog(f'{sys.argv[1]}/{n}.sqlite3').close()"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -327,13 +328,13 @@ def test_many_processes_may_create_the_same_catalog(tmp_path: Path) -> None:
         child.stdin.flush()
     assert [child.communicate(timeout=60)[1] for child in children] == [""] * 4
     for path in tmp_path.glob("*.sqlite3"):
-        with contextlib.closing(Catalog(path)) as catalog:
+        with contextlib.closing(SQLiteCatalog(path)) as catalog:
             assert (catalog.documents.list(), find_flaws(catalog)) == ([], [])
 
 
 def test_waiting_for_another_writer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("beacon_memory.storage.catalog.connections.BUSY_SECONDS", 0.1)
-    first, second = Catalog(tmp_path / "catalog.sqlite3"), Catalog(tmp_path / "catalog.sqlite3")
+    first, second = SQLiteCatalog(tmp_path / "catalog.sqlite3"), SQLiteCatalog(tmp_path / "catalog.sqlite3")
     with first.transaction(), pytest.raises(StoreError, match="another process has been writing"):
         add(second, "doc", "text")
     add(second, "doc", "text")
@@ -344,18 +345,18 @@ def test_waiting_for_another_writer_ends(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_newer_catalog_says_to_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
-    Catalog(path).close()
+    SQLiteCatalog(path).close()
     db = Database(path)
     db.table("_sqlite_migrations").insert({"migration_set": "beacon_memory", "name": "m999_future", "applied_at": "x"})
     db.close()
     with pytest.raises(StoreError, match=r"newer beacon_memory \(m999_future\); upgrade"):
-        Catalog(path)
+        SQLiteCatalog(path)
 
 
 def test_a_damaged_catalog_is_a_store_error(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite3"
     path.write_bytes(b"not a database at all " * 100)
     with pytest.raises(StoreError, match=r"catalog\.sqlite3 cannot be used as a catalog: file is not a database"):
-        Catalog(path)
+        SQLiteCatalog(path)
     with pytest.raises(StoreError, match="unable to open"):
-        Catalog(tmp_path / "no such folder" / "catalog.sqlite3")
+        SQLiteCatalog(tmp_path / "no such folder" / "catalog.sqlite3")

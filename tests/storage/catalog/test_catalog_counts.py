@@ -17,11 +17,12 @@ from beacon_memory.errors import CorruptFileError, DocumentNotFoundError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import DamagedRow
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    with contextlib.closing(Catalog(tmp_path / "catalog.sqlite3")) as catalog:
+    with contextlib.closing(SQLiteCatalog(tmp_path / "catalog.sqlite3")) as catalog:
         yield catalog
         assert find_flaws(catalog) == []
 
@@ -62,7 +63,7 @@ def test_counts_are_rolled_back_with_what_they_count(catalog: Catalog) -> None:
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_counts_are_those_of_the_rows_whatever_is_done(data: st.DataObject) -> None:
-    catalog = Catalog(":memory:")
+    catalog = SQLiteCatalog(":memory:")
     ids = st.sampled_from(["a", "b", "c"])
     for number in range(data.draw(st.integers(1, 12))):
         id, size = data.draw(ids), data.draw(st.integers(0, 99))
@@ -103,7 +104,7 @@ def test_numbers_of_files_rise_with_the_time_and_never_repeat(catalog: Catalog, 
     numbers = [catalog.file_names.take_number() for _ in range(50)]
     assert numbers == sorted({first, *numbers})[1:]
     catalog.properties.set("last", ahead := before + 10**9)  # as if the clock had been set back
-    with contextlib.closing(Catalog(tmp_path / "catalog.sqlite3")) as other:
+    with contextlib.closing(SQLiteCatalog(tmp_path / "catalog.sqlite3")) as other:
         assert [other.file_names.take_number(), catalog.file_names.take_number()] == [ahead + 1, ahead + 2]
 
 
@@ -188,7 +189,7 @@ def test_notes_wait_for_nobody(catalog: Catalog, tmp_path: Path) -> None:
     add(catalog, "doc", "text", file=file("0123456789ab"), used_at=100)
     catalog.documents.delete("doc")
     add(catalog, "doc", "text", used_at=100)
-    with contextlib.closing(Catalog(tmp_path / "catalog.sqlite3")) as other, other.transaction():
+    with contextlib.closing(SQLiteCatalog(tmp_path / "catalog.sqlite3")) as other, other.transaction():
         started = time.monotonic()
         assert not catalog.documents.touch({"doc": 200})
         assert not catalog.file_names.settle(["0123456789ab"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from beacon_memory.documents import Label
 from beacon_memory.errors import InputError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 
 _ANY = st.text(alphabet=st.characters(exclude_categories=()), max_size=2)  # surrogates too
 IDS = st.text(alphabet="ab\0\U0010ffff\ud7ff\ue000é", min_size=1, max_size=4)
@@ -60,7 +61,7 @@ LABELS = st.builds(Label, METADATA, TAGS, st.booleans(), st.sampled_from([None, 
 @given(documents=st.dictionaries(IDS, LABELS, max_size=8), asked=st.lists(FILTERS, min_size=1, max_size=8))
 @settings(max_examples=150, deadline=None)
 def test_filters_let_through_what_they_say(documents: dict[str, Label], asked: list[Filters]) -> None:
-    catalog = Catalog(":memory:")
+    catalog = SQLiteCatalog(":memory:")
     for id, label in documents.items():
         add(
             catalog, id, "text", **{name: getattr(label, name) for name in ("metadata", "tags", "pinned", "expires_at")}
@@ -73,7 +74,7 @@ def test_filters_let_through_what_they_say(documents: dict[str, Label], asked: l
 
 @pytest.fixture
 def catalog() -> Iterator[Catalog]:
-    catalog = Catalog(":memory:")
+    catalog = SQLiteCatalog(":memory:")
     yield catalog
     catalog.close()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from beacon_memory.errors import InputError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 
 FACTS = {
     "bees": "Honey bees communicate the direction of nectar by a waggle dance on the comb.",
@@ -22,7 +23,7 @@ FACTS = {
 
 @pytest.fixture
 def catalog() -> Iterator[Catalog]:
-    catalog = Catalog(":memory:")
+    catalog = SQLiteCatalog(":memory:")
     yield catalog
     catalog.close()
 
@@ -197,7 +198,7 @@ def test_any_text_is_a_safe_query(query: str) -> None:
 
 def _shared(catalogs: list[Catalog] = []) -> Catalog:  # noqa: B006 -- made once for all examples
     if not catalogs:
-        catalogs.append(Catalog(":memory:"))
+        catalogs.append(SQLiteCatalog(":memory:"))
         for id, text in FACTS.items():
             add(catalogs[0], id, text)
     return catalogs[0]
