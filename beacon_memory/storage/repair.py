@@ -54,7 +54,7 @@ from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 
 from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG, named
-from .publishing import write_label
+from .publishing import label_beside, write_label
 from .reading import read_files
 from .records import label_of, row_of
 from .settings import COPY, adopt_copy, copy_is_newer, keep_copy, read_copy
@@ -301,16 +301,22 @@ def _label_flaw(store: MemoryStore, row: DocumentRow | DamagedRow) -> str | None
     """Return what is wrong with a document's label file, which must agree with its row; None if nothing."""
     if isinstance(row, DamagedRow):
         return None
-    files = store.files
     try:
-        stored = read_file(files, label_name(row.file), read_label)
+        stored = read_file(store.files, label_name(row.file), read_label)
+        if not _agrees(store, stored, row) and store.parts.shared:
+            stored = label_beside(store.parts, row.file)
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
         return str(error)
-    if replace(stored, updated_at="") == replace(label_of(row, store.namespace), updated_at=""):
+    if _agrees(store, stored, row):
         return None
     return "is newer than the catalog" if _is_newer(store, stored, row) else "says something else than the catalog"
+
+
+def _agrees(store: MemoryStore, stored: StoredLabel, row: DocumentRow) -> bool:
+    """Tell whether a label says what a row says."""
+    return replace(stored, updated_at="") == replace(label_of(row, store.namespace), updated_at="")
 
 
 def _is_newer(store: MemoryStore, stored: StoredLabel, row: DocumentRow) -> bool:
@@ -332,7 +338,7 @@ def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]
 def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
     """Let row and label file of a document say the same: what the file says if it is newer, else what the row says."""
     with contextlib.suppress(CorruptFileError, FileNotFoundError):
-        stored = read_file(store.files, label_name(row.file), read_label)
+        stored = label_beside(store.parts, row.file)
         if _is_newer(store, stored, row):
             row = replace(row.labelled(stored.label), created_at=stored.created_at, updated_at=stored.updated_at)
             store.parts.catalog().documents.update(row)
@@ -494,7 +500,7 @@ def _row_for(store: MemoryStore, names: Sequence[str], file: StoredFile) -> tupl
     header = file.header
     label, created_at = Label(), header.created_at
     with contextlib.suppress(CorruptFileError, FileNotFoundError):
-        beside = read_file(store.files, label_name(names[0]), read_label)
+        beside = label_beside(store.parts, names[0])
         if (beside.id, beside.namespace) == (header.id, header.namespace):
             label, created_at = beside.label, beside.created_at
     row = row_of(names[0], file.root, header, precision_of(file.kv), stored_bytes(file.kv), label, created_at)

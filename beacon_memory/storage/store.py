@@ -103,9 +103,9 @@ class MemoryStore:
     cache:     for a store in a database, the folder where this machine keeps what it used last.
 
     root is the folder of the whole store on this machine, folder that of the namespace, both absolute; place is what
-    the store is opened by. The first write creates it, and before that the store reads as empty. conversations has those
-    that `Session` keeps here. parts is for modules that check or mend a store, uses for those that use a document
-    without reading its file.
+    the store is opened by. The first write creates it, and before that the store reads as empty. conversations has
+    those that `Session` keeps here. parts is for modules that check or mend a store, uses for those that use a
+    document without reading its file.
     """
 
     def __init__(

@@ -35,7 +35,8 @@ _TABLES = ("documents", "labels", "versions", "passages", "words", "conversation
 _PAUSE_SECONDS = 0.1
 _OLDER = """
     SELECT count(*) FROM pg_stat_activity
-    WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid() AND xact_start < ?
+    WHERE datname = current_database() AND backend_type = 'client backend'
+    AND pid <> pg_backend_pid() AND xact_start < ?
 """
 _TAKE_NUMBER = """
     WITH taken AS (
@@ -57,12 +58,14 @@ _SETTLE = """
 
 
 def is_url(place: object) -> bool:
-    """Tell whether a store is named by the URL of a database, rather than by a folder."""
-    return isinstance(place, str) and place.startswith(_SCHEMES)
+    """Tell whether a store is named by a URL, rather than by a folder."""
+    return isinstance(place, str) and "://" in place
 
 
 def check_url(url: str) -> str:
     """Return the URL of a database unchanged; raises InputError for one that cannot be used, or holds a password."""
+    if not url.startswith(_SCHEMES):
+        raise InputError(f"{url.partition('://')[0]}://... is no store: name a folder, or postgresql://host/database")
     try:
         parts = urlsplit(url)
         secret = parts.password is not None or "password=" in parts.query
