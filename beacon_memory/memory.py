@@ -134,7 +134,8 @@ def _wherever(name: _Named) -> _Named | Path:
 class BeaconMemory:
     """Long-term memory of a local language model: each document is read once and answers from then on.
 
-    store:   folder of the documents, created when first written to; or a MemoryStore, for one with files elsewhere.
+    store:   folder of the documents, created when first written to, or the URL of a PostgreSQL database; or a
+             MemoryStore, for one with files elsewhere.
     model:   folder, GGUF file or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.

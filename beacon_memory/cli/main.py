@@ -366,7 +366,7 @@ def info(
             "ratios": list(loaded.config.beacon_ratio),
             "compression": loaded.compression,
             "fingerprint": loaded.fingerprint.digest,
-            "store": str(memory.store.root),
+            "store": memory.store.place,
             "namespace": namespace,
             "documents": kept.documents,
             "bytes": kept.bytes,

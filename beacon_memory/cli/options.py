@@ -88,6 +88,11 @@ def path_given(text: str | Path) -> Path:
     return Path(text)
 
 
+def store_given(text: str | Path) -> str | Path:
+    """Return the URL of a store in a database, or the path of its folder."""
+    return text if isinstance(text, str) and "://" in text else path_given(text)
+
+
 def file_given(text: str | Path) -> Path:
     """Return the path of a file to read."""
     if _there(text).is_dir():
@@ -109,12 +114,12 @@ def _there(text: str | Path) -> Path:
 
 
 Store = Annotated[
-    Path | None,
+    Any,  # str | Path | None: typer takes no unions
     typer.Option(
         envvar="BEACON_MEMORY_STORE",
-        help="Folder of the store.",
+        help="Folder of the store, or the URL of a PostgreSQL database that many machines share.",
         show_default="the user's data folder",
-        parser=path_given,
+        parser=store_given,
         metavar="DIR",
     ),
 ]
@@ -237,7 +242,7 @@ def default_store() -> Path:
     return platformdirs.user_data_path("beacon-memory") / "store"
 
 
-def open_store(store: Path | None, namespace: str) -> MemoryStore:
+def open_store(store: str | Path | None, namespace: str) -> MemoryStore:
     """Open the store that a command names, without a model."""
     from beacon_memory.storage.store import MemoryStore
 
@@ -246,7 +251,7 @@ def open_store(store: Path | None, namespace: str) -> MemoryStore:
 
 
 def open_memory(
-    store: Path | None,
+    store: str | Path | None,
     namespace: str,
     model: str | None,
     adapter: str | None,
