@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -403,7 +403,7 @@ class BeaconMemory:
         tools: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> Iterator[str | Answer]:
+    ) -> Generator[str | Answer]:
         """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last.
 
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
@@ -415,7 +415,7 @@ class BeaconMemory:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
 
-    def _stream(self, asked: _Asked) -> Iterator[str | Answer]:
+    def _stream(self, asked: _Asked) -> Generator[str | Answer]:
         if (answer := asked.refused) is not None:
             yield answer.text
             yield answer

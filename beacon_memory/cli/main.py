@@ -1,9 +1,6 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
-import contextlib
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from beacon_memory import __version__
-from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
+from beacon_memory.errors import InputError
 
-from . import archive, documents, explain, mcp, process, store
+from . import archive, chat, documents, explain, mcp, process, store
 from . import eval as evaluation
+from .adding import add_sources
 from .help import Commands
 from .options import (
     PRECISION,
@@ -36,10 +34,10 @@ from .options import (
     open_memory,
     path_given,
     quiet,
+    template_arguments,
 )
 from .terminal import (
     answer_fields,
-    compressing,
     note_sources,
     note_usage,
     prepare_streams,
@@ -53,10 +51,7 @@ from .terminal import (
 
 if TYPE_CHECKING:
     from beacon_memory.bench.contestants import ModelNames
-    from beacon_memory.memory import BeaconMemory
-    from beacon_memory.results import Added
 
-    from .sources import Source
 
 __all__ = ["app", "main"]
 
@@ -71,7 +66,7 @@ app = Commands(
     no_args_is_help=True,
 )
 
-for part in (explain, mcp, documents, store, archive):
+for part in (chat, explain, mcp, documents, store, archive):
     app.add_typer(part.app)
 app.add_typer(evaluation.app, name="eval")
 
@@ -95,7 +90,9 @@ def _common(
 def add(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.", parser=name_given),
+        typer.Argument(
+            help="Text, Markdown, HTML, PDF or docx files, folders, globs, or - for standard input.", parser=name_given
+        ),
     ],
     id: Annotated[str | None, typer.Option(help="Id of the document.", show_default="its path as given")] = None,
     ratio: Annotated[
@@ -152,7 +149,7 @@ def add(
         for one in skipped:
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
         if not (sources or prune):
-            raise InputError("there is nothing to add: no text or markdown file was found")
+            raise InputError("there is nothing to add: no file that can be read was found")
         memory = open_memory(store, namespace, model, adapter, device, dtype, score)
         gone = find_gone(paths, sources, memory.list()) if prune else []
         if dry_run:
@@ -163,66 +160,16 @@ def add(
         for missing in gone:  # first: what is added may need their room
             memory.remove(missing)
             say(as_json, {"id": missing, "status": "removed"})
-        failed = _add_all(memory, sources, label, (chosen, compression, precision), as_json)
+        failed = add_sources(memory, sources, label, (chosen, compression, precision), as_json)
     if failed:
         raise typer.Exit(1)
-
-
-def _add_all(
-    memory: "BeaconMemory",
-    sources: "list[Source]",
-    label: dict[str, Any],
-    how: tuple[int | str, str, str],
-    as_json: bool,
-) -> int:
-    """Add all sources, with a progress bar; returns how many have failed. how: ratio, compression, precision."""
-    from beacon_memory.documents import Document
-
-    from .sources import read_source
-
-    failed: list[str] = []
-
-    def failure(document: Document, error: BeaconMemoryError) -> None:
-        failed.append(document.id)
-        bar.document()
-        say(as_json, {"id": document.id, "status": "failed", "reason": str(error)})
-
-    def documents() -> Iterator[Document]:
-        for source in sources:
-            try:
-                text, metadata = read_source(source), _metadata(memory, source)
-            except BeaconMemoryError as error:
-                failure(Document(source.id, ""), error)
-                continue
-            yield Document(source.id, text, metadata, **label)
-
-    def stored(added: "Added") -> None:
-        bar.document()
-        say(as_json, asdict(added))
-
-    estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
-    with compressing(len(sources), estimate) as bar:
-        memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
-    return len(failed)
-
-
-def _metadata(memory: "BeaconMemory", source: "Source") -> dict[str, object] | None:
-    """Return the metadata that a document has already, with the path that its text is read from now."""
-    from .sources import PATH
-
-    if source.path is None:
-        return None
-    path: dict[str, object] = {PATH: str(source.path.absolute())}
-    with contextlib.suppress(DocumentNotFoundError):
-        return {**memory.show(source.id).metadata, **path}
-    return path
 
 
 @app.command()
 def append(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
     path: Annotated[
-        str, typer.Argument(help="Text file to append to the document; - for standard input.", parser=name_given)
+        str, typer.Argument(help="File whose text to append to the document; - for standard input.", parser=name_given)
     ],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
@@ -306,7 +253,7 @@ def ask(
             "max_new_tokens": max_new_tokens,
         }
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
-        options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
+        options["chat_template_kwargs"] = template_arguments(chat_template_kwargs)
         chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
         with chosen as memory:  # it notes uses when closed
             if stream:
@@ -327,15 +274,6 @@ def ask(
             note_usage(answer)
             if sources:
                 note_sources(answer, memory.store)
-
-
-def _template_arguments(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
 
 
 @app.command()
