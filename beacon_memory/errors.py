@@ -5,6 +5,7 @@ BeaconMemoryError
 ├── InputError (ValueError)            a document, question or option cannot be used as it is
 ├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
 ├── MissingDependencyError (ImportError)   an optional package is not installed
+├── ServerError                     a server refused what a command asked of it, or cannot be reached
 ├── ModelError
 │   ├── UnsupportedModelError          the base model cannot carry beacons
 │   └── AdapterError                   an adapter is missing, damaged or made for another base
@@ -33,6 +34,7 @@ __all__ = [
     "MissingFileError",
     "ModelError",
     "QuotaError",
+    "ServerError",
     "StoreError",
     "UnsupportedModelError",
 ]
@@ -66,6 +68,10 @@ class CapacityError(BeaconMemoryError, ValueError):
 
 class MissingDependencyError(BeaconMemoryError, ImportError):
     """An optional package is not installed."""
+
+
+class ServerError(BeaconMemoryError):
+    """A server refused what a command asked of it, or cannot be reached."""
 
 
 class ModelError(BeaconMemoryError):
