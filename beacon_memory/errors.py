@@ -7,6 +7,7 @@ BeaconMemoryError
 │   └── UnreadableFileError            a file is damaged, locked or has no text
 ├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
 ├── MissingDependencyError (ImportError)   an optional package is not installed
+├── ServerError                     a server refused what a command asked of it, or cannot be reached
 ├── ModelError
 │   ├── UnsupportedModelError          the base model cannot carry beacons
 │   └── AdapterError                   an adapter is missing, damaged or made for another base
@@ -35,6 +36,7 @@ __all__ = [
     "MissingFileError",
     "ModelError",
     "QuotaError",
+    "ServerError",
     "StoreError",
     "UnreadableFileError",
     "UnsupportedFormatError",
@@ -78,6 +80,10 @@ class CapacityError(BeaconMemoryError, ValueError):
 
 class MissingDependencyError(BeaconMemoryError, ImportError):
     """An optional package is not installed."""
+
+
+class ServerError(BeaconMemoryError):
+    """A server refused what a command asked of it, or cannot be reached."""
 
 
 class ModelError(BeaconMemoryError):

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from beacon_memory.memory import BeaconMemory
     from beacon_memory.results import Added
 
+    from .remote import RemoteMemory
+
 __all__ = ["add_sources"]
 
 
 def add_sources(
-    memory: BeaconMemory,
+    memory: BeaconMemory | RemoteMemory,
     sources: Sequence[Source],
     label: Mapping[str, Any],
     how: tuple[int | str, str, str] = ("auto", "auto", "auto"),
@@ -57,7 +59,7 @@ def add_sources(
     return len(failed)
 
 
-def _metadata(memory: BeaconMemory, source: Source) -> dict[str, object] | None:
+def _metadata(memory: BeaconMemory | RemoteMemory, source: Source) -> dict[str, object] | None:
     """Return the metadata that a document has already, with the path that its text is read from now."""
     if source.path is None:
         return None
