@@ -3,8 +3,11 @@
 BeaconMemoryError
 ├── ConfigError (ValueError)           a setting is out of range, or settings contradict each other
 ├── InputError (ValueError)            a document, question or option cannot be used as it is
+│   ├── UnsupportedFormatError         a file is of a format that is not read
+│   └── UnreadableFileError            a file is damaged, locked or has no text
 ├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
 ├── MissingDependencyError (ImportError)   an optional package is not installed
+├── ServerError                     a server refused what a command asked of it, or cannot be reached
 ├── ModelError
 │   ├── UnsupportedModelError          the base model cannot carry beacons
 │   └── AdapterError                   an adapter is missing, damaged or made for another base
@@ -33,7 +36,10 @@ __all__ = [
     "MissingFileError",
     "ModelError",
     "QuotaError",
+    "ServerError",
     "StoreError",
+    "UnreadableFileError",
+    "UnsupportedFormatError",
     "UnsupportedModelError",
 ]
 
@@ -60,12 +66,24 @@ class InputError(BeaconMemoryError, ValueError):
     """A document, question or option cannot be used as it is."""
 
 
+class UnsupportedFormatError(InputError):
+    """A file is of a format that is not read."""
+
+
+class UnreadableFileError(InputError):
+    """A file of a format that is read is damaged, locked, or has no text."""
+
+
 class CapacityError(BeaconMemoryError, ValueError):
     """Memory, prompt and answer together exceed the positions of the model."""
 
 
 class MissingDependencyError(BeaconMemoryError, ImportError):
     """An optional package is not installed."""
+
+
+class ServerError(BeaconMemoryError):
+    """A server refused what a command asked of it, or cannot be reached."""
 
 
 class ModelError(BeaconMemoryError):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import contextlib
 import copy
 import itertools
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -97,6 +100,18 @@ class _Asked:
             return None
         return self.answer(Generation((), NOT_IN_MEMORY, time.perf_counter()))
 
+    def shown(self, piece: str | Generation | None) -> Iterator[str | Answer]:
+        """Yield what a stream shows for a piece of the generated text, or for all of it; None: nothing is generated."""
+        if isinstance(piece, str):
+            if not self.question.abstain:  # else it is only known at the end whether it is the answer
+                yield piece
+            return
+        answer = self.refused if piece is None else self.answer(piece)
+        if answer is not None:
+            if self.question.abstain:
+                yield answer.text
+            yield answer
+
     def answer(self, generation: Generation) -> Answer:
         """Return the answer of which a text was generated."""
         now = time.perf_counter()
@@ -120,9 +135,10 @@ class _Asked:
             seconds=now - self.started,
             sources=tuple(source for one in self.loaded for source in one.sources),
             evidence=evidence,
+            ended=generation.ended,
         )
         if self.question.abstain and answer.supported is False:
-            return replace(answer, text=NOT_IN_MEMORY, parts=(NOT_IN_MEMORY,))
+            return replace(answer, text=NOT_IN_MEMORY, parts=(NOT_IN_MEMORY,), ended=True)
         return answer
 
 
@@ -404,7 +420,7 @@ class BeaconMemory:
         tools: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> Iterator[str | Answer]:
+    ) -> Generator[str | Answer]:
         """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last.
 
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
@@ -416,21 +432,48 @@ class BeaconMemory:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
 
-    def _stream(self, asked: _Asked) -> Iterator[str | Answer]:
-        if (answer := asked.refused) is not None:
-            yield answer.text
-            yield answer
+    def _stream(self, asked: _Asked) -> Generator[str | Answer]:
+        if asked.refused is not None:
+            yield from asked.shown(None)
             return
         with contextlib.closing(iter(self._submit(asked))) as pieces:
             for piece in pieces:
-                if isinstance(piece, str):
-                    if not asked.question.abstain:  # else it is only known at the end whether it is the answer
-                        yield piece
-                    continue
-                answer = asked.answer(piece)
-                if asked.question.abstain:
-                    yield answer.text
-                yield answer
+                yield from asked.shown(piece)
+
+    async def astream(
+        self, question: Messages | Question, threads: Executor | None = None
+    ) -> AsyncGenerator[str | Answer, None]:
+        """Like `stream`, for an event loop, which goes on meanwhile; one thread decodes all that are asked at a time.
+
+            async for piece in memory.astream(Question("Who pays the rent?", "lease")): ...
+
+        threads: where memories are loaded; by default in those of the event loop. Who ends the iteration early, or is
+        cancelled, cancels the answer: its place is free after the step that is under way.
+        """
+        whole = question if isinstance(question, Question) else Question(question)
+        left = threading.Event()
+
+        def begin() -> tuple[_Asked, Ticket | None]:
+            if left.is_set():  # before its turn came
+                raise InputError("nobody waits for this answer any more")
+            asked = self._asked(whole)
+            return asked, None if asked.refused else self._submit(asked)
+
+        beginning = asyncio.get_running_loop().run_in_executor(threads, begin)
+        try:
+            asked, ticket = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            left.set()
+            beginning.add_done_callback(_cancel_begun)
+            raise
+        if ticket is None:
+            for shown in asked.shown(None):
+                yield shown
+            return
+        async with contextlib.aclosing(aiter(ticket)) as pieces:
+            async for piece in pieces:
+                for shown in asked.shown(piece):
+                    yield shown
 
     @property
     def _loop(self) -> DecodeLoop:
@@ -765,6 +808,12 @@ class BeaconMemory:
         except BeaconMemoryError as error:
             return replace(problem, message=f"{problem.message}; it could not be compressed anew: {error}")
         return replace(problem, mended=True)
+
+
+def _cancel_begun(beginning: asyncio.Future[tuple[_Asked, Ticket | None]]) -> None:
+    """Cancel an answer that was begun after nobody waited for it any more."""
+    if not beginning.cancelled() and beginning.exception() is None and (ticket := beginning.result()[1]) is not None:
+        ticket.cancel()
 
 
 def _undisturbed(read: Callable[[], _Read]) -> _Read:

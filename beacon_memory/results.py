@@ -167,6 +167,7 @@ class Answer:
     time_to_first_token, seconds: from the question on, loading K/V from disk included, loading the model not.
     sources: the passages of which something was loaded, in the order of documents and their texts.
     evidence: what speaks for the answer; None without documents, and with tools.
+    ended: whether the model, or a stop string, ended it; False if it was cut off at `max_new_tokens` or `max_time`.
     """
 
     text: str
@@ -177,6 +178,7 @@ class Answer:
     seconds: float
     sources: tuple[SourcePassage, ...] = ()
     evidence: Evidence | None = None
+    ended: bool = True
 
     @property
     def supported(self) -> bool | None:

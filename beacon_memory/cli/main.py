@@ -1,9 +1,6 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
-import contextlib
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from beacon_memory import __version__
-from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
+from beacon_memory.errors import InputError
 
-from . import archive, documents, explain, process, store
+from . import archive, chat, documents, explain, mcp, process, serve, store
 from . import eval as evaluation
+from .adding import add_sources
 from .help import Commands
 from .options import (
     PRECISION,
@@ -36,10 +34,10 @@ from .options import (
     open_memory,
     path_given,
     quiet,
+    template_arguments,
 )
 from .terminal import (
     answer_fields,
-    compressing,
     note_sources,
     note_usage,
     prepare_streams,
@@ -53,10 +51,7 @@ from .terminal import (
 
 if TYPE_CHECKING:
     from beacon_memory.bench.contestants import ModelNames
-    from beacon_memory.memory import BeaconMemory
-    from beacon_memory.results import Added
 
-    from .sources import Source
 
 __all__ = ["app", "main"]
 
@@ -71,7 +66,7 @@ app = Commands(
     no_args_is_help=True,
 )
 
-for part in (explain, documents, store, archive):
+for part in (chat, explain, mcp, documents, store, archive, serve):
     app.add_typer(part.app)
 app.add_typer(evaluation.app, name="eval")
 
@@ -93,9 +88,12 @@ def _common(
 
 @app.command()
 def add(
+    context: typer.Context,
     paths: Annotated[
         list[str],
-        typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.", parser=name_given),
+        typer.Argument(
+            help="Text, Markdown, HTML, PDF or docx files, folders, globs, or - for standard input.", parser=name_given
+        ),
     ],
     id: Annotated[str | None, typer.Option(help="Id of the document.", show_default="its path as given")] = None,
     ratio: Annotated[
@@ -137,10 +135,12 @@ def add(
     """Read documents once and store them compressed.
 
     A document that is stored already and has not changed is skipped. So after an interruption, repeat the command.
-    A stored document keeps its tags, pin and time to live if none are given.
+    A stored document keeps its tags, pin and time to live if none are given. With BEACON_MEMORY_URL set, that server
+    reads them, and no model is loaded.
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
+    from .remote import named_server
     from .sources import find_gone, find_sources
 
     with reported("whatever was finished is stored; repeat the command to go on"):
@@ -152,77 +152,33 @@ def add(
         for one in skipped:
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
         if not (sources or prune):
-            raise InputError("there is nothing to add: no text or markdown file was found")
-        memory = open_memory(store, namespace, model, adapter, device, dtype, score)
-        gone = find_gone(paths, sources, memory.list()) if prune else []
-        if dry_run:
-            for missing in gone:
-                say(as_json, {"id": missing, "status": "gone"})
-            return
-        memory.compressor  # noqa: B018  # load the model before anything is removed, or a bar shows
-        for missing in gone:  # first: what is added may need their room
-            memory.remove(missing)
-            say(as_json, {"id": missing, "status": "removed"})
-        failed = _add_all(memory, sources, label, (chosen, compression, precision), as_json)
+            raise InputError("there is nothing to add: no file that can be read was found")
+        how = (chosen, compression, precision)
+        if (server := named_server(context)) is not None:
+            if prune:
+                raise InputError("--prune looks at files of this machine, and others may have added to that server")
+            failed = add_sources(server, sources, label, how, as_json)
+        else:
+            memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+            gone = find_gone(paths, sources, memory.list()) if prune else []
+            if dry_run:
+                for missing in gone:
+                    say(as_json, {"id": missing, "status": "gone"})
+                return
+            memory.compressor  # noqa: B018  # load the model before anything is removed, or a bar shows
+            for missing in gone:  # first: what is added may need their room
+                memory.remove(missing)
+                say(as_json, {"id": missing, "status": "removed"})
+            failed = add_sources(memory, sources, label, how, as_json)
     if failed:
         raise typer.Exit(1)
-
-
-def _add_all(
-    memory: "BeaconMemory",
-    sources: "list[Source]",
-    label: dict[str, Any],
-    how: tuple[int | str, str, str],
-    as_json: bool,
-) -> int:
-    """Add all sources, with a progress bar; returns how many have failed. how: ratio, compression, precision."""
-    from beacon_memory.documents import Document
-
-    from .sources import read_source
-
-    failed: list[str] = []
-
-    def failure(document: Document, error: BeaconMemoryError) -> None:
-        failed.append(document.id)
-        bar.document()
-        say(as_json, {"id": document.id, "status": "failed", "reason": str(error)})
-
-    def documents() -> Iterator[Document]:
-        for source in sources:
-            try:
-                text, metadata = read_source(source), _metadata(memory, source)
-            except BeaconMemoryError as error:
-                failure(Document(source.id, ""), error)
-                continue
-            yield Document(source.id, text, metadata, **label)
-
-    def stored(added: "Added") -> None:
-        bar.document()
-        say(as_json, asdict(added))
-
-    estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
-    with compressing(len(sources), estimate) as bar:
-        memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
-    return len(failed)
-
-
-def _metadata(memory: "BeaconMemory", source: "Source") -> dict[str, object] | None:
-    """Return the metadata that a document has already, with the path that its text is read from now."""
-    from .sources import PATH
-
-    if source.path is None:
-        return None
-    path: dict[str, object] = {PATH: str(source.path.absolute())}
-    with contextlib.suppress(DocumentNotFoundError):
-        return {**memory.show(source.id).metadata, **path}
-    return path
 
 
 @app.command()
 def append(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
     path: Annotated[
-        str, typer.Argument(help="Text file to append to the document; - for standard input.", parser=name_given)
+        str, typer.Argument(help="File whose text to append to the document; - for standard input.", parser=name_given)
     ],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
@@ -252,6 +208,7 @@ def append(
 
 @app.command()
 def ask(
+    context: typer.Context,
     question: Annotated[str, typer.Argument(help="The question.")],
     doc: Annotated[
         list[str] | None, typer.Option(help="Id of a document to answer from; repeat it for several.", metavar="ID")
@@ -289,10 +246,14 @@ def ask(
 ) -> None:
     """Answer a question from stored documents, without reading them again.
 
+    With BEACON_MEMORY_URL that server answers, and no model is loaded.
+
     With --json one object: answer, ids, slots, prompt_tokens, generated_tokens, documents, time_to_first_token,
     seconds, sources, supported, evidence.
     """
     from beacon_memory.results import Answer
+
+    from .remote import RemoteMemory, named_server
 
     with reported():
         if stream and as_json:
@@ -306,8 +267,10 @@ def ask(
             "max_new_tokens": max_new_tokens,
         }
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
-        options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
-        chosen = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
+        options["chat_template_kwargs"] = template_arguments(chat_template_kwargs)
+        server = named_server(context)
+        chosen = server or open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
+        text_of = chosen.text if isinstance(chosen, RemoteMemory) else chosen.store.text
         with chosen as memory:  # it notes uses when closed
             if stream:
                 for piece in memory.stream(question, doc or None, **options):
@@ -315,7 +278,7 @@ def ask(
                         print_line()
                         note_usage(piece)
                         if sources:
-                            note_sources(piece, memory.store)
+                            note_sources(piece, text_of)
                     else:
                         print_text(piece)
                 return
@@ -326,16 +289,7 @@ def ask(
             print_text(f"{answer.text}\n")
             note_usage(answer)
             if sources:
-                note_sources(answer, memory.store)
-
-
-def _template_arguments(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
+                note_sources(answer, text_of)
 
 
 @app.command()
@@ -378,11 +332,12 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["model", "reading", "race", "store", "start"],
+        Literal["model", "reading", "race", "store", "start", "serve"],
         typer.Argument(
             help="model: speed and memory against the stock model; reading: how fast tokens are chosen from a text; "
             "race: against other ways to answer from a text that was read before; store: speed of a store of many "
-            "documents, which needs no model; start: how long a fresh process takes to answer."
+            "documents, which needs no model; start: how long a fresh process takes to answer; serve: what a server "
+            "costs and gains."
         ),
     ] = "model",
     tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
@@ -401,6 +356,7 @@ def bench(
     lengths: Annotated[
         str, typer.Option(help="Of a race: lengths of its texts, in tokens.", metavar="NUMBERS")
     ] = "1000,2000,4000,8000",
+    clients: Annotated[int, typer.Option(help="Of a server: how many ask at once.", min=2, max=64)] = 16,
     write: Annotated[
         Path | None,
         typer.Option(
@@ -425,7 +381,14 @@ def bench(
 
             _race(contestants, lengths, write, ModelNames(model, adapter, device, dtype.value), as_json=as_json)
             return
-        if what == "store":
+        if what == "serve":
+            from beacon_memory.bench import serve as bench_serve
+
+            figures = []
+            for figure in bench_serve.run(model, adapter, device, dtype.value, clients=clients):
+                figures.append(figure)
+                print_line(f"{figure.name}: {figure.value:.3g} ({figure.bound}; {figure.detail})", err=True)
+        elif what == "store":
             from beacon_memory.bench import store as bench_store
 
             figures = bench_store.run(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -43,6 +44,7 @@ __all__ = [
     "path_given",
     "quiet",
     "size",
+    "template_arguments",
 ]
 
 
@@ -233,6 +235,16 @@ def size(option: str, text: str) -> int | None:
     if bytes_ > _MOST_BYTES:
         raise InputError(f"{option} must be bytes, such as 500MB, 10GB or 2TB, or none, got {text!r}")
     return bytes_
+
+
+def template_arguments(text: str | None) -> Any:
+    """Return what --chat-template-kwargs hands to a chat template; raises InputError for what is no JSON."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
 
 
 def default_store() -> Path:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from beacon_memory.results import Answer
     from beacon_memory.results import Progress as Advance
     from beacon_memory.storage.catalog.rows import DocumentRow
-    from beacon_memory.storage.store import MemoryStore
 
 __all__ = [
     "CompressingBar",
@@ -150,9 +149,12 @@ def note_usage(answer: Answer) -> None:
     )
 
 
-def note_sources(answer: Answer, store: MemoryStore) -> None:
-    """Print the passages that an answer was given from, the most relevant first, and how much of each was loaded."""
-    texts = {id: store.text(id) for id in answer.ids}
+def note_sources(answer: Answer, text_of: Callable[[str], str]) -> None:
+    """Print the passages that an answer was given from, the most relevant first, and how much of each was loaded.
+
+    text_of: the text of a document.
+    """
+    texts = {id: text_of(id) for id in answer.ids}
     ranked = sorted(answer.sources, key=lambda source: (source.relevance, source.loaded), reverse=True)
     for source in ranked[:_MOST_SOURCES]:
         excerpt = " ".join(texts[source.document][source.start : source.stop].split())

@@ -49,12 +49,14 @@ class Generation:
     text:           their text, without special tokens and without the stop string that ended it.
     first_token_at: time of the first token, in seconds on the clock of time.perf_counter.
     likelihoods:    log probability that the model gives each token, before options change it; () if nobody looked.
+    ended:          whether the model or a stop string ended it; False if it was cut off.
     """
 
     tokens: tuple[int, ...]
     text: str
     first_token_at: float
     likelihoods: tuple[float, ...] = ()
+    ended: bool = True
 
 
 def require_room(model: BeaconModel, slots: int, prompt: int, new_tokens: int) -> None:
@@ -115,8 +117,9 @@ def finished(model: BeaconModel, row: list[int], config: GenerationConfig, first
     stopped = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
     tokens = row[:stopped]
     text = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
-    cut = min((at for stop in config.stop_strings or [] if (at := text.find(stop)) >= 0), default=len(text))
-    return Generation(tuple(tokens), text[:cut].strip(), first)
+    cut = min((at for stop in config.stop_strings or [] if (at := text.find(stop)) >= 0), default=None)
+    ended = cut is not None or any(token in ends for token in tokens[-1:])
+    return Generation(tuple(tokens), text[:cut].strip(), first, ended=ended)
 
 
 @contextmanager

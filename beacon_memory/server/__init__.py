@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server with memories: `run.serve`. It needs the extra `server`."""

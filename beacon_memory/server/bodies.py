@@ -1,0 +1,250 @@
+"""Bodies of requests for answers, as OpenAI's clients send them, and what they come to as questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS
+from beacon_memory.generation.prompt import require_tools
+from beacon_memory.generation.tool_calls import call_of_turn, chosen_tools
+from beacon_memory.memory import BeaconMemory
+from beacon_memory.picking import DEFAULT_LIMIT
+from beacon_memory.question import Question
+
+from .refusals import RefusedError
+
+__all__ = ["Asked", "ChatBody", "CompletionBody", "MemoryOptions"]
+
+# OpenAI's options that change nothing here: they are about accounts, caches and service.
+_IGNORED = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+# Those that would change an answer, and cannot be met, with the values that ask for nothing.
+_UNMET: Mapping[str, Sequence[object]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",),
+    "modalities": (["text"],),
+}
+
+
+class TextPart(BaseModel):
+    """A part of a message that is text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(BaseModel):
+    """A function that was called; its arguments are JSON."""
+
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    """A call of a tool in a message of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(BaseModel):
+    """A turn of a conversation; what else clients send with it is not read."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+    def turn(self) -> dict[str, Any]:
+        """Return the turn as chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.tool_calls:
+            turn["tool_calls"] = [_called(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
+
+class OfferedFunction(BaseModel):
+    """A function that the model may call."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: OfferedFunction
+
+
+class NamedFunction(BaseModel):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """A tool that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class MemoryOptions(BaseModel):
+    """Options for memories, beside those of OpenAI."""
+
+    document_ids: Annotated[
+        list[str] | None,
+        Field(description="Documents to answer from. Left out, they are found by the question; [] means none."),
+    ] = None
+    budget: Annotated[
+        int | str | None,
+        Field(description="How much of their memories is loaded: slots (500), bytes (64MB), or a ratio (x16)."),
+    ] = None
+    limit: Annotated[int, Field(ge=1, le=100, description="Without document_ids: how many may be found.")] = (
+        DEFAULT_LIMIT
+    )
+    abstain: Annotated[
+        bool, Field(description="Whether to say that it is not in memory rather than give an unsupported answer.")
+    ] = False
+
+
+class _Options(MemoryOptions):
+    """Options that chats and completions share."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: Annotated[str, Field(description="The name that /v1/models has, or beacon-memory.")]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=1)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    repetition_penalty: Annotated[float | None, Field(gt=0)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_not_met(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name, nothing in _UNMET.items():
+            if body.get(name) not in (None, *nothing):
+                raise ValueError(f"{name}={json.dumps(body[name])[:100]} is not supported by this server; leave it out")
+        return {name: value for name, value in body.items() if name not in (*_IGNORED, *_UNMET)}
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the answer may have."""
+        return self.max_tokens or DEFAULT_MAX_NEW_TOKENS
+
+    def question(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> Question:
+        """Return the question that a conversation asks with these options."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        options = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return Question(
+            messages,
+            self.document_ids,
+            self.budget,
+            abstain=self.abstain,
+            limit=self.limit,
+            stop=self.stop or None,
+            seed=self.seed,
+            options={"max_new_tokens": self.longest, **options},
+            **more,
+        )
+
+
+class Asked:
+    """A question with the tools that it offers, and whether one of them has to be called."""
+
+    def __init__(self, question: Question, tools: Sequence[Mapping[str, Any]] = (), must_call: bool = False) -> None:
+        self.question, self.tools, self.must_call = question, tools, must_call
+
+
+class ChatBody(_Options):
+    """The body of a request for a chat's next turn."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, JsonValue] | None,
+        Field(description='Options of the model\'s chat template, such as {"enable_thinking": false}.'),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if self.max_completion_tokens is not None:
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+    def asked(self, memory: BeaconMemory) -> Asked:
+        """Return what is asked; raises InputError for tools that the model cannot call."""
+        offered = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        tools, must_call = chosen_tools(offered, choice)
+        if tools:
+            require_tools(memory.model)
+        turns = [message.turn() for message in self.messages]
+        return Asked(
+            self.question(turns, tools=tools, chat_template_kwargs=self.chat_template_kwargs), tools, must_call
+        )
+
+
+class CompletionBody(_Options):
+    """The body of a request for a completion: its prompt is asked as a user's turn."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+
+    def asked(self, _memory: BeaconMemory) -> Asked:
+        """Return what is asked."""
+        prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return Asked(self.question([{"role": "user", "content": prompt}]))
+
+
+def _called(call: Call) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        raise RefusedError(
+            400, "invalid_request", f"the arguments of the call {call.id[:100]!r} are no JSON", param="messages"
+        ) from None
+    return call_of_turn(call.id, call.function.name, arguments)
