@@ -192,7 +192,7 @@ def append(
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Append text to a stored document: only its last window is read again.
+    """Append text to a stored document: only the new text is read.
 
     Compression and precision stay. With another --score than before, the whole document is read again.
 
