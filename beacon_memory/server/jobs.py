@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -125,7 +125,6 @@ class Jobs:
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 db.execute(statement)
             db.execute("UPDATE jobs SET status = 'queued' WHERE status = 'running'")
-        self._forget()
 
     def close(self) -> None:
         """Leave the jobs to the next server."""
@@ -240,42 +239,33 @@ class Jobs:
     ) -> bool:
         """Write what became of a job, and forget its text; False if it had ended already."""
         values = [status, *(None if one is None else json.dumps(one) for one in (result, error)), utc_now(), job.id]
-        with self._database.transaction() as db:
-            changed = db.execute(
-                "UPDATE jobs SET status = ?, result = ?, error = ?, ended_at = ?, work = NULL "
-                "WHERE id = ? AND status IN ('queued', 'running')",
-                values,
-            ).rowcount
-        self._forget()
-        return bool(changed)
+        return self._finish(
+            "UPDATE jobs SET status = ?, result = ?, error = ?, ended_at = ?, work = NULL "
+            "WHERE id = ? AND status IN ('queued', 'running')",
+            values,
+        )
 
     def cancel_queued(self, job: Job) -> bool:
         """Cancel a job that waits; False if it does not wait any more."""
-        with self._database.transaction() as db:
-            changed = db.execute(
-                "UPDATE jobs SET status = 'cancelled', work = NULL, ended_at = ? WHERE id = ? AND status = 'queued'",
-                [utc_now(), job.id],
-            ).rowcount
-        return bool(changed)
+        return self._finish(
+            "UPDATE jobs SET status = 'cancelled', work = NULL, ended_at = ? WHERE id = ? AND status = 'queued'",
+            [utc_now(), job.id],
+        )
 
-    def _forget(self) -> None:
-        """Remove jobs that ended a day ago, and the texts of others that ended, in the database and its log."""
+    def _finish(self, sql: str, values: Sequence[object]) -> bool:
+        """End a job, and forget those that ended a day ago: texts go from the database and its log, too."""
         before = (datetime.now(UTC) - _KEPT).isoformat(timespec="milliseconds")
         with self._database.use() as db:
             db.execute("PRAGMA secure_delete = ON")
             with self._database.transaction():
+                changed = db.execute(sql, values).rowcount
                 db.execute("DELETE FROM jobs WHERE ended_at < ?", [before])
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return bool(changed)
 
     def _require(self, id: str) -> Job:
         with self._database.use() as db:
             return _job(next(iter(db.query("SELECT * FROM jobs WHERE id = ?", [id]))))
-
-    def __iter__(self) -> Iterator[Job]:
-        """Iterate over all jobs, in their order."""
-        with self._database.use() as db:
-            found = [*db.query("SELECT * FROM jobs ORDER BY number")]
-        return map(_job, found)
 
 
 def _job(record: Mapping[str, Any]) -> Job:

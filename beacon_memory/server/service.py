@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -131,8 +131,8 @@ def current(request: Request) -> Service:
     return service
 
 
-def _visit(right: Right) -> Callable[..., Visit]:
-    def visit(
+def _visit(right: Right) -> Callable[..., Awaitable[Visit]]:
+    async def visit(
         request: Request,
         _bearer: Annotated[object, Depends(HTTPBearer(auto_error=False, description="An API key."))],  # for OpenAPI
     ) -> Visit:

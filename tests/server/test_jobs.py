@@ -5,11 +5,14 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+import httpx
 import pytest
+from servers import client, ended_job
 
 from beacon_memory.errors import ConflictError
 from beacon_memory.server.jobs import Job, JobKind, Jobs, JobStatus
 from beacon_memory.server.refusals import RefusedError
+from beacon_memory.server.run import RunningServer
 
 SECRET = "the key is under the blue stone"
 
@@ -58,6 +61,17 @@ def test_text_of_a_job_that_has_ended_is_nowhere(tmp_path: Path) -> None:
     assert jobs.get(ended.id, "").result == {"id": "a"}
     assert all(path.stat().st_mode & 0o077 == 0 for path in files)
     jobs.close()
+
+
+def test_job_under_which_the_server_died_three_times_is_given_up(fresh: RunningServer) -> None:
+    service = fresh.service
+    job, _ = service.jobs.add("", JobKind.PUT, "new", {"text": "x"})
+    with service.jobs._database.transaction() as db:
+        db.execute("UPDATE jobs SET tries = 3 WHERE id = ?", [job.id])
+    service.compressing.wake()
+    with client(fresh) as http:
+        ended = ended_job(http, httpx.Response(202, headers={"location": f"/v1/jobs/{job.id}"}))
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "gave_up")  # type: ignore[index]
 
 
 def test_jobs_of_one_namespace_are_not_those_of_another(tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from beacon_memory.server.service import Admin, Service, current
+from beacon_memory.server.service import Admin, current
 
 __all__ = ["router"]
 
@@ -22,8 +20,9 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/ready", summary="Tell whether requests can be met")
-async def ready(service: Annotated[Service, Depends(current)]) -> JSONResponse:
+async def ready(request: Request) -> JSONResponse:
     """Return 200, or 503 while the server stops, or when it cannot compress any more."""
+    service = current(request)
     if service.ready:
         return JSONResponse({"status": "ready"})
     return JSONResponse({"status": "stopping" if service.stopping else "failed"}, 503)
