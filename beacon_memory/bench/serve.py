@@ -1,4 +1,4 @@
-"""What a server costs and gains: `beacon-memory bench serve`.
+"""The cost of a server, and its gain: `beacon-memory bench serve`.
 
 The library answers in this process and the server in one of its own, from the same store. Only one of them works at a
 time.

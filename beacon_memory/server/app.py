@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from beacon_memory import __version__
 
 from .answering import ClientGoneError
+from .body_limit import BodyLimit
 from .guard import Guard
 from .keys import Keys
 from .observing import Observing
@@ -42,7 +43,6 @@ def make_app(service: Service) -> FastAPI:
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
-        max_body_size=settings.most_body,
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # an id may end with one
@@ -53,6 +53,7 @@ def make_app(service: Service) -> FastAPI:
     for part in (chat, documents, jobs, operations, page):
         app.include_router(part.router)
     keys = None if settings.keys is None else Keys(settings.keys)
+    app.add_middleware(BodyLimit, most=settings.most_body)
     app.add_middleware(Guard, keys=keys, namespace=service.memory.store.namespace, origins=settings.origins)
     if settings.origins:
         app.add_middleware(

@@ -44,6 +44,7 @@ _TOLD: Sequence[tuple[type[BeaconMemoryError], int, str]] = (
     (FingerprintMismatchError, 409, "other_model"),
     (QuotaError, 507, "quota_exceeded"),
 )
+_FRAMEWORK = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}  # codes of its errors
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -86,7 +87,8 @@ def refusal_of(error: Exception) -> RefusedError:
     if isinstance(error, (RequestValidationError, ValidationError)):
         return _flawed(error)
     if isinstance(error, HTTPException):
-        return RefusedError(error.status_code, "http_error", str(error.detail), headers=error.headers)
+        code = _FRAMEWORK.get(error.status_code, "invalid_request")
+        return RefusedError(error.status_code, code, str(error.detail), headers=error.headers)
     for kind, status, code in _TOLD:
         if isinstance(error, kind):
             return RefusedError(status, code, str(error))

@@ -298,7 +298,7 @@ def test_body_that_is_too_large_is_refused_before_it_is_read(tenants: Tenants) -
     with tenants.as_(tenants.alice) as http:
         for content in (b"x" * 200_000, endless()):
             reply = http.put("/v1/documents/large", content=content, headers={"Content-Type": "text/plain"})
-            assert (reply.status_code, reply.json()["error"]["type"]) == (413, "invalid_request_error")
+            assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
     assert tenants.everything() == before
 
 
