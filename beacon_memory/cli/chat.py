@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import glob
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +38,7 @@ from .sources import find_sources
 from .terminal import print_line, print_rows, print_text, remarks, reported, say, shown
 
 if TYPE_CHECKING:
+    from beacon_memory.question import Question
     from beacon_memory.results import Answer
     from beacon_memory.session import Session
     from beacon_memory.storage.catalog.rows import DocumentRow
@@ -89,26 +92,27 @@ def chat(
     /quit. Ctrl-C stops an answer, Ctrl-D ends.
     """
     with reported("the conversation is stored"):
-        options: dict[str, Any] = {"budget": budget, "max_new_tokens": max_new_tokens}
-        options |= {} if temperature is None else {"temperature": temperature}
-        options["chat_template_kwargs"] = template_arguments(chat_template_kwargs)
+        options = {"max_new_tokens": max_new_tokens} | ({} if temperature is None else {"temperature": temperature})
+        template = template_arguments(chat_template_kwargs)
         with open_memory(store, namespace, model, adapter, device, dtype, picker=picker) as memory:
+            from beacon_memory.question import Question
             from beacon_memory.session import Session
 
+            how = Question("", budget=budget, limit=limit, chat_template_kwargs=template, options=options)
             memory.compressor  # noqa: B018  # load the model before a question waits for it
-            Chat(Session(memory, session), doc or [], limit, options).run()
+            Chat(Session(memory, session), doc or [], how).run()
 
 
 class Chat:
     """A conversation with a person in the terminal.
 
-    ids:     documents that each answer is given from; if there are none, up to `limit` are found for each question.
-    options: of `BeaconMemory.ask`.
+    ids: documents that each answer is given from; if there are none, they are found for each question.
+    how: how each question is asked.
     """
 
-    def __init__(self, session: Session, ids: list[str], limit: int, options: Mapping[str, Any]) -> None:
+    def __init__(self, session: Session, ids: list[str], how: Question) -> None:
         self.session, self.memory = session, session.memory
-        self._named, self._limit, self._options = ids, limit, options
+        self._named, self._how = ids, replace(how, session_budget=session.budget)
         self._found: list[str] = []  # for the question before
         self._last: tuple[Sequence[Mapping[str, Any]], Answer] | None = None  # what was asked, and the answer
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
@@ -160,7 +164,7 @@ class Chat:
         messages = [*self.session.turns, {"role": "user", "content": question}]
         pieces: list[str] = []
         try:
-            answer = asyncio.run(self._said(question, ids, pieces))
+            answer = asyncio.run(self._said(messages, [*ids, *self.session.ids], pieces))
         except KeyboardInterrupt:
             if pieces:
                 self._keep(question, "".join(pieces))  # what was said was said
@@ -171,28 +175,25 @@ class Chat:
         self._last = messages, answer
         self._keep(question, answer.text)
 
-    async def _said(self, question: str, ids: list[str], pieces: list[str]) -> Answer:
+    async def _said(self, messages: Sequence[Mapping[str, Any]], ids: list[str], pieces: list[str]) -> Answer:
         """Print an answer as it comes, and note its pieces; returns the whole.
 
         The model runs in a thread: so Ctrl-C stops the answer between two steps of the model, never within one.
         """
-        from beacon_memory.generation.background import in_background
         from beacon_memory.results import Answer
 
-        answer: Answer | None = None
-        async for piece in in_background(lambda: self.session.stream(question, ids, keep=False, **self._options)):
-            if isinstance(piece, Answer):
-                answer = piece
-            else:
+        asked = replace(self._how, messages=messages, ids=ids)
+        async with contextlib.aclosing(self.memory.astream(asked)) as stream:
+            async for piece in stream:
+                if isinstance(piece, Answer):
+                    return piece
                 pieces.append(piece)
                 print_text(piece)
-        if answer is None:
-            raise AssertionError("a stream ends with its answer")
-        return answer
+        raise AssertionError("a stream ends with its answer")
 
     def _picked(self, question: str) -> list[str]:
         """Return the documents that a question is about; those of the one before, if its words tell of none."""
-        picked = [pick.id for pick in self.memory.pick(question, self._limit)]
+        picked = [pick.id for pick in self.memory.pick(question, self._how.limit)]
         self._found = picked or [id for id in self._found if id in self.memory.store]
         return self._found
 
@@ -242,8 +243,11 @@ class Chat:
         messages, answer = self._last
         _print_costs(answer)
         if answer.ids:
-            how = {"budget": self._options["budget"], "session_budget": self.session.budget}
-            print_explanation(self.memory.explain(messages, answer.ids, **how))
+            how = self._how
+            explanation = self.memory.explain(
+                messages, answer.ids, budget=how.budget, session_budget=how.session_budget
+            )
+            print_explanation(explanation)
 
     def _clear(self, _: str) -> None:
         self.session.clear()
