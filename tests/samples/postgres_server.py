@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -104,3 +105,11 @@ class PostgresServer:
         name = conninfo_to_dict(url)["dbname"]
         own = f"datname = '{name}' AND pid <> pg_backend_pid()"
         return len(self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {own}"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server; each test takes a database of its own."""
+    server = PostgresServer()
+    yield server
+    server.close()

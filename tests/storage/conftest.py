@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from in_memory import folder_in_memory
-from postgres_server import PostgresServer
+from postgres_server import postgres  # noqa: F401  # a fixture
 
 from beacon_memory.storage.store import MemoryStore
 
@@ -17,14 +17,6 @@ def folder() -> Iterator[Path]:
     path = folder_in_memory()
     yield path
     shutil.rmtree(path)
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL server; each test takes a database of its own."""
-    server = PostgresServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(params=["folder", "database"])
