@@ -13,7 +13,7 @@ import typer
 from beacon_memory import __version__
 from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
 
-from . import archive, documents, explain, process, store
+from . import archive, documents, explain, plan, process, store
 from . import eval as evaluation
 from .help import Commands
 from .options import (
@@ -71,7 +71,7 @@ app = Commands(
     no_args_is_help=True,
 )
 
-for part in (explain, documents, store, archive):
+for part in (explain, plan, documents, store, archive):
     app.add_typer(part.app)
 app.add_typer(evaluation.app, name="eval")
 
