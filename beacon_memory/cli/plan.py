@@ -96,8 +96,8 @@ def plan(
     how rough.
 
     With --json one object: model, weights, documents, tokens, counted, complete, compression, score, ratios, slots,
-    hardware, calibrated, count, flops, prefill_flops, hours, raw, catalog, kept, answering, questions, break_even,
-    money.
+    hardware, calibrated, count, flops, prefill_flops, hours, raw, catalog, too_long, kept, answering, questions,
+    break_even, money.
     """
     with reported("nothing was written"):
         from beacon_memory.planning.hardware import devices
@@ -275,6 +275,14 @@ def _rows(plan: Plan) -> Iterator[_Row]:
             yield _bounds(
                 f"memories that fit a device, {one.precision}", one.fitting, _whole, "beside weights, 10 % free"
             )
+    if plan.too_long:
+        yield (
+            "texts too long for a prompt of this model",
+            "",
+            _whole(plan.too_long),
+            "",
+            "exact" if plan.complete else "",
+        )
     for way in plan.answering:
         yield _estimate(f"first token: {way.way}", way.first_token, seconds)
     for what, way in {way.way.partition(",")[0]: way for way in plan.answering}.items():

@@ -31,6 +31,7 @@ RESERVE = 1024  # positions that a document leaves for question and answer, as `
 _FREE = 0.9  # of a device's memory, the share that weights and memories may take; the rest is for what is computed
 _CATALOG = 2.5  # bytes of the catalog for each byte of text: measured on the pages of this repository, 2.4 to 2.6
 _LABEL = 290  # bytes of a label without tags and metadata
+_HALF = 2  # bytes of a number in 16 bits
 _GIGABYTE = 1e9  # bytes that storage is paid for by
 
 
@@ -104,6 +105,7 @@ class Plan:
     hours:   of the devices together.
     raw:     bytes of the K/V of all tokens in 16 bits, uncompressed.
     catalog: bytes of the catalog, with texts and their index, and of the labels.
+    too_long: documents that are longer than the model has positions: no prompt can hold their text.
     """
 
     model: str
@@ -124,6 +126,7 @@ class Plan:
     hours: Estimate
     raw: int
     catalog: float
+    too_long: int
     kept: tuple[Kept, ...]
     answering: tuple[Answering, ...]
     questions: int
@@ -138,6 +141,7 @@ class _Sums:
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    too_long: int = 0
     slots: int = 0
     loaded: int = 0
     compressing: Work = field(default_factory=Work)
@@ -173,11 +177,13 @@ def make_plan(
     chosen = model.compression if compression == "auto" else compression
     if chosen not in ("select", "beacon", "hybrid"):
         raise ConfigError(f"compression={chosen!r} cannot be planned for, only select, beacon and hybrid can")
+    if isinstance(ratio, str) and ratio != "auto":
+        raise ConfigError(f"ratio={ratio!r} must be 'auto' or a whole number")
     asking, prices = asking or Asking(), prices or Prices(device.price)
     sums = _Sums()
     for text, alike in texts:
         way = Way(chosen, score, _ratio(model, text.tokens, chosen, ratio), model.config)
-        _add(sums, MemorySize(text, model.shape, way), alike, asking)
+        _add(sums, MemorySize(text, model.shape, way), alike, asking, reach.weight_bytes)
     if not sums.documents:
         raise InputError("there is nothing to plan for: no text was found")
     hours = reach.estimate(lambda speed: compression_seconds(model.shape, sums.compressing, speed) / 3600 / count)
@@ -201,8 +207,9 @@ def make_plan(
         flops=sums.compressing.flops,
         prefill_flops=sums.prefilling.flops,
         hours=hours,
-        raw=_kv(model.shape, sums.tokens),
+        raw=_kv(model.shape, sums.tokens, _HALF),
         catalog=catalog,
+        too_long=sums.too_long,
         kept=kept,
         answering=answering,
         questions=asking.questions,
@@ -226,12 +233,13 @@ def _ratio(model: PlannedModel, tokens: int, compression: str, ratio: int | str)
     return ratio
 
 
-def _add(sums: _Sums, memory: MemorySize, alike: int, asking: Asking) -> None:
+def _add(sums: _Sums, memory: MemorySize, alike: int, asking: Asking, weight_bytes: int) -> None:
     tokens, slots, sink = memory.text.tokens, memory.slots, memory.way.config.beacon_sink_size
     loaded = min(slots, asking.slots)
     sums.documents += alike
     sums.tokens += alike * tokens
     sums.text_bytes += alike * memory.text.text_bytes
+    sums.too_long += alike * (tokens + asking.tokens > memory.shape.positions)
     sums.slots += alike * slots
     sums.loaded += alike * loaded
     sums.ratios.add(memory.way.ratio)
@@ -240,7 +248,9 @@ def _add(sums: _Sums, memory: MemorySize, alike: int, asking: Asking) -> None:
     sums.whole += prefill_work(memory.shape, asking.tokens, sink + slots) * alike
     sums.budget += prefill_work(memory.shape, asking.tokens, sink + loaded) * alike
     for precision in PRECISIONS:
-        sizes = (memory.stored(precision), memory.file(precision), memory.ready(precision))
+        # what is not quantized is ready in the dtype that the model computes in
+        loaded_as = Precision.FLOAT32 if weight_bytes > _HALF and not precision.quantized else precision
+        sizes = (memory.stored(precision), memory.file(precision), memory.ready(loaded_as))
         before = sums.sizes.get(precision, (Bounds.of(0),) * 3)
         stored, files, ready = (old + new * alike for old, new in zip(before, sizes, strict=True))
         sums.sizes[precision] = stored, files, ready
@@ -253,9 +263,9 @@ def _kept(precision: Precision, sums: _Sums, shape: ModelShape, device: Device, 
     return Kept(precision.value, stored, files, ready, fitting)
 
 
-def _kv(shape: ModelShape, slots: int) -> int:
-    """Return the bytes of so many slots of all heads in 16 bits."""
-    return slots * shape.kv_width * 2 * shape.head_dim * 2
+def _kv(shape: ModelShape, slots: int, number_bytes: int) -> int:
+    """Return the bytes of so many slots of all heads, where a number takes so many."""
+    return slots * shape.kv_width * 2 * shape.head_dim * number_bytes
 
 
 def _first_token(
@@ -279,9 +289,9 @@ def _answering(shape: ModelShape, sums: _Sums, reach: Reach, asking: Asking) -> 
 
 
 def _way(shape: ModelShape, reach: Reach, documents: int, name: str, work: Work, slots: int, cold: bool) -> Answering:
-    kv_bytes = _kv(shape, slots)
+    kv_bytes = _kv(shape, slots, reach.weight_bytes)
     first = _first_token(shape, work, kv_bytes, documents, reach.weight_bytes)
-    loaded = kv_bytes / documents if cold else 0.0
+    loaded = _kv(shape, slots, _HALF) / documents if cold else 0.0
     return Answering(
         name,
         slots / documents,
@@ -318,9 +328,10 @@ def _break_even(shape: ModelShape, sums: _Sums, reach: Reach) -> Estimate:
     """
     linear = reach.likely.linear
     compress = reach.estimate(lambda speed: compression_seconds(shape, sums.compressing, replace(speed, linear=linear)))
-    by_text = _first_token(shape, sums.prefilling, 0.0, sums.documents, reach.weight_bytes)(reach.likely)
-    by_memory = _first_token(shape, sums.budget, _kv(shape, sums.loaded), sums.documents, reach.weight_bytes)(
-        reach.likely
+    loaded = _kv(shape, sums.loaded, reach.weight_bytes)
+    by_text, by_memory = (
+        _first_token(shape, work, kv_bytes, sums.documents, reach.weight_bytes)(reach.likely)
+        for work, kv_bytes in ((sums.prefilling, 0), (sums.budget, loaded))
     )
     return Estimate(
         *(

@@ -103,6 +103,19 @@ def test_bytes_are_those_of_the_store_for_texts_that_are_measured(
             assert (bounds["low"] == bounds["high"]) is (kept["precision"] == "bfloat16")
 
 
+def test_texts_that_no_prompt_can_hold_are_counted() -> None:
+    (told,) = lines(plan("--lengths", "4000:3,9000:1", "--hardware", "l4", "--json"))  # the embedded model has 8,192
+    assert told["too_long"] == 250
+    assert "texts too long for a prompt" in plan("--lengths", "9000", "--hardware", "l4").stdout
+    assert "texts too long" not in plan("--lengths", "4000", "--hardware", "l4").stdout
+
+
+def test_a_device_too_small_for_the_weights_holds_no_memory() -> None:
+    (told,) = lines(plan("--model", "llama-3.1-70b-instruct", "--hardware", "l4", "--json"))
+    assert [kept["fitting"] for kept in told["kept"]] == [None] * 3
+    assert "the weights do not fit" in plan("--model", "llama-3.1-70b-instruct", "--hardware", "l4").stdout
+
+
 def test_prices_and_devices_can_be_given(tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text('[mine]\nkind = "gpu"\nflops = 1e14\nbandwidth = 1e12\nmemory = 4e10\n', encoding="utf-8")
@@ -142,6 +155,7 @@ def test_a_measured_machine_is_what_plans_are_for_by_default() -> None:
         (["--shape", "layers=2"], "the numbers of a model are layers, hidden"),
         (["--shape", "layers=0", "--model", "qwen2.5-7b-instruct"], "layers=0 of the model must be a whole number"),
         (["--texts", "absent"], "'absent' does not exist"),
+        (["--ratio", "half"], "ratio='half' must be 'auto' or a whole number"),
         (["--chars-per-token", "-1", "--texts", "."], "--chars-per-token is -1.0"),
         (["--compression", "beacon", "--ratio", "2", "--lengths", "900000"], "900000 tokens at ratio 2 need"),
     ],
