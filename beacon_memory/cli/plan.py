@@ -29,6 +29,7 @@ __all__ = ["app"]
 app = Commands()
 
 _THIS = "this"
+_BUSY = 1.5  # times as long by the clock as by the processor: so much is not all our own waiting
 _COLUMNS = (0, 12, 12, 12)
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 _SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -159,10 +160,16 @@ def note_calibration(measured: Calibration) -> None:
         f"measured in {measured.seconds:.0f} s on {shown(measured.machine)}, {measured.device}: "
         f"{speed.linear / 1e9:,.0f} GFLOP/s reading, {speed.attention / 1e9:,.0f} in attention, "
         f"{speed.repeated / 1e9:,.0f} repeating, {speed.bandwidth / 1e9:.1f} GB/s generating, "
-        f"{speed.load / 1e9:.1f} GB/s loading; rounds differed by a factor of {measured.spread:.1f}",
+        f"{speed.load / 1e9:.1f} GB/s loading",
         style="dim",
         markup=False,
     )
+    if measured.waited > _BUSY:
+        print_line(
+            f"others were using the machine: it took {measured.waited:.1f} times as long as it computed, so plans for it "
+            "are too slow; calibrate again when it is idle",
+            err=True,
+        )
 
 
 def _device(name: str, known: dict[str, Device], price: float | None) -> tuple[Device, Reach, bool]:

@@ -28,7 +28,8 @@ class Calibration:
     device:       where it computed, `cpu` or another.
     memory:       bytes of the device, or of RAM.
     weight_bytes: bytes of a weight, as it computed.
-    spread:       the slowest of the rounds over the fastest, of reading: how busy the machine was.
+    waited:       seconds by the clock over those that the threads computed; well above 1, others were using the
+                  machine, and it seems as many times slower. 1 of a device that is no processor.
     seconds:      that measuring took.
     measured_at:  ISO 8601, UTC.
     """
@@ -38,7 +39,7 @@ class Calibration:
     device: str
     memory: float
     weight_bytes: int
-    spread: float
+    waited: float
     seconds: float
     measured_at: str
 

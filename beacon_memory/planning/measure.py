@@ -61,15 +61,18 @@ def calibrate() -> Calibration:
     """Measure this machine; takes a minute or so, once the embedded model is there."""
     started = time.perf_counter()
     model = BeaconModel.from_pretrained()
-    rounds = timed(pieces(model), model.device)
-    slowest, fastest = (which(one["long"] for one in rounds) for which in (max, min))
+    work = pieces(model)
+    before = time.perf_counter(), time.process_time()
+    rounds = timed(work, model.device)
+    clock, processor = time.perf_counter() - before[0], time.process_time() - before[1]
+    waited = clock * torch.get_num_threads() / processor if model.device.type == "cpu" else 1.0
     return Calibration(
         speed=solved(shape_of(model), best(rounds), model.dtype.itemsize, _load_speed(model)),
         machine=machine(),
         device=str(model.device),
         memory=_memory(model.device),
         weight_bytes=model.dtype.itemsize,
-        spread=slowest / fastest,
+        waited=max(1.0, waited),
         seconds=time.perf_counter() - started,
         measured_at=utc_now(),
     )

@@ -18,7 +18,7 @@ from tiny_models import tiny_base, tiny_checkpoint
 from typer.testing import CliRunner, Result
 
 from beacon_memory.cli.main import app
-from beacon_memory.cli.plan import numbers_given
+from beacon_memory.cli.plan import note_calibration, numbers_given
 from beacon_memory.errors import InputError
 from beacon_memory.planning import calibration
 from beacon_memory.planning.hardware import Speed
@@ -129,18 +129,42 @@ def test_prices_and_devices_can_be_given(tmp_path: Path) -> None:
     assert "kind='abacus' of 'mine' must be one of gpu, cpu" in plan(*own).stderr
 
 
+def calibrated(waited: float) -> calibration.Calibration:
+    speed = Speed(linear=4e11, attention=3e11, repeated=1e11, moving=1e10, bandwidth=9e9, layer=1e-3, load=1e9)
+    return calibration.Calibration(
+        speed=speed,
+        machine="a",
+        device="cpu",
+        memory=1e10,
+        weight_bytes=4,
+        waited=waited,
+        seconds=40.0,
+        measured_at="b",
+    )
+
+
+@pytest.mark.parametrize(("waited", "warned"), [(1.0, False), (3.0, True)])
+def test_a_calibration_of_a_busy_machine_says_so(
+    capsys: pytest.CaptureFixture[str], waited: float, warned: bool
+) -> None:
+    note_calibration(calibrated(waited))
+    said = capsys.readouterr().err
+    assert "400 GFLOP/s reading" in said
+    assert ("others were using the machine: it took 3.0 times as long" in said) is warned
+
+
 def test_a_measured_machine_is_what_plans_are_for_by_default() -> None:
     refused = plan()
     assert refused.exit_code == 1
     assert "run `beacon-memory plan --calibrate`, or name a device with --hardware" in refused.stderr
-    speed = Speed(linear=4e11, attention=3e11, repeated=1e11, moving=1e10, bandwidth=9e9, layer=1e-3, load=1e9)
-    measured = calibration.Calibration(
-        speed=speed, machine="a", device="cpu", memory=1e10, weight_bytes=2, spread=1.5, seconds=40.0, measured_at="b"
-    )
+    measured = calibrated(waited=1.0)
     calibration.write_calibration(measured)
     assert calibration.read_calibration() == measured
     (told,) = lines(plan("--json"))
     assert told["calibrated"] is True
+    (half,) = lines(plan("--json", "--hardware", "l4"))  # which computes in 16 bits, and so are ready memories
+    plain, wide = half["kept"][0], told["kept"][0]
+    assert (wide["stored"], wide["ready"]["low"]) == (plain["stored"], 2 * plain["ready"]["low"])
     calibration.calibration_file().write_text("{}", encoding="utf-8")
     assert "`beacon-memory plan --calibrate` writes it anew" in plan().stderr
 
