@@ -10,7 +10,7 @@ import typer
 from beacon_memory import __version__
 from beacon_memory.errors import InputError
 
-from . import archive, chat, documents, explain, mcp, process, serve, store
+from . import archive, chat, documents, explain, mcp, plan, process, serve, store
 from . import eval as evaluation
 from .adding import add_sources
 from .help import Commands
@@ -66,7 +66,7 @@ app = Commands(
     no_args_is_help=True,
 )
 
-for part in (chat, explain, mcp, documents, store, archive, serve):
+for part in (chat, explain, mcp, documents, store, archive, serve, plan):
     app.add_typer(part.app)
 app.add_typer(evaluation.app, name="eval")
 
