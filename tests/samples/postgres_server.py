@@ -115,7 +115,7 @@ class PostgresServer:
         """Cut all connections to a database; returns how many there were."""
         name = conninfo_to_dict(url)["dbname"]
         own = f"datname = '{name}' AND pid <> pg_backend_pid()"
-        return len(self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {own}"))
+        return len(self.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {own}"))
 
 
 @pytest.fixture(scope="session")
