@@ -20,15 +20,16 @@ _LOCALE = {"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
 
 def installed() -> Path | None:
     """The folder of the server's programs, None if it is not installed."""
-    found = shutil.which("initdb")
     kept = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    return Path(found).parent if found else kept[-1].parent if kept else None
+    found = shutil.which("initdb")
+    return kept[-1].parent if kept else Path(found).resolve().parent if found else None
 
 
 class PostgresServer:
     """A server that is started when it is made; root lets the user postgres run it, as the server demands."""
 
-    def __init__(self) -> None:
+    def __init__(self, primary: PostgresServer | None = None) -> None:
+        """primary: the server whose standby this one is, which has what that one has acknowledged."""
         programs = installed()
         if programs is None:
             pytest.skip("PostgreSQL's server is not installed: apt-get install postgresql")
@@ -39,9 +40,15 @@ class PostgresServer:
             shutil.chown(self.folder, "postgres", "postgres")
         self.data = self.folder / "data"
         self._numbers = itertools.count()
-        initdb = ["-D", self.data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
-        self._run("initdb", *initdb)
-        self.start()
+        if primary is None:
+            initdb = ["-D", self.data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
+            self._run("initdb", *initdb)
+            self.start()
+        else:
+            self._run("pg_basebackup", "-D", self.data, "-h", primary.folder, "-U", "postgres", "-R", "--no-sync")
+            self.start()
+            primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            primary.execute("SELECT pg_reload_conf()")
 
     def _run(self, program: str, *arguments: object) -> None:
         command = [str(self._programs / program), *map(str, arguments)]
@@ -80,6 +87,10 @@ class PostgresServer:
         self._run("pg_ctl", "-D", self.data, "-m", "immediate" if crash else "fast", "-w", "stop")
         self._server.wait(timeout=60)
 
+    def promote(self) -> None:
+        """Let a standby take the place of its primary."""
+        self._run("pg_ctl", "-D", self.data, "-w", "promote")
+
     def close(self) -> None:
         if self._server.poll() is None:
             self.stop(crash=True)
@@ -104,7 +115,7 @@ class PostgresServer:
         """Cut all connections to a database; returns how many there were."""
         name = conninfo_to_dict(url)["dbname"]
         own = f"datname = '{name}' AND pid <> pg_backend_pid()"
-        return len(self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {own}"))
+        return len(self.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {own}"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -275,6 +276,48 @@ def test_a_server_that_was_restarted_is_used_again(
     put(store, "new")
     assert other.get("new").row.id == "new"
     assert verify(store) == []
+
+
+def test_a_standby_that_takes_over_has_all_that_was_acknowledged(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as servers:
+        primary = PostgresServer()
+        servers.callback(primary.close)
+        url = primary.new_database()
+        standby = PostgresServer(primary)
+        servers.callback(standby.close)
+        url = url.replace(str(primary.folder), f"{primary.folder},{standby.folder}")
+        machines = Machines(f"{url}&target_session_attrs=read-write", tmp_path)
+        store, other = machines.open("a"), machines.open("b")
+        servers.callback(store.close)
+        servers.callback(other.close)
+        acknowledged: dict[str, str] = {}
+        failed, stop = threading.Event(), threading.Event()
+
+        def write() -> None:
+            n = 0
+            while not stop.is_set():
+                n += 1
+                try:
+                    put(store, f"doc{n % 5}", f"Text {n}.")
+                    acknowledged[f"doc{n % 5}"] = f"Text {n}."
+                except StoreError:
+                    failed.set()
+                    if (text := text_of(store, f"doc{n % 5}")) is not None:
+                        acknowledged[f"doc{n % 5}"] = text
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        wait_until(lambda: len(acknowledged) == 5)
+        primary.stop(crash=True)
+        before = dict(acknowledged)
+        wait_until(failed.is_set)
+        standby.promote()
+        wait_until(lambda: acknowledged != before)
+        stop.set()
+        thread.join()
+        assert {id: other.read(id)[1].text for id in acknowledged} == acknowledged
+        assert all(problem.mended for one in (store, other) for problem in repair(one))
+        assert verify(store) == verify(other) == []
 
 
 def test_what_a_killed_machine_was_storing_is_a_leftover_to_the_others(machines: Machines) -> None:

@@ -220,5 +220,6 @@ def migrate(connections: PostgresConnections) -> None:
 
 def _applied(db: PostgresDatabase, schema: str) -> set[str]:
     """Return the names of the steps that a schema has."""
-    (table,) = db.execute("SELECT to_regclass(?)", [f"{schema}.migrations"]).fetchone()
+    # not to_regclass, which may go by what this connection knew before it waited for another that made the table
+    table = db.execute("SELECT 1 FROM pg_tables WHERE schemaname = ? AND tablename = 'migrations'", [schema]).fetchone()
     return {name for (name,) in db.execute("SELECT name FROM migrations").fetchall()} if table else set()
