@@ -266,30 +266,24 @@ def _rows(plan: Plan) -> Iterator[_Row]:
     yield "prefilling each text once: PFLOP", "", _number(plan.prefill_flops / 1e15, 4), "", "formula"
     devices = "device" if plan.count == 1 else "devices"
     yield _estimate(f"compressing: hours of {plan.count} {devices}", plan.hours, _number)
-    yield "K/V of all tokens, uncompressed", "", size(plan.raw), "", "exact"
+    exact, bounded = _sure(plan)
+    yield "K/V of all tokens, uncompressed", "", size(plan.raw), "", exact
     for one in plan.kept:
-        yield _bounds(f"K/V on disk, {one.precision}", one.stored, size)
+        yield _bounds(f"K/V on disk, {one.precision}", one.stored, size, exact, bounded)
     for one in plan.kept:
-        sure = None if plan.complete else "estimate: texts made up"
-        yield _bounds(f"files with text, {one.precision}", one.files, size, sure)
+        sure = ("estimate: texts made up",) * 2 if plan.counted == "given" else (exact, bounded)
+        yield _bounds(f"files with text, {one.precision}", one.files, size, *sure)
     yield "catalog and labels", "", size(plan.catalog), "", "estimate"
     for one in plan.kept:
-        yield _bounds(f"K/V ready in RAM or device, {one.precision}", one.ready, size)
+        yield _bounds(f"K/V ready in RAM or device, {one.precision}", one.ready, size, exact, bounded)
     for one in plan.kept:
         if one.fitting is None:
             yield f"memories that fit a device, {one.precision}", "", "none", "", "the weights do not fit"
         else:
-            yield _bounds(
-                f"memories that fit a device, {one.precision}", one.fitting, _whole, "beside weights, 10 % free"
-            )
+            free = ("beside weights, 10 % free",) * 2
+            yield _bounds(f"memories that fit a device, {one.precision}", one.fitting, _whole, *free)
     if plan.too_long:
-        yield (
-            "texts too long for a prompt of this model",
-            "",
-            _whole(plan.too_long),
-            "",
-            "exact" if plan.complete else "",
-        )
+        yield "texts too long for a prompt of this model", "", _whole(plan.too_long), "", exact
     for way in plan.answering:
         yield _estimate(f"first token: {way.way}", way.first_token, seconds)
     for what, way in {way.way.partition(",")[0]: way for way in plan.answering}.items():
@@ -314,10 +308,20 @@ def _estimate(name: str, value: Estimate, told: Any) -> _Row:
     return name, told(value.low), told(value.likely), told(value.high), "estimate"
 
 
-def _bounds(name: str, value: Bounds, told: Any, sure: str | None = None) -> _Row:
+def _sure(plan: Plan) -> tuple[str, str]:
+    """Return how sure numbers are that follow from lengths alone: those that are known, and those within bounds."""
+    if plan.complete:
+        return "exact", "certain bounds"
+    if plan.counted == "given":
+        return "exact for these lengths", "bounds for these lengths"
+    rough = "estimate: by characters" if plan.counted == "characters" else "estimate: from a sample"
+    return rough, rough
+
+
+def _bounds(name: str, value: Bounds, told: Any, exact: str, bounded: str) -> _Row:
     if value.exact:
-        return name, "", told(value.low), "", sure or "exact"
-    return name, told(value.low), "", told(value.high), sure or "certain bounds"
+        return name, "", told(value.low), "", exact
+    return name, told(value.low), "", told(value.high), bounded
 
 
 def size(value: float) -> str:

@@ -116,6 +116,23 @@ def test_a_device_too_small_for_the_weights_holds_no_memory() -> None:
     assert "the weights do not fit" in plan("--model", "llama-3.1-70b-instruct", "--hardware", "l4").stdout
 
 
+def test_bytes_are_called_exact_only_where_lengths_are_known(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", tiny_base("llama"))
+    (tmp_path / "a.txt").write_text("The mill has two wheels. " * 8, encoding="utf-8")
+    common = ["--model", str(checkpoint), "--hardware", "l4"]
+    texts = [*common, "--texts", str(tmp_path / "a.txt")]
+    for arguments, kv, file in (
+        (common, "exact for these lengths", "estimate: texts made up"),
+        (texts, "exact", "exact"),
+        ([*texts, "--documents", "9"], "estimate: from a sample", "estimate: from a sample"),
+        ([*texts, "--chars-per-token", "4"], "estimate: by characters", "estimate: by characters"),
+    ):
+        shown = plan(*arguments).stdout.splitlines()
+        (row,) = [line for line in shown if line.startswith("K/V on disk, bfloat16")]
+        (of_file,) = [line for line in shown if line.startswith("files with text, bfloat16")]
+        assert [re.split(" {2,}", line)[-1] for line in (row, of_file)] == [kv, file], arguments
+
+
 def test_prices_and_devices_can_be_given(tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text('[mine]\nkind = "gpu"\nflops = 1e14\nbandwidth = 1e12\nmemory = 4e10\n', encoding="utf-8")
