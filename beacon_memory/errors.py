@@ -3,6 +3,8 @@
 BeaconMemoryError
 ├── ConfigError (ValueError)           a setting is out of range, or settings contradict each other
 ├── InputError (ValueError)            a document, question or option cannot be used as it is
+│   ├── UnsupportedFormatError         a file is of a format that is not read
+│   └── UnreadableFileError            a file is damaged, locked or has no text
 ├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
 ├── MissingDependencyError (ImportError)   an optional package is not installed
 ├── ServerError                     a server refused what a command asked of it, or cannot be reached
@@ -36,6 +38,8 @@ __all__ = [
     "QuotaError",
     "ServerError",
     "StoreError",
+    "UnreadableFileError",
+    "UnsupportedFormatError",
     "UnsupportedModelError",
 ]
 
@@ -60,6 +64,14 @@ class ConfigError(BeaconMemoryError, ValueError):
 
 class InputError(BeaconMemoryError, ValueError):
     """A document, question or option cannot be used as it is."""
+
+
+class UnsupportedFormatError(InputError):
+    """A file is of a format that is not read."""
+
+
+class UnreadableFileError(InputError):
+    """A file of a format that is read is damaged, locked, or has no text."""
 
 
 class CapacityError(BeaconMemoryError, ValueError):

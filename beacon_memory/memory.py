@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -150,7 +150,8 @@ def _wherever(name: _Named) -> _Named | Path:
 class BeaconMemory:
     """Long-term memory of a local language model: each document is read once and answers from then on.
 
-    store:   folder of the documents, created when first written to; or a MemoryStore, for one with files elsewhere.
+    store:   folder of the documents, created when first written to, or the URL of a PostgreSQL database; or a
+             MemoryStore, for one with files elsewhere.
     model:   folder, GGUF file or hub name of the base model, or a loaded BeaconModel; by default the embedded one.
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
@@ -419,7 +420,7 @@ class BeaconMemory:
         tools: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> Iterator[str | Answer]:
+    ) -> Generator[str | Answer]:
         """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last.
 
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
@@ -431,7 +432,7 @@ class BeaconMemory:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
 
-    def _stream(self, asked: _Asked) -> Iterator[str | Answer]:
+    def _stream(self, asked: _Asked) -> Generator[str | Answer]:
         if asked.refused is not None:
             yield from asked.shown(None)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,18 +134,42 @@ class Session:
             else:
                 self._conversations.put(replace(before, turns=left))
 
-    def ask(self, question: str, *, keep: bool = True, **options: Any) -> Answer:
+    def ask(self, question: str, ids: Sequence[str] = (), *, keep: bool = True, **options: Any) -> Answer:
         """Answer a question from the whole conversation, and add both to it. For `options` see `BeaconMemory.ask`.
 
+        ids:  other documents to answer from.
         keep: False for a question that is no part of the conversation: it stays as it was.
         """
-        asked = {"role": "user", "content": question}
-        state, rows = self._now()
-        options = {"session_budget": self.budget, **options}
-        answer = self.memory.ask([*state.turns, asked], [row.id for row in rows.values()], **options)
+        messages, loaded, options = self._asked(question, ids, options)
+        answer = self.memory.ask(messages, loaded, **options)
         if keep:
-            self.add([asked, {"role": "assistant", "content": answer.text}])
+            self._answered(question, answer)
         return answer
+
+    def stream(
+        self, question: str, ids: Sequence[str] = (), *, keep: bool = True, **options: Any
+    ) -> Generator[str | Answer]:
+        """Like `ask`, but yields pieces of the answer as they come, and the whole Answer last, when both are added.
+
+        Of an answer that is not taken to its end, nothing is added.
+        """
+        messages, loaded, options = self._asked(question, ids, options)
+        with contextlib.closing(self.memory.stream(messages, loaded, **options)) as pieces:
+            for piece in pieces:
+                if keep and isinstance(piece, Answer):
+                    self._answered(question, piece)
+                yield piece
+
+    def _asked(
+        self, question: str, ids: Sequence[str], options: Mapping[str, Any]
+    ) -> tuple[list[Mapping[str, Any]], list[str], dict[str, Any]]:
+        """Return how the memory is asked: messages, ids and options."""
+        state, rows = self._now()
+        loaded = [*ids, *(row.id for row in rows.values())]
+        return [*state.turns, _said(question)], loaded, {"session_budget": self.budget, **options}
+
+    def _answered(self, question: str, answer: Answer) -> None:
+        self.add([_said(question), {"role": "assistant", "content": answer.text}])
 
     def clear(self) -> None:
         """Remove the conversation and its documents."""
@@ -360,6 +384,10 @@ def _turn(turn: Mapping[str, Any]) -> Turn:
         raise InputError(f"a turn must have {needed}; {turn!r} has not: {error!r}") from error
     check_utf8(kept, "the turn")
     return kept
+
+
+def _said(question: str) -> Turn:
+    return {"role": "user", "content": question}
 
 
 def _stands(turn: Turn) -> bool:

@@ -52,7 +52,8 @@ def test_the_page_of_the_architecture_names_every_module_and_no_other() -> None:
     package = ROOT / "beacon_memory"
     modules = [path.relative_to(package) for path in package.rglob("*.py") if not path.name.startswith("__")]
     packages = {f"{path.parent.as_posix()}/" for path in modules if path.parent.name}
-    data = {"modeling/adapters/", "compression/calibration.txt", "training/recipes/"}
+    data = {"modeling/adapters/", "compression/calibration.txt", "server/page/", "training/recipes/"}
+    data |= {"planning/models.toml", "planning/hardware.toml"}
     assert sorted(named_files(tree[1])) == sorted({path.as_posix() for path in modules} | packages | data)
 
 

@@ -372,6 +372,29 @@ def test_answers_come_from_behind_the_conversation(memory: BeaconMemory) -> None
     assert "User: Where?\n" in whole(session)
 
 
+def test_an_answer_is_streamed_and_kept_when_it_is_whole(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=200)
+    expected = session.ask("Who?", keep=False, max_new_tokens=4)
+    *pieces, answer = session.stream("Who?", max_new_tokens=4)
+    assert isinstance(answer, Answer)
+    assert "".join(map(str, pieces)) == answer.text == expected.text
+    assert [turn["content"] for turn in session.turns] == ["Who?", answer.text]
+    assert [*session.stream("And when?", keep=False, max_new_tokens=4)]
+    with contextlib.closing(session.stream("And where?", max_new_tokens=400)) as broken_off:
+        next(broken_off)
+    assert len(session.turns) == 2
+
+
+def test_other_documents_are_answered_from_beside_the_conversation(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=64)
+    session.add([*exchange(1), *exchange(2), *exchange(3)])
+    memory.add("letter", "The key of the mill is lost.", ratio=2)
+    assert session.ask("Where is the key?", ["letter"], keep=False, max_new_tokens=2).ids == ("letter", "chat/1")
+    *_, answer = session.stream("Where is the key?", ["letter"], keep=False, max_new_tokens=2)
+    assert isinstance(answer, Answer)
+    assert answer.ids == ("letter", "chat/1")
+
+
 def test_question_without_ids_never_picks_a_conversation(memory: BeaconMemory) -> None:
     Session(memory, "chat", recent=30).add([{"role": "user", "content": "The key lies under the blue stone."}])
     assert Session(memory, "chat").ids == ["chat/1"]

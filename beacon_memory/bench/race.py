@@ -163,25 +163,28 @@ class _Answers:
     peak: int
 
 
-def run(model: ModelNames, names: Sequence[str] = CONTESTANTS, lengths: Sequence[int] = LENGTHS) -> Race:
+def run(model: ModelNames, names: Sequence[str] = CONTESTANTS, lengths: Sequence[int] = LENGTHS) -> Iterator[Race]:
     """Let contestants read texts of so many tokens, less where question and answer need the room, and answer.
 
-    All of it takes more than eighteen minutes on two cores. Stock runs whether it is named or not. Raises InputError,
-    before anything is loaded, for an unknown contestant and for lengths that are too short, and MissingDependencyError.
+    Yields the race so far after each length. All of it takes more than eighteen minutes on two cores. Stock runs
+    whether it is named or not. Raises InputError, before anything is loaded, for an unknown contestant and for lengths
+    that are too short, and MissingDependencyError.
     """
     forms = [form_of(name) for name in dict.fromkeys(("stock", *names))]
     if not lengths or min(lengths) <= _WARMING:
         raise InputError(f"lengths are {list(lengths)}, but must be one or more, each above {_WARMING} tokens")
     with _processes(forms) as call, tempfile.TemporaryDirectory(prefix="beacon-memory-") as folder:
         cut = call(forms[0], partial(texts, model, (_WARMING, *sorted(set(lengths))), _TOKENS))
-        _, *rounds = (
-            _raced(call, [_Entry(form, model, text, Path(folder)) for form in forms], tokens) for tokens, text in cut
-        )
-        ours = [form for form in forms if form.process == "beacon_memory"]
-        behind = [_FEW_SLOTS, *(tokens for tokens, _ in cut[1:])] if ours else []
-        steps = [figure for slots in behind for figure in call(ours[0], partial(_steps, model, slots))]
-    results = [*itertools.chain(*rounds)]
-    return Race(results, [*steps, *_bounded(results)])
+        ours = next((form for form in forms if form.process == "beacon_memory"), None)
+        results: list[Result] = []
+        steps: list[Figure] = []
+        for number, (tokens, text) in enumerate(cut):
+            raced = _raced(call, [_Entry(form, model, text, Path(folder)) for form in forms], tokens)
+            if ours is not None:
+                steps += call(ours, partial(_steps, model, tokens if number else _FEW_SLOTS))
+            if number:  # the first one was to warm up
+                results += raced
+                yield Race([*results], [*steps, *_bounded(results)])
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def _together(http: httpx.Client, ids: list[str]) -> Iterator[Figure]:
 def _library(memory: BeaconMemory, id: str) -> float:
     """Return the seconds until the library's first piece."""
     started = time.perf_counter()
-    with contextlib.closing(memory.stream(QUESTION, id, max_new_tokens=1)) as pieces:  # type: ignore[type-var]
+    with contextlib.closing(memory.stream(QUESTION, id, max_new_tokens=1)) as pieces:
         next(pieces)
         return time.perf_counter() - started
 

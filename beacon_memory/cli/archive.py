@@ -1,7 +1,7 @@
 """The commands that move documents between stores and archives."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from .options import (
     Store,
     open_store,
     path_given,
+    store_given,
 )
 from .terminal import (
     counting,
@@ -89,9 +90,11 @@ def import_archive(
 @app.command(rich_help_panel=_STORE)
 def copy(
     target: Annotated[
-        Path,
+        Any,  # str | Path: typer takes no unions
         typer.Argument(
-            help="Folder of the store to copy into; this one, to copy into another namespace.", parser=path_given
+            help="Folder or URL of the store to copy into; this one, to copy into another namespace.",
+            parser=store_given,
+            metavar="target",
         ),
     ],
     doc: Docs = None,

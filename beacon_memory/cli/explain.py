@@ -1,14 +1,13 @@
 """The command that shows what would be loaded for a question."""
 
-import math
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .explanation_page import caption, pieces, write_page
+from .explanation_page import write_page
+from .explanation_text import print_explanation
 from .help import Commands
 from .options import (
     Adapter,
@@ -23,19 +22,11 @@ from .options import (
     open_memory,
     path_given,
 )
-from .terminal import print_json, remarks, reported, shown
-
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from beacon_memory.results import ExplainedPassage, Explanation
+from .terminal import print_json, reported
 
 __all__ = ["app"]
 
 app = Commands()
-
-_SHADES = ("dim", "black on #fff3d6", "black on #ffdf9e", "black on #ffc65c", "black on #ffa81a")  # by the share loaded
-_LINES = "\n\t"
 
 
 @app.command()
@@ -75,35 +66,4 @@ def explain(
         if as_json:
             print_json(asdict(explanation))
         elif html is None:
-            _print(explanation)
-
-
-def _print(explanation: "Explanation") -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for document, passages in groupby(explanation.passages, key=lambda passage: passage.document):
-        console.print(shown(document), style="bold", markup=False)
-        for loaded, some in groupby(passages, key=lambda passage: passage.loaded > 0):
-            if not loaded:
-                count = len([*some])
-                console.print(f"  … {count} {'passage' if count == 1 else 'passages'}: nothing loaded", style="dim")
-                continue
-            for passage in some:
-                console.print(f"  {caption(passage)}", style="cyan", markup=False)
-                console.print(_shaded(passage))
-    remarks().print(
-        f"{explanation.slots:,} slots, {explanation.bytes / 1e6:.1f} MB; shades: how much of a word is loaded",
-        style="dim",
-        markup=False,
-    )
-
-
-def _shaded(passage: "ExplainedPassage") -> "Text":
-    from rich.text import Text
-
-    text = Text()
-    for piece, share in pieces(passage):
-        text.append(shown(piece, keep=_LINES), _SHADES[math.ceil(share * (len(_SHADES) - 1))])
-    text.rstrip()
-    return text
+            print_explanation(explanation)

@@ -1,9 +1,6 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
-import contextlib
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from beacon_memory import __version__
-from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError, InputError
+from beacon_memory.errors import InputError
 
-from . import archive, documents, explain, process, serve, store
+from . import archive, chat, documents, explain, mcp, plan, process, serve, store
 from . import eval as evaluation
+from .adding import add_sources
 from .help import Commands
 from .options import (
     PRECISION,
@@ -36,10 +34,10 @@ from .options import (
     open_memory,
     path_given,
     quiet,
+    template_arguments,
 )
 from .terminal import (
     answer_fields,
-    compressing,
     note_sources,
     note_usage,
     prepare_streams,
@@ -53,11 +51,7 @@ from .terminal import (
 
 if TYPE_CHECKING:
     from beacon_memory.bench.contestants import ModelNames
-    from beacon_memory.memory import BeaconMemory
-    from beacon_memory.results import Added
 
-    from .remote import RemoteMemory
-    from .sources import Source
 
 __all__ = ["app", "main"]
 
@@ -72,7 +66,7 @@ app = Commands(
     no_args_is_help=True,
 )
 
-for part in (explain, documents, store, archive, serve):
+for part in (chat, explain, mcp, documents, store, archive, serve, plan):
     app.add_typer(part.app)
 app.add_typer(evaluation.app, name="eval")
 
@@ -97,7 +91,9 @@ def add(
     context: typer.Context,
     paths: Annotated[
         list[str],
-        typer.Argument(help="Text or markdown files, folders, globs, or - for standard input.", parser=name_given),
+        typer.Argument(
+            help="Text, Markdown, HTML, PDF or docx files, folders, globs, or - for standard input.", parser=name_given
+        ),
     ],
     id: Annotated[str | None, typer.Option(help="Id of the document.", show_default="its path as given")] = None,
     ratio: Annotated[
@@ -156,12 +152,12 @@ def add(
         for one in skipped:
             say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
         if not (sources or prune):
-            raise InputError("there is nothing to add: no text or markdown file was found")
+            raise InputError("there is nothing to add: no file that can be read was found")
         how = (chosen, compression, precision)
         if (server := named_server(context)) is not None:
             if prune:
                 raise InputError("--prune looks at files of this machine, and others may have added to that server")
-            failed = _add_all(server, sources, label, how, as_json)
+            failed = add_sources(server, sources, label, how, as_json)
         else:
             memory = open_memory(store, namespace, model, adapter, device, dtype, score)
             gone = find_gone(paths, sources, memory.list()) if prune else []
@@ -173,66 +169,16 @@ def add(
             for missing in gone:  # first: what is added may need their room
                 memory.remove(missing)
                 say(as_json, {"id": missing, "status": "removed"})
-            failed = _add_all(memory, sources, label, how, as_json)
+            failed = add_sources(memory, sources, label, how, as_json)
     if failed:
         raise typer.Exit(1)
-
-
-def _add_all(
-    memory: "BeaconMemory | RemoteMemory",
-    sources: "list[Source]",
-    label: dict[str, Any],
-    how: tuple[int | str, str, str],
-    as_json: bool,
-) -> int:
-    """Add all sources, with a progress bar; returns how many have failed. how: ratio, compression, precision."""
-    from beacon_memory.documents import Document
-
-    from .sources import read_source
-
-    failed: list[str] = []
-
-    def failure(document: Document, error: BeaconMemoryError) -> None:
-        failed.append(document.id)
-        bar.document()
-        say(as_json, {"id": document.id, "status": "failed", "reason": str(error)})
-
-    def documents() -> Iterator[Document]:
-        for source in sources:
-            try:
-                text, metadata = read_source(source), _metadata(memory, source)
-            except BeaconMemoryError as error:
-                failure(Document(source.id, ""), error)
-                continue
-            yield Document(source.id, text, metadata, **label)
-
-    def stored(added: "Added") -> None:
-        bar.document()
-        say(as_json, asdict(added))
-
-    estimate = sum(source.size for source in sources) // 4  # about four bytes a token, until all are tokenized
-    with compressing(len(sources), estimate) as bar:
-        memory.add_many(documents(), *how, progress=bar.tokens, on_added=stored, on_error=failure)
-    return len(failed)
-
-
-def _metadata(memory: "BeaconMemory | RemoteMemory", source: "Source") -> dict[str, object] | None:
-    """Return the metadata that a document has already, with the path that its text is read from now."""
-    from .sources import PATH
-
-    if source.path is None:
-        return None
-    path: dict[str, object] = {PATH: str(source.path.absolute())}
-    with contextlib.suppress(DocumentNotFoundError):
-        return {**memory.show(source.id).metadata, **path}
-    return path
 
 
 @app.command()
 def append(
     id: Annotated[str, typer.Argument(help="Id of the document.")],
     path: Annotated[
-        str, typer.Argument(help="Text file to append to the document; - for standard input.", parser=name_given)
+        str, typer.Argument(help="File whose text to append to the document; - for standard input.", parser=name_given)
     ],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
@@ -246,7 +192,7 @@ def append(
     dtype: DtypeOption = Dtype.AUTO,
     as_json: AsJson = False,
 ) -> None:
-    """Append text to a stored document: only its last window is read again.
+    """Append text to a stored document: only the new text is read.
 
     Compression and precision stay. With another --score than before, the whole document is read again.
 
@@ -321,7 +267,7 @@ def ask(
             "max_new_tokens": max_new_tokens,
         }
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}
-        options["chat_template_kwargs"] = _template_arguments(chat_template_kwargs)
+        options["chat_template_kwargs"] = template_arguments(chat_template_kwargs)
         server = named_server(context)
         chosen = server or open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
         text_of = chosen.text if isinstance(chosen, RemoteMemory) else chosen.store.text
@@ -344,15 +290,6 @@ def ask(
             note_usage(answer)
             if sources:
                 note_sources(answer, text_of)
-
-
-def _template_arguments(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
 
 
 @app.command()
@@ -383,7 +320,7 @@ def info(
             "ratios": list(loaded.config.beacon_ratio),
             "compression": loaded.compression,
             "fingerprint": loaded.fingerprint.digest,
-            "store": str(memory.store.root),
+            "store": memory.store.place,
             "namespace": namespace,
             "documents": kept.documents,
             "bytes": kept.bytes,
@@ -423,7 +360,7 @@ def bench(
     write: Annotated[
         Path | None,
         typer.Option(
-            help="Of a race: page in which its tables stand, to be replaced by those of this one.",
+            help="Of a race: page in which its tables stand, to be replaced by those of this one, length by length.",
             parser=path_given,
             metavar="FILE",
         ),
@@ -480,9 +417,9 @@ def _race(contestants: str | None, lengths: str, page: Path | None, model: "Mode
     except ValueError as error:
         raise InputError(f"--lengths is {lengths!r}, but must be numbers with commas between, as 1000,8000") from error
     names = race.CONTESTANTS if contestants is None else contestants.split(",")
-    done = race.run(model, names, sizes)
-    if page:
-        race.write_into(page, done)
+    for done in race.run(model, names, sizes):
+        if page:
+            race.write_into(page, done)
     if as_json:
         print_json(asdict(done))
     else:
@@ -492,7 +429,8 @@ def _race(contestants: str | None, lengths: str, page: Path | None, model: "Mode
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="TOML file, or a shipped recipe by its name: default, paper.", parser=name_given)
+        str,
+        typer.Argument(help="TOML file, or a shipped recipe's name: answers, default, paper.", parser=name_given),
     ],
     output: Annotated[
         Path, typer.Argument(help="Folder for checkpoints, logs and the finished adapter.", parser=path_given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -43,6 +44,7 @@ __all__ = [
     "path_given",
     "quiet",
     "size",
+    "template_arguments",
 ]
 
 
@@ -88,6 +90,11 @@ def path_given(text: str | Path) -> Path:
     return Path(text)
 
 
+def store_given(text: str | Path) -> str | Path:
+    """Return the URL of a store in a database, or the path of its folder."""
+    return text if isinstance(text, str) and "://" in text else path_given(text)
+
+
 def file_given(text: str | Path) -> Path:
     """Return the path of a file to read."""
     if _there(text).is_dir():
@@ -109,12 +116,12 @@ def _there(text: str | Path) -> Path:
 
 
 Store = Annotated[
-    Path | None,
+    Any,  # str | Path | None: typer takes no unions
     typer.Option(
         envvar="BEACON_MEMORY_STORE",
-        help="Folder of the store.",
+        help="Folder of the store, or the URL of a PostgreSQL database that many machines share.",
         show_default="the user's data folder",
-        parser=path_given,
+        parser=store_given,
         metavar="DIR",
     ),
 ]
@@ -230,6 +237,16 @@ def size(option: str, text: str) -> int | None:
     return bytes_
 
 
+def template_arguments(text: str | None) -> Any:
+    """Return what --chat-template-kwargs hands to a chat template; raises InputError for what is no JSON."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
+
+
 def default_store() -> Path:
     """Return the folder of the store that is used if none is named."""
     import platformdirs
@@ -237,7 +254,7 @@ def default_store() -> Path:
     return platformdirs.user_data_path("beacon-memory") / "store"
 
 
-def open_store(store: Path | None, namespace: str) -> MemoryStore:
+def open_store(store: str | Path | None, namespace: str) -> MemoryStore:
     """Open the store that a command names, without a model."""
     from beacon_memory.storage.store import MemoryStore
 
@@ -246,7 +263,7 @@ def open_store(store: Path | None, namespace: str) -> MemoryStore:
 
 
 def open_memory(
-    store: Path | None,
+    store: str | Path | None,
     namespace: str,
     model: str | None,
     adapter: str | None,

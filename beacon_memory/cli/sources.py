@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beacon_memory.errors import InputError
+from beacon_memory.errors import InputError, MissingDependencyError, UnreadableFileError, UnsupportedFormatError
+from beacon_memory.formats.kinds import find_format
+from beacon_memory.formats.reading import read_file
 
 if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
@@ -21,7 +23,6 @@ __all__ = ["PATH", "Skipped", "Source", "find_gone", "find_sources", "read_sourc
 PATH = "path"  # the name in a document's metadata under which the file stands that its text was read from
 
 STDIN = "-"
-TEXT_SUFFIXES = frozenset({"", ".text", ".txt", ".markdown", ".md", ".rst"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,13 @@ def find_sources(paths: Iterable[str], id: str | None = None) -> tuple[list[Sour
         for found in _find(path):
             if isinstance(found, Skipped):
                 skipped.append(found)
-            elif found.suffix.lower() in TEXT_SUFFIXES:
-                sources.append(Source(found.as_posix(), found))
+                continue
+            try:
+                find_format(name=found.name).require_packages()
+            except (UnsupportedFormatError, MissingDependencyError) as error:
+                skipped.append(Skipped(found, str(error)))
             else:
-                skipped.append(Skipped(found, f"{found.suffix} is neither text nor markdown; convert it first"))
+                sources.append(Source(found.as_posix(), found))
     skipped = list(dict.fromkeys(skipped))
     if id is None:
         return list(dict.fromkeys(sources)), skipped
@@ -158,7 +162,7 @@ def _met(path: Path) -> Iterator[Path | Skipped]:
 
 
 def read_source(source: Source) -> str:
-    """Read the text of a source; raises InputError if that is not possible, or if it is not UTF-8 text."""
+    """Read the text of a source; raises InputError if that is not possible; see `read_file`."""
     try:
         source.id.encode()
     except UnicodeEncodeError:
@@ -169,11 +173,8 @@ def read_source(source: Source) -> str:
         raise InputError("standard input is closed")
     try:
         data = sys.stdin.buffer.read() if source.path is None else source.path.read_bytes()
-        text = data.decode("utf-8-sig")
+        return read_file(data, name="" if source.path is None else source.path.name)
     except OSError as error:
         raise InputError(f"{source.id!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source.id!r} is not UTF-8 text (byte {error.start}); convert it first") from error
-    if "\0" in text:
-        raise InputError(f"{source.id!r} holds NUL characters: it is a binary file, not text")
-    return text
+    except UnreadableFileError as error:
+        raise UnreadableFileError(f"{source.id!r} cannot be read: {error}") from error

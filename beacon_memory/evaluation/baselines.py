@@ -27,12 +27,11 @@ from beacon_memory.kv.quantize import quantized
 from beacon_memory.lookup import Lookup, gist_slots, sections_of_entries
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, document_slots, slots_of
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.ranking import fused
+from beacon_memory.ranking import fused, matches, rank_passages
 from beacon_memory.zoom import allocate, section_counts, zoomed
 
 from .items import Item
 from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
-from .retrieval import matches, rank_passages
 
 __all__ = [
     "BATCH",
@@ -193,7 +192,8 @@ class PrefixBaseline(ReadingBaseline[PrefixMemory]):
         """Return the mean negative log likelihood of a continuation that follows the memory of `context`."""
         prefix = self.memory_to_continue(context).kv
         layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, continuation)])], self.model.config)
-        hidden = self.model.run(layout, self.model.empty_kv(), [], prefixes=[self.model.prefix(prefix)]).hidden
+        prefixes = [self.model.prefix(prefix)]
+        hidden = self.model.run(layout, self.model.empty_kv(), [], prefixes=prefixes, answers=True).hidden
         return mean_nll(self.model.head(hidden[:-1]), continuation[1:])
 
     def memories(self, documents: Sequence[Sequence[int]], ratio: int, compression: str = "beacon") -> list[MemoryKV]:

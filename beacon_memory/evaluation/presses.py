@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from transformers.cache_utils import DynamicLayer
 
 from beacon_memory.errors import InputError, MissingDependencyError
 from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.modeling.answering import in_answers, install_answering
 from beacon_memory.modeling.loading import load_base
-from beacon_memory.modeling.lora import merge_lora
+from beacon_memory.modeling.lora import lora_factors, merge_lora
 from beacon_memory.modeling.model import BeaconModel
 
 from .baselines import Outcome, ReadingBaseline, mean_nll
@@ -37,9 +39,12 @@ PRESSES = {"expected": "ExpectedAttentionPress", "snapkv": "SnapKVPress", "kvzip
 
 
 def stock_model(model: BeaconModel) -> PreTrainedModel:
-    """Load the base of `model` again, without beacons, and merge its LoRA."""
+    """Load the base of `model` again, without beacons, and merge its LoRA; it gets that of answers, too."""
     base, _ = load_base(str(model.base.config.name_or_path), model.device, model.dtype)
+    answers = None if model.answers is None else lora_factors(base, model.answers)
     stock = base if model.lora is None else merge_lora(base, model.lora)
+    if answers is not None:
+        deque(install_answering(stock, *answers), maxlen=0)
     stock.eval()
     return stock
 
@@ -172,7 +177,8 @@ class Selected(ReadingBaseline[Selection]):
         """Return the logits [tokens, vocab] of tokens after a cache, which may have fewer slots than positions."""
         input_ids = torch.tensor([list(ids)], device=self.stock.device)
         positions = torch.arange(position, position + len(ids), device=self.stock.device)[None]
-        logits: Tensor = self.stock(input_ids=input_ids, past_key_values=cache, position_ids=positions).logits[0]
+        with in_answers():
+            logits: Tensor = self.stock(input_ids=input_ids, past_key_values=cache, position_ids=positions).logits[0]
         return logits
 
     @torch.inference_mode()

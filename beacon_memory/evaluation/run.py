@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from beacon_memory.errors import InputError
+from beacon_memory.modeling.lora import lora_digest
 from beacon_memory.modeling.model import BeaconModel
 
 from .baselines import BATCH, Baseline
@@ -237,6 +238,7 @@ def _provenance(model: BeaconModel) -> dict[str, Any]:
         "model": Path(str(model.base.config.name_or_path)).name,
         "base": model.fingerprint.base,
         "adapter": model.fingerprint.adapter,
+        **({} if model.answers is None else {"answers": lora_digest(model.answers)}),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from beacon_memory.errors import InputError
+from beacon_memory.modeling.lora import lora_digest
 
 from .report import read_result, write_report, write_result
 from .run import Result
@@ -131,6 +132,7 @@ def _same_run(result: Result, evaluation: Evaluation, names: Sequence[str], limi
     now = {
         "base": model.fingerprint.base,
         "adapter": model.fingerprint.adapter,
+        "answers": None if model.answers is None else lora_digest(model.answers),
         "dtype": str(model.dtype).removeprefix("torch."),
         "baselines": list(names),
         "limit": limit,

@@ -10,11 +10,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from beacon_memory.errors import CorruptFileError, FingerprintMismatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Fingerprint", "digest_json", "digest_tensors"]
 
@@ -82,6 +83,8 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]], *, sampled: bool = Fal
     only 4,096 evenly spaced elements of each tensor are read. That takes almost no time, and still tells any two
     trainings of a model apart.
     """
+    import torch  # here, so that files are described without it
+
     hasher = hashlib.sha256()
     for name, tensor in sorted(tensors):
         flat = tensor.detach().flatten()

@@ -25,13 +25,12 @@ from beacon_memory.errors import InputError
 
 from .levels import LEVELS, TOP_LEVEL
 from .memory_kv import MemoryKV, counts_of, joined_levels, joining_order
+from .sizes import GROUP
 
 __all__ = ["BITS", "GROUP", "QuantizedKV", "group_count", "group_numbers", "quantized"]
 
 BITS = tuple(one.bits for one in Precision if one.quantized)
-# Both numbers are part of the stored form: with others, stored files could not be read.
-GROUP = 64
-_LARGEST_ROTATION = 256
+_LARGEST_ROTATION = 256  # part of the stored form, as GROUP: with others, stored files could not be read
 _AT_ONCE = 1 << 13  # entries that are dequantized at a time
 # The tensors that move to a device, those with one row for each entry first; counts stay on the CPU.
 _OF_ENTRIES = ("keys", "values", "value_scales", "value_zeros", "positions", "groups")

@@ -6,6 +6,7 @@ An adapter is a folder with these files:
                         with one of its own
     beacon.safetensors  the beacon parameters, and the tensors that a salient placement needs
     reader/             if it has one, a LoRA of the base in PEFT's own form
+    answers/            if it has one, another that is used for what follows a memory alone, see `answering`
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from beacon_memory.errors import AdapterError, ConfigError
 
 __all__ = ["Adapter", "base_name", "read_adapter", "read_published", "write_adapter"]
 
-SETTINGS, WEIGHTS, LORA = "beacon.json", "beacon.safetensors", "reader"
+SETTINGS, WEIGHTS = "beacon.json", "beacon.safetensors"
+LORA, ANSWERS = "reader", "answers"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +44,7 @@ class Adapter:
     tensors: the beacon parameters under their published names; none if the beacons are untrained.
     base:    `name` and `digest` (see Fingerprint.base) of the base that it was made for, as far as known.
     lora:    folder of a PEFT LoRA that has to be merged into the base.
+    answers: folder of a PEFT LoRA that is used for what follows a memory.
     """
 
     config: BeaconConfig
@@ -51,6 +54,7 @@ class Adapter:
     chat_template: str | None = None
     base: Mapping[str, str] = field(default_factory=dict)
     lora: Path | None = None
+    answers: Path | None = None
 
 
 def read_adapter(source: str | Path) -> Adapter:
@@ -66,7 +70,7 @@ def read_adapter(source: str | Path) -> Adapter:
         raise AdapterError(f"{folder} is no adapter: it lacks {Path(error.filename or WEIGHTS).name}") from error
     except (ValueError, AttributeError, SafetensorError, ConfigError) as error:
         raise AdapterError(f"the adapter in {folder} cannot be read: {error}") from error
-    lora = folder / LORA
+    lora, answers = folder / LORA, folder / ANSWERS
     base = settings.get("base") or {}
     return Adapter(
         config=config,
@@ -76,6 +80,7 @@ def read_adapter(source: str | Path) -> Adapter:
         chat_template=settings.get("chat_template"),
         base=base if isinstance(base, dict) else {"name": str(base)},
         lora=lora if lora.is_dir() else None,
+        answers=answers if answers.is_dir() else None,
     )
 
 
@@ -85,7 +90,7 @@ def base_name(base: str | Path) -> str:
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
-    """Write an adapter folder, with a copy of the LoRA if there is one."""
+    """Write an adapter folder, with copies of its LoRAs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
@@ -97,11 +102,11 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
         settings["chat_template"] = adapter.chat_template
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    lora = folder / LORA
-    if adapter.lora is None:
-        shutil.rmtree(lora, ignore_errors=True)  # left by an earlier adapter
-    elif adapter.lora.resolve() != lora.resolve():
-        shutil.copytree(adapter.lora, lora, dirs_exist_ok=True)
+    for source, target in ((adapter.lora, folder / LORA), (adapter.answers, folder / ANSWERS)):
+        if source is None:
+            shutil.rmtree(target, ignore_errors=True)  # left by an earlier adapter
+        elif source.resolve() != target.resolve():
+            shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def read_published(base: str | Path, config: PretrainedConfig) -> Adapter | None:
@@ -149,7 +154,7 @@ def _weight_files(base: str | Path) -> list[str]:
 
 
 def _download(name: str) -> Path:
-    patterns = [SETTINGS, WEIGHTS, f"{LORA}/*"]
+    patterns = [SETTINGS, WEIGHTS, f"{LORA}/*", f"{ANSWERS}/*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -86,6 +86,7 @@ class BeaconPass:
     prefixes: for each sequence the memory that all its windows follow, if any.
     watch:  a function that observes the attention, see Watch.
     ends:   whether the pass ends, with PassEndedError, as soon as K/V of all layers are known.
+    answers: whether its rows are what follows a memory, for which the LoRA of answers is used.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class BeaconPass:
         prefixes: Sequence[Prefix | None] = (),
         watch: Watch | None = None,
         ends: bool = False,
+        answers: bool = False,
     ) -> None:
         device, dtype = past.keys.device, past.keys.dtype
 
@@ -116,6 +118,7 @@ class BeaconPass:
         self.prefixes = prefixes or [None] * len(layout.memories)
         self.watch = watch
         self.ends = ends
+        self.answers = answers
         # Attention takes the rows window by window, but the linear layers need all raw rows first.
         by_window = [row for window in layout.windows for row in window.queries]
         self.by_window = places(by_window)

@@ -1,4 +1,4 @@
-"""A LoRA of the base, merged into its weights when a model is loaded."""
+"""LoRAs of the base: one is merged into its weights when a model is loaded, another may be kept apart for answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel
 from beacon_memory.errors import AdapterError
 from beacon_memory.kv.fingerprint import digest_tensors
 
-__all__ = ["LORA_PREFIX", "LORA_WEIGHTS", "lora_digest", "merge_lora"]
+__all__ = ["LORA_PREFIX", "LORA_WEIGHTS", "lora_digest", "lora_factors", "merge_lora"]
 
 LORA_WEIGHTS = "adapter_model.safetensors"
+Factors = dict[str, tuple[Tensor, Tensor]]  # `down` and `up` by the name of a layer
 LORA_PREFIX = "base_model.model."  # PEFT's files put this before a model's own names
 # What PEFT's settings may say of a plain LoRA. Anything else that is set makes it another kind, which is left to PEFT.
 _PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
@@ -35,43 +37,59 @@ def merge_lora(base: PreTrainedModel, lora: Path) -> PreTrainedModel:
     build its layers. Raises AdapterError for a LoRA that does not fit the base, which is left without any.
     """
     try:
-        settings = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))
-        changes = _plain_changes(base, settings, load_file(lora / LORA_WEIGHTS))
-        if changes is None:
+        plain = _plain_factors(base, lora)
+        if plain is None:
             return _merge_by_peft(base, lora)
     except Exception as error:  # of peft, torch or safetensors, depending on what is wrong with it
         raise AdapterError(f"the LoRA in {lora} does not fit the base model: {error}") from error
-    scaling = settings["lora_alpha"] / settings["r"]
+    factors, scaling = plain
     with torch.no_grad():
-        for layer, down, up in changes:
-            weight = layer.weight
+        for name, (down, up) in factors.items():
+            layer: Any = base.get_submodule(name)
+            weight: Tensor = layer.weight
             change = (up.to(weight.device) @ down.to(weight.device)) * scaling
             # a new tensor: the weight may be a map of the checkpoint, which is copied page by page when written to
             weight.data = (weight + change).to(weight.dtype)
     return base
 
 
-def _plain_changes(
-    base: PreTrainedModel, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> list[tuple[nn.Linear, Tensor, Tensor]] | None:
-    """Return the layers that a plain LoRA changes, each with the two factors of its change, in float32 at least.
+def lora_factors(base: PreTrainedModel, lora: Path) -> tuple[Factors, float]:
+    """Read a plain PEFT LoRA of a stock model that is to be kept apart from its weights.
+
+    Returns by the name of each layer that it changes the factors `down` [rank, in_features] and `up` [out_features,
+    rank], and what their product is multiplied by. Raises AdapterError if it does not fit the base, or is not plain.
+    """
+    try:
+        plain = _plain_factors(base, lora)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"the LoRA of answers in {lora} cannot be read: {error}") from error
+    if plain is None:
+        raise AdapterError(f"the LoRA of answers in {lora} does not fit the base model, or is no plain LoRA")
+    return plain
+
+
+def _plain_factors(base: PreTrainedModel, lora: Path) -> tuple[Factors, float] | None:
+    """Return the factors of a plain LoRA in float32 at least, and its scaling.
 
     None for a LoRA of another kind, or one that does not fit.
     """
+    settings: Mapping[str, Any] = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(lora / LORA_WEIGHTS)
     said = {name: value for name, value in settings.items() if value and name not in _NO_MATTER}
     rank, alpha, targets = (said.pop(name, None) for name in ("r", "lora_alpha", "target_modules"))
     if said != _PLAIN or not isinstance(alpha, int | float) or not isinstance(targets, list):
         return None
-    layers = {f"{LORA_PREFIX}{name}": module for name, module in base.named_modules()}
-    changes = []
-    for name in {name.rpartition(".lora_")[0] for name in tensors}:
-        layer, down, up = layers.get(name), tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
+    layers = dict(base.named_modules())
+    factors: Factors = {}
+    for key in {key.rpartition(".lora_")[0] for key in tensors}:
+        name = key.removeprefix(LORA_PREFIX)
+        layer, down, up = layers.get(name), tensors.get(f"{key}.lora_A.weight"), tensors.get(f"{key}.lora_B.weight")
         if type(layer) is not nn.Linear or down is None or up is None or name.rpartition(".")[2] not in targets:
             return None
         if (*up.shape, *down.shape) != (layer.out_features, rank, rank, layer.in_features):
             return None
-        changes.append((layer, _wide(down), _wide(up)))
-    return changes if changes and 2 * len(changes) == len(tensors) else None
+        factors[name] = (_wide(down), _wide(up))
+    return (factors, alpha / rank) if factors and 2 * len(factors) == len(tensors) else None
 
 
 def _wide(factor: Tensor) -> Tensor:

@@ -34,12 +34,13 @@ from .adapter import (
     with_absent_kinds,
     write_adapter,
 )
+from .answering import install_answering, remove_answering
 from .attention import IMPLEMENTATION, AttentionPass, BeaconPass, PassEndedError, Watch
 from .cache import bring_prefixes
 from .default_model import default_adapter, ensure_default_model
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
 from .loading import load_base, tokenizer_digest
-from .lora import lora_digest, merge_lora
+from .lora import lora_digest, lora_factors, merge_lora
 from .projections import beacon_parameters, install_projections, remove_projections
 from .ratio_mix import mixed_ratios
 from .repetition import RepeatedWindow, Repetition
@@ -89,6 +90,7 @@ class BeaconModel(nn.Module):
 
     adapter:  folder or hub name of the trained beacons, or `untrained`.
     lora:     folder of the LoRA that was merged into the base, if any.
+    answers:  folder of the LoRA that is used for what follows a memory, if any.
     kv_shape: (layers, kv_heads, head_dim) of its K/V.
     leading_bos: the bos token if the tokenizer puts it before every text, else nothing.
     salience: how informative tokens are, see TokenSalience.
@@ -106,6 +108,7 @@ class BeaconModel(nn.Module):
         token_starts_word: Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora: Path | None = None,
+        answers: Path | None = None,
     ) -> None:
         super().__init__()
         self._attentions = attention_modules(base)
@@ -123,13 +126,17 @@ class BeaconModel(nn.Module):
         self.kv_shape = (len(self._attentions), heads, int(attention.head_dim))
         self.adapter = UNTRAINED
         self.lora = lora
+        self.answers = answers
         self._tokenizer = tokenizer
         self.leading_bos = _leading_bos(tokenizer)
         self._hooks: list[RemovableHandle] = []
         try:
+            factors = lora_factors(base, answers) if answers is not None else None
             if lora is not None:
                 self.base = merge_lora(base, lora)
             self._install()
+            if factors is not None:
+                self.install_answering(*factors)
         except BaseException:
             self._uninstall()
             raise
@@ -171,6 +178,7 @@ class BeaconModel(nn.Module):
             token_starts_word=source.token_starts_word,
             tokenizer=tokenizer,
             lora=source.lora,
+            answers=source.answers,
         )
         warn_of_another_base(source, beacons._base_digest, beacons.dtype)
         own = dict(beacons.named_beacon_parameters())
@@ -179,10 +187,10 @@ class BeaconModel(nn.Module):
             beacons.adapter = str(adapter or base)
         return beacons.eval()
 
-    def save_adapter(self, folder: str | Path, lora: Path | None = None) -> None:
-        """Write the beacons, in the model's dtype, and the LoRA to an adapter folder.
+    def save_adapter(self, folder: str | Path, lora: Path | None = None, answers: Path | None = None) -> None:
+        """Write the beacons, in the model's dtype, and the LoRAs to an adapter folder.
 
-        lora: folder of a LoRA that was trained with them; None takes the one that was loaded with them.
+        lora, answers: folders of LoRAs that were trained with them; None takes those that were loaded with them.
         """
         folder = Path(folder)
         adapter = Adapter(
@@ -193,16 +201,18 @@ class BeaconModel(nn.Module):
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
             base={"name": base_name(str(self.base.config.name_or_path)), "digest": self._base_digest},
             lora=lora or self.lora,
+            answers=answers or self.answers,
         )
         write_adapter(folder, adapter)
 
     def load_adapter(self, source: str | Path) -> None:
-        """Load the beacons of another adapter, which must have the same settings and LoRA as this model.
+        """Load the beacons of another adapter, which must have the same settings and LoRAs as this model.
 
         Raises AdapterError if it has not. `from_pretrained` loads any adapter.
         """
         adapter = read_adapter(source)
-        if adapter.config != self.config or lora_digest(adapter.lora) != lora_digest(self.lora):
+        pairs = ((adapter.lora, self.lora), (adapter.answers, self.answers))
+        if adapter.config != self.config or any(lora_digest(one) != lora_digest(own) for one, own in pairs):
             raise AdapterError(
                 f"the adapter in {source} has other settings or another LoRA than the loaded model; "
                 "load it with BeaconModel.from_pretrained(base, adapter=...)"
@@ -256,10 +266,16 @@ class BeaconModel(nn.Module):
         for _, parameter in self.named_beacon_parameters():
             parameter.requires_grad_(True)
 
+    def install_answering(self, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> None:
+        """Put a LoRA of answers into the base; see `answering.install_answering`."""
+        for hook in install_answering(self.base, factors, scaling):
+            self._hooks.append(hook)
+
     def _uninstall(self) -> None:
-        """Undo `_install`, even if it failed half-way."""
+        """Undo what was installed, even if that failed half-way."""
         while self._hooks:
             self._hooks.pop().remove()
+        remove_answering(self.base)
         remove_projections(self._attentions)
         self.base.set_attn_implementation(self._base_attention)
         for name, parameter in self.base.named_parameters():
@@ -268,8 +284,8 @@ class BeaconModel(nn.Module):
     def detach(self) -> PreTrainedModel:
         """Take the beacons off the base and return it: a stock model, with its own modules, hooks and attention.
 
-        A LoRA stays merged into its weights. Afterwards this BeaconModel raises ModelError when it is to read, to load
-        a memory, or to save its beacons.
+        A LoRA stays merged into its weights; that of answers is taken off. Afterwards this BeaconModel raises
+        ModelError when it is to read, to load a memory, or to save its beacons.
         """
         self._uninstall()
         self.__dict__.pop("fingerprint", None)
@@ -393,6 +409,7 @@ class BeaconModel(nn.Module):
         *,
         prefixes: Sequence[Prefix | None] = (),
         watch: Watch | None = None,
+        answers: bool = False,
     ) -> PassOutput:
         """Run one forward pass through the base's decoder, without its language-model head.
 
@@ -400,9 +417,12 @@ class BeaconModel(nn.Module):
         keep:     numbers of the pool entries whose K/V are returned, in this order.
         prefixes: for each sequence a memory that it follows, or None; empty if no sequence has one.
         watch:    a function that observes the attention of every window, see Watch.
+        answers:  whether its rows are what follows a memory, for which the LoRA of answers is used.
         """
         hidden = self.config.beacon_attn == "hidden"
-        beacon_pass = BeaconPass(layout, self.rope, past, keep, hidden=hidden, prefixes=prefixes, watch=watch)
+        beacon_pass = BeaconPass(
+            layout, self.rope, past, keep, hidden=hidden, prefixes=prefixes, watch=watch, answers=answers
+        )
         last = self._decode(layout.raw_ids, beacon_pass, anchor_ids=layout.anchor_ids)
         return PassOutput(last[0, : len(layout.raw_ids)], beacon_pass.collected)
 

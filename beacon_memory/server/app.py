@@ -17,7 +17,7 @@ from .guard import Guard
 from .keys import Keys
 from .observing import Observing
 from .refusals import refuse
-from .routes import chat, documents, jobs, operations
+from .routes import chat, documents, jobs, operations, page
 from .service import Service
 
 __all__ = ["make_app"]
@@ -50,7 +50,7 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     refuse(app)
     app.add_exception_handler(ClientGoneError, _gone)
-    for part in (chat, documents, jobs, operations):
+    for part in (chat, documents, jobs, operations, page):
         app.include_router(part.router)
     keys = None if settings.keys is None else Keys(settings.keys)
     app.add_middleware(BodyLimit, most=settings.most_body)

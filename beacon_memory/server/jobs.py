@@ -23,7 +23,7 @@ from typing import Any
 
 from beacon_memory.documents import utc_now
 from beacon_memory.errors import ConflictError
-from beacon_memory.storage.catalog.connections import Connections
+from beacon_memory.storage.catalog.connections import SQLiteConnections
 from beacon_memory.storage.files.durable import create_file, make_folder
 from beacon_memory.storage.files.locks import claimed
 
@@ -120,7 +120,7 @@ class Jobs:
         if not self._held.enter_context(claimed(folder / "lock")):
             raise ConflictError(f"another server works on the store {str(root)!r}; stop it, or name another store")
         create_file(folder / "jobs.sqlite3")
-        self._database = Connections(folder / "jobs.sqlite3")
+        self._database = SQLiteConnections(folder / "jobs.sqlite3")
         with self._database.transaction() as db:
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 db.execute(statement)

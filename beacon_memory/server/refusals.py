@@ -20,7 +20,10 @@ from beacon_memory.errors import (
     DocumentNotFoundError,
     FingerprintMismatchError,
     InputError,
+    MissingDependencyError,
     QuotaError,
+    UnreadableFileError,
+    UnsupportedFormatError,
 )
 
 __all__ = ["INTERNAL", "RefusedError", "refusal_of", "refuse"]
@@ -32,6 +35,9 @@ _MOST_SHOWN = 3  # flaws of a body that a message names
 _TOLD: Sequence[tuple[type[BeaconMemoryError], int, str]] = (
     (DocumentNotFoundError, 404, "document_not_found"),
     (CapacityError, 400, "context_length_exceeded"),
+    (UnsupportedFormatError, 415, "unsupported_media_type"),
+    (MissingDependencyError, 415, "unsupported_media_type"),  # whoever runs the server did not install what reads it
+    (UnreadableFileError, 422, "unreadable_file"),
     (InputError, 400, "invalid_value"),
     (ConfigError, 400, "invalid_value"),
     (ConflictError, 409, "conflict"),

@@ -20,7 +20,6 @@ from .metrics import Metrics
 from .news import News
 from .refusals import RefusedError
 from .settings import ServerSettings
-from .uploads import ReadFile, read_plain
 
 __all__ = ["ALIAS", "Admin", "Reader", "Service", "Visit", "Writer", "current"]
 
@@ -30,16 +29,13 @@ ALIAS = "beacon-memory"  # a name by which any server's model goes
 class Service:
     """The model and the store of a server, and what works on them; used from `begin` to `end`.
 
-    jobs: of the store; they outlive the service. read_file: how uploads become texts.
+    jobs: of the store; they outlive the service.
     """
 
-    def __init__(
-        self, memory: BeaconMemory, jobs: Jobs, settings: ServerSettings, read_file: ReadFile = read_plain
-    ) -> None:
+    def __init__(self, memory: BeaconMemory, jobs: Jobs, settings: ServerSettings) -> None:
         self.memory = memory
         self.jobs = jobs
         self.settings = settings
-        self.read_file = read_file
         self.metrics = Metrics()
         self.answering = Answering(settings, self.metrics)
         self.stopping = False

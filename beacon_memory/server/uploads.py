@@ -1,29 +1,24 @@
 """Uploads: what a request to store or append brings, be it JSON or a file as it is.
 
-A file's label comes as query parameters: `?tag=contract&pinned=true`. Files that are not plain text need a reader.
+A file's label comes as query parameters: `?tag=contract&pinned=true`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from email.message import Message
 from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, model_validator
 from starlette.datastructures import QueryParams
 
 from beacon_memory.documents import KEEP, Keep, Label, choose_precision
 from beacon_memory.errors import InputError
+from beacon_memory.formats.reading import read_file
 
-from .refusals import RefusedError
+__all__ = ["AppendBody", "LabelBody", "PutBody", "read_append", "read_put"]
 
-__all__ = ["AppendBody", "LabelBody", "PutBody", "ReadFile", "read_append", "read_plain", "read_put"]
-
-ReadFile = Callable[[bytes, str], str]
-"""Return the text of a file, of its bytes and media type; raise RefusedError with 415 for a type that is not read."""
-
-_PLAIN = ("text/plain", "text/markdown", "text/x-markdown")
 _METADATA: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, JsonValue])
 _OF_QUERY = ("pinned", "expires_at", "ratio", "compression", "precision")
 
@@ -91,40 +86,26 @@ class AppendBody(_Body):
         return self
 
 
-async def read_put(request: Request, read: ReadFile) -> PutBody:
+async def read_put(request: Request, id: str) -> PutBody:
     """Return the document that a request brings."""
-    return await _read(request, PutBody, read)
+    return await _read(request, PutBody, id)
 
 
-async def read_append(request: Request, read: ReadFile) -> AppendBody:
+async def read_append(request: Request, id: str) -> AppendBody:
     """Return what a request puts behind a document."""
-    return await _read(request, AppendBody, read)
+    return await _read(request, AppendBody, id)
 
 
-def read_plain(data: bytes, media_type: str) -> str:
-    """Read plain text and Markdown; raises RefusedError for any other type, and for what is not UTF-8."""
-    if media_type not in _PLAIN:
-        raise RefusedError(
-            415,
-            "unsupported_media_type",
-            f"files of type {media_type[:100]!r} are not read; send application/json with a text, or "
-            f"{' or '.join(_PLAIN[:2])} in UTF-8",
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RefusedError(
-            422, "not_utf_8", f"the text is not UTF-8: byte {error.start} is {data[error.start]:#04x}"
-        ) from None
-
-
-async def _read(request: Request, form: type[_Form], read: ReadFile) -> _Form:
+async def _read(request: Request, form: type[_Form], id: str) -> _Form:
     header = Message()
     header["content-type"] = request.headers.get("content-type", "application/octet-stream")
     media_type, data = header.get_content_type(), await request.body()
     if media_type == "application/json":
-        return form.model_validate_json(data)
-    return form.model_validate({"text": read(data, media_type), **_of_query(request.query_params, form)})
+        return await run_in_threadpool(form.model_validate_json, data)  # which may be long
+    label = _of_query(request.query_params, form)
+    # a client that says nothing of the type, as curl -T, may tell it by the ending of the id
+    text = await run_in_threadpool(read_file, data, name=id, media_type=header["content-type"])
+    return form.model_validate({"text": text, **label})
 
 
 def _of_query(query: QueryParams, form: type[_Body]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from beacon_memory.storage.files.conversation_file import read_conversation, sta
 from beacon_memory.storage.files.durable import is_there, move_into_place, sync_file, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_kv_file, stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, read_label, stage_label
-from beacon_memory.storage.files.locks import alone, writing
+from beacon_memory.storage.files.locks import alone
 from beacon_memory.storage.files.names import new_temp, temps_in
 from beacon_memory.storage.files.stored_kv import not_finite
 
@@ -283,8 +283,10 @@ def _workshop(path: Path) -> Iterator[Path]:
                 unlink(temp)
             yield folder
         finally:
-            for left in (*temps_in(folder), lock):
-                unlink(left)
+            # what cannot be removed now is by the next export: it does not make this one fail
+            with contextlib.suppress(StoreError):
+                for left in (*temps_in(folder), lock):
+                    unlink(left)
             with contextlib.suppress(OSError):  # of somebody who has put something of their own there
                 folder.rmdir()
 
@@ -372,7 +374,7 @@ def _extracted(store: MemoryStore, file: IO[bytes], members: Sequence[Member], p
     """Copy files of an archive into temporary ones."""
     store.parts.make_folder()
     temps: list[Path] = []
-    with writing(store.folder), contextlib.ExitStack() as extracted:  # nobody sweeps what is being extracted
+    with store.parts.locks.writing(), contextlib.ExitStack() as extracted:  # nobody sweeps what is being extracted
         staging = store.files.make_staging()
         for _ in members:
             temps.append(new_temp(staging))

@@ -3,7 +3,7 @@
     folder/sessions/<hash of id>.json  the copy of one
 
 The row is committed before its copy is written, and removed after it was put aside. So a copy is never newer than its
-row, nor without one, unless the catalog has lost what was committed.
+row, nor without one, unless the catalog has lost what was committed. A catalog that many machines share has no copies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from beacon_memory.storage.files.durable import (
     sync_folder,
     unlink,
 )
-from beacon_memory.storage.files.locks import alone
 from beacon_memory.storage.files.names import TEMP_PREFIX, hash_id, temps_in
 
 from .parts import StoreParts, named
@@ -73,7 +72,7 @@ class StoredConversations:
         One without a row is read from its copy: the catalog was lost, or the file is of before there were rows.
         """
         kept = self._parts.catalog().conversations.get(id)
-        if kept is None:
+        if kept is None and not self._parts.shared:
             with contextlib.suppress(FileNotFoundError):
                 return self._copy(self._folder / _name(id))
         return kept
@@ -89,6 +88,9 @@ class StoredConversations:
             created = old.created_at if old else conversation.created_at
             changed = utc_after(old.updated_at) if old and old.updated_at else utc_now()
             conversation = replace(conversation, created_at=created or changed, updated_at=changed)
+            if self._parts.shared:
+                catalog.conversations.put(conversation)
+                return conversation
             temp = self._stage(conversation)
             try:
                 catalog.conversations.put(conversation)
@@ -104,6 +106,9 @@ class StoredConversations:
     def remove(self, id: str) -> None:
         """Remove a conversation, damaged or not, if there is one. Its documents stay. Raises StoreError."""
         with self._parts.writing() as catalog:
+            if self._parts.shared:
+                catalog.conversations.remove(id)
+                return
             path = self._path(id)
             aside = path.with_name(f"{TEMP_PREFIX}-{secrets.token_hex(8)}")
             try:
@@ -126,7 +131,8 @@ class StoredConversations:
     def alone(self, id: str) -> Iterator[None]:
         """Let nobody else change a conversation; raises StoreError if somebody does for more than 120 seconds."""
         self._make_folder()
-        with alone(self._path(id).with_suffix(".lock"), f"the session {id!r} is being written by another"):
+        name = self._path(id).with_suffix(".lock").relative_to(self._parts.folder).as_posix()
+        with self._parts.locks.alone(name, f"the session {id!r} is being written by another"):
             yield
 
     def temps(self) -> Iterator[Path]:
@@ -152,10 +158,14 @@ class StoredConversations:
         known = set()
         for row in self._parts.catalog().conversations.scan():
             path = self._folder / _name(row.id)
+            if self._parts.shared:
+                if isinstance(row, DamagedRow) and (among is None or path in among):
+                    yield ConversationFlaw("damaged-row", path, row.message, None)
+                continue
             known.add(path)
             if (among is None or path in among) and (flaw := self._flaw_of(row, path)):
                 yield flaw
-        if is_link(self._folder):
+        if self._parts.shared or is_link(self._folder):
             return
         for entry in entries(self._folder):
             path = Path(entry.path)

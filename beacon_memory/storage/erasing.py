@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.files.durable import entries, identity
-from beacon_memory.storage.files.locks import tidying
+from beacon_memory.storage.files.durable import entries
 from beacon_memory.storage.files.marks import marked_labels
 from beacon_memory.storage.files.names import file_stem, number_of, stem_of
 
@@ -41,7 +40,7 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
     cannot be removed: the documents are gone then, and `erase(store)` goes on with what is left.
     """
     ids = list(dict.fromkeys(ids))
-    if not identity(store.folder):
+    if not store.parts.begun:
         for id in ids:
             store.row(id)
         return
@@ -50,7 +49,7 @@ def erase(store: MemoryStore, ids: Iterable[str] = ()) -> None:
             f"{store.folder} holds {', '.join(aside)}, put aside by `repair` with all texts of that time: when you "
             f"need it no more, remove it, and erase again"
         )
-    with tidying(store.folder):
+    with store.parts.locks.tidying():
         catalog, files = store.parts.catalog(), store.files
         with catalog.transaction():
             expired, _ = delete_expired(catalog)

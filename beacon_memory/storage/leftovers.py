@@ -23,12 +23,12 @@ def suspected_files(catalog: Catalog, files: Files) -> set[str]:
 def unnamed_files(catalog: Catalog, files: Files, suspected: set[str]) -> Iterator[tuple[str, bool]]:
     """Yield those of the suspected files that are there and that no row names, sorted. Nobody may be writing.
 
-    With each it is told whether it is a leftover: if the catalog says so, of a segment by the file before it, if its
-    mark does, or if its document has a later one. Any other was written for a catalog that is no longer there, or after
+    With each it is told whether it is a leftover: if the catalog says so, of a segment by the first file, if its mark
+    does, or if its document has a later one. Any other was written for a catalog that is no longer there, or after
     the backup that this one was restored from, or its row was damaged.
     """
     catalog.sync()  # or what is removed now could be named by the row that a power cut brings back
-    unsettled = catalog.file_names.unsettled()
+    unsettled, begun = catalog.file_names.unsettled(), catalog.file_names.begun()
     named: set[str] = set()
     latest: dict[str, int] = {}
     for stem in set(map(stem_of, suspected)):
@@ -36,7 +36,8 @@ def unnamed_files(catalog: Catalog, files: Files, suspected: set[str]) -> Iterat
         named |= of_document
         latest[stem] = max(map(version_of, of_document), default=0)
     for name in sorted(files.present(suspected) - _named(named)):
-        left = number_of(base_of(name)) in unsettled or identity(mark_of(files, name)) is not None
+        left = number_of(base_of(name)) in unsettled or number_of(name) in begun
+        left = left or identity(mark_of(files, name)) is not None
         yield name, left or 0 < version_of(name) < latest[stem_of(name)]
 
 

@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from beacon_memory.documents import check_namespace
-from beacon_memory.errors import CorruptFileError, InputError, MismatchedFileError
+from beacon_memory.errors import CorruptFileError, InputError, MismatchedFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.postgres.catalog import PostgresCatalog, check_url, is_url, namespaces_at, schema_of
+from beacon_memory.storage.catalog.postgres.connections import PostgresConnections
+from beacon_memory.storage.catalog.postgres.locks import PostgresLocks
+from beacon_memory.storage.catalog.postgres.migrations import exists
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend, check_scheme, url_of, within
 from beacon_memory.storage.files.durable import (
@@ -28,7 +33,7 @@ from beacon_memory.storage.files.durable import (
     refuse_links,
     status,
 )
-from beacon_memory.storage.files.locks import renew_in_forks, tidying, writing
+from beacon_memory.storage.files.locks import FolderLocks, Locks, renew_in_forks
 from beacon_memory.storage.files.names import hash_id
 
 from .settings import Settings, keep_copy, open_files, read_copy
@@ -41,17 +46,27 @@ CATALOG = "catalog.sqlite3"
 class StoreParts:
     """The folder, catalog, settings and files of a namespace ("" is the one outside of all others).
 
+    place: the folder of the store, or the URL of the database that many machines share.
     given: the backend of the whole store's files, or its URL, if the store was opened with one.
+    cache: where this machine keeps its part of a store in a database, by default in the user's folder for caches.
 
-    The folder is created by the first write. Before that, the catalog reads as empty.
+    The first write creates folder and catalog. Before that, the catalog reads as empty.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], namespace: str = "", given: FilesBackend | str | None = None
+        self,
+        place: str | os.PathLike[str],
+        namespace: str = "",
+        given: FilesBackend | str | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not os.fspath(root):
+        if not os.fspath(place):
             raise InputError("a store needs a folder, got an empty path; the current folder is '.'")
-        self.root = Path(root).absolute()  # the same one wherever this process goes
+        self.url = check_url(str(place)) if is_url(place) else None
+        if cache is not None and self.url is None:
+            raise InputError(f"cache={os.fspath(cache)!r} is for a store in a database; one in a folder has its own")
+        # the same folder wherever this process goes
+        self.root = Path(place if self.url is None else cache or _cache_of(self.url)).absolute()
         self.namespace = check_namespace(namespace)
         self.folder = folder_of(self.root, self.namespace)
         refuse_links(self.root, self.folder)
@@ -66,6 +81,7 @@ class StoreParts:
         self._catalog: Catalog | None = None
         self._opened: tuple[int, int] | None = None
         self._files: tuple[tuple[str | None, int], Files] | None = None
+        self._connections: PostgresConnections | None = None
         renew_in_forks(self)
 
     def _renew(self) -> None:
@@ -78,6 +94,43 @@ class StoreParts:
             if self._catalog is not None:
                 self._catalog.close()
                 self._catalog = None
+            if self._connections is not None:
+                self._connections.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether many machines share the catalog."""
+        return self.url is not None
+
+    @property
+    def catalog_path(self) -> str:
+        """Where the catalog is, as messages say it."""
+        return self.url or str(self.folder / CATALOG)
+
+    @property
+    def begun(self) -> bool:
+        """Whether anybody has written to the namespace."""
+        return self._there() if self.shared else identity(self.folder) is not None
+
+    @property
+    def locks(self) -> Locks:
+        """The locks that all share who write to the namespace."""
+        if self.url is None:
+            return FolderLocks(self.folder)
+        return PostgresLocks(self.connections)
+
+    @property
+    def connections(self) -> PostgresConnections:
+        """The connections to the database of a catalog that many machines share."""
+        if self._connections is None:
+            self._connections = PostgresConnections(str(self.url), schema_of(self.namespace))
+        return self._connections
+
+    def _there(self) -> bool:
+        """Tell whether there is a catalog."""
+        if self.url is None:
+            return identity(self.folder / CATALOG) is not None
+        return self._catalog is not None or exists(self.connections)
 
     @property
     def open_catalog(self) -> Catalog | None:
@@ -87,6 +140,8 @@ class StoreParts:
 
     def catalog(self, *, create: bool = False) -> Catalog:
         """Return the catalog; an empty one in memory if there is none yet, unless `create`."""
+        if self.shared:
+            return self._shared_catalog(create)
         path = self.folder / CATALOG
         with self._opening:
             found = status(path)
@@ -100,11 +155,24 @@ class StoreParts:
                     return self._nothing
                 self.make_folder()
                 create_file(path)  # SQLite would let others read it; the log beside it has the same rights
-                self._catalog = Catalog(path)
+                self._catalog = SQLiteCatalog(path)
                 self._opened = identity(path)
                 if not begun or self._is_bare(self._catalog):
                     self._begin(self._catalog)
                 self._require_own(self._catalog)
+            return self._catalog
+
+    def _shared_catalog(self, create: bool) -> Catalog:
+        with self._opening:
+            if self._catalog is None:
+                begun = self._there()
+                if not create and not begun:
+                    return self._nothing
+                catalog = PostgresCatalog(self.connections)
+                if not begun or self._is_bare(catalog):
+                    self._begin(catalog)
+                self._catalog = catalog
+                self._require_own(catalog)
             return self._catalog
 
     def _require_own(self, catalog: Catalog) -> None:
@@ -132,24 +200,24 @@ class StoreParts:
 
         create: also a store that was never written to; without it, that yields an empty catalog in memory.
         """
-        if not create and not identity(self.folder):
+        if not create and not self.begun:
             yield self._nothing
             return
         self.make_folder()
-        with writing(self.folder):
+        with self.locks.writing():
             yield self.catalog(create=create)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[Catalog]:
         """Wait until nobody writes, and let nobody write while the catalog that is yielded is changed."""
         self.make_folder()
-        with tidying(self.folder):
+        with self.locks.tidying():
             yield self.catalog(create=True)
 
     @property
     def settings(self) -> Settings:
         """The settings as they are now, whichever process changed them."""
-        if self.namespace and not identity(self.folder / CATALOG):
+        if self.namespace and not self._there():
             return self._first_settings
         return Settings.of(self.catalog())
 
@@ -162,6 +230,13 @@ class StoreParts:
         place = settings.files, settings.cache_bytes
         opened = self._files  # another thread may open others meanwhile
         if opened is None or opened[0] != place:
+            if self.shared and settings.files is None:
+                raise StoreError(
+                    f"{self.url} has no place for K/V files that all machines reach: name one when the store is "
+                    f"opened, MemoryStore(..., files='s3://bucket/prefix'), or with `beacon-memory settings --files`"
+                )
+            if self.shared:
+                self.make_folder()
             catalog = self.catalog(create=settings.files is not None)
             owner = str(catalog.properties.get("identity"))
             opened = self._files = place, open_files(settings, self.folder, owner, self._backend)
@@ -198,7 +273,7 @@ class StoreParts:
             elif self.namespace:
                 catalog.properties.set("namespace", self.namespace)
                 self._first_settings.write(catalog)
-            if not kept and self._backend is not None:
+            if not kept and self._backend is not None and catalog.properties.get("files") is None:
                 catalog.properties.set("files", url_of(self._backend))
             if not kept and (self.namespace or self._backend is not None):
                 keep_copy(catalog, self.folder)
@@ -206,19 +281,26 @@ class StoreParts:
     @property
     def kept_properties(self) -> dict[str, Any]:
         """The copy of the catalog's properties; none if it is missing, damaged, or of another namespace."""
-        kept = read_copy(self.folder)
+        kept = {} if self.shared else read_copy(self.folder)
         return kept if kept.get("namespace", "") == self.namespace else {}
 
     @property
     def _first_settings(self) -> Settings:
         """The settings that a new namespace begins with: those of the store."""
-        with contextlib.closing(StoreParts(self.root)) as whole:
+        with contextlib.closing(StoreParts(self.url or self.root, cache=self.root if self.url else None)) as whole:
             return whole.settings.below(self.folder.relative_to(self.root))
 
     @functools.cached_property
     def _nothing(self) -> Catalog:
         """An empty catalog in memory, for a store that was never written to."""
-        return Catalog(":memory:")
+        return SQLiteCatalog(":memory:")
+
+
+def _cache_of(url: str) -> Path:
+    """Return the folder of this machine for a store in a database."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("beacon-memory") / "stores" / hash_id(url)
 
 
 def folder_of(root: Path, namespace: str) -> Path:
@@ -231,8 +313,11 @@ def named(namespace: str) -> str:
     return f"the namespace {namespace!r}" if namespace else "the store outside of all namespaces"
 
 
-def namespace_names(root: Path) -> list[str]:
-    """Return the names of all namespaces that were ever written to, sorted; "" is the one outside of all others."""
+def namespace_names(parts: StoreParts) -> list[str]:
+    """Return the names of all namespaces of a store that were ever written to, sorted; "" is outside of all others."""
+    if parts.url is not None:
+        return namespaces_at(parts.url)
+    root = parts.root
     found = [""] if identity(root / CATALOG) else []
     refuse_links(root, root / "namespaces")
     for folder in entries(root / "namespaces"):
@@ -240,7 +325,7 @@ def namespace_names(root: Path) -> list[str]:
         if is_link(Path(folder.path)) or not identity(path):
             continue
         try:
-            with contextlib.closing(Catalog(path)) as catalog:
+            with contextlib.closing(SQLiteCatalog(path)) as catalog:
                 name = catalog.properties.get("namespace")  # none if its first writer was killed
         except CorruptFileError:  # which those who use it learn
             name = read_copy(path.parent).get("namespace")

@@ -25,7 +25,7 @@ from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.durable import unlink
 from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
-from beacon_memory.storage.files.label_file import label_name, read_label, stage_label
+from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.marks import lay_label_mark, lay_mark, sync_mark
 from beacon_memory.storage.files.names import base_of, file_stem, number_of, segment_name
 from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
@@ -33,7 +33,7 @@ from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
 from .parts import StoreParts
 from .records import label_of
 
-__all__ = ["NewFile", "Publisher", "Segment", "write_label"]
+__all__ = ["NewFile", "Publisher", "Segment", "label_beside", "write_label"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Publisher:
     def _has_label(self, row: DocumentRow) -> bool:
         """Tell whether the label file of a row says what the row says."""
         try:
-            stored = read_file(self._parts.files, label_name(row.file), read_label)
+            stored = label_beside(self._parts, row.file)
             return stored == label_of(row, self._parts.namespace)
         except (CorruptFileError, FileNotFoundError):
             return False
@@ -163,6 +163,18 @@ class Publisher:
             with contextlib.suppress(StoreError):  # then `repair` does
                 self._parts.catalog().file_names.settle(map(number_of, settled))
         return len(gone) == len(names)
+
+
+def label_beside(parts: StoreParts, file: str) -> StoredLabel:
+    """Read the label of a document as it is now, by the name of its K/V file.
+
+    A label keeps its name when it changes, so where many machines share a store, the cache of one may have an old one.
+
+    Raises FileNotFoundError or CorruptFileError.
+    """
+    if parts.shared:
+        parts.files.refresh(label_name(file))
+    return read_file(parts.files, label_name(file), read_label)
 
 
 def write_label(parts: StoreParts, row: DocumentRow) -> None:

@@ -38,7 +38,6 @@ from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.durable import identity, unlink
 from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label
-from beacon_memory.storage.files.locks import looking, tidying
 from beacon_memory.storage.files.marks import mark_of, marked_labels
 from beacon_memory.storage.files.names import (
     EVERYWHERE,
@@ -55,7 +54,7 @@ from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 
 from .leftovers import suspected_files, unnamed_files
 from .parts import CATALOG, named
-from .publishing import write_label
+from .publishing import label_beside, write_label
 from .reading import read_files
 from .records import label_of, row_of
 from .settings import COPY, adopt_copy, copy_is_newer, keep_copy, read_copy
@@ -67,7 +66,7 @@ __all__ = ["PUT_ASIDE", "Problem", "ProblemKind", "repair", "verify"]
 PUT_ASIDE = "damaged-"  # begins the names of catalogs that could not be mended
 
 Mend = Callable[[], object] | None
-Holding = Callable[[Path], contextlib.AbstractContextManager[None]]
+Holding = contextlib.AbstractContextManager[None]
 ProblemKind = Literal[
     "damaged-catalog",
     "damaged-row",
@@ -106,7 +105,7 @@ class Problem:
 
 def verify(store: MemoryStore) -> list[Problem]:
     """Read every file in full, compare it with its row, and return what is wrong; [] for a sound store."""
-    return [problem for problem, _ in _look(store, looking)]
+    return [problem for problem, _ in _look(store, store.parts.locks.looking())]
 
 
 def repair(store: MemoryStore) -> list[Problem]:
@@ -119,37 +118,38 @@ def repair(store: MemoryStore) -> list[Problem]:
     try:
         store.parts.catalog()
     except MismatchedFileError as error:  # nothing is damaged: folders have to change places
-        return [Problem("damaged-catalog", None, str(store.folder / CATALOG), str(error))]
+        return [Problem("damaged-catalog", None, store.parts.catalog_path, str(error))]
     except CorruptFileError:
         pass
     done = _mend_catalog(store)
-    for problem, mend in _look(store, tidying):
+    for problem, mend in _look(store, store.parts.locks.tidying()):
         mended = False
         if mend is not None:
             with contextlib.suppress(BeaconMemoryError, FileNotFoundError):
                 mend()
                 mended = True
         done.append(replace(problem, mended=mended))
-    if identity(store.folder):
+    if store.parts.begun:
         _settle(store)
     return [replace(problem, mended=problem.mended or _found_again(store, problem)) for problem in done]
 
 
 def _mend_catalog(store: MemoryStore) -> list[Problem]:
     """Make a catalog readable again, or else put it aside; returns what was wrong with it."""
-    path = store.folder / CATALOG
     found = left = _flaws(store)
     if found:
         with contextlib.suppress(CorruptFileError):
             mend_catalog(store.parts.catalog(), store.parts.kept_properties)
             store.close()  # some damage shows when a database is opened
             left = _flaws(store)
+    if left and store.parts.shared:  # of which there are no copies to make it anew from
+        return [Problem("damaged-catalog", None, store.parts.catalog_path, one) for one in left]
     if left:
-        with tidying(store.folder):
+        with store.parts.locks.tidying():
             if left := _flaws(store):  # another process may have put it aside by now
-                fate = _put_aside(store, path)
+                fate = _put_aside(store, store.folder / CATALOG)
                 left = [f"{one}; {fate}" for one in left]
-    return [Problem("damaged-catalog", None, str(path), one, mended=True) for one in left or found]
+    return [Problem("damaged-catalog", None, store.parts.catalog_path, one, mended=True) for one in left or found]
 
 
 def _put_aside(store: MemoryStore, path: Path) -> str:
@@ -174,7 +174,7 @@ def _put_aside(store: MemoryStore, path: Path) -> str:
 def _flaws(store: MemoryStore) -> list[str]:
     """Return what is wrong with a catalog, its single rows and texts apart."""
     try:
-        catalog = store.parts.catalog(create=identity(store.folder) is not None)  # one that was lost begins anew
+        catalog = store.parts.catalog(create=store.parts.begun)  # one that was lost begins anew
         found = find_flaws(catalog)
         for _ in itertools.chain(catalog.documents.scan(), catalog.conversations.scan()):
             pass
@@ -194,21 +194,21 @@ def _carried(store: MemoryStore) -> dict[str, Any]:
 def _look(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
     """Yield all problems, each with a function that mends it, to be called before the next problem is asked for.
 
-    holding: how to hold off writers, `looking` or `tidying`.
+    holding: holds off writers, while it is entered.
     """
-    if not identity(store.folder):
+    if not store.parts.begun:
         return
     try:
         yield from _look_at_all(store, holding)
     except (CorruptFileError, InputError) as error:  # as in `_flaws`: what is wrong with files is said one by one
-        yield Problem("damaged-catalog", None, str(store.folder / CATALOG), str(error)), None
+        yield Problem("damaged-catalog", None, store.parts.catalog_path, str(error)), None
 
 
 def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem, Mend]]:
     """Look at catalog, documents, versions, copy of the settings, labels, conversations and unnamed files."""
     catalog = store.parts.catalog()
     for message in find_flaws(catalog):
-        yield Problem("damaged-catalog", None, str(store.folder / CATALOG), message), None
+        yield Problem("damaged-catalog", None, store.parts.catalog_path, message), None
     for row in catalog.documents.scan():
         if isinstance(row, DamagedRow):
             yield Problem("damaged-row", row.id, None, row.message), partial(_remake_row, store, row)
@@ -220,7 +220,7 @@ def _look_at_all(store: MemoryStore, holding: Holding) -> Iterator[tuple[Problem
     # Nearly all labels and files are found sound here, so that few must be looked at again while all writers wait
     suspects = [row.id for row in catalog.documents.scan() if _label_flaw(store, row)]
     unnamed, conversations = suspected_files(catalog, files), store.conversations.suspected()
-    with holding(store.folder):
+    with holding:
         yield from _look_at_copy(store)
         for id in suspects:
             yield from _look_at_label(store, id)
@@ -286,6 +286,8 @@ def _look_at_version(store: MemoryStore, row: DocumentRow | DamagedRow) -> Itera
 def _look_at_copy(store: MemoryStore) -> Iterator[tuple[Problem, Mend]]:
     """Look at the copy of the settings, which must agree with the catalog."""
     catalog, path = store.parts.catalog(), store.folder / COPY
+    if catalog.shared:
+        return
     properties = dict(catalog.properties.all())
     if copy_is_newer(catalog, store.folder):
         message = "the copy of the settings is newer than the catalog"
@@ -299,20 +301,28 @@ def _label_flaw(store: MemoryStore, row: DocumentRow | DamagedRow) -> str | None
     """Return what is wrong with a document's label file, which must agree with its row; None if nothing."""
     if isinstance(row, DamagedRow):
         return None
-    files = store.files
     try:
-        stored = read_file(files, label_name(row.file), read_label)
+        stored = read_file(store.files, label_name(row.file), read_label)
+        if not _agrees(store, stored, row) and store.parts.shared:
+            stored = label_beside(store.parts, row.file)
     except FileNotFoundError:
         return "is missing"
     except CorruptFileError as error:
         return str(error)
-    if replace(stored, updated_at="") == replace(label_of(row, store.namespace), updated_at=""):
+    if _agrees(store, stored, row):
         return None
     return "is newer than the catalog" if _is_newer(store, stored, row) else "says something else than the catalog"
 
 
+def _agrees(store: MemoryStore, stored: StoredLabel, row: DocumentRow) -> bool:
+    """Tell whether a label says what a row says."""
+    return replace(stored, updated_at="") == replace(label_of(row, store.namespace), updated_at="")
+
+
 def _is_newer(store: MemoryStore, stored: StoredLabel, row: DocumentRow) -> bool:
     """Tell whether a label was committed, but its row is one of before: the catalog has lost its last commits."""
+    if store.parts.shared:  # it keeps its own word
+        return False
     own = (stored.id, stored.namespace) == (row.id, store.namespace)
     return own and stored.updated_at > row.updated_at and number_of(row.file) not in marked_labels(store.files)
 
@@ -328,7 +338,7 @@ def _look_at_label(store: MemoryStore, id: str) -> Iterator[tuple[Problem, Mend]
 def _settle_label(store: MemoryStore, row: DocumentRow) -> None:
     """Let row and label file of a document say the same: what the file says if it is newer, else what the row says."""
     with contextlib.suppress(CorruptFileError, FileNotFoundError):
-        stored = read_file(store.files, label_name(row.file), read_label)
+        stored = label_beside(store.parts, row.file)
         if _is_newer(store, stored, row):
             row = replace(row.labelled(stored.label), created_at=stored.created_at, updated_at=stored.updated_at)
             store.parts.catalog().documents.update(row)
@@ -424,8 +434,9 @@ def _remake_row(store: MemoryStore, damaged: DamagedRow) -> None:
 
 def _files_of(store: MemoryStore, stem: str) -> set[str]:
     """Return the names of all files of a document but those that were being written when a process was killed."""
-    files = store.files
-    return {name for name in files.names() if stem_of(name) == stem and identity(mark_of(files, name)) is None}
+    files, begun = store.files, store.parts.catalog().file_names.begun()
+    own = (name for name in files.names() if stem_of(name) == stem and number_of(name) not in begun)
+    return {name for name in own if identity(mark_of(files, name)) is None}
 
 
 def _remake_text(store: MemoryStore, row: DocumentRow, file: StoredFile) -> None:
@@ -489,7 +500,7 @@ def _row_for(store: MemoryStore, names: Sequence[str], file: StoredFile) -> tupl
     header = file.header
     label, created_at = Label(), header.created_at
     with contextlib.suppress(CorruptFileError, FileNotFoundError):
-        beside = read_file(store.files, label_name(names[0]), read_label)
+        beside = label_beside(store.parts, names[0])
         if (beside.id, beside.namespace) == (header.id, header.namespace):
             label, created_at = beside.label, beside.created_at
     row = row_of(names[0], file.root, header, precision_of(file.kv), stored_bytes(file.kv), label, created_at)
@@ -519,9 +530,9 @@ def _found_again(store: MemoryStore, problem: Problem) -> bool:
 def _settle(store: MemoryStore) -> None:
     """Let the catalog forget the numbers of files that are gone, also of those whose removal nobody has synced."""
     names = store.parts.catalog().file_names
-    if names.unsettled():
-        with tidying(store.folder):  # both are read in here: a writer who is killed leaves file and number behind
-            there = {number_of(base_of(name)) for name in store.files.names()}
-            if gone := names.unsettled() - there:
+    if names.unsettled() or names.begun():
+        with store.parts.locks.tidying():  # both are read in here: a writer who is killed leaves file and number behind
+            there = {number for name in store.files.names() for number in (number_of(base_of(name)), number_of(name))}
+            if gone := (names.unsettled() | names.begun()) - there:
                 store.files.sync(EVERYWHERE)
                 names.settle(gone)

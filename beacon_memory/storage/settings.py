@@ -91,7 +91,12 @@ class Settings:
 
 
 def keep_copy(catalog: Catalog, folder: Path) -> None:
-    """Write a catalog's properties into a file beside it, from which `repair` takes them if the catalog is lost."""
+    """Write a catalog's properties into a file beside it, from which `repair` takes them if the catalog is lost.
+
+    A catalog that many machines share has no copy, for each of them would have one of another time.
+    """
+    if catalog.shared:
+        return
     properties = dict(catalog.properties.all())
     move_into_place(stage_checked(folder, properties, "the copy of the settings"), folder / COPY)
 
@@ -110,6 +115,8 @@ def keeping_copy(catalog: Catalog, folder: Path) -> Iterator[None]:
 
 def copy_is_newer(catalog: Catalog, folder: Path) -> bool:
     """Tell whether the copy is of a later change than the catalog, which has lost its last commits then."""
+    if catalog.shared:
+        return False
     copy, own = read_copy(folder), catalog.properties.all()
     return copy.get("identity") == own.get("identity") and _changed_at(copy) > _changed_at(own)
 

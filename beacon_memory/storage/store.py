@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -86,27 +87,36 @@ class StoredDocument:
 
 
 class MemoryStore:
-    """A folder of documents, safe to use from several threads and processes at a time.
+    """Documents in a folder, or in a database, safe to use from several threads and processes at a time.
 
         with MemoryStore("store") as store:
             store.put(header, kv, text)
             store.update("a.txt", tags=["math"])
             document = store.get("a.txt", device="cuda")
 
+    place:     the folder, or the URL of a PostgreSQL database that many machines share: postgresql://host/database.
     namespace: a part of the store with documents, settings and quota of its own, which no other part sees; "" is the
                one outside of all others.
     files:     where K/V files lie, if not in the folder: a URL, such as s3://bucket/prefix, or a `FilesBackend`. The
                store remembers the URL: opened again it needs `files` only if no installed backend has its scheme.
 
-    root is the folder of the whole store, folder that of the namespace, both absolute. The first write creates it, and
-    before that the store reads as empty. conversations has those that `Session` keeps here. parts is for modules that
-    check or mend a store, uses for those that use a document without reading its file.
+    cache:     for a store in a database, the folder where this machine keeps what it used last.
+
+    root is the folder of the whole store on this machine, folder that of the namespace, both absolute; place is what
+    the store is opened by. The first write creates it, and before that the store reads as empty. conversations has
+    those that `Session` keeps here. parts is for modules that check or mend a store, uses for those that use a
+    document without reading its file.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], namespace: str = "", *, files: FilesBackend | str | None = None
+        self,
+        place: str | os.PathLike[str],
+        namespace: str = "",
+        *,
+        files: FilesBackend | str | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.parts = StoreParts(folder, namespace, files)
+        self.parts = StoreParts(place, namespace, files, cache)
         self.root, self.folder = self.parts.root, self.parts.folder
         self.namespace = self.parts.namespace
         self._publisher = Publisher(self.parts)
@@ -123,7 +133,7 @@ class MemoryStore:
 
     def __reduce__(self) -> tuple[Callable[..., MemoryStore], tuple[object, ...]]:
         """Pickle where it lies: what comes out is a store of its own on the same folder."""
-        return partial(MemoryStore, files=self.parts.given), (self.root.absolute(), self.namespace)
+        return partial(MemoryStore, files=self.parts.given, cache=self._cache), (self.place, self.namespace)
 
     def __deepcopy__(self, memo: object) -> MemoryStore:
         """Return the store itself, which threads may share."""
@@ -137,11 +147,20 @@ class MemoryStore:
     def within(self, namespace: str) -> MemoryStore:
         """Return the same store in another namespace, which the first write creates."""
         same = namespace == self.namespace
-        return self if same else MemoryStore(self.root, namespace, files=self.parts.given)
+        return self if same else MemoryStore(self.place, namespace, files=self.parts.given, cache=self._cache)
 
     def namespaces(self) -> builtins.list[str]:
         """Return the names of all namespaces that were ever written to, sorted."""
-        return namespace_names(self.root)
+        return namespace_names(self.parts)
+
+    @property
+    def place(self) -> str:
+        """The folder of the whole store, or the URL of its database."""
+        return self.parts.url or str(self.root)
+
+    @property
+    def _cache(self) -> Path | None:
+        return self.root if self.parts.shared else None
 
     @property
     def settings(self) -> Settings:
@@ -169,6 +188,8 @@ class MemoryStore:
             held.enter_context(catalog.transaction())
             now = Settings.of(catalog)
             settings = now.changed(precision, quota, files, cache_bytes)
+            if settings.files is None and self.parts.shared:
+                raise InputError("files: those of a store in a database lie where all machines reach them, give a URL")
             if settings.files != now.files:
                 if catalog.properties.count("documents"):
                     raise InputError(

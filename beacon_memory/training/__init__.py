@@ -33,7 +33,7 @@ _LAZY = {
     "shipped_recipes": "recipe",
     "train": "trainer",
 }
-_EXTRA = ("accelerate", "datasets", "tensorboard")
+_EXTRA = ("accelerate", "bm25s", "datasets", "tensorboard")
 
 __all__ = sorted(_LAZY)  # noqa: PLE0605  # a list of the names above
 

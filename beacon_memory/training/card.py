@@ -92,8 +92,11 @@ def _settings(recipe: Recipe, config: BeaconConfig, base: str) -> Iterator[tuple
     if recipe.salience is not None:
         sources = ", ".join(" ".join((one.path, *_conditions(one))) for one in recipe.salience.data)
         yield "salience", f"of {sources}; weight of being part of an answer: {recipe.salience.answer_weight:g}"
-    lora = recipe.lora
-    yield "lora", f"LoRA, rank {lora.rank}, alpha {lora.alpha}, {', '.join(lora.targets)}" if lora else "none"
+    for name, lora in (("lora", recipe.lora), ("lora of answers, trained alone", recipe.answers)):
+        if lora is not None:
+            yield name, f"LoRA, rank {lora.rank}, alpha {lora.alpha}, {', '.join(lora.targets)}"
+        elif name == "lora":
+            yield name, "none" if recipe.answers is None else "as it was"
     yield "seed", recipe.seed
 
 
@@ -106,11 +109,18 @@ def _stage(stage: Stage, config: BeaconConfig, log: Sequence[Mapping[str, float]
         stage.batch_size * stage.accumulate,
         f"{stage.tokens[0]} to {stage.tokens[1]}",
         _counted(stage.parts),
-        f"{ratios}, drawn for each {stage.ratio_per}",
+        f"{ratios}, drawn for {_drawn_for(stage)}",
         f"{stage.learning_rate:g}",
         ", ".join(f"{weight:g} {kind}" for kind, weight in kinds.items() if weight),
         f"{sum(entry.get('train_runtime', 0) for entry in log):,.0f}",
     )
+
+
+def _drawn_for(stage: Stage) -> str:
+    """Return what has a ratio of its own."""
+    if stage.compression != "select":
+        return f"each {stage.ratio_per}"
+    return f"two groups of questions, and for each of the {stage.zoomed:.0%} that see passages"
 
 
 def _counted(values: Sequence[int]) -> str:

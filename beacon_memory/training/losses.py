@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +18,8 @@ from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, slots_of
 from beacon_memory.modeling.model import BeaconModel
 
-from .samples import Sample
+from .loading import SelectedMemory
+from .samples import Branch, Loaded, Sample
 
 __all__ = ["Losses", "TrainingModel"]
 
@@ -41,30 +43,33 @@ class TrainingModel(nn.Module):
     distill_weight: weight of KL(full || compressed) over the labels. `full` is the distribution of the same model, LoRA
                     included, when it reads the full text, without gradient; `compressed` is the one when it reads the
                     compressed memory instead.
-    hybrid:         branches see chosen tokens and beacons, as in a `hybrid` memory, so that beacons learn what the
+    compression:    `beacon`. With `hybrid`, branches see chosen tokens and beacons, so that beacons learn what the
                     chosen tokens lack. Each sample must have one part, of one window. The K/V of chosen tokens have no
-                    gradient.
+                    gradient. With `select`, each branch sees what it has `loaded` of a selected memory, and nothing of
+                    the memory has a gradient: what learns is the LoRA of answers.
     """
 
     def __init__(
-        self, model: BeaconModel, label_weight: float = 1.0, distill_weight: float = 0.0, *, hybrid: bool = False
+        self, model: BeaconModel, label_weight: float = 1.0, distill_weight: float = 0.0, compression: str = "beacon"
     ) -> None:
         super().__init__()
         self.model = model
-        self.hybrid = hybrid
+        self.hybrid, self.select = compression == "hybrid", compression == "select"
         self.label_weight, self.distill_weight = label_weight, distill_weight
 
     def forward(self, samples: Sequence[Sample]) -> Losses:
         """Compute the losses of samples in one pass. Distillation and chosen tokens take more, without gradient."""
+        memories = [SelectedMemory(self.model, sample) for sample in samples] if self.select else []
         prefixes = [self._chosen(sample) for sample in samples] if self.hybrid else []
-        plan = _plan(self.model, samples, prefixes)
+        plan = _behind_selected(samples, memories) if memories else _plan(self.model, samples, prefixes)
         ids = torch.tensor(plan.ids, device=self.model.device)
         logits = self._logits(plan)
         each = cross_entropy(logits, ids, reduction="none")
         loss = self.label_weight * each.mean()
         if self.distill_weight:
             with torch.no_grad():
-                full = self._logits(_plan(self.model, [_uncompressed(one, self.model) for one in samples]))
+                whole = [_uncompressed(one, self.model, select=self.select) for one in samples]
+                full = self._logits(_behind_selected(whole, memories) if memories else _plan(self.model, whole))
             divergence = kl_div(log_softmax(logits, -1), log_softmax(full, -1), log_target=True, reduction="batchmean")
             loss = loss + self.distill_weight * divergence
         if torch.is_grad_enabled() and not loss.requires_grad:  # if all is uncompressed and there is no LoRA
@@ -76,7 +81,9 @@ class TrainingModel(nn.Module):
     def _logits(self, plan: _Plan) -> Tensor:
         """Compute the logits of the rows that have a label, [labels, vocab] float32; the head runs on no others."""
         layout = BeaconLayout.build(plan.pieces, self.model.config)
-        hidden = self.model.run(layout, self.model.empty_kv(), keep=[], prefixes=plan.prefixes).hidden
+        hidden = self.model.run(
+            layout, self.model.empty_kv(), keep=[], prefixes=plan.prefixes, answers=self.select
+        ).hidden
         return self.model.head(hidden[torch.tensor(plan.rows, device=hidden.device)]).float()
 
     @torch.no_grad()
@@ -93,8 +100,13 @@ class TrainingModel(nn.Module):
         return model.prefix(MemoryKV.concat([sink, chosen]))
 
 
-def _uncompressed(sample: Sample, model: BeaconModel) -> Sample:
-    """Return the same sample with its parts joined to one text whose K/V are all kept."""
+def _uncompressed(sample: Sample, model: BeaconModel, *, select: bool) -> Sample:
+    """Return the same sample with its parts joined to one text whose K/V are all kept.
+
+    select: whether it has a selected memory, of which everything is loaded then.
+    """
+    if select:
+        return replace(sample, branches=tuple(replace(branch, loaded=Loaded(0)) for branch in sample.branches))
     lead = 0 if model.sink_ids else len(model.leading_bos)
     text = tuple(id for number, part in enumerate(sample.parts) for id in part[lead if number else 0 :])
     windows = -(-len(text) // model.config.beacon_window)
@@ -131,6 +143,22 @@ class _Plan:
         self.rows.extend(range(first_row + labelled - 1, first_row + len(tokens) - 1))
         self.ids.extend(tokens[labelled:])
         self.samples.extend([sample] * (len(tokens) - labelled))
+
+
+def _behind_selected(samples: Sequence[Sample], memories: Sequence[SelectedMemory]) -> _Plan:
+    """Plan one pass over the branches of all samples; those that load the same stand side by side behind it."""
+    plan = _Plan()
+    for number, (sample, memory) in enumerate(zip(samples, memories, strict=True)):
+        together: dict[Loaded, list[Branch]] = defaultdict(list)
+        for branch in sample.branches:
+            together[branch.loaded or Loaded(0)].append(branch)
+        for loaded, branches in together.items():
+            row = plan.read
+            for branch in branches:
+                plan.label(row, branch.ids, branch.labelled, number)
+                row += len(branch.ids)
+            plan.add(Cursor(), [Window.behind(0, branch.ids) for branch in branches], (), memory.prefix(loaded))
+    return plan
 
 
 def _plan(model: BeaconModel, samples: Sequence[Sample], prefixes: Sequence[Prefix] = ()) -> _Plan:

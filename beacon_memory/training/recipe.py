@@ -95,7 +95,11 @@ class Stage:
     ratios:          ratios that windows choose from at random; 0 reads a window uncompressed. Default: the adapter's.
     ratio_per:       `window`: a ratio for each window, as in the paper; `document`: the same for all its windows.
     compression:     `beacon`; or `hybrid`: predictions see chosen tokens and beacons, see `beacon_hybrid_factor`. For
-                     `hybrid`, `tokens` must fit a window, `parts` must be [1], and no ratio may be 0.
+                     `hybrid`, `tokens` must fit a window, `parts` must be [1], and no ratio may be 0. Or `select`:
+                     predictions see selected entries; for a recipe with `[answers]`, and for no other.
+    zoomed:          with `select`, the share of questions that see the passages that match them; the others see what
+                     selection keeps of the whole text at one of two ratios.
+    history:         share of questions that follow one to four others in the same conversation, with their answers.
     branches:        most questions about one document, which is compressed once for all of them.
     continuation:    how many tokens after a text are predicted from its memory; may be 0 with `label_text`.
     label_text:      also predict the raw tokens of the text itself, each window from the memory of those before it.
@@ -118,6 +122,8 @@ class Stage:
     ratios: tuple[int, ...] = ()
     ratio_per: str = "window"
     compression: str = "beacon"
+    zoomed: float = 0.0
+    history: float = 0.0
     branches: int = 12
     continuation: int = 256
     label_text: bool = False
@@ -144,7 +150,16 @@ class Stage:
         _require(bool(self.parts) and min(self.parts) >= 1, "parts", self.parts, "whole numbers of at least 1")
         _require(min(self.ratios, default=0) >= 0, "ratios", self.ratios, "whole numbers of at least 0")
         _require(self.ratio_per in ("window", "document"), "ratio_per", self.ratio_per, "'window' or 'document'")
-        _require(self.compression in ("beacon", "hybrid"), "compression", self.compression, "'beacon' or 'hybrid'")
+        kinds = ("beacon", "hybrid", "select")
+        _require(self.compression in kinds, "compression", self.compression, "'beacon', 'hybrid' or 'select'")
+        for name in ("zoomed", "history"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
+        if self.compression == "select":
+            _require(not self.label_text, "label_text", self.label_text, "false with compression = 'select'")
+            weak = not self.ratios or max(self.ratios) > 2
+            _require(weak or not self.zoomed, "ratios", self.ratios, "some above 2 with zoomed, which loads less")
+        else:
+            _require(not self.zoomed, "zoomed", self.zoomed, "0 without compression = 'select'")
         if self.compression == "hybrid":
             _require(0 not in self.ratios, "ratios", self.ratios, "above 0 with compression = 'hybrid'")
             _require(set(self.parts) == {1}, "parts", self.parts, "[1] with compression = 'hybrid'")
@@ -173,6 +188,9 @@ class Recipe:
     beacon:  settings of BeaconConfig that differ from the adapter's, or from the defaults.
     salience: salience of tokens for salient placement. None takes the adapter's, or counts in the data of the stages.
     lora:    a LoRA of the base to train too. If `adapter` has one, its training goes on, and it must have this shape.
+    answers: a LoRA for what follows a memory, to train alone: the weights that read documents stay as they are, and so
+             do stored memories. All stages must have `compression = "select"`. If `adapter` has one, its training goes
+             on.
     base:    base model, a folder or a hub name. None is the embedded default model.
     chat_template: chat template of questions and answers. None takes the adapter's, or the tokenizer's.
     dtype:   dtype that the frozen base computes in; trained parameters are kept in float32.
@@ -185,6 +203,7 @@ class Recipe:
     beacon: Mapping[str, Any] = field(default_factory=dict)
     salience: SalienceRecipe | None = None
     lora: LoraRecipe | None = None
+    answers: LoraRecipe | None = None
     base: str | None = None
     chat_template: str | None = None
     dtype: str = "bfloat16"
@@ -201,6 +220,15 @@ class Recipe:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to below 2**32")
         for name in ("save_steps", "log_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        alone = self.answers is not None
+        _require(not (alone and self.lora), "lora", self.lora, "left out with [answers], which is trained alone")
+        for stage in self.stages:
+            _require(
+                (stage.compression == "select") == alone,
+                f"compression of stage {stage.name!r}",
+                stage.compression,
+                "'select' with [answers], and another without",
+            )
         self.beacon_config(BeaconConfig())
 
     def to_dict(self) -> dict[str, Any]:
@@ -249,8 +277,9 @@ def _recipe(settings: Mapping[str, Any]) -> Recipe:
     given = dict(settings)
     if "stages" in given:
         raise ConfigError("recipe: unknown key 'stages'; write each stage as [[stage]]")
-    if "lora" in given:
-        given["lora"] = _build(LoraRecipe, given["lora"], "lora")
+    for name in ("lora", "answers"):
+        if name in given:
+            given[name] = _build(LoraRecipe, given[name], name)
     if "salience" in given:
         given["salience"] = _with_sources(SalienceRecipe, given["salience"], "salience")
     given["stages"] = [

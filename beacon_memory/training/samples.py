@@ -17,19 +17,38 @@ from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.modeling.text_tokens import text_tokens
 
 from .recipe import DataSource, Recipe, Stage
-from .rows import Context, Rows, contexts_by_title, load_rows, texts
+from .rows import Context, Question, Rows, contexts_by_title, load_rows, texts
 
-__all__ = ["Branch", "Sample", "SampleSet"]
+__all__ = ["Branch", "Loaded", "Sample", "SampleSet"]
 
 CHARS_PER_TOKEN = 6  # a text of n tokens is shorter than this times n
+_BEFORE = 4  # questions that may stand in a conversation before another
+_BLIND = 2  # selected memories that the questions on one document share
+_LEAST_ZOOM = 2  # the ratio of the memory that passages are loaded from
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How much of a selected memory is loaded for a branch: tokens / ratio slots; 0 loads everything.
+
+    question: the passages that match it are loaded whole, best first; without one, the best entries of all the text.
+    """
+
+    ratio: int
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Tokens that follow a memory: ids[:labelled] are given, ids[labelled:] are predicted."""
+    """Tokens that follow a memory: ids[:labelled] are given, ids[labelled:] are predicted.
+
+    loaded: of a selected memory, what the tokens follow; None where branches follow the memory as the sample's ratios
+            leave it.
+    """
 
     ids: tuple[int, ...]
     labelled: int
+    loaded: Loaded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +71,9 @@ class Sample:
     @property
     def ratio(self) -> int | None:
         """Return the ratio of its windows, or None if they have different ones."""
-        found = {ratio for part in self.ratios for ratio in part}
+        found = {branch.loaded.ratio for branch in self.branches if branch.loaded is not None} or {
+            ratio for part in self.ratios for ratio in part
+        }
         return found.pop() if len(found) == 1 else None
 
 
@@ -109,7 +130,8 @@ class SampleSet(Dataset[Sample]):
         if self.model.tokenizer.eos_token_id is None:
             raise InputError("the model's tokenizer has no eos token, which answers end with")
         questions = list(accumulate(sum(len(context.questions) for context in title) for title in titles))
-        return lambda rng: self._questions(rng, rng.choices(titles, cum_weights=questions)[0])
+        every = [question for title in titles for context in title for question in context.questions]
+        return lambda rng: self._questions(rng, rng.choices(titles, cum_weights=questions)[0], every)
 
     @property
     def _shortest(self) -> int:
@@ -131,11 +153,12 @@ class SampleSet(Dataset[Sample]):
             ids = self._tokens(text)[:wanted]
         split = max(1, len(ids) - self.stage.continuation)
         parts = self._split(rng, [[id] for id in ids[:split]])
-        branches = (Branch(tuple(ids[split:]), 1),) if len(ids) > split + 1 else ()
+        (loaded,) = self._blind(rng, 1)
+        branches = (Branch(tuple(ids[split:]), 1, loaded),) if len(ids) > split + 1 else ()
         return Sample("text", parts, self._ratios(rng, parts), branches, self.stage.label_text)
 
-    def _questions(self, rng: random.Random, title: Sequence[Context]) -> Sample:
-        """Draw contexts of one title, in random order, and questions about them."""
+    def _questions(self, rng: random.Random, title: Sequence[Context], every: Sequence[Question]) -> Sample:
+        """Draw contexts of one title, in random order, and questions about them; `every`: of all titles."""
         room = rng.randint(*self.stage.tokens)
         chosen: list[Context] = []
         pieces: list[list[int]] = []
@@ -148,11 +171,15 @@ class SampleSet(Dataset[Sample]):
             room -= len(ids)
         parts = self._split(rng, pieces)
         questions = [question for context in chosen for question in context.questions]
-        branches = []
+        branches, blind = [], self._blind(rng, _BLIND)
         for question in rng.sample(questions, min(len(questions), self.stage.branches)):
-            prompt = chat_prompt(self.model, question.question, behind_memory=True)
+            turns = [*self._history(rng, every), {"role": "user", "content": question.question}]
+            prompt = chat_prompt(self.model, turns, behind_memory=True)
             answer = [*self._tokens(rng.choice(question.answers)), self.model.tokenizer.eos_token_id]
-            branches.append(Branch((*prompt, *answer), len(prompt)))
+            loaded = rng.choice(blind)
+            if self.stage.zoomed and rng.random() < self.stage.zoomed:
+                loaded = Loaded(rng.choice([ratio for ratio in self.ratios if ratio > _LEAST_ZOOM]), question.question)
+            branches.append(Branch((*prompt, *answer), len(prompt), loaded))
         return Sample("qa", parts, self._ratios(rng, parts), tuple(branches))
 
     def _split(self, rng: random.Random, pieces: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -163,7 +190,26 @@ class SampleSet(Dataset[Sample]):
             (*self.lead, *(id for piece in pieces[start:stop] for id in piece)) for start, stop in pairwise(cuts)
         )
 
+    def _history(self, rng: random.Random, every: Sequence[Question]) -> list[dict[str, str]]:
+        """Draw what may have been said before a question: others, about anything, with their answers."""
+        if not self.stage.history or rng.random() >= self.stage.history:
+            return []
+        before = rng.choices(every, k=rng.randint(1, _BEFORE))
+        return [
+            {"role": role, "content": text}
+            for one in before
+            for role, text in (("user", one.question), ("assistant", rng.choice(one.answers)))
+        ]
+
+    def _blind(self, rng: random.Random, count: int) -> list[Loaded | None]:
+        """Draw what questions share that do not load passages of their own."""
+        if self.stage.compression != "select":
+            return [None]
+        return [Loaded(ratio) for ratio in rng.choices(self.ratios, k=count)]
+
     def _ratios(self, rng: random.Random, parts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        if self.stage.compression == "select":
+            return ()  # of each branch
         window = self.model.config.beacon_window
         counts = [-(-len(part) // window) for part in parts]
         if self.stage.ratio_per == "document":

@@ -18,7 +18,7 @@ from beacon_memory.modeling.loading import load_base
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.modeling.text_tokens import text_tokens
 
-from .lora import inject_lora, lora_parameters
+from .lora import answering_parameters, inject_answers, inject_lora, lora_parameters
 from .recipe import Recipe, SalienceRecipe
 from .rows import Context, contexts_by_title, load_rows, texts
 
@@ -47,13 +47,24 @@ def start_model(recipe: Recipe, recipe_folder: Path, data: Path, device: str | N
             every = SalienceRecipe(data=tuple(source for stage in recipe.stages for source in stage.data))
             salience = token_salience(tokenizer, recipe.salience or every, data, vocab)
         starts_word = token_starts_word(tokenizer, vocab) if starts_word is None else starts_word
-    model = BeaconModel(base, config, token_salience=salience, token_starts_word=starts_word, tokenizer=tokenizer)
+    model = BeaconModel(
+        base,
+        config,
+        token_salience=salience,
+        token_starts_word=starts_word,
+        tokenizer=tokenizer,
+        lora=source.lora if recipe.lora is None else None,
+        answers=source.answers if recipe.answers is not None else None,
+    )
     if source.tensors:
         model.set_beacon_parameters(source.tensors)
-    if recipe.lora is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        if recipe.lora is not None:
             inject_lora(model, recipe.lora, source.lora)
+        if recipe.answers is not None:
+            inject_answers(model, recipe.answers, source.answers)
+    model.requires_grad_(False)
     for _, parameter in trained_parameters(model):
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
@@ -65,13 +76,17 @@ def _source(recipe: Recipe, recipe_folder: Path) -> Adapter:
     if recipe.adapter is None:
         return Adapter(recipe.beacon_config(BeaconConfig()))
     source = read_adapter(default_adapter() if recipe.adapter == "default" else recipe_folder / recipe.adapter)
-    if source.lora is not None and recipe.lora is None:
+    if source.lora is not None and recipe.lora is None and recipe.answers is None:
         raise ConfigError(f"the adapter {recipe.adapter!r} has a LoRA, so the recipe needs a [lora] of its shape")
     return source
 
 
 def trained_parameters(model: BeaconModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield all parameters that training changes: those of the beacons and of the LoRA."""
+    """Yield all parameters that training changes: those of the LoRA of answers alone, or of the beacons and a LoRA."""
+    answering = [*answering_parameters(model.base)]
+    if answering:
+        yield from answering
+        return
     yield from model.named_beacon_parameters()
     yield from lora_parameters(model.base)
 

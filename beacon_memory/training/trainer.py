@@ -18,10 +18,11 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from beacon_memory.errors import ConfigError, InputError
+from beacon_memory.modeling.adapter import ANSWERS, LORA
 from beacon_memory.modeling.model import BeaconModel
 
 from .card import write_card
-from .lora import write_lora
+from .lora import write_answers, write_lora
 from .losses import Losses, TrainingModel
 from .recipe import ADAPTER, Recipe, Stage
 from .samples import Sample, SampleSet
@@ -49,11 +50,14 @@ def train(recipe: Recipe, recipe_folder: Path, data: Path, output: Path, device:
     model = start_model(recipe, recipe_folder, data, device)
     history = {stage.name: _run_stage(model, recipe, stage, data, output / stage.name) for stage in recipe.stages}
     if _is_main_process():
-        lora = None
+        lora = answers = None
         if recipe.lora is not None:
-            lora = adapter / "reader"
+            lora = adapter / LORA
             write_lora(model, recipe.lora, lora)
-        model.save_adapter(adapter, lora)
+        if recipe.answers is not None:
+            answers = adapter / ANSWERS
+            write_answers(model, recipe.answers, answers)
+        model.save_adapter(adapter, lora, answers)
         write_card(adapter, recipe, model.config, history)
     return adapter
 
@@ -87,7 +91,7 @@ def _run_stage(model: BeaconModel, recipe: Recipe, stage: Stage, data: Path, fol
     arguments = _arguments(model, recipe, stage, folder)
     size = stage.steps * stage.batch_size * stage.accumulate * arguments.world_size
     trainer = _BeaconTrainer(
-        model=TrainingModel(model, stage.label_weight, stage.distill_weight, hybrid=stage.compression == "hybrid"),
+        model=TrainingModel(model, stage.label_weight, stage.distill_weight, stage.compression),
         args=arguments,
         train_dataset=SampleSet(model, recipe, stage, data, size),
         data_collator=lambda samples: {"samples": samples},

@@ -84,7 +84,7 @@ class BeaconLanguageModel(BaseModel):
     def _identifying_params(self) -> dict[str, Any]:
         own = ("model", "namespace", "document_ids", "budget", "abstain")
         names = (*own, "max_tokens", "temperature", "top_p", "seed", "stop")
-        of_store = {"store": str(self.memory.store.root), "store_namespace": self.memory.store.namespace}
+        of_store = {"store": self.memory.store.place, "store_namespace": self.memory.store.namespace}
         return {**of_store, **{name: getattr(self, name) for name in names}, **self.model_kwargs}
 
     def get_token_ids(self, text: str) -> list[int]:

@@ -43,9 +43,9 @@ class MemoryComponent(BaseComponent):
                 raise InputError(f"{self.class_name()} was made with a model that has no name; give it memory=...")
             self._memory = BeaconMemory(self.store, self.model, self.adapter, namespace=self.namespace)
         else:
-            if store is not None and Path(store).resolve() != memory.store.root.resolve():
-                raise InputError(f"store={os.fspath(store)!r} is not the store of the memory, {memory.store.root}")
-            super().__init__(**{"namespace": memory.store.namespace, **fields, "store": str(memory.store.root)})
+            if store is not None and not _same(store, memory.store.place):
+                raise InputError(f"store={os.fspath(store)!r} is not the store of the memory, {memory.store.place}")
+            super().__init__(**{"namespace": memory.store.namespace, **fields, "store": memory.store.place})
             self._memory = memory.within(self.namespace)
         self._nameless = memory is not None and not self.model
 
@@ -74,3 +74,8 @@ class MemoryComponent(BaseComponent):
         model = self._memory.model
         name = str(model.base.config.name_or_path)
         return {"model": name, "adapter": None if model.adapter in (UNTRAINED, name) else model.adapter}
+
+
+def _same(store: str | os.PathLike[str], place: str) -> bool:
+    """Tell whether a store is the one that is opened by `place`, a folder or the URL of a database."""
+    return os.fspath(store) == place or Path(store).resolve() == Path(place).resolve()

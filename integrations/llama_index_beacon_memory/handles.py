@@ -63,5 +63,5 @@ def _redeem(store: MemoryStore, namespace: str, handle: Any) -> str:
 
 
 def _sign(store: MemoryStore, namespace: str, id: str) -> str:
-    signed = json.dumps([str(store.root.resolve()), namespace, id])
+    signed = json.dumps([store.place if "://" in store.place else str(store.root.resolve()), namespace, id])
     return hmac.new(_SECRET, signed.encode(), hashlib.sha256).hexdigest()[:32]

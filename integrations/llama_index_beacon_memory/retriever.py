@@ -42,7 +42,10 @@ class BeaconRetriever(BaseRetriever):
     ) -> None:
         if similarity_top_k < 1:
             raise InputError(f"similarity_top_k={similarity_top_k} must be at least 1")
-        if transform is not None and transform.memory.store.folder != memory.store.folder:
+        if transform is not None and (transform.memory.store.place, transform.memory.store.namespace) != (
+            memory.store.place,
+            memory.store.namespace,
+        ):
             raise InputError("the transform compresses into another store or namespace than the retriever's memory")
         self._memory = memory
         self._similarity_top_k = similarity_top_k

@@ -17,7 +17,7 @@ NAMES = ("stock-cache", "expected:4", "window-loop:8", "beacon:8", "select:8", "
 
 def test_contestants_are_measured_in_turn_and_compared_with_stock(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, tiny_base("llama", max_position_embeddings=4096))
-    done = race.run(ModelNames(str(folder), None, "cpu", "auto"), NAMES, [300])
+    (done,) = race.run(ModelNames(str(folder), None, "cpu", "auto"), NAMES, [300])
     assert [one.name for one in done.results] == ["stock", *NAMES]
     assert {one.tokens for one in done.results} == {300}
     found = {one.name: one for one in done.results}
@@ -56,7 +56,7 @@ def test_an_unknown_contestant_is_refused() -> None:
 @pytest.mark.parametrize("lengths", [[], [1000, 10]])
 def test_texts_that_are_too_short_are_refused(lengths: list[int]) -> None:
     with pytest.raises(InputError, match="each above 256 tokens"):
-        race.run(ModelNames(None, None, None, "auto"), ["stock"], lengths)
+        next(race.run(ModelNames(None, None, None, "auto"), ["stock"], lengths))
 
 
 STOCK = Result("stock", 1000, 2.0, {"cold": 2.5}, 0.1, 0.0, 0, 10**7, 10**8)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from cli_samples import Run, runner
+from postgres_server import postgres  # noqa: F401  # a fixture
 from tiny_models import tiny_base, tiny_checkpoint
 
 

@@ -316,12 +316,12 @@ def test_add_names_one_document(run: Run) -> None:
 
 
 def test_add_says_what_it_skips_and_why(run: Run) -> None:
-    write("notes/a.md", "notes/b.pdf")
+    write("notes/a.md", "notes/b.xls")
     result = run("add", "notes")
     assert result.exit_code == 0
-    assert "skipped notes/b.pdf: .pdf is neither text nor markdown" in result.stderr
+    assert "skipped notes/b.xls: .xls files are not read; convert it to plain text or Markdown, HTML" in result.stderr
     assert "added notes/a.md" in result.stdout
-    nothing = run("add", "notes/b.pdf")
+    nothing = run("add", "notes/b.xls")
     assert nothing.exit_code == 1
     assert "nothing to add" in nothing.stderr
 

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from file_samples import HTML, pdf
 
 from beacon_memory.cli.sources import Source, find_sources, read_source
 from beacon_memory.errors import InputError
+from beacon_memory.formats import kinds
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,28 @@ def test_a_file_that_is_gone_by_now_says_so_when_it_is_read() -> None:
     assert source.size == 0
     with pytest.raises(InputError, match=r"'gone\.txt' cannot be read: No such file"):
         read_source(source)
+
+
+def test_files_of_all_formats_are_found_and_read() -> None:
+    Path("notes/page.html").write_bytes(HTML)
+    Path("notes/Report.PDF").write_bytes(pdf("The lease ends in 2031."))
+    Path("notes/table.xls").write_bytes(b"1")
+    ids, skipped = found("notes")
+    assert ids == ["notes/Report.PDF", "notes/a.md", "notes/b.txt", "notes/deep/c.txt", "notes/page.html"]
+    assert skipped["notes/table.xls"].startswith(".xls files are not read")
+    assert read_source(Source("x", Path("notes/Report.PDF"))) == "The lease ends in 2031."
+    assert read_source(Source("x", Path("notes/page.html"))).startswith("# The mill")
+
+
+def test_a_file_that_is_damaged_is_named_with_the_reason() -> None:
+    Path("a.pdf").write_bytes(b"%PDF-")
+    with pytest.raises(InputError, match=r"'a\.pdf' cannot be read: it is no PDF file, or it is damaged"):
+        read_source(Source("a.pdf", Path("a.pdf")))
+
+
+def test_what_needs_an_extra_that_is_missing_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("notes/page.html").write_bytes(HTML)
+    monkeypatch.setattr(kinds, "find_spec", lambda _: None)
+    ids, skipped = found("notes")
+    assert ids == ["notes/a.md", "notes/b.txt", "notes/deep/c.txt"]
+    assert "pip install 'beacon-memory[formats]'" in skipped["notes/page.html"]

@@ -16,6 +16,7 @@ import pytest
 from cli_samples import Run, lines, runner
 from command_page import json_fields
 from kv_samples import TEXT, sample
+from postgres_server import PostgresServer
 from store_samples import files, put
 from traces import ID, put_secret, traces
 from typer.testing import Result
@@ -487,6 +488,31 @@ class TestArchives:
             "cannot be copied into itself; name another store or namespace"
         )
         assert refused(run("copy", "third", "--doc", "x")).startswith("no document 'x' is stored")
+
+
+class TestShared:
+    """A store in PostgreSQL, named by its URL."""
+
+    def test_documents_go_into_a_database_and_back(
+        self, run: Run, store: MemoryStore, tmp_path: Path, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        url, there = postgres.new_database(), (tmp_path / "files").as_uri()
+        for id in ("a", "b"):
+            label(store, id, metadata={"of": id}, tags=["farm"])
+        assert refused(run("copy", url)).startswith(f"{url} has no place for K/V files that all machines reach")
+        assert lines(run("settings", "--files", there, "--store", url, "--json"))[0]["files"] == there
+        copied = run("copy", url, "--json")
+        assert lines(copied) == [{"documents": 2, "path": url}]
+        assert [row["id"] for row in lines(run("list", "--tag", "farm", "--store", url, "--json"))] == ["a", "b"]
+        assert run("label", "b", "--pin", "--store", url).exit_code == 0
+        assert run("verify", "--store", url).exit_code == 0
+        assert run("copy", str(tmp_path / "back"), "--store", url).exit_code == 0
+        with MemoryStore(tmp_path / "back") as back:
+            assert back.row("a").label == store.row("a").label
+            assert back.row("b").pinned
+            assert back.read("a")[1].text == TEXT
+        assert refused(run("list", "--store", "mysql://host/db")).startswith("mysql://... is no store")
 
 
 class TestInterrupted:

@@ -97,4 +97,4 @@ class TestTrain:
         from beacon_memory.training import shipped_recipes
 
         shown = " ".join(run("train", "--help").stdout.split())
-        assert f"shipped recipe by its name: {', '.join(shipped_recipes())}." in shown.replace("│ │ ", "")
+        assert f"a shipped recipe's name: {', '.join(shipped_recipes())}." in shown.replace("│ │ ", "")

@@ -17,6 +17,7 @@ from evaluation_samples import (
     answer,
     baseline,
     ids_of,
+    model_with_answers,
     model_with_lora,
     saved_model,
     stock_answer,
@@ -118,6 +119,14 @@ class TestEveryPress:
         naive = torch.nn.functional.cross_entropy(logits, torch.tensor(CONTINUATION[1:])).item()
         nll = baseline(f"{press}:1", model).score(ids_of(TEXT), CONTINUATION)
         assert nll == pytest.approx(naive, abs=1e-4)
+
+    def test_the_lora_of_answers_is_for_what_follows_here_too(self, press: str) -> None:
+        model = model_with_answers()
+        one, full = baseline(f"{press}:1", model), baseline("full", model)
+        assert answer(one).text == answer(full).text
+        nll = full.score(ids_of(TEXT), CONTINUATION)
+        assert one.score(ids_of(TEXT), CONTINUATION) == pytest.approx(nll, abs=1e-4)
+        assert abs(baseline("full").score(ids_of(TEXT), CONTINUATION) - nll) > 0.01
 
     def test_it_leaves_nothing_behind_in_the_stock_model(self, press: str) -> None:
         one = baseline(f"{press}:4")

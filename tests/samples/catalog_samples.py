@@ -35,3 +35,10 @@ def row(id: str, text: str, **changes: object) -> DocumentRow:
 
 def add(catalog: Catalog, id: str, text: str, **changes: object) -> DocumentRow:
     return catalog.documents.put(row(id, text, **changes), Text(text))
+
+
+def clear(catalog: Catalog) -> None:
+    """Remove all documents."""
+    with catalog.transaction():
+        for one in catalog.documents.scan():
+            catalog.documents.delete(one.id)

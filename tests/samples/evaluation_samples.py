@@ -72,6 +72,19 @@ def model_with_lora() -> BeaconModel:
     return reading
 
 
+@cache
+def model_with_answers() -> BeaconModel:
+    """Return the same model with a LoRA for what follows a memory."""
+    folder, model = a_folder(), saved_model()
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(tiny_base("llama"), lora).save_pretrained(str(folder / "answers"))
+    settings = folder / "answers" / "adapter_config.json"
+    plain = json.loads(settings.read_text(encoding="utf-8")) | {"init_lora_weights": True}
+    settings.write_text(json.dumps(plain), encoding="utf-8")
+    model.save_adapter(folder / "adapter", answers=folder / "answers")
+    return BeaconModel.from_pretrained(saved_base(), folder / "adapter", device="cpu")
+
+
 def baseline(name: str, model: BeaconModel | None = None) -> Any:
     (made,) = baselines([name], model or saved_model())
     return made

@@ -6,24 +6,33 @@ import contextlib
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import pytest
 from kv_samples import FINGERPRINT, TEXT, sample
 
 from beacon_memory.documents import Label
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.store import MemoryStore
 
+# For tests that look into the folder of a store or into its SQLite file
+IN_A_FOLDER = pytest.mark.parametrize("open_store", ["folder"], indirect=True)
 BYTES = 36 * (2 * 4 * 2 + 1)  # of the K/V of a `sample`: entries, of keys and values in bfloat16 and a place
+
+
+def place(store: MemoryStore) -> Path:
+    """The folder where the files lie, which may be that of the store."""
+    return Path(urlsplit(store.settings.files or store.folder.as_uri()).path)
 
 
 def files(store: MemoryStore) -> list[Path]:
     """All files of documents but their labels."""
-    return sorted(path for path in (store.folder / "kv").rglob("*") if path.is_file() and path.suffix != ".json")
+    return sorted(path for path in (place(store) / "kv").rglob("*") if path.is_file() and path.suffix != ".json")
 
 
 def labels(store: MemoryStore) -> list[Path]:
     """All files of labels."""
-    return sorted((store.folder / "kv").rglob("*.json"))
+    return sorted((place(store) / "kv").rglob("*.json"))
 
 
 def put(store: MemoryStore, id: str = "doc", text: str = TEXT, **metadata: object) -> MemoryKV:

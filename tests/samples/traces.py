@@ -7,7 +7,7 @@ from pathlib import Path
 from kv_samples import sample
 
 from beacon_memory.documents import Label
-from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 from beacon_memory.storage.store import MemoryStore
 
 ID = "Xylograph/87"
@@ -32,7 +32,7 @@ def traces(folder: Path) -> set[str]:
             found |= {trace for trace in TRACES if trace.lower().encode() in data}
             found |= {trace for trace in TRACES if trace.encode() in data}
     for path in folder.rglob("catalog.sqlite3"):
-        catalog = Catalog(path)
+        catalog = SQLiteCatalog(path)
         with catalog.connections.use() as db:
             db.execute("CREATE VIRTUAL TABLE IF NOT EXISTS temp.words USING fts5vocab(main, passages_fts, row)")
             indexed = {str(word) for (word,) in db.execute("SELECT term FROM temp.words").fetchall()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.training import DataSource, LoraRecipe, Recipe, Stage
-from beacon_memory.training.lora import inject_lora
+from beacon_memory.training.lora import answering_parameters, inject_answers, inject_lora
 from beacon_memory.training.samples import Branch, Sample
 from beacon_memory.training.start import trained_parameters
 
@@ -84,6 +84,16 @@ def a_model(lora: LoraRecipe | None = None, **settings: Any) -> BeaconModel:
                     parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     for _, parameter in trained_parameters(model):
         parameter.requires_grad_(True)
+    return model
+
+
+def with_answers(model: BeaconModel, recipe: LoraRecipe = LORA) -> BeaconModel:
+    """Give a model a LoRA of answers that changes a lot."""
+    inject_answers(model, recipe, None)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _, parameter in answering_parameters(model.base):
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

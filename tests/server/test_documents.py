@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from file_samples import HTML, pdf, word
 from langchain_samples import OWLS, ROOF, WELL
 from servers import client, ended_job, put
 
+from beacon_memory.formats.kinds import Format
 from beacon_memory.server.run import RunningServer
 
 
@@ -41,9 +43,31 @@ def test_text_is_stored_as_it_is_sent_with_a_label_in_the_query(own: httpx.Clien
 
 
 @pytest.mark.parametrize(
+    ("id", "media", "content", "said"),
+    [
+        ("a", "application/pdf", pdf("The well is deep."), "The well is deep."),
+        ("a", Format.DOCX.media_types[0], word(), "| 2030 | 40 \u0142 |"),
+        ("a", "text/html; charset=utf-8", HTML, "## Rent"),
+        ("a.pdf", "application/octet-stream", pdf("The well is deep."), "The well is deep."),
+    ],
+    ids=["pdf", "docx", "html", "by the ending of the id"],
+)
+def test_files_are_read(own: httpx.Client, id: str, media: str, content: bytes, said: str) -> None:
+    reply = own.put(f"/v1/documents/{id}", content=content, headers={"Content-Type": media})
+    assert ended_job(own, reply)["status"] == "done"
+    assert said in own.get(f"/v1/documents/{id}", params={"text": True}).json()["text"]
+
+
+def test_the_end_of_the_id_tells_what_is_not_read(own: httpx.Client) -> None:
+    reply = own.put("/v1/documents/a.png", content=b"\x89PNG")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(
     ("media", "content", "status", "said"),
     [
-        ("application/pdf", b"%PDF-1.7", 415, "application/pdf"),
+        ("application/pdf", b"%PDF-1.7", 422, "no PDF file, or it is damaged"),
+        ("application/msword", b"\xd0\xcf", 415, "application/msword"),
         ("image/png", b"\x89PNG", 415, "image/png"),
         ("text/plain", b"caf\xe9", 422, "byte 3"),
         ("text/plain", b" \n", 400, "empty or blank"),

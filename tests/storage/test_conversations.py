@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from crashing import fork, wait
-from store_samples import change, put
+from store_samples import IN_A_FOLDER, change, put
 
 from beacon_memory.conversation import Conversation
 from beacon_memory.errors import CorruptFileError, InputError, StoreError
@@ -25,9 +25,8 @@ FOLDING = ([0], (1, 2), "0" * 64)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MemoryStore]:
-    with MemoryStore(tmp_path / "store") as store:
-        yield store
+def store(open_store: Callable[[], MemoryStore]) -> MemoryStore:
+    return open_store()
 
 
 def talk(id: str = "talk", *words: str) -> Conversation:
@@ -60,6 +59,7 @@ def test_a_conversation_comes_back_as_it_was_written(store: MemoryStore) -> None
     assert verify(store) == repair(store) == []
 
 
+@IN_A_FOLDER
 def test_nothing_but_the_copy_lies_beside_the_catalog_and_it_is_private(store: MemoryStore) -> None:
     with store.conversations.alone("talk"):
         store.conversations.put(talk())
@@ -73,6 +73,7 @@ def test_nothing_but_the_copy_lies_beside_the_catalog_and_it_is_private(store: M
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_namespace_has_conversations_of_its_own(store: MemoryStore, tmp_path: Path) -> None:
     far = MemoryStore(store.root, "far", files=(tmp_path / "backend").as_uri())
     for one, word in ((store, "here"), (store.within("near"), "near"), (far, "far")):
@@ -112,6 +113,7 @@ def test_what_is_no_conversation_is_refused(fields: dict[str, object], named: st
         Conversation(**given)  # type: ignore[arg-type]
 
 
+@IN_A_FOLDER
 def test_one_that_is_too_long_changes_nothing(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = store.conversations.put(talk())
     monkeypatch.setattr(checked_json, "_LONGEST", 1000)
@@ -121,6 +123,7 @@ def test_one_that_is_too_long_changes_nothing(store: MemoryStore, monkeypatch: p
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_processes_take_turns_and_lose_none(store: MemoryStore) -> None:
     def speak(name: str) -> None:
         with MemoryStore(store.root) as own:
@@ -143,6 +146,7 @@ def test_processes_take_turns_and_lose_none(store: MemoryStore) -> None:
 DAMAGES = ["turns = replace(turns, 'bye', 'lie')", "parts = '[1, 9]'", "folding = 'null'", "checksum = ''", "turns = 7"]
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_row_is_never_given_out_and_made_anew_from_its_copy(store: MemoryStore, damage: str) -> None:
     kept = store.conversations.put(talk())
@@ -156,6 +160,7 @@ def test_a_damaged_row_is_never_given_out_and_made_anew_from_its_copy(store: Mem
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_damaged_row_without_a_copy_is_named_and_can_be_removed(store: MemoryStore) -> None:
     store.conversations.put(talk())
     change(store, "UPDATE conversations SET turns = replace(turns, 'bye', 'lie')")
@@ -179,6 +184,7 @@ COPIES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("fate", COPIES)
 def test_a_copy_that_is_not_its_rows_is_written_anew(store: MemoryStore, fate: str) -> None:
     store.conversations.put(talk("talk", "before"))
@@ -204,6 +210,7 @@ def damage(store: MemoryStore) -> None:
     (store.folder / "catalog.sqlite3").write_bytes(b"no database" * 1000)
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("fate", [lose, damage])
 def test_a_lost_catalog_loses_no_conversation(store: MemoryStore, fate: Callable[[MemoryStore], None]) -> None:
     put(store)
@@ -216,6 +223,7 @@ def test_a_lost_catalog_loses_no_conversation(store: MemoryStore, fate: Callable
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_before_a_repair_a_conversation_is_read_from_its_copy(store: MemoryStore) -> None:
     kept = store.conversations.put(talk())
     store.close()
@@ -228,6 +236,7 @@ def test_before_a_repair_a_conversation_is_read_from_its_copy(store: MemoryStore
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_copy_that_is_newer_than_an_older_catalog_is_taken(store: MemoryStore) -> None:
     store.conversations.put(talk("talk", "before"))
     store.close()
@@ -243,6 +252,7 @@ def test_a_copy_that_is_newer_than_an_older_catalog_is_taken(store: MemoryStore)
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_file_of_before_there_were_rows_is_found_and_taken_over(store: MemoryStore) -> None:
     put(store)
     store.parts.make_folder()
@@ -258,6 +268,7 @@ def test_a_file_of_before_there_were_rows_is_found_and_taken_over(store: MemoryS
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_damaged_copy_without_a_row_is_named_and_left(store: MemoryStore) -> None:
     store.conversations.put(talk())
     store.close()
@@ -274,6 +285,7 @@ def test_a_damaged_copy_without_a_row_is_named_and_left(store: MemoryStore) -> N
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_no_conversation_is_read_or_written_behind_a_link(store: MemoryStore, tmp_path: Path) -> None:
     store.conversations.put(talk())
     folder, outside = copy_of(store).parent, tmp_path / "outside"

@@ -14,8 +14,8 @@ from traces import ID, LABELS, TRACES, put_secret, traces
 from upkeep_samples import everything, unfinished_put
 
 from beacon_memory.errors import DocumentNotFoundError, StoreError
-from beacon_memory.storage.catalog import catalog as catalog_module
 from beacon_memory.storage.catalog import connections
+from beacon_memory.storage.catalog import sqlite as catalog_module
 from beacon_memory.storage.erasing import erase
 from beacon_memory.storage.files.names import new_temp
 from beacon_memory.storage.repair import verify

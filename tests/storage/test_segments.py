@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from kv_samples import FINGERPRINT, same
-from store_samples import change, files
+from store_samples import IN_A_FOLDER, change, files
 from workload import State, append, document, label, look, perform, piece
 
 from beacon_memory.documents import content_hash
@@ -25,8 +26,8 @@ GROWN = "1+2+3+4"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> MemoryStore:
-    return MemoryStore(tmp_path / "store")
+def store(open_store: Callable[[], MemoryStore]) -> MemoryStore:
+    return open_store()
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def kinds(store: MemoryStore) -> list[tuple[str, str | None, bool]]:
     return [(problem.kind, problem.document, problem.mended) for problem in repair(store)]
 
 
+@IN_A_FOLDER
 def test_an_append_writes_what_is_new_and_leaves_all_other_files_as_they_are(store: MemoryStore) -> None:
     store.put(*document("doc", "1"), label("5"))
     before = {path: path.read_bytes() for path in store.folder.glob("kv/*/*")}
@@ -61,6 +63,7 @@ def test_an_append_writes_what_is_new_and_leaves_all_other_files_as_they_are(sto
     assert look(store, "doc") == State("1+2", "5")
 
 
+@IN_A_FOLDER
 def test_a_segment_takes_in_those_before_it_that_are_less_than_twice_as_large(store: MemoryStore) -> None:
     store.put(*document("doc", "1"))  # of 6 slots
     tokens = []
@@ -160,6 +163,7 @@ def test_a_label_stays_when_a_document_grows_and_can_be_changed_after(grown: Mem
     assert verify(grown) == []
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_segment_that_is_not_the_one_that_was_written_is_refused_and_named(grown: MemoryStore, which: int) -> None:
     path, other = (segments(grown)[number] for number in (which, 1 - which))
@@ -181,6 +185,7 @@ def test_a_segment_that_is_not_the_one_that_was_written_is_refused_and_named(gro
         assert look(grown, "doc") == State(GROWN, "5")
 
 
+@IN_A_FOLDER
 def test_a_segment_of_before_is_not_taken_for_one_of_now(grown: MemoryStore) -> None:
     """The same document grew another way before; the files have changed places."""
     before = {path.name: path.read_bytes() for path in segments(grown)}
@@ -195,6 +200,7 @@ def test_a_segment_of_before_is_not_taken_for_one_of_now(grown: MemoryStore) -> 
         path.write_bytes(good)
 
 
+@IN_A_FOLDER
 def test_segments_come_back_with_a_lost_catalog(grown: MemoryStore) -> None:
     row = grown.row("doc")
     grown.close()
@@ -205,6 +211,7 @@ def test_segments_come_back_with_a_lost_catalog(grown: MemoryStore) -> None:
     assert verify(grown) == []
 
 
+@IN_A_FOLDER
 def test_segments_that_are_newer_than_the_catalog_come_back(grown: MemoryStore, tmp_path: Path) -> None:
     for more, left in (("5+6", 1), ("5", 0)):  # what the catalog knows is there, or was taken in
         grown.close()
@@ -223,6 +230,7 @@ def test_segments_that_are_newer_than_the_catalog_come_back(grown: MemoryStore, 
         grow(grown)
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("column", ["segments", "root", "tokens", "content_hash"])
 def test_a_damaged_row_gets_its_segments_back(grown: MemoryStore, column: str) -> None:
     row = grown.row("doc")
@@ -233,6 +241,7 @@ def test_a_damaged_row_gets_its_segments_back(grown: MemoryStore, column: str) -
     assert verify(grown) == []
 
 
+@IN_A_FOLDER
 def test_segments_without_their_document_are_left_and_reported(grown: MemoryStore) -> None:
     grown.close()
     (grown.folder / "catalog.sqlite3").unlink()

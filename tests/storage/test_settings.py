@@ -12,6 +12,7 @@ from store_samples import files, put
 from beacon_memory.documents import Precision
 from beacon_memory.errors import InputError, QuotaError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 from beacon_memory.storage.files.local import LocalFiles
 from beacon_memory.storage.files.locks import writing
 from beacon_memory.storage.repair import verify
@@ -21,11 +22,11 @@ from beacon_memory.storage.store import MemoryStore
 
 def test_settings_survive_in_a_catalog(tmp_path: Path) -> None:
     settings = Settings("int8", 10**15, "s3://bucket/prefix", 0)
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     assert Settings.of(catalog) == Settings()
     settings.write(catalog)
     catalog.close()
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     assert Settings.of(catalog) == settings
     Settings().write(catalog)
     assert Settings.of(catalog) == Settings()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from catalog_samples import LATER, LONG_AGO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import FINGERPRINT, TEXT, finish, memory, same, sample, stack, start
-from store_samples import BYTES, change, files, labels, put
+from store_samples import BYTES, IN_A_FOLDER, change, files, labels, put
 
 from beacon_memory.compression.methods.registry import BUILT_IN
 from beacon_memory.documents import Label, Precision
@@ -28,8 +29,8 @@ from beacon_memory.storage.store import MemoryStore
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> MemoryStore:
-    return MemoryStore(tmp_path / "store")
+def store(open_store: Callable[[], MemoryStore]) -> MemoryStore:
+    return open_store()
 
 
 def test_a_store_is_the_folder_that_was_named_when_it_was_opened(
@@ -76,6 +77,7 @@ def test_a_document_is_read_in_another_dtype(store: MemoryStore) -> None:
     assert same(store.get("doc", dtype=torch.float32).kv, kv.to(dtype=torch.float32))
 
 
+@IN_A_FOLDER
 def test_a_document_lies_in_a_file_that_tells_all_of_it(store: MemoryStore) -> None:
     header, kv = sample()
     label = Label({"a": 1}, ["x"])
@@ -124,6 +126,7 @@ def test_an_id_never_becomes_a_path(tmp_path_factory: pytest.TempPathFactory, id
     assert [path.name for path in folder.iterdir()] in ([], ["store"])
 
 
+@IN_A_FOLDER
 def test_reading_a_store_that_is_not_there_leaves_nothing(store: MemoryStore) -> None:
     assert [*store.list(), *store.search("anything"), *verify(store), *repair(store)] == []
     assert [*store.expire(), *store.namespaces(), store.drop_versions()] == [0]
@@ -156,6 +159,7 @@ def test_what_is_no_id_is_in_no_store(store: MemoryStore, id: object) -> None:
     assert id not in store
 
 
+@IN_A_FOLDER
 def test_replacement_leaves_one_file_and_keeps_created_at_and_label(store: MemoryStore) -> None:
     put(store, tag="a")
     first = store.update("doc", tags=["x"], pinned=True, expires_at=LATER)
@@ -209,6 +213,7 @@ def test_what_does_not_fit_together_is_refused_and_changes_nothing(store: Memory
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_put_that_fails_in_the_catalog_leaves_the_old_document(store: MemoryStore) -> None:
     kv = put(store)
     before = store.list()
@@ -243,6 +248,7 @@ def test_a_put_on_a_full_disk_leaves_the_old_document(store: MemoryStore) -> Non
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_delete_removes_row_text_and_file(store: MemoryStore) -> None:
     put(store)
     put(store, "other")
@@ -255,6 +261,7 @@ def test_delete_removes_row_text_and_file(store: MemoryStore) -> None:
             use("doc")
 
 
+@IN_A_FOLDER
 def test_what_is_replaced_must_be_what_was_read(store: MemoryStore) -> None:
     header, kv = sample()
     first = store.put(header, kv, TEXT)
@@ -330,6 +337,7 @@ def test_a_closed_store_opens_again(store: MemoryStore) -> None:
         assert same_store is store
 
 
+@IN_A_FOLDER
 def test_a_store_that_is_removed_under_way_is_empty_and_can_be_begun_again(store: MemoryStore) -> None:
     put(store)
     shutil.rmtree(store.folder)

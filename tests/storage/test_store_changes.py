@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from catalog_samples import LATER, LONG_AGO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import FINGERPRINT, TEXT, same, sample
-from store_samples import BYTES, change, files, labels, put, put_version, version
+from store_samples import BYTES, IN_A_FOLDER, change, files, labels, put, put_version, version
 
 from beacon_memory.documents import Label, Precision
 from beacon_memory.errors import ConflictError, CorruptFileError, DocumentNotFoundError, InputError
@@ -26,14 +25,14 @@ from beacon_memory.storage.store import MemoryStore
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MemoryStore]:
-    with MemoryStore(tmp_path / "store") as store:
-        yield store
+def store(open_store: Callable[[], MemoryStore]) -> MemoryStore:
+    return open_store()
 
 
 LABEL = Label({"a": 1}, ["x"], True, LATER)
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
 def test_a_renamed_document_is_the_same_but_for_its_id(store: MemoryStore, precision: str) -> None:
     header, kv = sample()
@@ -93,6 +92,7 @@ def test_a_taken_id_cannot_be_given(store: MemoryStore) -> None:
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_renamed_document_survives_the_loss_of_the_catalog(store: MemoryStore) -> None:
     kv = put(store, a=1)
     created_at = store.row("doc").created_at
@@ -105,6 +105,7 @@ def test_a_renamed_document_survives_the_loss_of_the_catalog(store: MemoryStore)
     assert "doc" not in store
 
 
+@IN_A_FOLDER
 def test_a_document_that_was_replaced_meanwhile_is_not_renamed(store: MemoryStore) -> None:
     put(store)
 
@@ -121,6 +122,7 @@ def test_a_document_that_was_replaced_meanwhile_is_not_renamed(store: MemoryStor
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize(("now", "wanted"), [(a, b) for a in Precision for b in Precision if a != b])
 def test_a_document_is_converted_unless_the_wanted_bits_are_gone(store: MemoryStore, now: str, wanted: str) -> None:
     header, kv = sample(dtype=torch.float32)
@@ -251,6 +253,7 @@ def test_conversion_keeps_the_versions_of_other_models(store: MemoryStore) -> No
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_damaged_version_is_an_error_only_to_those_who_want_it(store: MemoryStore) -> None:
     put_version(store, "a")
     kv = put_version(store, "b")

@@ -396,7 +396,7 @@ def test_verify_finds_in_a_store_that_may_only_be_read_what_it_finds_in_any(fold
 def test_verify_of_a_store_that_may_only_be_read_waits_for_writers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_TIDY_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "TIDY_SECONDS", 0.1)
     with MemoryStore(folder / "store") as store:
         two(store)
 

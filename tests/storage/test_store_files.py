@@ -23,6 +23,7 @@ from beacon_memory.errors import (
 )
 from beacon_memory.storage.archive import export_documents, import_documents
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 from beacon_memory.storage.files.cached import CachedFiles
 from beacon_memory.storage.files.kv_file import StagedFile, stage_kv_file
 from beacon_memory.storage.files.names import number_of
@@ -132,7 +133,7 @@ def while_it_is_born(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object])
 
     def opened(path: Path) -> Catalog:
         monkeypatch.undo()
-        catalog = Catalog(path)
+        catalog = SQLiteCatalog(path)
         act()
         return catalog
 

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 from catalog_samples import LATER, LONG_AGO
 from kv_samples import TEXT, same, sample
-from store_samples import BYTES, change, files, labels, put
+from store_samples import BYTES, IN_A_FOLDER, change, files, labels, put
 
 from beacon_memory.documents import Label, utc_now
 from beacon_memory.errors import DocumentNotFoundError, InputError, StoreError
@@ -21,14 +20,14 @@ from beacon_memory.storage.store import MemoryStore
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MemoryStore]:
-    with MemoryStore(tmp_path / "store") as store:
-        yield store
+def store(open_store: Callable[[], MemoryStore]) -> MemoryStore:
+    return open_store()
 
 
 WHOLE = Label({"a": [1, None]}, ["x", "y"], True, LATER)
 
 
+@IN_A_FOLDER
 @pytest.mark.parametrize(
     ("changes", "after"),
     [
@@ -57,6 +56,7 @@ def test_each_part_of_a_label_is_changed_and_the_others_stay(
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_changes_of_a_label_survive_the_loss_of_the_catalog(store: MemoryStore) -> None:
     store.put(*sample(), TEXT, Label({"a": 1}), created_at=LONG_AGO)
     store.update("doc", tags=["x"], pinned=True, expires_at=LATER)
@@ -88,6 +88,7 @@ def test_what_no_label_can_be_is_refused_and_changes_nothing(
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_a_label_that_cannot_be_committed_is_taken_back(store: MemoryStore) -> None:
     before = store.put(*sample(), TEXT, WHOLE)
     change(store, "CREATE TRIGGER t BEFORE INSERT ON labels BEGIN SELECT RAISE(ABORT, 'no'); END")
@@ -177,6 +178,7 @@ def test_expired_documents_are_removed_when_that_is_asked_for(store: MemoryStore
     assert verify(store) == []
 
 
+@IN_A_FOLDER
 def test_any_put_sweeps_what_has_expired(store: MemoryStore) -> None:
     put(store)
     store.update("doc", expires_at=LONG_AGO)

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_samples import TEXT, same, sample
-from store_samples import BYTES, files, labels, put
+from store_samples import BYTES, IN_A_FOLDER, files, labels, put
 
 from beacon_memory.errors import DocumentNotFoundError, InputError, MismatchedFileError
 from beacon_memory.storage.archive import copy_documents, export_documents, import_documents
@@ -37,9 +37,8 @@ EVIL = [
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MemoryStore]:
-    with MemoryStore(tmp_path / "store") as store:
-        yield store
+def store(open_store: Callable[[], MemoryStore]) -> MemoryStore:
+    return open_store()
 
 
 def test_nothing_of_one_namespace_is_seen_in_another(store: MemoryStore) -> None:
@@ -121,6 +120,7 @@ def test_what_is_no_text_is_no_name(tmp_path: Path, name: str) -> None:
         MemoryStore(tmp_path / "store").within(name)
 
 
+@IN_A_FOLDER
 def test_reading_a_namespace_that_is_not_there_leaves_nothing(store: MemoryStore) -> None:
     inner = store.within("inner")
     assert [*inner.list(), *inner.search("boat"), *verify(inner), *repair(inner), *inner.namespaces()] == []
@@ -145,6 +145,7 @@ def test_a_namespace_is_a_store_without_the_one_around_it(tmp_path: Path) -> Non
         assert files(inner.within("")) == []
 
 
+@IN_A_FOLDER
 def test_verify_and_repair_look_at_one_namespace(store: MemoryStore) -> None:
     inner = store.within("inner")
     for space in (store, inner):
@@ -156,6 +157,7 @@ def test_verify_and_repair_look_at_one_namespace(store: MemoryStore) -> None:
     assert [problem.kind for problem in verify(store)] == ["missing-file"]
 
 
+@IN_A_FOLDER
 def test_a_namespace_whose_catalog_is_lost_keeps_its_name_and_documents(store: MemoryStore) -> None:
     store.configure(quota=10 * BYTES)
     inner = store.within("inner")
@@ -225,6 +227,7 @@ def swapped(store: MemoryStore) -> tuple[MemoryStore, MemoryStore]:
     return store.within("one"), store.within("two")
 
 
+@IN_A_FOLDER
 def test_swapped_namespaces_are_noticed_by_every_use_and_left_as_they_are(store: MemoryStore) -> None:
     spaces = swapped(store)
     before = contents(store.root)
@@ -254,6 +257,7 @@ def test_swapped_namespaces_are_noticed_by_every_use_and_left_as_they_are(store:
         assert verify(space) == []
 
 
+@IN_A_FOLDER
 def test_a_namespace_that_lies_where_the_store_itself_does_is_noticed(store: MemoryStore, tmp_path: Path) -> None:
     with store.within("one") as space:
         put(space)
@@ -263,6 +267,7 @@ def test_a_namespace_that_lies_where_the_store_itself_does_is_noticed(store: Mem
         moved.list()
 
 
+@IN_A_FOLDER
 def test_a_file_of_another_namespace_is_reported_and_never_adopted(store: MemoryStore) -> None:
     one, two = store.within("one"), store.within("two")
     put(one)
@@ -289,6 +294,7 @@ def test_a_file_of_another_namespace_is_reported_and_never_adopted(store: Memory
         assert (two.folder / name).exists()
 
 
+@IN_A_FOLDER
 def test_a_file_that_took_the_place_of_one_of_another_namespace_is_refused(store: MemoryStore) -> None:
     one, two = store.within("one"), store.within("two")
     put(one)
@@ -301,6 +307,7 @@ def test_a_file_that_took_the_place_of_one_of_another_namespace_is_refused(store
     assert two.text("doc") == TEXT
 
 
+@IN_A_FOLDER
 def test_a_label_of_another_namespace_is_written_anew(store: MemoryStore) -> None:
     one, two = store.within("one"), store.within("two")
     for space in (one, two):
@@ -320,6 +327,7 @@ def test_a_label_of_another_namespace_is_written_anew(store: MemoryStore) -> Non
     assert verify(two) == []
 
 
+@IN_A_FOLDER
 def test_settings_of_another_namespace_are_ignored(store: MemoryStore) -> None:
     one, two = store.within("one"), store.within("two")
     one.configure(quota=7 * BYTES)

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from catalog_samples import LONG_AGO
@@ -20,11 +19,11 @@ PIN = Label(pinned=True)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MemoryStore]:
+def store(open_store: Callable[[], MemoryStore]) -> MemoryStore:
     """A store with room for three documents."""
-    with MemoryStore(tmp_path / "store") as store:
-        store.configure(quota=3 * BYTES + 1)
-        yield store
+    store = open_store()
+    store.configure(quota=3 * BYTES + 1)
+    return store
 
 
 def ids(store: MemoryStore) -> list[str]:
@@ -71,10 +70,12 @@ def test_reading_keeps_a_document(store: MemoryStore) -> None:
     assert ids(store) == ["a", "c", "new"]
 
 
-def test_reading_keeps_a_document_after_the_store_was_closed(store: MemoryStore) -> None:
+def test_reading_keeps_a_document_after_the_store_was_closed(
+    store: MemoryStore, open_store: Callable[[], MemoryStore]
+) -> None:
     put_long_ago(store, "a", "b", "c")
     before = int(time.time())
-    with MemoryStore(store.folder) as reader:
+    with open_store() as reader:
         reader.get("a")
         assert reader.row("a").used_at == 1000  # no reading writes
     assert store.row("a").used_at >= before
@@ -83,9 +84,9 @@ def test_reading_keeps_a_document_after_the_store_was_closed(store: MemoryStore)
     assert ids(store) == ["a", "c", "new"]
 
 
-def test_use_that_cannot_be_noted_now_is_noted_later(store: MemoryStore) -> None:
+def test_use_that_cannot_be_noted_now_is_noted_later(store: MemoryStore, open_store: Callable[[], MemoryStore]) -> None:
     put_long_ago(store, "a", "b", "c")
-    reader = MemoryStore(store.folder)
+    reader = open_store()
     reader.get("a")
     with store.parts.catalog().transaction():
         reader.close()

@@ -41,6 +41,7 @@ def test_a_store_keeps_its_promises_under_torture(name: str, seed: int) -> None:
         ("read", ("map", ".safetensors"), 1),  # no memory
         ("erase", ("stat", ".safetensors"), 0),  # what cannot be looked at is not gone
         ("export", ("stat", "archive"), 0),
+        ("export", ("open", "archive.part"), 2),
         ("update", ("stat", "catalog.sqlite3"), 0),
     ],
 )

@@ -64,6 +64,14 @@ def test_it_tells_settings_and_lora(tmp_path: Path) -> None:
     assert "| lora | none |" in card(tmp_path)
 
 
+def test_it_tells_that_answers_were_trained_alone(tmp_path: Path) -> None:
+    stage = a_stage(compression="select", ratios=(0, 4), zoomed=0.5)
+    written = card(tmp_path, a_recipe(None, stage, answers=LORA))
+    assert "| lora | as it was |" in written
+    assert "| lora of answers, trained alone | LoRA, rank 4, alpha 8, q_proj, o_proj, up_proj |" in written
+    assert "| 0, 4, drawn for two groups of questions, and for each of the 50% that see passages |" in written
+
+
 def test_it_tells_where_salience_comes_from(tmp_path: Path) -> None:
     salience = SalienceRecipe(data=(TEXT, replace(QA, where={"source": "squad"})), answer_weight=2)
     written = card(tmp_path, a_recipe(salience=salience))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,15 +8,16 @@ import torch
 from tiny_models import BOS, some_ids
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from training_samples import LORA, a_model, a_sample
+from training_samples import LORA, a_model, a_sample, with_answers
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.training.loading import SelectedMemory
 from beacon_memory.training.losses import TrainingModel
-from beacon_memory.training.samples import Branch, Sample
+from beacon_memory.training.samples import Branch, Loaded, Sample
 from beacon_memory.training.start import trained_parameters
 
 SETTINGS: list[dict[str, Any]] = [
@@ -131,16 +133,89 @@ class TestHybrid:
         model = a_model(lora, **settings)
         with torch.no_grad():
             expected = [losses_behind(model, one, "hybrid") for one in (self.WINDOW, self.SHORT)]
-            ours = TrainingModel(model, hybrid=True)([self.WINDOW, self.SHORT])
+            ours = TrainingModel(model, compression="hybrid")([self.WINDOW, self.SHORT])
         close(ours.labels, torch.stack([one.mean() for one in expected]))
         assert abs(float(ours.loss - loss(model, self.WINDOW, self.SHORT))) > 0.01
 
     def test_gradient_reaches_the_beacons(self) -> None:
         model = a_model(LORA)
-        TrainingModel(model.train(), hybrid=True)([self.WINDOW]).loss.backward()
+        TrainingModel(model.train(), compression="hybrid")([self.WINDOW]).loss.backward()
         gradients = {name: parameter.grad for name, parameter in trained_parameters(model)}
         for kind in ("beacon_k_proj", "beacon_v_proj", ".lora_"):
             assert any(kind in name and gradient is not None and gradient.any() for name, gradient in gradients.items())
+
+
+class TestSelected:
+    """Branches behind what is loaded of selected memories; what learns is the LoRA of answers."""
+
+    PARTS: tuple[tuple[int, ...], ...] = (tuple(some_ids(40, seed=1)), tuple(some_ids(15, seed=2)))
+
+    def sample(self, *loaded: Loaded) -> Sample:
+        branches = [Branch(tuple(some_ids(4 + number, seed=3 + number)), 2, one) for number, one in enumerate(loaded)]
+        return Sample("qa", self.PARTS, (), tuple(branches))
+
+    def expected(self, model: BeaconModel, sample: Sample, memory: MemoryKV) -> Tensor:
+        """The mean cross-entropy of the first branch behind a memory."""
+        branch = sample.branches[0]
+        cache = MemoryCache([model.prefix(memory)], config=model.base.config)
+        logits = model.base(torch.tensor([branch.ids]), past_key_values=cache).logits[0]
+        return cross_entropy(logits[branch.labelled - 1 : -1], torch.tensor(branch.ids[branch.labelled :]))
+
+    @pytest.mark.parametrize("ratio", [0, 2, 4, 8])
+    def test_it_is_that_of_the_stock_model_behind_the_documents_as_they_are_stored(self, ratio: int) -> None:
+        model = with_answers(a_model(beacon_window=64))
+        compressor = BeaconCompressor(model)
+        works = [Work(ids, compressor.ratios(len(ids), ratio, "select")) for ids in self.PARTS]
+        parts = [compressor.compress_one(work, compression="select").kv for work in works]
+        memory = MemoryKV.concat([MemoryKV.of(compressor.sink), *parts])
+        sample = self.sample(Loaded(ratio))
+        with torch.no_grad():
+            ours = TrainingModel(model, compression="select")([sample])
+            close(ours.loss, self.expected(model, sample, memory))
+
+    def test_each_branch_follows_what_it_has_loaded(self) -> None:
+        model = with_answers(a_model())
+        every = [Loaded(0), Loaded(8), Loaded(4, "what"), Loaded(8)]
+        together = self.sample(*every)
+        with torch.no_grad():
+            ours = TrainingModel(model, compression="select")([together]).loss
+            alone = [
+                TrainingModel(model, compression="select")([replace(together, branches=(branch,))]).loss
+                * (len(branch.ids) - branch.labelled)
+                for branch in together.branches
+            ]
+        labels = sum(len(branch.ids) - branch.labelled for branch in together.branches)
+        close(ours, torch.stack(alone).sum() / labels)
+
+    def test_what_is_loaded_for_a_question_is_of_the_passages_that_match_it(self) -> None:
+        model = a_model(beacon_window=256)
+        tokens = model.tokenizer("a mill by the river " * 4 + "and the red barn " * 4)["input_ids"]
+        memory = SelectedMemory(model, Sample("qa", (tuple(tokens),), (), ()))
+        assert len(memory.pieces) == 2
+        sink = len(model.sink_ids)
+        found, blind = memory.prefix(Loaded(8, "Which barn?")), memory.prefix(Loaded(8))
+        assert (found.span - sink, blind.span - sink) == (len(memory.pieces[1]), len(tokens))
+        assert found.slots <= blind.slots
+
+    def test_only_the_lora_of_answers_gets_a_gradient(self) -> None:
+        model = with_answers(a_model())
+        model.requires_grad_(False)
+        for _, parameter in trained_parameters(model):
+            parameter.requires_grad_(True)
+        TrainingModel(model.train(), compression="select")([self.sample(Loaded(0), Loaded(4))]).loss.backward()
+        with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert with_gradient
+        assert all(name.endswith((".up", ".down")) for name in with_gradient)
+
+    def test_the_teacher_sees_everything(self) -> None:
+        model = with_answers(a_model())
+        whole, part = self.sample(Loaded(0)), self.sample(Loaded(8))
+        with torch.no_grad():
+            distilled = [
+                TrainingModel(model, 0.0, 1.0, compression="select")([sample]).loss for sample in (whole, part)
+            ]
+        assert abs(float(distilled[0])) < 1e-6
+        assert float(distilled[1]) > 1e-3
 
 
 class TestDistillation:

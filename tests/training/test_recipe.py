@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_samples import TEXT, a_recipe, a_stage
+from training_samples import LORA, TEXT, a_recipe, a_stage
 
 from beacon_memory import training
 from beacon_memory.config import BeaconConfig
@@ -125,7 +125,12 @@ class TestErrors:
             ({"parts": (1, "2")}, "must be a list of whole numbers"),
             ({"ratios": (2, -4)}, r"ratios=\(2, -4\)"),
             ({"ratio_per": "token"}, "ratio_per='token' must be 'window' or 'document'"),
-            ({"compression": "select"}, "compression='select' must be 'beacon' or 'hybrid'"),
+            ({"compression": "raw"}, "compression='raw' must be 'beacon', 'hybrid' or 'select'"),
+            ({"compression": "select", "label_text": True}, "label_text=True must be false with"),
+            ({"compression": "select", "zoomed": 1.5}, "zoomed=1.5 must be a share"),
+            ({"compression": "select", "zoomed": 0.5, "ratios": (0, 2)}, r"ratios=\(0, 2\) must be some above 2"),
+            ({"zoomed": 0.5}, "zoomed=0.5 must be 0 without"),
+            ({"history": -1.0}, "history=-1.0 must be a share"),
             ({"compression": "hybrid", "ratios": (2, 0)}, r"ratios=\(2, 0\) must be above 0 with"),
             ({"continuation": 1}, "continuation=1 must be at least 2"),
             ({"label_text": 1}, "label_text=1 must be true or false"),
@@ -146,13 +151,15 @@ class TestErrors:
         assert a_stage(label_text=True, continuation=0, data=(TEXT,)).continuation == 0
 
     def test_a_file_that_is_not_there_is_named_with_the_shipped_recipes(self) -> None:
-        with pytest.raises(ConfigError, match=r"'absent\.toml' cannot be read.*shipped recipes: default, paper"):
+        with pytest.raises(
+            ConfigError, match=r"'absent\.toml' cannot be read.*shipped recipes: answers, default, paper"
+        ):
             read_recipe("absent.toml")
 
 
 class TestShipped:
     def test_each_can_be_read_by_its_name(self) -> None:
-        assert shipped_recipes() == ["default", "paper"]
+        assert shipped_recipes() == ["answers", "default", "paper"]
         for name in shipped_recipes():
             recipe, file = read_recipe(name)
             assert recipe.stages
@@ -162,6 +169,21 @@ class TestShipped:
         recipe, _ = read_recipe("default")
         assert (recipe.base, recipe.adapter) == (None, "default")
         assert recipe.lora is not None
+
+    def test_that_of_answers_leaves_what_reads_documents_as_it_is(self) -> None:
+        recipe, _ = read_recipe("answers")
+        assert (recipe.base, recipe.adapter, recipe.lora) == (None, "default", None)
+        assert recipe.answers is not None
+
+    def test_answers_are_trained_alone_behind_selected_memories(self) -> None:
+        with pytest.raises(ConfigError, match=r"lora=.* must be left out with \[answers\]"):
+            a_recipe(None, a_stage(compression="select"), lora=LORA, answers=LORA)
+        with pytest.raises(
+            ConfigError, match=r"compression of stage 'first'='beacon' must be 'select' with \[answers\]"
+        ):
+            a_recipe(None, a_stage(), answers=LORA)
+        with pytest.raises(ConfigError, match="compression of stage 'first'='select'"):
+            a_recipe(None, a_stage(compression="select"))
 
     def test_the_paper_s_has_the_published_settings(self) -> None:
         recipe, _ = read_recipe("paper")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tiny_models import BOS, EOS
-from training_samples import QA, TEXT, TEXTS, a_model, a_recipe, a_stage, question_rows, write_rows
+from training_samples import LORA, QA, TEXT, TEXTS, a_model, a_recipe, a_stage, question_rows, write_rows
 
 from beacon_memory.errors import ConfigError, InputError
 from beacon_memory.generation.prompt import chat_prompt
@@ -21,7 +21,7 @@ def model() -> BeaconModel:
 
 
 def samples(model: BeaconModel, data: Path, stage: Stage, count: int = 40, **recipe: Any) -> list[Sample]:
-    return list(islice(SampleSet(model, a_recipe(**recipe), stage, data, count), count))
+    return list(islice(SampleSet(model, a_recipe(None, stage, **recipe), stage, data, count), count))
 
 
 def text_of(model: BeaconModel, *ids: int) -> str:
@@ -117,6 +117,28 @@ class TestQuestions:
                 same = [one for one in asked if chat_prompt(model, one["question"], behind_memory=True) == list(prompt)]
                 assert answer[-1] == EOS
                 assert any(text_of(model, *answer[:-1]) in one["answers"] for one in same)
+
+    def test_some_follow_others_in_one_conversation(self, model: BeaconModel, data: Path) -> None:
+        stage = a_stage(data=(QA,), tokens=(40, 80), history=0.5)
+        prompts = [
+            text_of(model, *branch.ids[: branch.labelled])
+            for sample in samples(model, data, stage)
+            for branch in sample.branches
+        ]
+        turns = {prompt.count("<|user|>") for prompt in prompts}
+        assert turns == {1, 2, 3, 4, 5}
+        assert all(prompt.count("<|assistant|>") == prompt.count("<|user|>") for prompt in prompts)
+
+    def test_what_they_follow_is_drawn_for_each_or_shared(self, data: Path) -> None:
+        stage = a_stage(data=(QA,), tokens=(40, 80), branches=6, compression="select", ratios=(0, 4, 8), zoomed=0.5)
+        drawn = samples(a_model(), data, stage, answers=LORA)
+        loaded = [[branch.loaded for branch in sample.branches if branch.loaded is not None] for sample in drawn]
+        assert all(len(one) == len(sample.branches) for one, sample in zip(loaded, drawn, strict=True))
+        assert all(len({each.ratio for each in one if not each.question}) <= 2 for one in loaded)
+        asked = [each for one in loaded for each in one if each.question]
+        assert {each.ratio for each in asked} == {4, 8}
+        assert 0.3 < len(asked) / sum(map(len, loaded)) < 0.7
+        assert {each.question for each in asked} <= {pair["question"] for row in question_rows() for pair in row["qa"]}
 
     def test_passages_are_cut_where_one_begins(self, model: BeaconModel, data: Path) -> None:
         drawn = samples(model, data, a_stage(data=(QA,), tokens=(100, 120), parts=(2,)))

@@ -15,8 +15,9 @@ from training_samples import LORA, QA, TEXT, a_base, a_recipe, a_stage, write_ro
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.errors import AdapterError, ConfigError, InputError
+from beacon_memory.modeling.answering import answering_layers
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.training import LoraRecipe, Recipe, read_recipe, trainer
+from beacon_memory.training import LoraRecipe, Recipe, Stage, read_recipe, trainer
 from beacon_memory.training.losses import TrainingModel
 from beacon_memory.training.start import trained_parameters
 from beacon_memory.training.trainer import train
@@ -337,3 +338,48 @@ def test_beacons_can_be_trained_beside_chosen_tokens(base: Path, data: Path, tmp
     assert model.compression == "hybrid"
     start = dict(BeaconModel.from_pretrained(base, device="cpu").named_beacon_parameters())
     assert any(not torch.equal(parameter, start[name]) for name, parameter in model.named_beacon_parameters())
+
+
+class TestAnswers:
+    """Recipes with `[answers]`: their LoRA is trained alone."""
+
+    def stage(self, **settings: Any) -> Stage:
+        return a_stage(compression="select", ratios=(0, 2, 4), zoomed=0.5, **settings)
+
+    def test_it_is_all_that_changes(self, base: Path, data: Path, left: list[BeaconModel]) -> None:
+        run(a_recipe(base), data, data.parent / "beacons")
+        before = data.parent / "beacons" / "adapter"
+        recipe = a_recipe(base, self.stage(), adapter=str(before), beacon={}, answers=LORA)
+        adapter = run(recipe, data, data.parent / "run")
+        ours, start = (BeaconModel.from_pretrained(base, one, device="cpu") for one in (adapter, before))
+        assert ours.fingerprint == start.fingerprint
+        trained = [(layer.down, layer.up) for _, layer in answering_layers(ours.base)]
+        assert len(trained) == len(LORA.targets) * len(ours.base.model.layers)
+        assert all(up.any() for _, up in trained)
+        for one, (_, layer) in zip(trained, answering_layers(left[-1].base), strict=True):
+            torch.testing.assert_close(one, (layer.down, layer.up), atol=1e-6, rtol=0)
+
+    def test_the_loss_falls(self, base: Path, data: Path) -> None:
+        write_rows(data / "qa.jsonl", [{"context": "The key is red.", "question": "Key?", "answers": ["red"]}])
+        stage = self.stage(data=(QA,), steps=25, learning_rate=2e-2)
+        run(a_recipe(base, stage, answers=LORA), data, data.parent / "run")
+        logged = losses(data.parent / "run")
+        assert logged[-1] < 0.2 * logged[0]
+
+    def test_its_training_goes_on(self, base: Path, data: Path) -> None:
+        run(a_recipe(base, self.stage(steps=3), answers=LORA), data, data.parent / "run")
+        first = data.parent / "run" / "adapter"
+        settings: dict[str, Any] = {"adapter": str(first), "beacon": {}}
+        again = run(a_recipe(base, self.stage(steps=3), answers=LORA, **settings), data, data.parent / "again")
+        weights = [load_file(one / "answers" / "adapter_model.safetensors") for one in (first, again)]
+        assert weights[0].keys() == weights[1].keys()
+        assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        wide = a_recipe(base, self.stage(), answers=replace(LORA, rank=5), **settings)
+        with pytest.raises(ConfigError, match="give the recipe the same values"):
+            run(wide, data, data.parent / "wide")
+
+    def test_beacons_that_are_trained_on_lose_it(self, base: Path, data: Path) -> None:
+        """It was trained behind memories of other weights."""
+        run(a_recipe(base, self.stage(steps=3), answers=LORA), data, data.parent / "run")
+        settings: dict[str, Any] = {"adapter": str(data.parent / "run" / "adapter"), "beacon": {}}
+        assert not (run(a_recipe(base, **settings), data, data.parent / "beacons") / "answers").exists()

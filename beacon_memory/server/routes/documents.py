@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from beacon_memory.documents import check_id
 from beacon_memory.errors import DocumentNotFoundError
+from beacon_memory.formats.kinds import Format
 from beacon_memory.memory import BeaconMemory
 from beacon_memory.server.answering import while_connected
 from beacon_memory.server.bodies import MemoryOptions
@@ -61,8 +62,10 @@ class ExplainBody(MemoryOptions):
 def _upload(form: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
     """Describe a body that may be JSON or a file."""
     schema = form.model_json_schema(ref_template="#/components/schemas/{model}")
-    plain = {media: {"schema": {"type": "string"}} for media in ("text/plain", "text/markdown")}
-    content = {"application/json": {"schema": schema, "example": example}, **plain}
+    text, binary = ({"schema": {"type": "string"} | more} for more in ({}, {"format": "binary"}))
+    texts = dict.fromkeys(("text/plain", "text/markdown", "text/html"), text)
+    packed = {one.media_types[0]: binary for one in (Format.PDF, Format.DOCX)}
+    content = {"application/json": {"schema": schema, "example": example}, **texts, **packed}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -113,11 +116,11 @@ async def put(visit: Writer, request: Request, id: str, idempotency_key: Idempot
     """Store a document, or replace the one of this id: it is compressed in the background.
 
     Returns 202 as soon as the text is on disk, with the job that goes on with it, whatever happens to the server. A
-    text that is stored already in the same way is left as it is. The body is JSON, or a text as it is, with the label
-    as query parameters: `?tag=contract&tag=2031&pinned=true&metadata={...}`.
+    text that is stored already in the same way is left as it is. The body is JSON, or a file (text, Markdown, HTML,
+    PDF, docx) with the label as query parameters: `?tag=contract&tag=2031&pinned=true&metadata={...}`.
     """
     check_id(id)
-    body = await read_put(request, visit.service.read_file)
+    body = await read_put(request, id)
     _check_how(visit.memory, body)
     work = body.model_dump()
     return await run_in_threadpool(_begin, visit, JobKind.PUT, id, work, idempotency_key)
@@ -135,7 +138,7 @@ async def append(visit: Writer, request: Request, id: str, idempotency_key: Idem
     An append that is sent twice is done twice, unless both have the same Idempotency-Key.
     """
     check_id(id)
-    body = await read_append(request, visit.service.read_file)
+    body = await read_append(request, id)
     if body.ratio is not None:
         visit.memory.model.config.require_ratio(body.ratio)
     return await run_in_threadpool(_append, visit, id, body.model_dump(), idempotency_key)

@@ -1,6 +1,6 @@
 """Connections to one SQLite database, as many as threads use at a time, so that readers never wait for a writer.
 
-connections = Connections(folder / "catalog.sqlite3")
+connections = SQLiteConnections(folder / "catalog.sqlite3")
 with connections.transaction() as db:
     db.execute("DELETE FROM documents WHERE id = ?", ["a.txt"])
 """
@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -25,7 +25,7 @@ from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.files.durable import status
 from beacon_memory.storage.files.locks import renew_in_forks
 
-__all__ = ["BUSY_SECONDS", "Connections", "begin_immediate", "may_come_back"]
+__all__ = ["BUSY_SECONDS", "SQLiteConnections", "SQLiteDatabase", "begin_immediate", "may_come_back"]
 
 BUSY_SECONDS = 30.0  # how long to wait for another process that writes
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
@@ -44,15 +44,24 @@ _REFUSED = {  # by the system, whatever is in the database
 _SEEN_AS_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}  # and not their finer codes
 _PIECE = 1 << 20  # bytes read at a time
 
-_pools: weakref.WeakSet[Connections] = weakref.WeakSet()
-_inherited: list[Database] = []  # kept for ever: SQLite forbids to use a connection, and even to close it, after a fork
+_pools: weakref.WeakSet[SQLiteConnections] = weakref.WeakSet()
+# Kept for ever: SQLite forbids to use a connection, and even to close it, after a fork
+_inherited: list[SQLiteDatabase] = []
 
 
-class _Unshared(Database):
+class SQLiteDatabase(Database):
+    """A connection to SQLite; a `database.Database`."""
+
+    def executemany(self, sql: str, values: Iterable[Sequence[object]]) -> None:
+        """Execute a statement once for each of many values."""
+        self.conn.executemany(sql, values)
+
+
+class _Unshared(SQLiteDatabase):
     """A read-only connection that does not see what others write, so it is closed after one use."""
 
 
-class Connections:
+class SQLiteConnections:
     """Lend connections to one database to threads, and keep those that are not in use for the next.
 
     Errors of SQLite are raised as StoreError, or as CorruptFileError if the database is damaged. `path` may be
@@ -61,7 +70,7 @@ class Connections:
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
-        self._idle: list[Database] = []
+        self._idle: list[SQLiteDatabase] = []
         self._own = threading.local()  # the connection that a thread is using
         self._turn = self._new_turn()
         _pools.add(self)
@@ -86,14 +95,14 @@ class Connections:
     @property
     def in_transaction(self) -> bool:
         """Whether this thread is within a transaction, and so sees the database as it was when that began."""
-        db: Database | None = getattr(self._own, "db", None)
+        db: SQLiteDatabase | None = getattr(self._own, "db", None)
         return db is not None and db.conn.in_transaction
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[Database]:
+    def use(self) -> Iterator[SQLiteDatabase]:
         """Lend this thread a connection of its own; a `use` inside of another one lends the same connection."""
         own = self._own
-        db: Database | None = getattr(own, "db", None)
+        db: SQLiteDatabase | None = getattr(own, "db", None)
         try:
             if db is not None:
                 yield db
@@ -116,7 +125,7 @@ class Connections:
             raise self.failure(sqlite3.DatabaseError(str(error))) from error
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Database]:
+    def transaction(self) -> Iterator[SQLiteDatabase]:
         """Hold the write lock: what is written inside is committed together, or not at all if anything raises.
 
         Raises StoreError if another process holds the lock for more than 30 seconds.
@@ -125,7 +134,7 @@ class Connections:
             yield db
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Database]:
+    def reading(self) -> Iterator[SQLiteDatabase]:
         """Show the database as it is now to all that is read inside, whatever others write meanwhile."""
         with self.use() as db:
             if db.conn.in_transaction:
@@ -138,7 +147,7 @@ class Connections:
                 db.rollback()
 
     @contextlib.contextmanager
-    def unsynced(self) -> Iterator[Database]:
+    def unsynced(self) -> Iterator[SQLiteDatabase]:
         """Lend a connection whose commits survive the death of this process, but not a power cut: that saves a sync."""
         with self.use() as db:
             if db.conn.in_transaction:  # whoever began it wants its commit synced
@@ -150,7 +159,7 @@ class Connections:
             finally:
                 db.execute("PRAGMA synchronous = FULL")
 
-    def note(self, sql: str, values: Iterable[tuple[object, ...]]) -> bool:
+    def note(self, sql: str, values: Iterable[Sequence[object]]) -> bool:
         """Write something that is not worth waiting for; False if another process is writing just now.
 
         sql: one statement, executed for each of `values`.
@@ -159,14 +168,14 @@ class Connections:
             db.execute("PRAGMA busy_timeout = 0")
             try:
                 with begin_immediate(db):
-                    db.conn.executemany(sql, values)
+                    db.executemany(sql, values)
             except sqlite3.OperationalError:
                 return False
             finally:
                 db.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
         return True
 
-    def _take(self) -> Database:
+    def _take(self) -> SQLiteDatabase:
         try:
             return self._idle.pop()
         except IndexError:
@@ -180,8 +189,8 @@ class Connections:
                 raise
             return _Unshared(_opened(f"file:{quote(str(self.path))}?immutable=1"), execute_plugins=False)
 
-    def _connect(self) -> Database:
-        db = Database(_opened(self.path), execute_plugins=False)
+    def _connect(self) -> SQLiteDatabase:
+        db = SQLiteDatabase(_opened(self.path), execute_plugins=False)
         try:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA cell_size_check = ON")

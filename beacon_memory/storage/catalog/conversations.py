@@ -11,7 +11,7 @@ from beacon_memory.conversation import Conversation
 from beacon_memory.documents import check_id
 from beacon_memory.errors import CorruptFileError, InputError
 
-from .connections import Connections
+from .database import Connections
 from .rows import DamagedRow, checksum, printable
 
 __all__ = ["Conversations"]
@@ -19,6 +19,10 @@ __all__ = ["Conversations"]
 _JSON = ("turns", "parts", "folding")
 _COLUMNS = (*(field.name for field in fields(Conversation)), "checksum")
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM conversations"  # noqa: S608  # our own names
+_UPSERT = f"""
+    INSERT INTO conversations ({", ".join(_COLUMNS)}) VALUES ({", ".join(f":{one}" for one in _COLUMNS)})
+    ON CONFLICT (id) DO UPDATE SET {", ".join(f"{one} = excluded.{one}" for one in _COLUMNS if one != "id")}
+"""  # noqa: S608  # our own names
 
 
 class Conversations:
@@ -62,7 +66,7 @@ class Conversations:
         record |= {name: json.dumps(record[name]) for name in _JSON}
         record["checksum"] = checksum(record)
         with self._connections.transaction() as db:
-            db.table("conversations").upsert(record, pk="id")
+            db.execute(_UPSERT, record)
 
     def remove(self, id: str) -> None:
         """Remove a conversation, damaged or not, if there is one."""

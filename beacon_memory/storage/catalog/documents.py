@@ -8,17 +8,16 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from sqlite_utils import Database
-
 from beacon_memory.documents import Label, Text, check_id, utc_now
 from beacon_memory.errors import CorruptFileError, DocumentNotFoundError, InputError
 
-from .connections import Connections
+from .database import Connections, Database
 from .rows import COLUMNS, DamagedRow, DocumentRow, files_of, from_record, printable, properties_of, to_record
 from .texts import Texts, damaged_text
 
 __all__ = ["Documents"]
 
+_ALL = 2**63 - 1  # rows
 _COMPARED = 1000  # ids that are compared with one that is not found, and the characters of each
 _SELECT = f"SELECT {', '.join(f'documents.{column}' for column in COLUMNS)} FROM documents"  # noqa: S608  # our names
 # Where the thousandth document lies that has a label, from an id on: the further, the rarer the label is there.
@@ -77,7 +76,7 @@ class Documents:
         for id in filter(None, (prefix, after)):
             check_id(id)
         sought = Label({} if metadata is None else metadata, tags)
-        wanted = builtins.list(properties_of(_plain(sought.metadata), sought.tags))
+        wanted = builtins.list(self._labels(_plain(sought.metadata), sought.tags))
         with self._connections.use() as db:
             start = max(after, prefix)
             if len(wanted) > 1:
@@ -95,10 +94,10 @@ class Documents:
                 where.append(_ALSO if n else "labels.name = ? AND labels.value = ? AND documents.id = labels.document")
                 values += one
             sql = f"{select} WHERE {' AND '.join(where)} ORDER BY {id} LIMIT ?"
-            found = builtins.list(db.query(sql, [*values, -1 if limit is None else limit]))
+            found = builtins.list(db.query(sql, [*values, _ALL if limit is None else limit]))
         rows = [from_record(record) for record in found]  # not while it is read: an error would keep it being read
         for row in rows:
-            if wanted and not set(wanted) <= {*properties_of(row.metadata, row.tags)}:
+            if wanted and not set(wanted) <= {*self._labels(row.metadata, row.tags)}:
                 raise CorruptFileError(
                     f"what {row.id!r} is found by is not what its row says; `beacon-memory repair` makes it anew"
                 )
@@ -136,7 +135,7 @@ class Documents:
             old = db.execute("SELECT content_hash, created_at FROM documents WHERE id = ?", [row.id]).fetchone()
             if old is not None:
                 row = replace(row, created_at=str(old[1]))
-            _write(db, row)
+            self._write(db, row)
             if old is None or old[0] != row.content_hash or self._texts.find(row.id, row.content_hash) is None:
                 self._texts.write(row.id, text.value)
             self._texts.set_kind(row.id, row.tags)
@@ -150,19 +149,19 @@ class Documents:
         if row.content_hash != text.sha256:
             raise InputError(f"content_hash {row.content_hash!r} of {row.id!r} is not the sha256 of its text")
         with self._connections.transaction() as db:
-            _write(db, row)
+            self._write(db, row)
             self._texts.append(row.id, text.value, row.tags)
 
     def update(self, row: DocumentRow) -> None:
         """Write the row of a document whose text stays."""
         with self._connections.transaction() as db:
-            _write(db, row)
+            self._write(db, row)
             self._texts.set_kind(row.id, row.tags)
 
     def rename(self, id: str, row: DocumentRow) -> None:
         """Put `row`, with an id that is free, in the place of a document's row; its kept versions are removed."""
         with self._connections.transaction() as db:
-            _write(db, row)
+            self._write(db, row)
             db.execute("UPDATE passages SET document = ? WHERE document = ?", [row.id, id])
             self._texts.set_kind(row.id, row.tags)
             db.execute("DELETE FROM documents WHERE id = ?", [id])
@@ -187,8 +186,8 @@ class Documents:
 
     def touch(self, used: Mapping[str, int]) -> bool:
         """Note when documents were used, in seconds since 1970; False if another process is writing just now."""
-        sql = "UPDATE documents SET used_at = max(used_at, ?) WHERE id = ?"
-        return self._connections.note(sql, [(at, id) for id, at in used.items()])
+        sql = "UPDATE documents SET used_at = ? WHERE id = ? AND used_at < ?"
+        return self._connections.note(sql, [(at, id, at) for id, at in used.items()])
 
     def least_used(self, count: int) -> builtins.list[DocumentRow]:
         """Return up to `count` rows of documents that are not pinned, first the one that was not used for longest."""
@@ -208,6 +207,23 @@ class Documents:
                     ids.append(row.id)
         return sorted(ids)
 
+    def has_its_labels(self, row: DocumentRow) -> bool:
+        """Tell whether a document is found by what its row says, and by nothing else."""
+        with self._connections.use() as db:
+            kept = db.execute("SELECT name, value FROM labels WHERE document = ?", [row.id]).fetchall()
+        return set(kept) == set(self._labels(row.metadata, row.tags))
+
+    def _labels(self, metadata: Mapping[str, object], tags: Iterable[str]) -> Iterable[tuple[str, str]]:
+        """Return what a document with these metadata and tags can be found by, as names and values."""
+        return properties_of(metadata, tags)
+
+    def _write(self, db: Database, row: DocumentRow) -> None:
+        """Write a row, and the labels that it is found by."""
+        db.execute(_UPSERT, to_record(row))
+        db.execute("DELETE FROM labels WHERE document = ?", [row.id])
+        labels = [(name, value, row.id) for name, value in self._labels(row.metadata, row.tags)]
+        db.executemany("INSERT INTO labels (name, value, document) VALUES (?, ?, ?)", labels)
+
     def _not_found(self, id: str) -> DocumentNotFoundError:
         with self._connections.use() as db:
             rows = db.execute(
@@ -217,14 +233,6 @@ class Documents:
         close = difflib.get_close_matches(id[:_COMPARED], [str(row[0]) for row in rows])
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "list() shows the ids there are"
         return DocumentNotFoundError(f"no document {id!r} is stored; {hint}")
-
-
-def _write(db: Database, row: DocumentRow) -> None:
-    """Write a row, and the labels that it is found by."""
-    db.execute(_UPSERT, to_record(row))
-    db.execute("DELETE FROM labels WHERE document = ?", [row.id])
-    labels = [(name, value, row.id) for name, value in properties_of(row.metadata, row.tags)]
-    db.conn.executemany("INSERT INTO labels (name, value, document) VALUES (?, ?, ?)", labels)
 
 
 def _behind(prefix: str) -> str | None:

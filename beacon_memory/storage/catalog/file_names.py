@@ -7,29 +7,24 @@ whose names begin with that of the file. So a file that no row names can be told
 
 from __future__ import annotations
 
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-from .connections import Connections, begin_immediate
-from .properties import Properties
+from .database import Connections
 from .rows import files_of
 
 __all__ = ["FileNames"]
 
 
-class FileNames:
+class FileNames(ABC):
     """The names of K/V files that a catalog knows of."""
 
-    def __init__(self, connections: Connections, properties: Properties) -> None:
+    def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._properties = properties
 
+    @abstractmethod
     def take_number(self) -> int:
         """Return a number for a new file: milliseconds since 1970, or if that is not higher, one more than the last."""
-        with self._connections.unsynced() as db, begin_immediate(db):
-            number = max(self._properties.count("last") + 1, int(time.time() * 1000))
-            db.execute("UPDATE properties SET value = ? WHERE name = 'last'", [number])
-        return number
 
     def named(self, id: str | None = None) -> set[str]:
         """Return the files that the rows of a document name, or those of all documents; kept versions included."""
@@ -53,7 +48,13 @@ class FileNames:
         with self._connections.use() as db:
             return {str(number) for (number,) in db.execute("SELECT number FROM unsettled").fetchall()}
 
+    def begun(self) -> set[str]:
+        """Return the numbers of files that are being stored, or whose writer was killed, as far as the catalog knows.
+
+        One that is of one machine knows of none: there, marks beside the files tell.
+        """
+        return set()
+
+    @abstractmethod
     def settle(self, numbers: Iterable[str]) -> bool:
         """Forget the numbers of files that are gone; False if another process is writing just now."""
-        sql = "DELETE FROM unsettled WHERE number = CAST(? AS TEXT)"  # bytes: a damaged one may be no UTF-8
-        return self._connections.note(sql, [(number.encode(errors="surrogateescape"),) for number in numbers])

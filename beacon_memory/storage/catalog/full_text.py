@@ -1,22 +1,27 @@
-"""Search the passages by the words of a question: BM25 over SQLite's full-text index."""
+"""Search the passages by the words of a question, by BM25.
+
+`FullText` decides which words are searched for, and how many passages are looked at. How these are found is told by
+`fts5` for SQLite and by `postgres.full_text` for PostgreSQL.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import regex
-from sqlite_utils import Database
 
 from beacon_memory.documents import SESSION_TAG
 from beacon_memory.errors import InputError
 
-from .words import phrase, words
+from .database import Database
+from .words import words
 
-__all__ = ["CONVERSATION", "PassageHit", "places_of_words", "search"]
+__all__ = ["CONVERSATION", "FullText", "PassageHit", "Sought"]
 
 CONVERSATION = "conversation"  # the kind of passages that conversations were folded into; one word
 
@@ -37,30 +42,13 @@ _COUNTED = 100_000  # passages with a word up to which they are counted; about 3
 _LONGEST = 64  # words of a query that count, the rarest
 _TOGETHER = 100  # passages from which on words are found together
 
-_BEST = """
-    SELECT id, score FROM (
-        SELECT rowid AS id, -rank AS score FROM passages_fts
-        WHERE passages_fts MATCH :match AND (
-            :documents IS NULL
-            OR rowid IN (SELECT id FROM passages WHERE document IN (SELECT value FROM json_each(:documents)))
-        ) AND rowid NOT IN (
-            SELECT passages.id FROM documents JOIN passages ON passages.document = documents.id WHERE expires_at <= :now
-        )
-        ORDER BY rowid DESC LIMIT :most
-    ) ORDER BY score DESC, id LIMIT :kept
-"""
-_WITH_WORD = """
-    SELECT document, start, stop FROM passages
-    WHERE document IN (SELECT value FROM json_each(:documents))
-    AND id IN (SELECT rowid FROM passages_fts WHERE passages_fts MATCH :match)
-"""
 _NEWEST = """
     SELECT id FROM documents
     WHERE content_hash = (SELECT content_hash FROM documents WHERE id = :document)
     AND (expires_at IS NULL OR expires_at > :now)
-    AND (:conversations OR NOT EXISTS (SELECT 1 FROM labels WHERE document = id AND name = 'tag' AND value = :tag))
-    ORDER BY updated_at DESC, id DESC LIMIT 1
+    {among} ORDER BY updated_at DESC, id DESC LIMIT 1
 """
+_NO_CONVERSATION = "AND NOT EXISTS (SELECT 1 FROM labels WHERE document = id AND name = 'tag' AND value = :tag)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,52 +63,159 @@ class PassageHit:
     score: float
 
 
-def search(
-    db: Database,
-    query: str,
-    limit: int,
-    now: str,
-    *,
-    per_text: int | None = None,
-    conversations: bool = True,
-    documents: Sequence[str] | None = None,
-) -> list[PassageHit]:
-    """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many passages a search looks at.
 
+    most:     of the newest passages that match, so many are scored.
+    kept:     of the scored ones, the best that are returned; None for all, of which some may be too many of a text.
+    together: whether passages match that hold all of the words, rather than any of them.
+    """
+
+    most: int
+    kept: int | None
+    together: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """The conditions of a search.
+
+    limit:    how many passages are wanted.
+    now:      documents that expired before are not found.
     per_text: at most so many passages of a text. Of documents with the same text, only the one whose row was written
               last is found.
     conversations: whether to find what conversations were folded into, too.
     documents: only passages of these.
 
-    Question words count if there are no others, or as names: with a capital inside a sentence ("What happens in May?"),
-    and, if nothing is found without them, those that are nouns. A query without any word finds nothing, and documents
-    that expired before `now` are not found. Words are stemmed as English ones; accents and case do not matter; where
-    words have no spaces between them, any part of a sentence is found (see `words`). Among more than 10,000 passages
-    not all are looked at, see `_Search.ranked`.
     Raises InputError for another limit than 1, 2, ...
     """
-    for name, bound in (("limit", limit), ("per_text", per_text)):
-        if (type(bound) is not int or bound < 1) and not (name == "per_text" and bound is None):
-            raise InputError(f"{name} must be an integer of at least 1, got {bound!r}")
-    if not isinstance(query, str):
-        raise InputError(f"a query must be a str, got {query!r} of type {type(query).__name__}")
-    among = None if documents is None else json.dumps(list(documents))
-    asked = _Search(db, limit, now, per_text, conversations, among)
-    telling = _telling(query)
-    more = [word for word in words(query) if word in telling or word in _NOUNS]
-    return asked.hits(telling) or (asked.hits(more) if more != telling else [])
+
+    limit: int
+    now: str
+    per_text: int | None = None
+    conversations: bool = True
+    documents: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, bound in (("limit", self.limit), ("per_text", self.per_text)):
+            if (type(bound) is not int or bound < 1) and not (name == "per_text" and bound is None):
+                raise InputError(f"{name} must be an integer of at least 1, got {bound!r}")
 
 
-def places_of_words(db: Database, query: str, documents: Sequence[str]) -> dict[str, list[tuple[str, int, int]]]:
-    """Return for each word that `search` looks for the passages of some documents with it: document, start, stop."""
-    found = {}
-    for word in _telling(query)[:_LONGEST]:
-        values = {"match": phrase(word), "documents": json.dumps(list(documents))}
-        places = db.execute(_WITH_WORD, values)
-        found[word] = [
-            one for one in places if (*map(type, one),) == (str, int, int)
-        ]  # what is damaged may be no passage
-    return found
+class FullText(ABC):
+    """Find passages by their words, with one connection to the database."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def search(self, query: str, sought: Sought) -> list[PassageHit]:
+        """Return the passages that share words with `query`, best first by BM25; any text is a safe query.
+
+        Question words count if there are no others, or as names: with a capital inside a sentence ("What happens in
+        May?"), and, if nothing is found without them, those that are nouns. A query without any word finds nothing.
+        Words are stemmed as English ones; accents and case do not matter; where words have no spaces between them, any
+        part of a sentence is found (see `words`). Among more than 10,000 passages not all are looked at, see
+        `_ranked`. Raises InputError for a query that is no text.
+        """
+        if not isinstance(query, str):
+            raise InputError(f"a query must be a str, got {query!r} of type {type(query).__name__}")
+        telling = _telling(query)
+        more = [word for word in words(query) if word in telling or word in _NOUNS]
+        return self._hits(telling, sought) or (self._hits(more, sought) if more != telling else [])
+
+    def places_of_words(self, query: str, documents: Sequence[str]) -> dict[str, list[tuple[str, int, int]]]:
+        """Return for each word of a query the passages of some documents with it: document, start, stop."""
+        places = {word: self._places(word, documents) for word in _telling(query)[:_LONGEST]}
+        return {  # what is damaged may be no passage
+            word: [one for one in found if (*map(type, one),) == (str, int, int)] for word, found in places.items()
+        }
+
+    @abstractmethod
+    def _places(self, word: str, documents: Sequence[str]) -> Iterable[Any]:
+        """Select document, start and stop of the passages of these documents with a word."""
+
+    @abstractmethod
+    def _count(self, together: Sequence[str], most: int, sought: Sought) -> int:
+        """Count the passages that hold all of these words, up to `most`."""
+
+    @abstractmethod
+    def _scores(
+        self, leading: Sequence[str], others: Sequence[str], sought: Sought, bounds: Bounds
+    ) -> dict[int, float]:
+        """Return the BM25 scores of the best of the newest passages with leading words, by id.
+
+        others: words that need not be there, but count where they are.
+        """
+
+    @abstractmethod
+    def _passages(self, ids: Iterator[int]) -> Iterator[tuple[int, Any]]:
+        """Yield each of these ids with its passage, as document, ordinal, start, stop and text, or with None."""
+
+    def _hits(self, words: Sequence[str], sought: Sought) -> list[PassageHit]:
+        """Return the best passages with any of these words."""
+        if not words:
+            return []
+        bounds = Bounds(most=max(sought.limit, _SCORED), kept=sought.limit if sought.per_text is None else None)
+        if self._db.execute("SELECT 1 FROM passages LIMIT 1 OFFSET ?", [bounds.most]).fetchone():
+            return self._chosen(self._ranked(words, sought, bounds), sought)
+        return self._chosen(self._scores(words, (), sought, bounds), sought)
+
+    def _ranked(self, words: Sequence[str], sought: Sought, bounds: Bounds) -> dict[int, float]:
+        """Return the BM25 scores of the best passages by id, without scoring all of very many.
+
+        Scored are passages with one of the rarest words of the question; the other words that they hold count, too. If
+        these are not enough, passages are added that hold as many of the other words at once as occur together. Words
+        that a great many passages hold say little and take long to count: they are left out where there are others.
+        """
+        held = {one: self._count([one], _COUNTED, sought) for one in words}
+        words = sorted(filter(held.get, words), key=held.__getitem__)[:_LONGEST]
+        if sought.documents is not None:  # there are few passages of these, whatever others hold
+            return self._scores(words, (), sought, bounds) if words else {}
+        together = itertools.accumulate(held[one] for one in words)
+        rare = words[: sum(count <= bounds.most for count in together)]
+        others = words[len(rare) :]
+        telling = [one for one in others if held[one] < _COUNTED]
+        scores = self._scores(rare, telling, sought, bounds) if rare else {}
+        if others and (len(scores) < sought.limit or len(self._chosen(scores, sought)) < sought.limit):
+            joint: list[str] = []
+            for one in telling or others:
+                if self._count([*joint, one], _TOGETHER, sought) == _TOGETHER:
+                    joint.append(one)
+            more = [one for one in telling if one not in joint]
+            scores = self._scores(joint, more, sought, replace(bounds, together=True)) | scores
+        return scores
+
+    def _chosen(self, scores: Mapping[int, float], sought: Sought) -> list[PassageHit]:
+        """Read the best passages, as many as are wanted altogether and of each text."""
+        kinds = (str, int, int, int, str)  # what is damaged may be no passage, or not there
+        found: list[PassageHit] = []
+        counts: Counter[str] = Counter()
+        passed: set[int] = set()
+        best = sorted(scores, key=lambda id: (-scores[id], id))
+        for id, values in self._passages(one for one in best if one not in passed):
+            if id in passed or values is None or not all(map(isinstance, values, kinds)):
+                continue
+            document, ordinal, start, stop, text = values
+            hit = PassageHit(document, ordinal, start, stop, text, scores[id])
+            if sought.per_text is not None:
+                if counts[hit.document] == sought.per_text or (
+                    not counts[hit.document] and not self._newest(hit, sought)
+                ):
+                    of_document = "SELECT id FROM passages WHERE document = ?"
+                    passed.update(id for (id,) in self._db.execute(of_document, [hit.document]).fetchall())
+                    continue
+                counts[hit.document] += 1
+            found.append(hit)
+            if len(found) == sought.limit:
+                break
+        return found
+
+    def _newest(self, hit: PassageHit, sought: Sought) -> bool:
+        """Tell whether no document with the same text was written later."""
+        values = {"document": hit.document, "now": sought.now, "tag": SESSION_TAG}
+        among = "" if sought.conversations else _NO_CONVERSATION
+        return bool(self._db.execute(_NEWEST.format(among=among), values).fetchone() == (hit.document,))
 
 
 def _telling(query: str) -> list[str]:
@@ -128,109 +223,3 @@ def _telling(query: str) -> list[str]:
     names = set(words(" ".join(_INSIDE.findall(query)))) if not query.isupper() else set()
     every = words(query)
     return [word for word in every if word not in _QUESTION_WORDS or word in names] or every
-
-
-@dataclass(frozen=True, slots=True)
-class _Search:
-    """The conditions of a search; see `search`."""
-
-    db: Database
-    limit: int
-    now: str
-    per_text: int | None
-    conversations: bool
-    documents: str | None
-
-    def hits(self, words: Sequence[str]) -> list[PassageHit]:
-        """Return the best passages with any of these words."""
-        phrases = [*map(phrase, words)]
-        if not phrases:
-            return []
-        if self.db.execute("SELECT 1 FROM passages LIMIT 1 OFFSET ?", [max(self.limit, _SCORED)]).fetchone():
-            return self._chosen(self.ranked(phrases))
-        return self._chosen(self._scores(_any(phrases)))
-
-    def ranked(self, phrases: list[str]) -> dict[int, float]:
-        """Return the BM25 scores of the best passages by id, without scoring all of very many.
-
-        Scored are passages with one of the rarest words of the question; the other words that they hold count, too. If
-        these are not enough, passages are added that hold as many of the other words at once as occur together. Words
-        that a great many passages hold say little and take long to count: they are left out where there are others.
-        """
-        held = {one: self._count(one, _COUNTED) for one in phrases}
-        phrases = sorted(filter(held.get, phrases), key=held.__getitem__)[:_LONGEST]
-        if self.documents is not None:  # there are few passages of these, whatever others hold
-            return self._scores(_any(phrases)) if phrases else {}
-        together = itertools.accumulate(held[one] for one in phrases)
-        rare = phrases[: sum(count <= max(self.limit, _SCORED) for count in together)]
-        others = phrases[len(rare) :]
-        telling = [one for one in others if held[one] < _COUNTED]
-        scores = self._scores(_any(rare), telling) if rare else {}
-        if others and (len(scores) < self.limit or len(self._chosen(scores)) < self.limit):
-            joint: list[str] = []
-            for one in telling or others:
-                if self._count(_all([*joint, one]), _TOGETHER) == _TOGETHER:
-                    joint.append(one)
-            scores = self._scores(_all(joint), [one for one in telling if one not in joint]) | scores
-        return scores
-
-    def _match(self, phrases: str) -> str:
-        return phrases if self.conversations else f"({phrases}) NOT kind : {CONVERSATION}"
-
-    def _count(self, phrases: str, most: int) -> int:
-        """Count the passages that match, up to `most`."""
-        where = "FROM passages_fts WHERE passages_fts MATCH ?"
-        match = self._match(phrases)
-        if self.db.execute(f"SELECT 1 {where} LIMIT 1 OFFSET ?", [match, most - 1]).fetchone():
-            return most
-        return int(self.db.execute(f"SELECT count(*) {where}", [match]).fetchone()[0])
-
-    def _scores(self, phrases: str, others: Sequence[str] = ()) -> dict[int, float]:
-        """Return the BM25 scores of the best of the newest passages that match, by id.
-
-        others: words that need not be there, but count where they are. FTS5 sums the scores of the words in one query,
-        so passages with other words are scored once more, by all words that they hold.
-        """
-        kept = self.limit if self.per_text is None else -1  # all, of which some may be too many of a text
-        bounds = {"most": max(self.limit, _SCORED), "kept": kept}
-        values = {"match": self._match(phrases), "now": self.now, "documents": self.documents, **bounds}
-        scores = dict(self.db.execute(_BEST, values).fetchall())
-        return scores | (self._scores(f"({phrases}) AND ({_any(others)})") if others else {})
-
-    def _chosen(self, scores: Mapping[int, float]) -> list[PassageHit]:
-        """Read the best passages, as many as are wanted altogether and of each text."""
-        select = "SELECT document, ordinal, start, stop, text, ? FROM passages WHERE id = ?"
-        kinds = (str, int, int, int, str, float)  # what is damaged may be no passage, or not there
-        found: list[PassageHit] = []
-        counts: Counter[str] = Counter()
-        passed: set[int] = set()
-        for id in sorted(scores, key=lambda id: (-scores[id], id)):
-            if id in passed:
-                continue
-            values = self.db.execute(select, [scores[id], id]).fetchone()
-            if values is None or not all(map(isinstance, values, kinds)):
-                continue
-            hit = PassageHit(*values)
-            if self.per_text is not None:
-                if counts[hit.document] == self.per_text or (not counts[hit.document] and not self._newest(hit)):
-                    of_document = "SELECT id FROM passages WHERE document = ?"
-                    passed.update(id for (id,) in self.db.execute(of_document, [hit.document]))
-                    continue
-                counts[hit.document] += 1
-            found.append(hit)
-            if len(found) == self.limit:
-                break
-        return found
-
-    def _newest(self, hit: PassageHit) -> bool:
-        """Tell whether no document with the same text was written later."""
-        values = {"document": hit.document, "now": self.now, "conversations": self.conversations, "tag": SESSION_TAG}
-        return bool(self.db.execute(_NEWEST, values).fetchone() == (hit.document,))
-
-
-def _any(phrases: Sequence[str]) -> str:
-    return " OR ".join(phrases)
-
-
-def _all(phrases: Sequence[str]) -> str:
-    return " AND ".join(phrases)

@@ -18,7 +18,8 @@ from beacon_memory.errors import CorruptFileError, StoreError
 from .connections import begin_immediate
 from .passages import split_passages
 from .rows import checksum, printable, properties_of
-from .texts import misindexed, sound_text
+from .sqlite_texts import misindexed, stored_passages
+from .texts import sound_text
 from .words import indexed_form
 
 __all__ = ["migrate", "migrations"]
@@ -251,7 +252,11 @@ def m012_short_passages(db: Database) -> None:
         INSERT INTO passages (document, ordinal, start, stop, text, indexed_form, kind) VALUES (?, ?, ?, ?, ?, ?, ?)
     """
     for id, content_hash in db.execute("SELECT id, content_hash FROM documents").fetchall():
-        if not isinstance(id, str) or printable(id) != id or not (text := sound_text(db, id, content_hash)):
+        if (
+            not isinstance(id, str)
+            or printable(id) != id
+            or not (text := sound_text(stored_passages(db, id), content_hash))
+        ):
             continue
         cuts = split_passages(text)
         before = db.execute(

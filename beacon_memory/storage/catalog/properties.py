@@ -14,18 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
-
-from sqlite_utils import Database
 
 from beacon_memory.errors import CorruptFileError
 
-from .connections import Connections
+from .database import Connections
 from .rows import checksum
 
 __all__ = ["COUNTS", "Properties"]
 
 COUNTS = ("documents", "bytes", "last")
+
+_UPSERT = """
+    INSERT INTO properties (name, value, checksum) VALUES (?, ?, ?)
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value, checksum = excluded.checksum
+"""
 
 
 class Properties:
@@ -34,22 +36,14 @@ class Properties:
     def __init__(self, connections: Connections, path: Path | str) -> None:
         self._connections = connections
         self._path = path
-        self._known: WeakKeyDictionary[Database, tuple[object, Mapping[str, Any]]] = WeakKeyDictionary()
 
     def all(self) -> Mapping[str, Any]:
-        """Return all properties but the counts; raises CorruptFileError if one is damaged.
-
-        They are read again only if the database has been written to since, by this process or another one.
-        """
-        with self._connections.use() as db:
-            if db.conn.in_transaction:  # what is read here may be undone
-                return self._read_all()
-            # The first number changes when others have committed something, the second with what is written here.
-            state = (db.execute("PRAGMA data_version").fetchone()[0], db.conn.total_changes)
-            known = self._known.get(db)
-            if known is None or known[0] != state:
-                known = self._known[db] = (state, self._read_all())
-        return known[1]
+        """Return all properties but the counts; raises CorruptFileError if one is damaged."""
+        sound, damaged = self.sound_and_damaged()
+        if damaged:
+            names = ", ".join(map(repr, damaged))
+            raise CorruptFileError(f"{self._path}: what it says of {names} is damaged; `beacon-memory repair` mends it")
+        return sound
 
     def get(self, name: str) -> Any:
         """Return the property of this name, None if there is none; raises CorruptFileError if any is damaged."""
@@ -62,7 +56,7 @@ class Properties:
                 db.execute("DELETE FROM properties WHERE name = ?", [name])
             else:
                 kept = {"name": name, "value": value}
-                db.table("properties").upsert(kept | {"checksum": checksum(kept)}, pk="name")
+                db.execute(_UPSERT, [name, self._to_column(value), checksum(kept)])
 
     def count(self, name: str) -> int:
         """Return one of the `COUNTS`; raises CorruptFileError if it is lost."""
@@ -75,19 +69,26 @@ class Properties:
         """Return one of the `COUNTS`, None if it is lost."""
         with self._connections.use() as db:
             found = db.execute("SELECT value FROM properties WHERE name = ?", [name]).fetchone()
-        return found[0] if found is not None and type(found[0]) is int else None
+        value = None if found is None else self._from_column(found[0])
+        return value if type(value) is int else None
 
     def sound_and_damaged(self) -> tuple[dict[str, Any], list[str]]:
         """Return all properties but the counts that are as they were written, and the names of the others."""
         with self._connections.use() as db:
             found = list(db.query("SELECT name, value, checksum FROM properties"))
-        properties = [one for one in found if one["name"] not in COUNTS]
+        properties = [one | {"value": self._from_column(one["value"])} for one in found if one["name"] not in COUNTS]
         damaged = [str(one["name"]) for one in properties if one["checksum"] != checksum(one)]
         return {one["name"]: one["value"] for one in properties if one["name"] not in damaged}, damaged
 
-    def _read_all(self) -> dict[str, Any]:
-        sound, damaged = self.sound_and_damaged()
-        if damaged:
-            names = ", ".join(map(repr, damaged))
-            raise CorruptFileError(f"{self._path}: what it says of {names} is damaged; `beacon-memory repair` mends it")
-        return sound
+    def forget(self, name: str) -> None:
+        """Remove a damaged property, whatever its name has become."""
+        with self._connections.transaction() as db:
+            db.execute("DELETE FROM properties WHERE name = ?", [name])
+
+    def _to_column(self, value: object) -> object:
+        """Return what is written for a value."""
+        return value
+
+    def _from_column(self, written: object) -> Any:
+        """Return the value that was written; of what is damaged, anything."""
+        return written

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-
-from sqlite_utils import Database
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 
 from beacon_memory.documents import SESSION_TAG, utc_now
 from beacon_memory.errors import CorruptFileError
 
-from .connections import Connections
-from .full_text import CONVERSATION, PassageHit, places_of_words, search
+from .database import Connections, Database
+from .full_text import CONVERSATION, FullText, PassageHit, Sought
 from .passages import split_passages
 from .rows import printable
-from .words import indexed_form
 
-__all__ = ["Texts", "damaged_text", "misindexed", "sound_text"]
+__all__ = ["Passage", "StoredPassage", "Texts", "damaged_text", "kind_of", "sound_text"]
 
-_BATCH = 1000  # passages that are read together
-_STORED = "SELECT ordinal, start, stop, CAST(text AS BLOB) FROM passages WHERE document = ? ORDER BY ordinal"
+Passage = tuple[int, int, int, str]  # ordinal, start, stop and text
+StoredPassage = tuple[object, object, object, bytes]  # the same as it is now, perhaps damaged, its text in UTF-8
+
 _LAST = "SELECT ordinal, start, text FROM passages WHERE document = ? ORDER BY ordinal DESC LIMIT 1"
-_INSERT = """
-    INSERT INTO passages (document, ordinal, start, stop, text, indexed_form, kind) VALUES (?, ?, ?, ?, ?, ?, ?)
-"""
-_INDEXED = """
-    SELECT id, text, indexed_form, kind, EXISTS (
-        SELECT 1 FROM labels WHERE labels.document = passages.document AND name = 'tag' AND value = ?
-    )
-    FROM passages WHERE id > ? ORDER BY id LIMIT ?
-"""
+_SET_KIND = "UPDATE passages SET kind = ? WHERE document = ? AND coalesce(kind, '') <> ?"
 
 
-class Texts:
+class Texts(ABC):
     """The source texts of a catalog's documents."""
 
     def __init__(self, connections: Connections) -> None:
@@ -41,20 +32,19 @@ class Texts:
     def find(self, id: str, content_hash: str) -> str | None:
         """Return the text that is kept of a document, whether it has a row or not; see `sound_text`."""
         with self._connections.use() as db:
-            return sound_text(db, id, content_hash)
+            return sound_text(self._stored(db, id), content_hash)
 
     def write(self, id: str, text: str) -> None:
         """Write the text of a document in place of the one it has; the first passages that stay are left alone."""
         cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text)]
         with self._connections.transaction() as db:
             same = 0
-            for (start, stop, passage), stored in zip(cuts, db.execute(_STORED, [id]).fetchall(), strict=False):
+            for (start, stop, passage), stored in zip(cuts, self._stored(db, id), strict=False):
                 if stored != (same, start, stop, passage.encode()):
                     break
                 same += 1
             db.execute("DELETE FROM passages WHERE document = ? AND NOT ordinal BETWEEN 0 AND ?", [id, same - 1])
-            passages = [(id, n, *cut, indexed_form(cut[2]), None) for n, cut in enumerate(cuts[same:], same)]
-            db.conn.executemany(_INSERT, passages)
+            self._insert(db, id, [(n, *cut) for n, cut in enumerate(cuts[same:], same)], None)
 
     def append(self, id: str, text: str, tags: Iterable[str]) -> None:
         """Write the text of a document, with these tags, that has grown at its end: only its last passage is cut anew.
@@ -70,14 +60,13 @@ class Texts:
                 return
             db.execute("DELETE FROM passages WHERE document = ? AND ordinal = ?", [id, number])
             cuts = [(start, stop, text[start:stop]) for start, stop in split_passages(text, begin)]
-            passages = [(id, n, *cut, indexed_form(cut[2]), _kind(tags)) for n, cut in enumerate(cuts, number)]
-            db.conn.executemany(_INSERT, passages)
+            self._insert(db, id, [(n, *cut) for n, cut in enumerate(cuts, number)], kind_of(tags))
 
     def set_kind(self, id: str, tags: Iterable[str]) -> None:
         """Note whether a document with these tags is a conversation, for `search`."""
-        kind = _kind(tags)
+        kind = kind_of(tags)
         with self._connections.transaction() as db:
-            db.execute("UPDATE passages SET kind = ? WHERE document = ? AND kind IS NOT ?", [kind, id, kind])
+            db.execute(_SET_KIND, [kind, id, kind or ""])
 
     def search(
         self,
@@ -88,23 +77,43 @@ class Texts:
         conversations: bool = True,
         documents: Sequence[str] | None = None,
     ) -> list[PassageHit]:
-        """Return the passages that share words with `query`, best first; see `full_text.search`.
+        """Return the passages that share words with `query`, best first; see `full_text.FullText`.
 
-        Raises CorruptFileError if the text of a document that was found is damaged.
+        Takes and raises as `Sought` and `FullText.search`; raises CorruptFileError, too, if the text of a document that
+        was found is damaged.
         """
+        sought = Sought(limit, utc_now(), per_text, conversations, documents)
         with self._connections.reading() as db:
-            hits = search(
-                db, query, limit, utc_now(), per_text=per_text, conversations=conversations, documents=documents
-            )
+            hits = self._full_text(db).search(query, sought)
             for id in dict.fromkeys(hit.document for hit in hits):
                 if not self._is_sound(db, id):
                     raise damaged_text(id)
         return hits
 
     def places_of_words(self, query: str, documents: Sequence[str]) -> dict[str, list[tuple[str, int, int]]]:
-        """Return for each word of a query which passages of some documents have it; see `full_text.places_of_words`."""
+        """Return for each word of a query which passages of some documents have it; see `full_text.FullText`."""
         with self._connections.reading() as db:
-            return places_of_words(db, query, documents)
+            return self._full_text(db).places_of_words(query, documents)
+
+    @abstractmethod
+    def reindex(self) -> int:
+        """Make anew what passages are found by, where it is not what they are; returns of how many passages."""
+
+    @abstractmethod
+    def is_indexed(self) -> bool:
+        """Tell whether all passages are found by what they are."""
+
+    @abstractmethod
+    def _stored(self, db: Database, id: str) -> list[StoredPassage]:
+        """Return the passages of a document in their order."""
+
+    @abstractmethod
+    def _insert(self, db: Database, id: str, passages: Sequence[Passage], kind: str | None) -> None:
+        """Write new passages of a document, all of one kind, with what they are found by."""
+
+    @abstractmethod
+    def _full_text(self, db: Database) -> FullText:
+        """Return the search with one connection."""
 
     def _is_sound(self, db: Database, id: str) -> bool:
         """Tell whether the text of a document that passages name is the one that its row names."""
@@ -114,23 +123,22 @@ class Texts:
         return row is not None and self.find(id, row[0]) is not None
 
 
-def _kind(tags: Iterable[str]) -> str | None:
+def kind_of(tags: Iterable[str]) -> str | None:
     """Return the kind of the passages of a document with these tags."""
     return CONVERSATION if SESSION_TAG in tags else None
 
 
-def sound_text(db: Database, id: str, content_hash: str) -> str | None:
+def sound_text(passages: Sequence[StoredPassage], content_hash: str) -> str | None:
     """Return the text that passages keep of a document; None if it is damaged.
 
     It is sound if it has this hash, and its passages say where in it they stand.
     """
-    passages = db.execute(_STORED, [id]).fetchall()
-    text = b"".join(passage or b"" for *_, passage in passages)
+    text = b"".join(passage for *_, passage in passages)
     if hashlib.sha256(text).hexdigest() != content_hash:
         return None
     stop = 0
     for number, (*place, passage) in enumerate(passages):
-        start, stop = stop, stop + len((passage or b"").decode(errors="replace"))
+        start, stop = stop, stop + len(passage.decode(errors="replace"))
         if place != [number, start, stop]:
             return None
     return text.decode()
@@ -141,18 +149,3 @@ def damaged_text(id: str) -> CorruptFileError:
     return CorruptFileError(
         f"the catalog's text of {printable(id)!r} is damaged; `beacon-memory repair` takes its file's"
     )
-
-
-def misindexed(db: Database) -> Iterator[tuple[str | None, str | None, int]]:
-    """Yield the `indexed_form` and `kind` that passages should have, with their ids, where they have others.
-
-    Passages that were yielded may be written before the next one is asked for.
-    """
-    after = -1
-    while batch := db.execute(_INDEXED, [SESSION_TAG, after, _BATCH]).fetchall():
-        for id, text, form, kind, tagged in batch:
-            right = indexed_form(text) if isinstance(text, str) else None  # what is damaged may be no text
-            right_kind = CONVERSATION if tagged else None
-            if (form, kind) != (right, right_kind):
-                yield right, right_kind, id
-        after = batch[-1][0]

@@ -13,10 +13,15 @@ from typing import Any
 
 from beacon_memory.errors import CorruptFileError
 
-from .connections import Connections
+from .database import Connections
 from .rows import DamagedRow, DocumentRow, files_of, from_record, printable, to_record
 
 __all__ = ["Versions"]
+
+_INSERT = """
+    INSERT INTO versions (document, fingerprint, file, bytes, segments, record)
+    VALUES (:document, :fingerprint, :file, :bytes, :segments, :record)
+"""
 
 
 class Versions:
@@ -45,7 +50,7 @@ class Versions:
         record["segments"] = json.dumps(row.segments)
         with self._connections.transaction() as db:
             gone = self.drop(row.id, row.fingerprint)
-            db.table("versions").insert(record | {"record": json.dumps(to_record(row))})
+            db.execute(_INSERT, record | {"record": json.dumps(to_record(row))})
         return gone
 
     def drop(self, id: str | None = None, fingerprint: str | None = None) -> list[str]:

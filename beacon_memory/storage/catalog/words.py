@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import regex
 
-__all__ = ["indexed_form", "phrase", "words"]
+__all__ = ["begins_words", "indexed_form", "phrase", "words"]
 
 # What is in English texts beyond ASCII, of which `unicode61` makes the same as `words`: é and Š, ½, quotes and dashes.
 # Surrogates stand for what is damaged.
@@ -52,8 +52,12 @@ def words(query: str) -> list[str]:
 
 def phrase(word: str) -> str:
     """Return the query of FTS5 for one of `words`; nothing in it has another meaning to FTS5."""
-    alone = _UNSPACED.fullmatch(word) and _CHARACTER.fullmatch(word)  # begins the pairs that it is in
-    return f'"{word}" *' if alone else f'"{word}"'
+    return f'"{word}" *' if begins_words(word) else f'"{word}"'
+
+
+def begins_words(word: str) -> bool:
+    """Tell whether one of `words` is a character of a script without spaces, which begins the pairs that it is in."""
+    return bool(_UNSPACED.fullmatch(word) and _CHARACTER.fullmatch(word))
 
 
 def _words(text: str, *, last: bool) -> Iterator[str]:

@@ -24,14 +24,77 @@ from beacon_memory.errors import StoreError
 
 from .durable import create_file, identity, make_folder, unlink
 
-__all__ = ["alone", "claimed", "looking", "renew_in_forks", "tidying", "writing"]
+__all__ = [
+    "MOMENT_SECONDS",
+    "PATIENT_SECONDS",
+    "TIDY_SECONDS",
+    "WRITE_SECONDS",
+    "FolderLocks",
+    "Locks",
+    "alone",
+    "claimed",
+    "looking",
+    "renew_in_forks",
+    "tidying",
+    "waited",
+    "writing",
+]
 
 _FILE, _GATE = "writers.lock", "gate.lock"
-_MOMENT_SECONDS = 1.0  # for which the gate is closed at a time: an upload may take minutes, and others shall write
-_PATIENT_SECONDS = 30.0  # after which it stays closed
-_TIDY_SECONDS = 120.0  # how long to wait then for writers to finish
-_WRITE_SECONDS = 120.0  # how long to wait for one that tidies up, which lists files and removes some
+MOMENT_SECONDS = 1.0  # for which the gate is closed at a time: an upload may take minutes, and others shall write
+PATIENT_SECONDS = 30.0  # after which it stays closed
+TIDY_SECONDS = 120.0  # how long to wait then for writers to finish
+WRITE_SECONDS = 120.0  # how long to wait for one that tidies up, which lists files and removes some
 _CHECK_SECONDS = 0.02
+
+
+class Locks(Protocol):
+    """The locks of a namespace of a store, which all share who write to it."""
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the shared lock of writers, from before a file is staged until its row is committed: nobody tidies up.
+
+        A thread may hold it several times.
+        """
+
+    def tidying(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock alone, so that nobody writes: a file that no row names now will never have one.
+
+        Raises StoreError if a writer does not end within two minutes.
+        """
+
+    def looking(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of `tidying` without leaving anything behind where nothing may be written."""
+
+    def alone(self, name: str, what: str) -> contextlib.AbstractContextManager[None]:
+        """Hold a lock of this name alone; `what` begins the error if others hold it for more than 120 seconds."""
+
+
+class FolderLocks:
+    """The locks of a namespace in a folder of one machine; `Locks`, whose names are paths below the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the shared lock of writers."""
+        return writing(self._folder)
+
+    def tidying(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock alone."""
+        return tidying(self._folder)
+
+    def looking(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of `tidying`, where it can be.
+
+        A store that was never written to by this version, in a folder where nothing may be written, has no lock, and is
+        looked at without.
+        """
+        return looking(self._folder)
+
+    def alone(self, name: str, what: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of a file alone, see `alone`."""
+        return alone(self._folder / name, what)
 
 
 class _Renewable(Protocol):
@@ -60,18 +123,15 @@ _held = threading.local()  # the folders that a thread is writing in
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the shared lock of writers, from before a file is staged until its row is committed: nobody tidies up.
-
-    A thread may hold it several times.
-    """
+    """Hold the shared lock of writers; see `Locks.writing`."""
     folders: set[Path] = _held.__dict__.setdefault("folders", set())
     if folder in folders:
         yield
         return
     with contextlib.ExitStack() as held:
-        with _locked(folder / _GATE, portalocker.LockFlags.SHARED, _WRITE_SECONDS, f"{folder} is being repaired"):
+        with _locked(folder / _GATE, portalocker.LockFlags.SHARED, WRITE_SECONDS, f"{folder} is being repaired"):
             held.enter_context(
-                _locked(folder / _FILE, portalocker.LockFlags.SHARED, _WRITE_SECONDS, f"{folder} is being repaired")
+                _locked(folder / _FILE, portalocker.LockFlags.SHARED, WRITE_SECONDS, f"{folder} is being repaired")
             )
         folders.add(folder)
         held.callback(folders.remove, folder)
@@ -80,16 +140,13 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tidying(folder: Path) -> Iterator[None]:
-    """Hold the lock alone, so that nobody writes: a file that no row names now will never have one.
-
-    Raises StoreError if a writer does not end within two minutes.
-    """
+    """Hold the lock alone; see `Locks.tidying`."""
     busy = f"{folder} is being written to"
-    patient = time.monotonic() + _PATIENT_SECONDS
+    patient = time.monotonic() + PATIENT_SECONDS
     while True:
         last = time.monotonic() >= patient
-        with _locked(folder / _GATE, portalocker.LockFlags.EXCLUSIVE, _TIDY_SECONDS, busy):
-            seconds = _TIDY_SECONDS if last else min(_MOMENT_SECONDS, _TIDY_SECONDS)
+        with _locked(folder / _GATE, portalocker.LockFlags.EXCLUSIVE, TIDY_SECONDS, busy):
+            seconds = TIDY_SECONDS if last else min(MOMENT_SECONDS, TIDY_SECONDS)
             lock = _acquired(folder / _FILE, portalocker.LockFlags.EXCLUSIVE, seconds)
             if lock is not None:
                 try:
@@ -98,22 +155,19 @@ def tidying(folder: Path) -> Iterator[None]:
                     lock.release()
                 return
         if last:
-            raise _waited(busy, _TIDY_SECONDS)
-        time.sleep(_MOMENT_SECONDS)
+            raise waited(busy, TIDY_SECONDS)
+        time.sleep(MOMENT_SECONDS)
 
 
 @contextlib.contextmanager
 def looking(folder: Path) -> Iterator[None]:
-    """Hold the lock of `tidying` without leaving anything behind where nothing may be written.
-
-    A store that was never written to by this version, in such a folder, has no lock, and is looked at without.
-    """
+    """Hold the lock of `tidying` without leaving anything behind; see `FolderLocks.looking`."""
     path = folder / _FILE
     if all(os.access(one if identity(one) else folder, os.W_OK) for one in (path, folder / _GATE)):
         with tidying(folder):
             yield
     elif identity(path):
-        with _locked(path, portalocker.LockFlags.EXCLUSIVE, _TIDY_SECONDS, f"{folder} is being written to", mode="r"):
+        with _locked(path, portalocker.LockFlags.EXCLUSIVE, TIDY_SECONDS, f"{folder} is being written to", mode="r"):
             yield
     else:
         yield
@@ -125,9 +179,9 @@ def alone(path: Path, what: str) -> Iterator[None]:
 
     The file is there only while somebody holds the lock, or waits for it.
     """
-    with _alone(path, _WRITE_SECONDS) as held:
+    with _alone(path, WRITE_SECONDS) as held:
         if not held:
-            raise _waited(what, _WRITE_SECONDS)
+            raise waited(what, WRITE_SECONDS)
         yield
 
 
@@ -150,8 +204,9 @@ def _alone(path: Path, seconds: float) -> Iterator[bool]:
         yield lock is not None
     finally:
         try:
-            if lock is not None and _is_at(lock, path):
-                unlink(path)
+            with contextlib.suppress(StoreError):  # then a file stays that nobody holds: what was done is done
+                if lock is not None and _is_at(lock, path):
+                    unlink(path)
         finally:
             if lock is not None:
                 lock.release()
@@ -169,7 +224,7 @@ def _locked(
 ) -> Iterator[None]:
     lock = _acquired(path, kind, seconds, mode)
     if lock is None:
-        raise _waited(what, seconds)
+        raise waited(what, seconds)
     try:
         yield
     finally:
@@ -194,5 +249,6 @@ def _acquired(
     return lock
 
 
-def _waited(what: str, seconds: float) -> StoreError:
+def waited(what: str, seconds: float) -> StoreError:
+    """Return the error of one who has waited for so long."""
     return StoreError(f"{what} for more than {seconds:.0f} s; try again when that is done")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +10,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from .tensor_header import header_of, spans_of
+
 __all__ = ["Form", "TensorFile", "tensor_bytes"]
 
 # dtype and shape of a tensor.
 Form = tuple[torch.dtype, Sequence[int]]
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
-_ALIGNMENT = 8  # bytes, of the first tensor
 _CHUNK = 1 << 20  # bytes that are read at a time
 
 
@@ -34,16 +32,12 @@ class TensorFile:
 
     def __init__(self, path: Path, forms: Mapping[str, Form], metadata: Mapping[str, str]) -> None:
         self._ends: dict[str, int] = {}
-        self._spans: dict[str, tuple[int, int]] = {}
-        self._forms = {name: forms[name] for name in sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))}
-        at = 0
-        for name, (dtype, shape) in self._forms.items():
-            self._spans[name] = (at, at + dtype.itemsize * math.prod(shape))
-            at = self._spans[name][1]
-        header = self._header(metadata)
+        self._forms = {name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in forms.items()}
+        self._spans = spans_of(self._forms)
+        header = header_of(self._forms, metadata)
         self._start = len(header)
         self._file = path.open("r+b")
-        self._file.truncate(self._start + at)
+        self._file.truncate(self._start + max((stop for _, stop in self._spans.values()), default=0))
         self._file.write(header)
 
     def __enter__(self) -> Self:
@@ -73,21 +67,11 @@ class TensorFile:
 
     def describe(self, metadata: Mapping[str, str]) -> None:
         """Replace the metadata by others of the same length."""
-        header = self._header(metadata)
+        header = header_of(self._forms, metadata)
         if len(header) != self._start:
             raise ValueError(f"metadata of {len(header)} bytes cannot take the place of {self._start}")
         self._file.seek(0)
         self._file.write(header)
-
-    def _header(self, metadata: Mapping[str, str]) -> bytes:
-        tensors = {
-            name: {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": list(self._spans[name])}
-            for name, (dtype, shape) in self._forms.items()
-        }
-        text = json.dumps({"__metadata__": dict(metadata), **tensors}, ensure_ascii=False, separators=(",", ":"))
-        data = text.encode()
-        data += b" " * (-len(data) % _ALIGNMENT)
-        return len(data).to_bytes(8, "little") + data
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

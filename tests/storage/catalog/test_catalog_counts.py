@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from catalog_samples import LATER, LONG_AGO, add, row
-from hypothesis import given, settings
+from catalog_samples import LATER, LONG_AGO, add, clear, row
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beacon_memory.documents import Text
@@ -20,10 +17,10 @@ from beacon_memory.storage.catalog.rows import DamagedRow
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    with contextlib.closing(Catalog(tmp_path / "catalog.sqlite3")) as catalog:
-        yield catalog
-        assert find_flaws(catalog) == []
+def catalog(open_catalog: Callable[[], Catalog]) -> Iterator[Catalog]:
+    catalog = open_catalog()
+    yield catalog
+    assert find_flaws(catalog) == []
 
 
 def counts(catalog: Catalog) -> tuple[int, int]:
@@ -60,9 +57,9 @@ def test_counts_are_rolled_back_with_what_they_count(catalog: Catalog) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_counts_are_those_of_the_rows_whatever_is_done(data: st.DataObject) -> None:
-    catalog = Catalog(":memory:")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_counts_are_those_of_the_rows_whatever_is_done(catalog: Catalog, data: st.DataObject) -> None:
+    clear(catalog)
     ids = st.sampled_from(["a", "b", "c"])
     for number in range(data.draw(st.integers(1, 12))):
         id, size = data.draw(ids), data.draw(st.integers(0, 99))
@@ -83,7 +80,6 @@ def test_counts_are_those_of_the_rows_whatever_is_done(data: st.DataObject) -> N
         assert counts(catalog) == (len(rows), sum(row.bytes for row in [*rows, *versions]))  # type: ignore[union-attr]
         assert catalog.file_names.named() == {row.file for row in [*rows, *versions]}
         assert find_flaws(catalog) == []
-    catalog.close()
 
 
 def test_facts_are_set_and_forgotten(catalog: Catalog) -> None:
@@ -96,15 +92,17 @@ def test_facts_are_set_and_forgotten(catalog: Catalog) -> None:
     assert len(str(catalog.properties.get("identity"))) == 32
 
 
-def test_numbers_of_files_rise_with_the_time_and_never_repeat(catalog: Catalog, tmp_path: Path) -> None:
+def test_numbers_of_files_rise_with_the_time_and_never_repeat(
+    catalog: Catalog, open_catalog: Callable[[], Catalog]
+) -> None:
     before = int(time.time() * 1000)
     first = catalog.file_names.take_number()
     assert before <= first <= int(time.time() * 1000) + 1
     numbers = [catalog.file_names.take_number() for _ in range(50)]
     assert numbers == sorted({first, *numbers})[1:]
     catalog.properties.set("last", ahead := before + 10**9)  # as if the clock had been set back
-    with contextlib.closing(Catalog(tmp_path / "catalog.sqlite3")) as other:
-        assert [other.file_names.take_number(), catalog.file_names.take_number()] == [ahead + 1, ahead + 2]
+    other = open_catalog()
+    assert [other.file_names.take_number(), catalog.file_names.take_number()] == [ahead + 1, ahead + 2]
 
 
 def file(number: int | str) -> str:
@@ -160,11 +158,11 @@ def test_a_version_is_kept_for_each_fingerprint(catalog: Catalog) -> None:
     "change",
     ["record = '{}'", "record = '['", "record = replace(record, 'text', 'test')", "fingerprint = 'b'", "bytes = 7"],
 )
-def test_a_damaged_version_is_told_from_sound_ones(catalog: Catalog, tmp_path: Path, change: str) -> None:
+def test_a_damaged_version_is_told_from_sound_ones(catalog: Catalog, change: str) -> None:
     for id in ("doc", "other"):
         add(catalog, id, "text")
         catalog.versions.keep(row(id, "text", file=f"kv/{id}", fingerprint="a", metadata={"about": "text"}))
-    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3", isolation_level=None)) as db:
+    with catalog.connections.transaction() as db:
         db.execute(f"UPDATE versions SET {change} WHERE document = 'doc'")
     with pytest.raises(CorruptFileError, match="a kept version of 'doc' is damaged; `beacon-memory repair` drops it"):
         [catalog.versions.get("doc", fingerprint) for fingerprint in "ab"]
@@ -184,17 +182,18 @@ def test_use_is_noted_and_never_set_back(catalog: Catalog) -> None:
     assert catalog.documents.require("doc").used_at == 200
 
 
-def test_notes_wait_for_nobody(catalog: Catalog, tmp_path: Path) -> None:
+def test_notes_wait_for_nobody(catalog: Catalog, open_catalog: Callable[[], Catalog]) -> None:
     add(catalog, "doc", "text", file=file("0123456789ab"), used_at=100)
     catalog.documents.delete("doc")
     add(catalog, "doc", "text", used_at=100)
-    with contextlib.closing(Catalog(tmp_path / "catalog.sqlite3")) as other, other.transaction():
+    with open_catalog().transaction():
         started = time.monotonic()
         assert not catalog.documents.touch({"doc": 200})
-        assert not catalog.file_names.settle(["0123456789ab"])
+        settled = catalog.file_names.settle(["0123456789ab"])
         assert time.monotonic() - started < 10  # others wait for 30
     assert catalog.documents.require("doc").used_at == 100
-    assert catalog.file_names.unsettled() == {"0123456789ab"}
+    assert settled is catalog.shared  # in PostgreSQL this needs no lock
+    assert catalog.file_names.unsettled() == (set() if settled else {"0123456789ab"})
 
 
 def test_notes_and_numbers_inside_a_transaction_are_part_of_it(catalog: Catalog) -> None:

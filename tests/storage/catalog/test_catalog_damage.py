@@ -12,6 +12,7 @@ from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws, mend_catalog
 from beacon_memory.storage.catalog.rows import COLUMNS, DamagedRow
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 
 LONG = "\n\n".join(f"Paragraph {n} tells of the {n}th zebra. " * 20 for n in range(9))
 
@@ -25,7 +26,7 @@ def change(catalog: Catalog, sql: str) -> None:
 @pytest.mark.parametrize("column", [name for name in COLUMNS if name not in ("used_at", "pinned")])
 @pytest.mark.parametrize("value", ["CAST(x'61ff00' AS TEXT)", "x'00'", "''", "7"])
 def test_a_change_in_any_column_of_a_row_is_noticed(tmp_path: Path, column: str, value: str) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     add(catalog, "doc", "text", metadata={"a": 1}, tags=("x",), expires_at=LATER)
     sound = add(catalog, "sound", "text")
     change(catalog, f"UPDATE documents SET {column} = {value} WHERE id = 'doc'")
@@ -42,7 +43,7 @@ def test_a_change_in_any_column_of_a_row_is_noticed(tmp_path: Path, column: str,
 
 
 def test_a_changed_pin_is_noticed(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     add(catalog, "doc", "text")
     change(catalog, "UPDATE documents SET pinned = 1")
     with pytest.raises(CorruptFileError, match="row of 'doc' is damaged"):
@@ -66,7 +67,7 @@ def test_a_changed_pin_is_noticed(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     kept = add(catalog, "doc", LONG)
     add(catalog, "other", "")
     change(catalog, sql)
@@ -92,7 +93,7 @@ def test_a_damaged_text_is_noticed(tmp_path: Path, sql: str) -> None:
     ],
 )
 def test_no_passage_of_a_damaged_text_is_found(tmp_path: Path, sql: str) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     add(catalog, "other", "")
     kept = add(catalog, "doc", f"{LONG} needle")
     add(catalog, "sound", "a boat")
@@ -128,7 +129,7 @@ def test_no_passage_of_a_damaged_text_is_found(tmp_path: Path, sql: str) -> None
     ],
 )
 def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql: str, message: str) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     kept = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
     number = catalog.file_names.take_number()
     assert find_flaws(catalog) == []
@@ -145,7 +146,7 @@ def test_what_follows_from_the_rows_is_checked_and_made_anew(tmp_path: Path, sql
 
 
 def test_no_document_is_listed_by_a_label_that_its_row_has_not(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    catalog = SQLiteCatalog(tmp_path / "catalog.sqlite3")
     kept = add(catalog, "doc", "about apples", metadata={"a": 1}, tags=("x",))
     change(catalog, "INSERT INTO labels VALUES ('tag', 'y', 'doc')")
     with pytest.raises(CorruptFileError, match="what 'doc' is found by is not what its row says"):
@@ -156,7 +157,7 @@ def test_no_document_is_listed_by_a_label_that_its_row_has_not(tmp_path: Path) -
 
 def test_a_check_that_must_wait_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("beacon_memory.storage.catalog.connections.BUSY_SECONDS", 0.1)
-    first, second = Catalog(tmp_path / "catalog.sqlite3"), Catalog(tmp_path / "catalog.sqlite3")
+    first, second = SQLiteCatalog(tmp_path / "catalog.sqlite3"), SQLiteCatalog(tmp_path / "catalog.sqlite3")
     with first.transaction(), pytest.raises(StoreError, match="another process has been writing") as caught:
         find_flaws(second)
     assert not isinstance(caught.value, CorruptFileError)

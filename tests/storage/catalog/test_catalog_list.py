@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from catalog_samples import LATER, LONG_AGO, add
-from hypothesis import given, settings
+from catalog_samples import LATER, LONG_AGO, add, clear
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beacon_memory.documents import Label
@@ -58,9 +57,9 @@ LABELS = st.builds(Label, METADATA, TAGS, st.booleans(), st.sampled_from([None, 
 
 
 @given(documents=st.dictionaries(IDS, LABELS, max_size=8), asked=st.lists(FILTERS, min_size=1, max_size=8))
-@settings(max_examples=150, deadline=None)
-def test_filters_let_through_what_they_say(documents: dict[str, Label], asked: list[Filters]) -> None:
-    catalog = Catalog(":memory:")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_filters_let_through_what_they_say(catalog: Catalog, documents: dict[str, Label], asked: list[Filters]) -> None:
+    clear(catalog)
     for id, label in documents.items():
         add(
             catalog, id, "text", **{name: getattr(label, name) for name in ("metadata", "tags", "pinned", "expires_at")}
@@ -68,14 +67,6 @@ def test_filters_let_through_what_they_say(documents: dict[str, Label], asked: l
     for filters in asked:
         expected = sorted(id for id, label in documents.items() if filters.let_through(id, label))
         assert [row.id for row in catalog.documents.list(**vars(filters))] == expected[: filters.limit]
-    catalog.close()
-
-
-@pytest.fixture
-def catalog() -> Iterator[Catalog]:
-    catalog = Catalog(":memory:")
-    yield catalog
-    catalog.close()
 
 
 @pytest.mark.parametrize("filters", [{}, {"tags": ["x"]}, {"metadata": {"a": 1}}, {"prefix": "doc"}])

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from catalog_samples import LONG_AGO, add, row
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beacon_memory.errors import InputError
@@ -18,13 +16,6 @@ FACTS = {
     "bread": "Sourdough bread rises slowly because wild yeast works beside lactic acid bacteria.",
     "cat": "The cat of the bridge keeper sleeps all day, and what it does at night nobody knows.",
 }
-
-
-@pytest.fixture
-def catalog() -> Iterator[Catalog]:
-    catalog = Catalog(":memory:")
-    yield catalog
-    catalog.close()
 
 
 def test_the_right_document_is_found_first(catalog: Catalog) -> None:
@@ -188,19 +179,13 @@ def test_quotes_and_operators_in_a_query_are_only_text(catalog: Catalog, query: 
 
 
 @given(query=st.text())
-@settings(max_examples=150, deadline=None)
-def test_any_text_is_a_safe_query(query: str) -> None:
-    catalog = _shared()
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_is_a_safe_query(catalog: Catalog, query: str) -> None:
+    if "cat" not in [row.id for row in catalog.documents.list()]:  # once for all examples
+        for id, text in FACTS.items():
+            add(catalog, id, text)
     for hit in catalog.texts.search(query):
         assert hit.document in FACTS
-
-
-def _shared(catalogs: list[Catalog] = []) -> Catalog:  # noqa: B006 -- made once for all examples
-    if not catalogs:
-        catalogs.append(Catalog(":memory:"))
-        for id, text in FACTS.items():
-            add(catalogs[0], id, text)
-    return catalogs[0]
 
 
 def test_a_whole_book_is_a_safe_query(catalog: Catalog) -> None:

@@ -12,18 +12,18 @@ import pytest
 
 from beacon_memory.errors import CorruptFileError, StoreError
 from beacon_memory.storage.catalog import connections
-from beacon_memory.storage.catalog.connections import Connections
+from beacon_memory.storage.catalog.connections import SQLiteConnections
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Connections:
-    pool = Connections(tmp_path / "db.sqlite3")
+def pool(tmp_path: Path) -> SQLiteConnections:
+    pool = SQLiteConnections(tmp_path / "db.sqlite3")
     with pool.use() as db:
         db.execute("CREATE TABLE numbers (number INTEGER UNIQUE)")
     return pool
 
 
-def numbers(pool: Connections) -> list[int]:
+def numbers(pool: SQLiteConnections) -> list[int]:
     with pool.use() as db:
         return [number for (number,) in db.execute("SELECT number FROM numbers ORDER BY number").fetchall()]
 
@@ -47,19 +47,19 @@ def together(*works: Callable[[], object]) -> None:
         raise failures[0]
 
 
-def test_a_thread_uses_one_connection_inside_of_itself(pool: Connections) -> None:
+def test_a_thread_uses_one_connection_inside_of_itself(pool: SQLiteConnections) -> None:
     with pool.use() as db, pool.use() as again:
         assert again is db
     with pool.use() as later:
         assert later is db
 
 
-def test_what_is_removed_is_overwritten(pool: Connections) -> None:
+def test_what_is_removed_is_overwritten(pool: SQLiteConnections) -> None:
     with pool.use() as db:
         assert db.execute("PRAGMA secure_delete").fetchone() == (1,)
 
 
-def test_threads_use_a_connection_each(pool: Connections) -> None:
+def test_threads_use_a_connection_each(pool: SQLiteConnections) -> None:
     barrier = threading.Barrier(4)
     used = []
 
@@ -72,7 +72,7 @@ def test_threads_use_a_connection_each(pool: Connections) -> None:
     assert len(set(map(id, used))) == 4
 
 
-def test_threads_that_take_turns_share_a_connection(pool: Connections) -> None:
+def test_threads_that_take_turns_share_a_connection(pool: SQLiteConnections) -> None:
     used = []
 
     def work() -> None:
@@ -84,7 +84,7 @@ def test_threads_that_take_turns_share_a_connection(pool: Connections) -> None:
     assert all(db is used[0] for db in used)
 
 
-def test_a_reader_is_not_held_up_by_a_transaction(pool: Connections) -> None:
+def test_a_reader_is_not_held_up_by_a_transaction(pool: SQLiteConnections) -> None:
     with pool.use() as db:
         db.execute("BEGIN IMMEDIATE")
         db.execute("INSERT INTO numbers VALUES (1)")
@@ -95,9 +95,9 @@ def test_a_reader_is_not_held_up_by_a_transaction(pool: Connections) -> None:
     assert numbers(pool) == [1]
 
 
-def test_waiting_for_another_writer_ends(pool: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_another_writer_ends(pool: SQLiteConnections, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "BUSY_SECONDS", 0.1)
-    other = Connections(pool.path)
+    other = SQLiteConnections(pool.path)
     with pool.use() as db, other.use() as second:
         db.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="another process has been writing for 0 s; try again"), other.use():
@@ -107,13 +107,13 @@ def test_waiting_for_another_writer_ends(pool: Connections, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("sql", ["SELECT * FROM nowhere", "not SQL", "INSERT INTO numbers VALUES (1), (1)"])
-def test_what_sqlite_raises_is_a_store_error_that_says_why(pool: Connections, sql: str) -> None:
+def test_what_sqlite_raises_is_a_store_error_that_says_why(pool: SQLiteConnections, sql: str) -> None:
     with pytest.raises(CorruptFileError, match=r"db\.sqlite3 cannot be used as a catalog: .*repair"), pool.use() as db:
         db.execute(sql)
     assert numbers(pool) == []
 
 
-def test_a_full_disk_is_no_damage(pool: Connections) -> None:
+def test_a_full_disk_is_no_damage(pool: SQLiteConnections) -> None:
     with pytest.raises(StoreError, match="full; see to space and permissions") as caught, pool.use() as db:  # noqa: PT012
         pages = db.execute("PRAGMA page_count").fetchone()[0]
         db.execute(f"PRAGMA max_page_count = {pages}")
@@ -124,26 +124,26 @@ def test_a_full_disk_is_no_damage(pool: Connections) -> None:
 def test_a_file_that_is_no_database_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "db.sqlite3"
     path.write_bytes(b"not a database at all " * 100)
-    with pytest.raises(CorruptFileError, match="file is not a database"), Connections(path).use():
+    with pytest.raises(CorruptFileError, match="file is not a database"), SQLiteConnections(path).use():
         pass
 
 
 def test_a_folder_that_is_not_there_is_no_damage(tmp_path: Path) -> None:
     with (
         pytest.raises(StoreError, match="unable to open") as caught,
-        Connections(tmp_path / "nowhere" / "db.sqlite3").use(),
+        SQLiteConnections(tmp_path / "nowhere" / "db.sqlite3").use(),
     ):
         pass
     assert not isinstance(caught.value, CorruptFileError)
 
 
-def test_a_value_that_is_no_utf8_is_read_nevertheless(pool: Connections) -> None:
+def test_a_value_that_is_no_utf8_is_read_nevertheless(pool: SQLiteConnections) -> None:
     with pool.use() as db:
         assert db.execute("SELECT CAST(x'61ff62' AS TEXT)").fetchone() == ("a\udcffb",)
         assert db.execute("SELECT 'h\u00e9 \U0001f680'").fetchone() == ("hé 🚀",)
 
 
-def test_an_error_leaves_no_transaction_behind(pool: Connections) -> None:
+def test_an_error_leaves_no_transaction_behind(pool: SQLiteConnections) -> None:
     with pytest.raises(KeyError), pool.use() as db:  # noqa: PT012 -- what comes before the error is the point
         db.execute("BEGIN")
         raise KeyError
@@ -151,13 +151,13 @@ def test_an_error_leaves_no_transaction_behind(pool: Connections) -> None:
         assert db.conn.in_transaction is False
 
 
-def test_commits_wait_for_the_disk_and_readers_for_nobody(pool: Connections) -> None:
+def test_commits_wait_for_the_disk_and_readers_for_nobody(pool: SQLiteConnections) -> None:
     with pool.use() as db:
         settings = ("synchronous", "foreign_keys", "journal_mode", "cell_size_check")
         assert [db.execute(f"PRAGMA {name}").fetchone()[0] for name in settings] == [2, 1, "wal", 1]
 
 
-def test_a_closed_pool_opens_again(pool: Connections) -> None:
+def test_a_closed_pool_opens_again(pool: SQLiteConnections) -> None:
     with pool.use() as db:
         db.execute("INSERT INTO numbers VALUES (1)")
     pool.close()
@@ -167,7 +167,7 @@ def test_a_closed_pool_opens_again(pool: Connections) -> None:
     assert numbers(pool) == [1]
 
 
-def test_closing_spares_what_is_in_use(pool: Connections) -> None:
+def test_closing_spares_what_is_in_use(pool: SQLiteConnections) -> None:
     with pool.use() as db:
         pool.close()
         db.execute("INSERT INTO numbers VALUES (1)")
@@ -175,7 +175,7 @@ def test_closing_spares_what_is_in_use(pool: Connections) -> None:
 
 
 def test_a_database_in_memory_is_one_for_all_threads() -> None:
-    pool = Connections(":memory:")
+    pool = SQLiteConnections(":memory:")
     with pool.use() as db:
         db.execute("CREATE TABLE numbers (number INTEGER UNIQUE)")
 
@@ -205,7 +205,7 @@ def succeeded(child: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_what_a_fork_writes_stays_when_its_parent_closes(pool: Connections) -> None:
+def test_what_a_fork_writes_stays_when_its_parent_closes(pool: SQLiteConnections) -> None:
     ready, go = os.pipe(), os.pipe()
 
     def work() -> None:
@@ -218,7 +218,7 @@ def test_what_a_fork_writes_stays_when_its_parent_closes(pool: Connections) -> N
     assert numbers(pool) == []
     child = forked(work)
     os.read(ready[0], 1)
-    other = Connections(pool.path)
+    other = SQLiteConnections(pool.path)
     with other.use() as db:
         db.execute("INSERT INTO numbers VALUES (2)")
     for each in (pool, other):  # all but the child's
@@ -229,7 +229,7 @@ def test_what_a_fork_writes_stays_when_its_parent_closes(pool: Connections) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_and_its_parent_write_side_by_side(pool: Connections) -> None:
+def test_a_fork_and_its_parent_write_side_by_side(pool: SQLiteConnections) -> None:
     def work(start: int) -> None:
         for n in range(start, start + 30):
             with pool.use() as db:

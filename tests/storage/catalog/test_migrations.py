@@ -14,10 +14,10 @@ from sqlite_utils import Database
 
 from beacon_memory.documents import content_hash
 from beacon_memory.errors import StoreError
-from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.check import find_flaws
 from beacon_memory.storage.catalog.migrations import migrations
 from beacon_memory.storage.catalog.passages import split_passages
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 from beacon_memory.storage.catalog.words import indexed_form
 from beacon_memory.storage.repair import verify
 from beacon_memory.storage.store import MemoryStore
@@ -46,7 +46,7 @@ def test_a_catalog_written_by_hand_is_what_the_old_steps_made(tmp_path: Path) ->
 def test_an_old_catalog_becomes_the_same_as_a_new_one(tmp_path: Path) -> None:
     create_old_catalog(tmp_path / "old").close()
     for name in ("old", "new"):
-        Catalog(tmp_path / name).close()
+        SQLiteCatalog(tmp_path / name).close()
     assert shape(tmp_path / "old") == shape(tmp_path / "new")
 
 
@@ -61,7 +61,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def test_an_old_catalog_keeps_all_it_has(old: Path) -> None:
-    with contextlib.closing(Catalog(old)) as catalog:
+    with contextlib.closing(SQLiteCatalog(old)) as catalog:
         rows = {row.id: row for row in catalog.documents.list()}
         assert rows.keys() == TEXTS.keys()
         for n, (id, text) in enumerate(TEXTS.items()):
@@ -78,7 +78,7 @@ def test_an_old_catalog_keeps_all_it_has(old: Path) -> None:
 
 
 def test_an_old_catalog_is_searched_counted_and_filtered(old: Path) -> None:
-    with contextlib.closing(Catalog(old)) as catalog:
+    with contextlib.closing(SQLiteCatalog(old)) as catalog:
         assert [hit.document for hit in catalog.texts.search("apples")] == ["short"]
         hits = catalog.texts.search("zebras", limit=100)
         assert [hit.text for hit in sorted(hits, key=lambda hit: hit.start)] == [
@@ -98,7 +98,7 @@ def test_texts_of_an_old_catalog_are_found_in_every_script(tmp_path: Path) -> No
             insert_old_row(db, "The rent of the mill. " * 900, id=f"english {n}")
         insert_old_row(db, "磨坊的租金由磨坊主艾达支付。", id="chinese")
         insert_old_row(db, "Аренда мельницы Алёны", id="russian")
-    with contextlib.closing(Catalog(path)) as catalog:
+    with contextlib.closing(SQLiteCatalog(path)) as catalog:
         assert [hit.document for hit in catalog.texts.search("租金")] == ["chinese"]
         assert [hit.document for hit in catalog.texts.search("АЛЕНЫ")] == ["russian"]
         assert {hit.document for hit in catalog.texts.search("rents", 100)} == {"english 0", "english 1", "english 2"}
@@ -108,7 +108,7 @@ def test_texts_of_an_old_catalog_are_found_in_every_script(tmp_path: Path) -> No
 
 
 def test_an_old_catalog_is_written_to(old: Path) -> None:
-    with contextlib.closing(Catalog(old)) as catalog:
+    with contextlib.closing(SQLiteCatalog(old)) as catalog:
         assert add(catalog, "short", "about plums", compression="select") == catalog.documents.require("short")
         assert catalog.documents.require("short").created_at == "2025-01-02T00:00:00.000+00:00"
         assert catalog.documents.text("short") == "about plums"
@@ -120,11 +120,11 @@ def test_an_old_catalog_is_written_to(old: Path) -> None:
 
 
 def test_old_rows_are_sealed(old: Path) -> None:
-    Catalog(old).close()
+    SQLiteCatalog(old).close()
     with contextlib.closing(sqlite3.connect(old)) as db:
         db.execute("UPDATE documents SET tokens = 14 WHERE id = 'short'")
         db.commit()
-    with contextlib.closing(Catalog(old)) as catalog:
+    with contextlib.closing(SQLiteCatalog(old)) as catalog:
         with pytest.raises(StoreError, match="row of 'short' is damaged"):
             catalog.documents.require("short")
         assert catalog.documents.require("long").tokens == 13
@@ -139,7 +139,7 @@ def test_a_text_whose_passages_are_lost_or_damaged_is_cut_anew(tmp_path: Path, t
         insert_old_row(db, "something about pears", id="sound")
         db.execute("UPDATE passages SET text = 'about plums' WHERE document = 'damaged' AND ordinal = 0")
         (last,) = db.execute("SELECT max(id) FROM passages").fetchone()
-    with contextlib.closing(Catalog(path)) as catalog:
+    with contextlib.closing(SQLiteCatalog(path)) as catalog:
         assert catalog.documents.text("lost") == catalog.documents.text("damaged") == text
         assert not catalog.texts.search("plums")
         assert [hit.document for hit in catalog.texts.search("pears")] == ["sound"]
@@ -154,18 +154,18 @@ def test_a_step_that_fails_leaves_the_catalog_as_it_was(old: Path) -> None:
         db.execute("CREATE TABLE versions (in_the_way TEXT)")
     before = shape(old)
     with pytest.raises(StoreError, match="versions already exists"):
-        Catalog(old)
+        SQLiteCatalog(old)
     assert shape(old) == before
     with contextlib.closing(sqlite3.connect(old)) as db:
         db.execute("DROP TABLE versions")
-    with contextlib.closing(Catalog(old)) as catalog:
+    with contextlib.closing(SQLiteCatalog(old)) as catalog:
         assert catalog.documents.text("long") == LONG
 
 
 def test_processes_that_open_an_old_catalog_together_bring_it_up_to_date_once(old: Path) -> None:
     script = (
-        "import sys; from beacon_memory.storage.catalog.catalog import Catalog\n"
-        "print(len(Catalog(sys.argv[1]).documents.list()))"
+        "import sys; from beacon_memory.storage.catalog.sqlite import SQLiteCatalog\n"
+        "print(len(SQLiteCatalog(sys.argv[1]).documents.list()))"
     )
     command = [sys.executable, "-c", script, str(old)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
@@ -188,7 +188,7 @@ def test_settings_of_before_they_were_sealed_are_kept(tmp_path: Path) -> None:
 
 def with_long_passages(path: Path, texts: dict[str, str]) -> None:
     """Make a catalog of before passages were short."""
-    with contextlib.closing(Catalog(path)) as catalog, catalog.connections.transaction() as db:
+    with contextlib.closing(SQLiteCatalog(path)) as catalog, catalog.connections.transaction() as db:
         for id, text in texts.items():
             add(catalog, id, text, tags=("session",) if id == "talk" else ())
             (kind,) = db.execute("SELECT kind FROM passages WHERE document = ?", [id]).fetchone()
@@ -215,7 +215,7 @@ def test_texts_in_long_passages_are_cut_into_short_ones(tmp_path: Path) -> None:
     with_long_passages(path, {"doc": text, "talk": text, "short": "about apples"})
     before = passages(path, "short")
     assert len(passages(path, "doc")) == -(-len(text) // 1000)
-    with contextlib.closing(Catalog(path)) as catalog:
+    with contextlib.closing(SQLiteCatalog(path)) as catalog:
         for id in ("doc", "talk"):
             assert catalog.documents.text(id) == text
             kind = "conversation" if id == "talk" else None
@@ -240,7 +240,7 @@ def test_damaged_texts_are_not_cut_anew(tmp_path: Path, damage: str) -> None:
         db.execute(f"UPDATE passages SET {damage} WHERE document = 'damaged' AND ordinal = 1")
         db.commit()
     before = passages(path, "damaged")
-    with contextlib.closing(Catalog(path)) as catalog:
+    with contextlib.closing(SQLiteCatalog(path)) as catalog:
         assert passages(path, "damaged") == before
         with pytest.raises(StoreError, match="text of 'damaged' is damaged"):
             catalog.documents.text("damaged")

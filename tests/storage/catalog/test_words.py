@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beacon_memory.storage.catalog.catalog import Catalog
+from beacon_memory.storage.catalog.sqlite import SQLiteCatalog
 from beacon_memory.storage.catalog.words import indexed_form, phrase, words
 
 # ruff: noqa: RUF001 -- letters of many scripts are meant
@@ -59,7 +60,7 @@ TEXTS = {
 
 @pytest.fixture
 def catalog() -> Iterator[Catalog]:
-    catalog = Catalog(":memory:")
+    catalog = SQLiteCatalog(":memory:")
     yield catalog
     catalog.close()
 
@@ -131,7 +132,7 @@ def test_letters_of_texts_that_are_indexed_as_they_are_have_one_form_in_index_an
 @given(text=st.text(min_size=1), other=st.text())
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_found_by_any_word_of_its_own(text: str, other: str) -> None:
-    with contextlib.closing(Catalog(":memory:")) as catalog, contextlib.suppress(ValueError):  # lone surrogates
+    with contextlib.closing(SQLiteCatalog(":memory:")) as catalog, contextlib.suppress(ValueError):  # lone surrogates
         add(catalog, "doc", f"{text} {other}")
         for word in words(text):
             assert [hit.document for hit in catalog.texts.search(word)] == ["doc"], phrase(word)

@@ -17,9 +17,9 @@ from beacon_memory.storage.files.locks import alone, renew_in_forks, tidying, wr
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_TIDY_SECONDS", 0.1)
-    monkeypatch.setattr(locks, "_WRITE_SECONDS", 0.1)
-    monkeypatch.setattr(locks, "_PATIENT_SECONDS", 0)
+    monkeypatch.setattr(locks, "TIDY_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "WRITE_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "PATIENT_SECONDS", 0)
 
 
 def test_writers_work_side_by_side(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_an_error_inside_gives_the_lock_back(tmp_path: Path) -> None:
 
 
 def test_who_waits_goes_on_as_soon_as_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
+    monkeypatch.setattr(locks, "TIDY_SECONDS", 30)
     order: list[str] = []
 
     with writing(tmp_path):
@@ -83,8 +83,8 @@ def test_who_waits_goes_on_as_soon_as_it_can(tmp_path: Path, monkeypatch: pytest
 def test_one_that_tidies_gets_its_turn_between_writers_that_leave_no_gap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
-    monkeypatch.setattr(locks, "_WRITE_SECONDS", 30)
+    monkeypatch.setattr(locks, "TIDY_SECONDS", 30)
+    monkeypatch.setattr(locks, "WRITE_SECONDS", 30)
     ended, turns = threading.Event(), [0] * 6
 
     def write(number: int) -> None:
@@ -130,7 +130,7 @@ def test_who_tidies_holds_up_nobody_while_one_writes_for_long(tmp_path: Path, mo
 def test_a_thread_that_writes_may_begin_to_write_again_though_somebody_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_TIDY_SECONDS", 30)
+    monkeypatch.setattr(locks, "TIDY_SECONDS", 30)
     order: list[str] = []
 
     with writing(tmp_path):
@@ -161,7 +161,7 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
 def test_of_many_who_want_to_be_alone_each_is_and_the_file_is_gone_with_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_WRITE_SECONDS", 60)
+    monkeypatch.setattr(locks, "WRITE_SECONDS", 60)
     monkeypatch.setattr(locks, "_CHECK_SECONDS", 0.001)
     inside, most = [0], []
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from beacon_memory.errors import MissingDependencyError
-from beacon_memory.evaluation.retrieval import rank_passages
+from beacon_memory.ranking import rank_passages
 
 PASSAGES = ("The cat sat on a mat.", "Dogs bark loudly.", "Rivers flow to the sea, and a river is deep.")
 
