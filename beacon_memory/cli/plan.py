@@ -166,8 +166,8 @@ def note_calibration(measured: Calibration) -> None:
     )
     if measured.waited > _BUSY:
         print_line(
-            f"others were using the machine: it took {measured.waited:.1f} times as long as it computed, so plans for it "
-            "are too slow; calibrate again when it is idle",
+            f"others were using the machine: it took {measured.waited:.1f} times as long as it computed, so plans for "
+            "it are too slow; calibrate again when it is idle",
             err=True,
         )
 
