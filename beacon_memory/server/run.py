@@ -22,11 +22,14 @@ except ImportError as error:
 
 from .app import make_app
 from .jobs import Jobs
+from .keys import read_keys
 from .logs import begin_logging
 from .service import Service
 from .settings import ServerSettings
 
 __all__ = ["RunningServer", "serve"]
+
+_KEEP_ALIVE = 75  # seconds: longer than clients keep an idle connection, or they send a request into one that closes
 
 
 def serve(
@@ -48,6 +51,8 @@ class RunningServer:
     def __init__(self, memory: BeaconMemory, settings: ServerSettings) -> None:
         self._settings = settings
         self._opened = contextlib.ExitStack()
+        if settings.keys is not None:
+            read_keys(settings.keys)  # raises before a model is loaded for nothing
         with contextlib.ExitStack() as opened:
             family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
             self._socket = opened.enter_context(socket.create_server((settings.host, settings.port), family=family))
@@ -77,6 +82,7 @@ class RunningServer:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=self._settings.shutdown,
+            timeout_keep_alive=_KEEP_ALIVE,
             ws="none",
         )
         self._server = _Server(config, self.service, lambda: on_listening(self.url))

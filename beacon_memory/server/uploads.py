@@ -101,7 +101,7 @@ async def _read(request: Request, form: type[_Form], id: str) -> _Form:
     header["content-type"] = request.headers.get("content-type", "application/octet-stream")
     media_type, data = header.get_content_type(), await request.body()
     if media_type == "application/json":
-        return form.model_validate_json(data)
+        return await run_in_threadpool(form.model_validate_json, data)  # which may be long
     label = _of_query(request.query_params, form)
     # a client that says nothing of the type, as curl -T, may tell it by the ending of the id
     text = await run_in_threadpool(read_file, data, name=id, media_type=header["content-type"])

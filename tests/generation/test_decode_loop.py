@@ -179,7 +179,7 @@ def test_a_cancelled_request_leaves_with_what_it_has() -> None:
         ticket.cancel()
     expected = generate(model, [requests[0]], config)[0][0].tokens
     assert tickets[0].result().tokens == expected[:4]
-    assert tickets[1].result() == Generation((), "", 0.0)
+    assert tickets[1].result() == Generation((), "", 0.0, ended=False)
     assert tickets[2].result().tokens == generate(model, [requests[2]], config)[0][0].tokens
     tickets[2].cancel()
     assert len(tickets[2].result().tokens) == 12

@@ -219,6 +219,25 @@ def test_failure_inside_is_told_without_its_cause(
         assert reply.headers["x-request-id"] == "mine-1"
 
 
+def test_failure_in_the_middle_of_a_stream_is_told_in_it(
+    fresh: RunningServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memory = fresh.service.memory
+
+    async def broken(*_: Any) -> Any:
+        yield "The"
+        raise OSError(5, "Input/output error", str(tmp_path / "kv"))
+
+    monkeypatch.setattr(memory, "astream", broken)
+    with client(fresh) as http:
+        reply = http.post("/v1/chat/completions", json={**ASK, "stream": True})
+    *_, error, done = [line for line in reply.text.splitlines() if line]
+    assert (reply.status_code, done) == (200, "data: [DONE]")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert str(tmp_path) not in reply.text
+    assert fresh.service.answering.running == 0
+
+
 def test_append_is_not_repeated_where_the_server_died_right_behind_it(fresh: RunningServer) -> None:
     service = fresh.service
     with client(fresh) as http:

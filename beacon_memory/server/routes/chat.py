@@ -76,7 +76,7 @@ async def _reply(visit: Visit, request: Request, body: ChatBody | CompletionBody
     first = await while_connected(request, anext(pieces))  # whatever is wrong with the question comes as a status
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     return StreamingResponse(
-        _events(reply, first, pieces, include_usage=include_usage),
+        _events(request, reply, first, pieces, include_usage=include_usage),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
@@ -91,7 +91,12 @@ async def _last(pieces: AsyncGenerator[str | Answer, None]) -> Answer:
 
 
 async def _events(
-    reply: Reply, first: str | Answer, pieces: AsyncGenerator[str | Answer, None], *, include_usage: bool
+    request: Request,
+    reply: Reply,
+    first: str | Answer,
+    pieces: AsyncGenerator[str | Answer, None],
+    *,
+    include_usage: bool,
 ) -> AsyncIterator[str]:
     """Yield a reply as server-sent events; the answer is cancelled when nobody takes them any more."""
 
@@ -107,7 +112,7 @@ async def _events(
         except Exception as error:  # noqa: BLE001  # the status is sent already, so it is told in the stream
             refusal = refusal_of(error)
             if refusal is INTERNAL:
-                LOGGER.exception("a stream failed")
+                LOGGER.exception("a stream failed", extra={"fields": {"request_id": request.state.request_id}})
             yield f"data: {json.dumps(refusal.body)}\n\n"
         yield "data: [DONE]\n\n"
 
