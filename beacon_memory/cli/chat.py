@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import glob
 import os
@@ -17,7 +16,6 @@ import typer
 from beacon_memory.documents import SESSION_TAG
 from beacon_memory.errors import BeaconMemoryError, InputError
 
-from .adding import add_sources
 from .explanation_text import print_explanation
 from .help import Commands
 from .line_input import LineInput
@@ -34,7 +32,6 @@ from .options import (
     open_memory,
     template_arguments,
 )
-from .sources import find_sources
 from .terminal import print_line, print_rows, print_text, remarks, reported, say, shown
 
 if TYPE_CHECKING:
@@ -160,6 +157,8 @@ class Chat:
             print_line(f"error: {error}", keep="\n", err=True)
 
     def _ask(self, question: str) -> None:
+        import asyncio
+
         ids = self._named or self._picked(question)
         messages = [*self.session.turns, {"role": "user", "content": question}]
         pieces: list[str] = []
@@ -204,6 +203,9 @@ class Chat:
         self.session.add([])
 
     def _add(self, rest: str) -> None:
+        from .adding import add_sources
+        from .sources import find_sources
+
         try:
             paths = [os.path.expanduser(path) for path in shlex.split(rest)]  # noqa: PTH111  # stays as typed otherwise
         except ValueError as error:

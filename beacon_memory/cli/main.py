@@ -12,7 +12,6 @@ from beacon_memory.errors import InputError
 
 from . import archive, chat, documents, explain, mcp, plan, process, serve, store
 from . import eval as evaluation
-from .adding import add_sources
 from .help import Commands
 from .options import (
     PRECISION,
@@ -140,6 +139,7 @@ def add(
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
+    from .adding import add_sources
     from .remote import named_server
     from .sources import find_gone, find_sources
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from beacon_memory.errors import InputError, MissingDependencyError, UnreadableFileError, UnsupportedFormatError
 from beacon_memory.formats.kinds import find_format
-from beacon_memory.formats.reading import read_file
+from beacon_memory.formats.reading import read_text
 
 if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
@@ -162,7 +162,7 @@ def _met(path: Path) -> Iterator[Path | Skipped]:
 
 
 def read_source(source: Source) -> str:
-    """Read the text of a source; raises InputError if that is not possible; see `read_file`."""
+    """Read the text of a source; raises InputError if that is not possible; see `read_text`."""
     try:
         source.id.encode()
     except UnicodeEncodeError:
@@ -173,7 +173,7 @@ def read_source(source: Source) -> str:
         raise InputError("standard input is closed")
     try:
         data = sys.stdin.buffer.read() if source.path is None else source.path.read_bytes()
-        return read_file(data, name="" if source.path is None else source.path.name)
+        return read_text(data, name="" if source.path is None else source.path.name)
     except OSError as error:
         raise InputError(f"{source.id!r} cannot be read: {error.strerror}") from error
     except UnreadableFileError as error:

@@ -10,15 +10,15 @@ from beacon_memory.errors import UnreadableFileError
 
 from .kinds import Format, find_format
 
-__all__ = ["read_file"]
+__all__ = ["read_text"]
 
 _MODULES = {Format.HTML: "html", Format.PDF: "pdf", Format.DOCX: "docx"}  # imported when they are needed
 
 
-def read_file(data: bytes, *, name: str = "", media_type: str = "") -> str:
+def read_text(data: bytes, *, name: str = "", media_type: str = "") -> str:
     r"""Return the text of a file; that of HTML and docx as Markdown, with headings, lists and tables.
 
-        read_file(b"<h1>Lease</h1><p>It ends in <b>2031</b>.", media_type="text/html")  # "# Lease\n\nIt ends in 2031."
+        read_text(b"<h1>Lease</h1><p>It ends in <b>2031</b>.", media_type="text/html")  # "# Lease\n\nIt ends in 2031."
 
     name: of the file, of which the ending counts if the media type tells nothing. Without both, it is a PDF if it
           begins like one, and plain text otherwise.

@@ -15,7 +15,7 @@ from starlette.datastructures import QueryParams
 
 from beacon_memory.documents import KEEP, Keep, Label, choose_precision
 from beacon_memory.errors import InputError
-from beacon_memory.formats.reading import read_file
+from beacon_memory.formats.reading import read_text
 
 __all__ = ["AppendBody", "LabelBody", "PutBody", "read_append", "read_put"]
 
@@ -104,7 +104,7 @@ async def _read(request: Request, form: type[_Form], id: str) -> _Form:
         return await run_in_threadpool(form.model_validate_json, data)  # which may be long
     label = _of_query(request.query_params, form)
     # a client that says nothing of the type, as curl -T, may tell it by the ending of the id
-    text = await run_in_threadpool(read_file, data, name=id, media_type=header["content-type"])
+    text = await run_in_threadpool(read_text, data, name=id, media_type=header["content-type"])
     return form.model_validate({"text": text, **label})
 
 

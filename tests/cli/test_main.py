@@ -257,7 +257,7 @@ def test_add_takes_folders_globs_and_standard_input(run: Run) -> None:
 
 
 def test_add_removes_what_is_gone_from_a_folder_if_told_to(run: Run, tmp_path: Path) -> None:
-    write("notes/stays.md", "notes/goes.md", "notes/old/moves.md", "notes/odd.pdf", "notes-2/a.md", "b.md")
+    write("notes/stays.md", "notes/goes.md", "notes/old/moves.md", "notes/odd.xls", "notes-2/a.md", "b.md")
     run("add", "notes", "notes-2", "b.md")
     run("add", "notes/goes.md", "--id", "any id")
     run("add", "-", "--id", "notes/piped", piped=WELL)

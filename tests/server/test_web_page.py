@@ -89,6 +89,19 @@ def test_a_person_adds_a_text_and_a_file_and_sees_them_read(page: Page, fresh: R
     expect(documents).to_have_count(1)
 
 
+def test_reading_is_shown_as_it_goes_and_can_be_cancelled(page: Page, fresh: RunningServer) -> None:
+    page.goto(fresh.url)
+    with client(fresh) as http:
+        http.put("/v1/documents/long", json={"text": WELL * 2000}).raise_for_status()
+    page.reload()  # a job that was there before is shown, too
+    row = page.get_by_role("list", name="Documents that are being read").get_by_role("listitem")
+    expect(row).to_contain_text(re.compile(r"long.*tokens? read"))
+    expect(row.get_by_role("progressbar", name="Reading long")).to_have_attribute("value", re.compile(r"^0?\.?[0-9]"))
+    row.get_by_role("button", name="Cancel reading long").click()
+    expect(row).to_have_count(0)
+    assert "long" not in fresh.service.memory.store
+
+
 def test_an_answer_comes_with_what_was_loaded_and_its_shaded_text(page: Page, server: RunningServer) -> None:
     page.goto(server.url)
     ask(page, "Who paid for the roof?")
