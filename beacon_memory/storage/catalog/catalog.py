@@ -55,7 +55,7 @@ class Catalog(Protocol):
 
     @property
     def properties(self) -> Properties:
-        """What is kept once for all: identity, settings, counts."""
+        """The facts that are kept once for all: identity, settings, counts."""
 
     @property
     def texts(self) -> Texts:
