@@ -51,31 +51,31 @@ class Catalog(Protocol):
 
     @property
     def connections(self) -> Connections:
-        """The connections that its parts use."""
+        """Return the connections that its parts use."""
 
     @property
     def properties(self) -> Properties:
-        """The facts that are kept once for all: identity, settings, counts."""
+        """Return what is kept once for all: identity, settings, counts."""
 
     @property
     def texts(self) -> Texts:
-        """The source texts of documents, with their full-text index."""
+        """Return the source texts of documents, with their full-text index."""
 
     @property
     def documents(self) -> Documents:
-        """The rows of documents."""
+        """Return the rows of documents."""
 
     @property
     def versions(self) -> Versions:
-        """The kept versions of documents."""
+        """Return the kept versions of documents."""
 
     @property
     def conversations(self) -> Conversations:
-        """The rows of conversations."""
+        """Return the rows of conversations."""
 
     @property
     def file_names(self) -> FileNames:
-        """The names of K/V files."""
+        """Return the names of K/V files."""
 
     def close(self) -> None:
         """Close the connections; the next use opens one again."""

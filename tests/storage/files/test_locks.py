@@ -109,7 +109,7 @@ def test_one_that_tidies_gets_its_turn_between_writers_that_leave_no_gap(
 
 def test_who_tidies_holds_up_nobody_while_one_writes_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {"TIDY": 30, "WRITE": 30, "PATIENT": 30, "MOMENT": 0.1}.items():
-        monkeypatch.setattr(locks, f"_{name}_SECONDS", seconds)
+        monkeypatch.setattr(locks, f"{name}_SECONDS", seconds)
     order: list[str] = []
 
     def write() -> None:
