@@ -23,6 +23,7 @@ class PseudoTerminal:
         self._seen = 0
         self._process, self._terminal = pty.fork()
         if self._process == 0:  # the child: another program from here on
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it runs behind it ignore Ctrl-C
             os.execvpe(command[0], [*command], {**environment, "TERM": "xterm", "COLUMNS": "200"})
 
     def __enter__(self) -> Self:
