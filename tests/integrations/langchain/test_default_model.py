@@ -29,7 +29,7 @@ def test_agent_calls_tools_and_folds_its_conversation(
     printed = capsys.readouterr().out
     rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)   (.*?[.?]) ['\"](.*)['\"]$", printed, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [*range(1, 9)]
-    assert (rows[1][4], rows[1][5]) == ("Weigh crate 1.", "57")  # what the tool said
+    assert (rows[1][4], rows[1][5]) == ("Weigh crate 1.", "57 kg")  # what the tool said
     assert float(rows[-1][1]) > float(rows[0][1]) > 0
     assert re.search(r"^turns +1 to +8: +[\d.]+ s a turn, at most [\d.]+ s$", printed, re.MULTILINE)
     assert re.search(r"^lamp oil +2   Corvina +answer: '.*Corvina.*'$", printed, re.MULTILINE)
