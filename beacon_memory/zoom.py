@@ -24,7 +24,15 @@ from beacon_memory.kv.levels import LEVELS, TOP_LEVEL
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 
-__all__ = ["allocate", "section_counts", "zoomed"]
+__all__ = ["allocate", "chunks", "section_counts", "zoomed"]
+
+_CHUNK = 64  # tokens, about, of a section of a text that has no stored passages
+
+
+def chunks(text: Sequence[int]) -> list[list[int]]:
+    """Cut token ids into pieces of equal length, about 64 tokens each."""
+    count = max(1, round(len(text) / _CHUNK))
+    return [list(text[len(text) * i // count : len(text) * (i + 1) // count]) for i in range(count)]
 
 
 def allocate(sizes: Tensor, relevance: Sequence[float], budget: int) -> list[int]:

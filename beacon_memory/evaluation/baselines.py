@@ -28,10 +28,10 @@ from beacon_memory.lookup import Lookup, gist_slots, sections_of_entries
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, document_slots, slots_of
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.ranking import fused, matches, rank_passages
-from beacon_memory.zoom import allocate, section_counts, zoomed
+from beacon_memory.zoom import allocate, chunks, section_counts, zoomed
 
 from .items import Item
-from .pieces import Passages, chunks, cut_middle, passage_ids, split_documents
+from .pieces import Passages, cut_middle, passage_ids, split_documents
 
 __all__ = [
     "BATCH",

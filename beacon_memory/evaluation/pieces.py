@@ -8,11 +8,11 @@ from itertools import accumulate
 from transformers import PreTrainedTokenizerBase
 
 from beacon_memory.modeling.text_tokens import text_tokens
+from beacon_memory.zoom import chunks
 
-__all__ = ["Passages", "chunks", "cut_middle", "passage_ids", "split_documents", "token_ids"]
+__all__ = ["Passages", "cut_middle", "passage_ids", "split_documents", "token_ids"]
 
 Passages = Sequence[Sequence[int]]
-CHUNK = 64  # tokens, about, of a piece of a passage
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -30,12 +30,6 @@ def cut_middle(ids: Sequence[int], most: int) -> list[int]:
     if len(ids) <= most:
         return list(ids)
     return [*ids[: most - most // 2], *ids[len(ids) - most // 2 :]]
-
-
-def chunks(passage: Sequence[int]) -> list[list[int]]:
-    """Cut a passage into pieces of equal length, about 64 tokens each."""
-    count = max(1, round(len(passage) / CHUNK))
-    return [list(passage[len(passage) * i // count : len(passage) * (i + 1) // count]) for i in range(count)]
 
 
 def split_documents(passages: Passages, count: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from .items import Item
 from .journal import Journal, Record
 from .metrics import METRICS, Interval, bootstrap, paired_difference
 
-__all__ = ["Progress", "Result", "Row", "run_continuations", "run_items", "run_records"]
+__all__ = ["Progress", "Result", "Row", "model_identity", "run_continuations", "run_items", "run_records"]
 
 # Figures depend on the versions of these.
 PACKAGES = ("beacon-memory", "torch", "transformers", "peft", "kvpress", "bm25s", "rouge-score")
@@ -230,16 +230,23 @@ def _with_gap_closed(rows: list[Row], records: Sequence[Record]) -> list[Row]:
     return closed
 
 
+def model_identity(model: BeaconModel) -> dict[str, str | None]:
+    """Return what tells a model from others with the same name; None for what it has not."""
+    return {
+        "base": model.fingerprint.base,
+        "adapter": model.fingerprint.adapter,
+        "answers": None if model.answers is None else lora_digest(model.answers),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
 def _provenance(model: BeaconModel) -> dict[str, Any]:
     """Return what the figures depend on: versions, commit, model and machine."""
     return {
         **{name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(Path(__file__).parents[1]),
         "model": Path(str(model.base.config.name_or_path)).name,
-        "base": model.fingerprint.base,
-        "adapter": model.fingerprint.adapter,
-        **({} if model.answers is None else {"answers": lora_digest(model.answers)}),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **{name: value for name, value in model_identity(model).items() if value is not None},
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}",
     }

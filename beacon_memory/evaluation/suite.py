@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from beacon_memory.errors import InputError
-from beacon_memory.modeling.lora import lora_digest
 
 from .report import read_result, write_report, write_result
-from .run import Result
+from .run import Result, model_identity
 from .tasks import Evaluation
 
 __all__ = ["run_suite"]
@@ -130,10 +129,7 @@ def run_suite(
 def _same_run(result: Result, evaluation: Evaluation, names: Sequence[str], limit: int) -> bool:
     model = evaluation.model
     now = {
-        "base": model.fingerprint.base,
-        "adapter": model.fingerprint.adapter,
-        "answers": None if model.answers is None else lora_digest(model.answers),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **model_identity(model),
         "baselines": list(names),
         "limit": limit,
         "seed": evaluation.seed,

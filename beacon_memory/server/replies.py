@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +23,7 @@ from .refusals import RefusedError
 __all__ = ["ChatReply", "CompletionReply", "Reply"]
 
 
-class Reply:
+class Reply(ABC):
     """The reply to one request. A subclass says how it is worded.
 
     model: its name. asked: the question with its tools. tokenizer: of the model.
@@ -102,17 +103,17 @@ class Reply:
         if rest := self._content(answer).removeprefix(shown):
             yield self._delta(self._text(rest))
 
+    @abstractmethod
     def _choice(self, answer: Answer) -> Mapping[str, Any]:
         """Return the whole answer as a choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _delta(self, fields: Mapping[str, Any], finish: str | None = None) -> Mapping[str, Any]:
         """Return a piece of the answer as a choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _text(self, text: str) -> Mapping[str, Any]:
         """Return a text as fields of a piece."""
-        raise NotImplementedError
 
 
 class ChatReply(Reply):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import cast
 
@@ -16,14 +15,13 @@ from beacon_memory.kv.prefix import Prefix
 from beacon_memory.modeling.layout import slots_of
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.ranking import matches
-from beacon_memory.zoom import allocate, section_counts, zoomed
+from beacon_memory.zoom import allocate, chunks, section_counts, zoomed
 
 from .samples import Loaded, Sample
 
 __all__ = ["SelectedMemory"]
 
 _RICH = 2  # the ratio of the memory that passages are taken from, as a store keeps it
-_SECTION = 64  # tokens, about, of a passage
 
 
 class SelectedMemory:
@@ -39,7 +37,7 @@ class SelectedMemory:
         works = [(None, Work(ids, compressor.ratios(len(ids), 1, "select"))) for ids in sample.parts]
         self.parts = [document.kv for _, document in compressor.compress(works, compression="select")]
         self.sink = MemoryKV.of(compressor.sink)
-        self.pieces = [*_pieces(sample.parts)]
+        self.pieces = [piece for part in sample.parts for piece in chunks(part)]
 
     @torch.no_grad()
     def prefix(self, loaded: Loaded) -> Prefix:
@@ -55,16 +53,7 @@ class SelectedMemory:
         memory = self._blind(_RICH)
         bounds = [0, *accumulate(map(len, self.pieces))]
         counts = section_counts(memory, bounds)
-        texts = [cast(str, self.model.tokenizer.decode(list(piece))) for piece in self.pieces]
+        texts = [cast(str, self.model.tokenizer.decode(piece)) for piece in self.pieces]
         relevance = matches(texts, loaded.question)
         budget = slots_of(memory.span, loaded.ratio) * memory.counts.numel()
         return zoomed(memory, bounds, allocate(counts.sum((2, 3)), relevance, budget), relevance)
-
-
-def _pieces(parts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Cut parts into pieces of equal length, about `_SECTION` tokens each."""
-    pieces: list[Sequence[int]] = []
-    for part in parts:
-        count = max(1, round(len(part) / _SECTION))
-        pieces += [part[len(part) * one // count : len(part) * (one + 1) // count] for one in range(count)]
-    return pieces

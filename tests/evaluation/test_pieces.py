@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from tiny_models import tiny_tokenizer
 
-from beacon_memory.evaluation.pieces import chunks, cut_middle, passage_ids, split_documents
+from beacon_memory.evaluation.pieces import cut_middle, passage_ids, split_documents
+from beacon_memory.zoom import chunks
 
 
 def numbers(*sizes: int) -> list[list[int]]:
