@@ -175,14 +175,14 @@ def test_decoding_requests_together() -> None:
         assert tokens(model) == expected
 
 
-@pytest.mark.parametrize("hybrid", [False, True])
-def test_a_step_of_training(hybrid: bool) -> None:
+@pytest.mark.parametrize("compression", ["beacon", "hybrid"])
+def test_a_step_of_training(compression: str) -> None:
     samples = [a_sample([some_ids(30)], [[4]], (some_ids(9), 4), (some_ids(7), 2))] * 2
 
     def stepped(model: BeaconModel) -> tuple[Tensor, dict[str, Tensor]]:
         trained = dict(model.named_beacon_parameters())
         optimizer = torch.optim.AdamW(trained.values(), lr=0.01)
-        loss = TrainingModel(model, distill_weight=0.5, hybrid=hybrid)(samples).loss
+        loss = TrainingModel(model, distill_weight=0.5, compression=compression)(samples).loss
         loss.backward()
         optimizer.step()
         return loss.detach(), trained

@@ -84,7 +84,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(run: Run, tmp_path: Path) ->
         terminal.more()
         terminal.type(INTERRUPT)
         terminal.expect("stopped; /quit or Ctrl-D ends the conversation")
-        enter(terminal, f"half a line{INTERRUPT}")
+        enter(terminal, "half a line")
+        terminal.expect("half a line")  # readline waits for keys from here on: it misses a signal just before
+        terminal.type(INTERRUPT)
         terminal.expect("stopped")
         enter(terminal, "/docs\n")
         terminal.expect("lease.txt")
