@@ -338,6 +338,7 @@ class BeaconMemory:
         limit: int = DEFAULT_LIMIT,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        schema: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
@@ -354,6 +355,8 @@ class BeaconMemory:
         session_budget: without a `budget`, how many slots are loaded of what conversations were folded into
                   (`Session`), where the question is, beside those of other documents.
         stop:     strings at which the answer ends. seed: of sampling.
+        schema:   a JSON schema: the answer is JSON that meets it, unless max_new_tokens cuts it off. Neither tools, nor
+                  `abstain`, nor beams go with it.
         tools:    JSON schemas of functions that the model may call, for chat templates that have a place for them;
                   `Answer.parts` has the calls.
         chat_template_kwargs: what else the chat template knows, such as {"enable_thinking": False} for Qwen3.
@@ -362,7 +365,7 @@ class BeaconMemory:
         Raises DocumentNotFoundError, CapacityError (before any work) if prompt and answer exceed the model's positions,
         or FingerprintMismatchError for a document that another model compressed.
         """
-        how = (session_budget, abstain, limit, stop, seed, tools, chat_template_kwargs, options)
+        how = (session_budget, abstain, limit, stop, seed, schema, tools, chat_template_kwargs, options)
         asked = self._asked(Question(question, ids, budget, *how))
         if (refused := asked.refused) is not None:
             return refused
@@ -417,6 +420,7 @@ class BeaconMemory:
         limit: int = DEFAULT_LIMIT,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        schema: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
@@ -426,7 +430,7 @@ class BeaconMemory:
         Tokens are generated while somebody waits for a piece. All questions that are being answered at a time, streamed
         or not and in whatever thread, are decoded together.
         """
-        how = (session_budget, abstain, limit, stop, seed, tools, chat_template_kwargs, options)
+        how = (session_budget, abstain, limit, stop, seed, schema, tools, chat_template_kwargs, options)
         asked = self._asked(Question(question, ids, budget, *how))
         if (asked.config.num_beams or 1) > 1:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
@@ -484,7 +488,7 @@ class BeaconMemory:
         return self._load_once()[2]
 
     def _submit(self, asked: _Asked) -> Ticket:
-        return self._loop.submit(asked.request, asked.config, seed=asked.question.seed)
+        return self._loop.submit(asked.request, asked.config, seed=asked.question.seed, schema=asked.question.schema)
 
     def explain(
         self,
@@ -559,6 +563,10 @@ class BeaconMemory:
         config = generation_config(model, question.stop, question.options)
         if (config.num_return_sequences or 1) > 1:
             raise InputError(f"num_return_sequences={config.num_return_sequences}: ask gives one answer; ask again")
+        if question.schema is not None:
+            beside = {"tools": question.tools, "abstain": question.abstain, "num_beams": (config.num_beams or 1) > 1}
+            if given := [name for name, value in beside.items() if value]:
+                raise InputError(f"{given[0]} and a schema do not go together: leave one of them out")
         new_tokens, slots = config.max_new_tokens or 0, self.compressor.sink.slots
         prompt = chat_prompt(
             model,

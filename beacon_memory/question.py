@@ -30,6 +30,7 @@ class Question:
     limit: int = DEFAULT_LIMIT
     stop: str | Sequence[str] | None = None
     seed: int | None = None
+    schema: Mapping[str, Any] | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     chat_template_kwargs: Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from beacon_memory import Answer, BeaconMemory, Evidence, Question
 from beacon_memory.config import BeaconConfig
+from beacon_memory.errors import InputError
 from beacon_memory.evidence import words_together
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.results import LEAST_WORDS, NOT_IN_MEMORY, SourcePassage
@@ -123,6 +125,14 @@ def test_who_abstains_generates_nothing_where_nothing_relevant_is_loaded(memory:
     assert answer.ids == ("animals",)
     assert answer.usage.generated_tokens == 0
     assert answer.seconds > 0
+
+
+def test_a_schema_leaves_no_room_for_other_answers(memory: BeaconMemory) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    beside: list[dict[str, Any]] = [{"abstain": True}, {"tools": [tool]}, {"num_beams": 2}]
+    for given in beside:
+        with pytest.raises(InputError, match=f"{next(iter(given))} and a schema do not go together"):
+            memory.ask(KNOWN, "animals", schema={}, **given)
 
 
 def test_streams_and_many_questions_abstain_likewise(memory: BeaconMemory, sure: None) -> None:

@@ -33,6 +33,7 @@ from .options import (
     open_memory,
     path_given,
     quiet,
+    read_schema,
     template_arguments,
 )
 from .terminal import (
@@ -232,6 +233,9 @@ def ask(
     top_p: Annotated[float | None, typer.Option(help="Sample from the most likely tokens of this mass.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer at this text; repeat it for several.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="A JSON schema in a file: the answer is JSON that meets it.", dir_okay=False)
+    ] = None,
     chat_template_kwargs: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="What else the model's chat template knows: '{\"enable_thinking\": false}'."),
@@ -264,6 +268,7 @@ def ask(
             "limit": limit,
             "stop": stop,
             "seed": seed,
+            "schema": None if schema is None else read_schema(schema),
             "max_new_tokens": max_new_tokens,
         }
         options |= {k: v for k, v in {"temperature": temperature, "top_p": top_p}.items() if v is not None}

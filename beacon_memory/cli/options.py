@@ -43,6 +43,7 @@ __all__ = [
     "open_store",
     "path_given",
     "quiet",
+    "read_schema",
     "size",
     "template_arguments",
 ]
@@ -245,6 +246,17 @@ def template_arguments(text: str | None) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"--chat-template-kwargs must be a JSON object, got {text!r}: {error}") from error
+
+
+def read_schema(path: Path) -> Any:
+    """Return the JSON schema that --schema names; raises InputError for a file that has none."""
+    try:
+        schema = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--schema {path} cannot be read as JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise InputError(f'--schema {path} must be a JSON object such as {{"type": "object"}}, got {schema!r:.100}')
+    return schema
 
 
 def default_store() -> Path:

@@ -182,7 +182,10 @@ def _path(id: str) -> str:
 
 
 def _body(question: str, ids: Sequence[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in options.items() if value is not None and name != "max_new_tokens"}
+    renamed = ("max_new_tokens", "schema")
+    given = {name: value for name, value in options.items() if value is not None and name not in renamed}
+    if (schema := options.get("schema")) is not None:
+        given["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     return {
         "model": "beacon-memory",
         "messages": [{"role": "user", "content": question}],

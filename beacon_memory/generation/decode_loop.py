@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -38,6 +38,7 @@ from beacon_memory.modeling.prefix_attention import PrefixBatch
 from beacon_memory.storage.files.locks import renew_in_forks
 
 from .generate import Generation, Request, finished, refusals, require_room
+from .schema import SchemaProcessor
 from .streaming import TextPieces
 
 __all__ = ["DecodeLoop", "Ticket"]
@@ -224,10 +225,18 @@ class DecodeLoop:
         self._waiting.clear()
         self._rows.clear()
 
-    def submit(self, request: Request, config: GenerationConfig, *, seed: int | None = None) -> Ticket:
+    def submit(
+        self,
+        request: Request,
+        config: GenerationConfig,
+        *,
+        seed: int | None = None,
+        schema: Mapping[str, Any] | None = None,
+    ) -> Ticket:
         """Let a request join as soon as there is room for it; returns at once.
 
-        seed: of sampling; the same seed samples the same, whatever else is decoded.
+        seed:   of sampling; the same seed samples the same, whatever else is decoded.
+        schema: a JSON schema that the text meets, see `SchemaProcessor`.
         Raises CapacityError if the request does not fit the model's positions, and InputError for options that
         transformers refuses, for an empty prompt, and for beams and several sequences, which `generate` gives.
         """
@@ -242,6 +251,8 @@ class DecodeLoop:
         ids = torch.tensor([list(request.prompt)], device=device)
         with refusals():
             processors, criteria = _prepared(self.model, ids, config)
+            if schema is not None:
+                processors.insert(0, SchemaProcessor(self.model, schema, config, len(request.prompt)))
             generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         prefix = self.model.prefix(memory) if isinstance(memory, MemoryKV) else memory
         ticket = Ticket(self, config)

@@ -40,7 +40,6 @@ _UNMET: Mapping[str, Sequence[object]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "reasoning_effort": ("none",),
     "modalities": (["text"],),
 }
@@ -114,6 +113,34 @@ class NamedTool(BaseModel):
 
     type: Literal["function"]
     function: NamedFunction
+
+
+class NamedSchema(BaseModel):
+    """A JSON schema; its name and description are not read, and `strict` is always met."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: Annotated[dict[str, JsonValue], Field(alias="schema", default_factory=dict)]
+
+
+class TextFormat(BaseModel):
+    """An answer in any form."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(BaseModel):
+    """An answer that is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(BaseModel):
+    """An answer that is JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
 
 
 class StreamOptions(BaseModel):
@@ -205,6 +232,10 @@ class ChatBody(_Options):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    response_format: Annotated[
+        TextFormat | ObjectFormat | SchemaFormat | None,
+        Field(discriminator="type", description="What form the answer has; with JSON, neither tools nor abstain."),
+    ] = None
     chat_template_kwargs: Annotated[
         dict[str, JsonValue] | None,
         Field(description='Options of the model\'s chat template, such as {"enable_thinking": false}.'),
@@ -224,9 +255,17 @@ class ChatBody(_Options):
         if tools:
             require_tools(memory.model)
         turns = [message.turn() for message in self.messages]
-        return Asked(
-            self.question(turns, tools=tools, chat_template_kwargs=self.chat_template_kwargs), tools, must_call
-        )
+        how = {"tools": tools, "schema": self._schema(), "chat_template_kwargs": self.chat_template_kwargs}
+        return Asked(self.question(turns, **how), tools, must_call)
+
+    def _schema(self) -> dict[str, Any] | None:
+        """Return the schema that the answer has to meet."""
+        match self.response_format:
+            case ObjectFormat():
+                return {"type": "object"}
+            case SchemaFormat(json_schema=named):
+                return named.schema_
+        return None
 
 
 class CompletionBody(_Options):

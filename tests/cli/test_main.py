@@ -351,6 +351,10 @@ def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None
         (["ask", "Who?", "--chat-template-kwargs", "{"], "--chat-template-kwargs must be a JSON object, got '{'"),
         (["ask", "Who?", "--chat-template-kwargs", "[]"], "chat_template_kwargs=[] must be a dict"),
         (["ask", "Who?", "--chat-template-kwargs", '{"absent": 1}'], "absent=1 is not known to the model's chat templ"),
+        (["ask", "Who?", "--schema", "absent.json"], "--schema absent.json cannot be read as JSON"),
+        (["ask", "Who?", "--schema", "a.txt"], "--schema a.txt cannot be read as JSON"),
+        (["ask", "Who?", "--schema", "list.json"], "--schema list.json must be a JSON object"),
+        (["ask", "Who?", "--schema", "object.json", "--abstain"], "abstain and a schema do not go together"),
         (["ask", "Who?", "--budget", "much"], "budget='much' must be a number of memory slots, bytes as '64MB'"),
         (["ask", "Who?", "--picker", "absent"], "picker='absent' must be one of 'attention', 'text'"),
         (["ask", "Who?", "--model", "absent/folder/of/a/model"], "cannot be loaded"),
@@ -363,6 +367,8 @@ def test_add_goes_on_after_a_bad_document_and_fails_at_the_end(run: Run) -> None
 )
 def test_errors_are_one_line_and_exit_with_1(run: Run, arguments: list[str], message: str) -> None:
     write("a.txt")
+    Path("list.json").write_text("[]", encoding="utf-8")
+    Path("object.json").write_text("{}", encoding="utf-8")
     result = run(*arguments)
     assert result.exit_code == 1
     assert message in result.stderr
@@ -432,6 +438,15 @@ def test_ask_answers_the_same_streamed_or_not(run: Run) -> None:
     assert whole.exit_code == streamed.exit_code == 0
     assert whole.stdout.strip() == streamed.stdout.strip()
     assert "from well.txt, roof.txt" in whole.stderr
+
+
+def test_ask_answers_in_json_of_a_schema(run: Run) -> None:
+    write("a.txt")
+    Path("schema.json").write_text('{"enum": ["slate", "thatch"]}', encoding="utf-8")
+    run("add", "a.txt")
+    asked = ("ask", "What is the roof made of?", "--schema", "schema.json")
+    assert json.loads(run(*asked).stdout) in ("slate", "thatch")
+    assert run(*asked, "--stream").stdout == run(*asked).stdout
 
 
 def test_ask_notes_what_it_used_for_the_quota_to_go_by(run: Run) -> None:

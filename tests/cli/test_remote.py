@@ -54,6 +54,8 @@ def test_answers_are_those_of_the_library(run: Run, server: RunningServer) -> No
     assert plain.stdout == streamed.stdout == f"{wanted.text}\n"
     assert f"from roof: {wanted.usage.slots} slots" in plain.stderr
     assert "roof 0-" in streamed.stderr
+    Path("schema.json").write_text('{"const": [1, "a"]}', encoding="utf-8")
+    assert run("ask", "Who?", "--doc", "roof", "--schema", "schema.json").stdout == '[1, "a"]\n'
 
 
 @pytest.mark.parametrize(

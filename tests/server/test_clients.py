@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -14,6 +14,7 @@ from langchain_openai import ChatOpenAI
 from langchain_samples import calling, taught_model
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel
 from servers import running
 
 from beacon_memory import BeaconMemory
@@ -96,6 +97,12 @@ def test_completions_and_the_model_are_there(ai: openai.OpenAI, memory: BeaconMe
         ({"max_completion_tokens": 5000}, openai.BadRequestError, "context_length_exceeded", "5000 tokens"),
         ({"extra_body": {"budget": "much"}}, openai.BadRequestError, "invalid_value", "budget='much'"),
         ({"messages": []}, openai.BadRequestError, "invalid_request", "messages"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "word"}}}},
+            openai.BadRequestError,
+            "invalid_value",
+            "cannot be met",
+        ),
         ({"n": 2}, openai.BadRequestError, "invalid_request", "n=2 is not supported"),
         ({"extra_body": {"documents": ["roof"]}}, openai.BadRequestError, "invalid_request", "documents: Extra inputs"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, None, "text"),
@@ -133,6 +140,29 @@ async def test_many_questions_behind_different_memories_are_answered_together(
         alone = [await answer(ids, False) for ids in named]
         together = await asyncio.gather(*(answer(ids, stream) for ids in named for stream in (False, True)))
         assert together == [text for text in alone for _ in range(2)]
+
+
+class Roof(BaseModel):
+    """What is asked of a roof."""
+
+    material: Literal["slate", "thatch"]
+    leaks: bool
+
+
+def test_answers_have_the_form_that_is_asked_for(ai: openai.OpenAI, server: RunningServer) -> None:
+    parsed = ai.chat.completions.parse(
+        model="beacon-memory",
+        messages=[{"role": "user", "content": "Who?"}],
+        response_format=Roof,
+        extra_body={"document_ids": ["roof"]},
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Roof)
+    assert parsed.choices[0].finish_reason == "stop"
+    anything = ask(ai, response_format={"type": "json_object"}, max_completion_tokens=1)
+    assert anything.choices[0].message.content == "{"
+    assert ask(ai, response_format={"type": "text"}).choices[0].message.content == ask(ai).choices[0].message.content
+    chat = ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", model="beacon-memory", max_retries=0)
+    assert isinstance(chat.with_structured_output(Roof, method="json_schema").invoke("Who?"), Roof)
 
 
 def test_langchain_talks_to_it(server: RunningServer, memory: BeaconMemory) -> None:

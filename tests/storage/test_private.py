@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from crashing import fork, wait
-from store_samples import files, put
+from store_samples import put
 
 from beacon_memory.conversation import Conversation
 from beacon_memory.errors import CorruptFileError, StoreError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from kv_samples import same
 from repository import ROOT
-from store_samples import files, put
+from store_samples import put
 from upkeep_samples import flip
 
 from beacon_memory.errors import (
