@@ -21,7 +21,7 @@ def test_examples_run(model: BeaconModel, tmp_path: Path, capsys: pytest.Capture
     with running(BeaconMemory(tmp_path / "store", model, reserve=100)) as server:
         names: dict[str, object] = {"URL": server.url}
         for block in blocks:
-            exec(compile(block, "server.md", "exec"), names)  # noqa: S102  # our own document
+            exec(compile(block, "server.md", "exec", dont_inherit=True), names)  # noqa: S102  # our own document
             for job in server.service.jobs.list(""):  # what the reader of the page would wait for
                 while not server.service.jobs.get(job.id, "").status.ended:
                     time.sleep(0.02)
