@@ -22,6 +22,7 @@ from beacon_memory.documents import Document
 from beacon_memory.errors import ServerError
 from beacon_memory.memory import BeaconMemory
 
+from . import soak
 from .measuring import QUESTION, Figure, random_text
 
 __all__ = ["run"]
@@ -41,8 +42,12 @@ class _Reply:
     tokens: int
 
 
-def run(model: str | None, adapter: str | None, device: str | None, dtype: str, *, clients: int) -> Iterator[Figure]:
+def run(
+    model: str | None, adapter: str | None, device: str | None, dtype: str, *, clients: int, minutes: float = 0
+) -> Iterator[Figure]:
     """Measure the first token, and as many clients as given, each with a document of its own; yields figures in turn.
+
+    minutes: if not 0, that long the server is then kept at its limit by four times as many clients, see `soak`.
 
     It takes some minutes on two cores.
     """
@@ -50,14 +55,30 @@ def run(model: str | None, adapter: str | None, device: str | None, dtype: str, 
         ids = [f"document-{number}" for number in range(clients)]
         with BeaconMemory(store, model, adapter, device=device, dtype=dtype) as memory:
             memory.add_many([Document(id, f"{id}: {random_text(_TOKENS)}") for id in ids])
-            given = {"--model": model, "--adapter": adapter, "--device": device, "--dtype": dtype}
-            options = [part for name, value in given.items() if value is not None for part in (name, value)]
-            with _server(store, options) as url, httpx.Client(base_url=url, timeout=_SECONDS) as http:
+            options = _options({"--model": model, "--adapter": adapter, "--device": device, "--dtype": dtype})
+            with _server(store, options) as (url, _), httpx.Client(base_url=url, timeout=_SECONDS) as http:
                 for id in ids:  # once, so that all are read from their files
                     _library(memory, id)
                     _asked(http, id)
                 yield _overhead(memory, http, ids)
                 yield from _together(http, ids)
+        if minutes:
+            yield from _at_the_limit(store, model, adapter, device, ids, minutes)
+
+
+def _at_the_limit(
+    store: str, model: str | None, adapter: str | None, device: str | None, ids: list[str], minutes: float
+) -> Iterator[Figure]:
+    """Ask for all answers of the library, and let a server of the same store answer many times, in float32."""
+    with BeaconMemory(store, model, adapter, device=device, dtype="float32") as memory:
+        wanted = {id: memory.ask(QUESTION, id, max_new_tokens=_NEW_TOKENS).text for id in ids}
+    given = {"--model": model, "--adapter": adapter, "--device": device, "--dtype": "float32"}
+    with _server(store, [*_options(given), "--max-waiting", str(len(ids))]) as (url, process):
+        yield from soak.run(url, process, wanted, clients=4 * len(ids), minutes=minutes, new_tokens=_NEW_TOKENS)
+
+
+def _options(given: dict[str, str | None]) -> list[str]:
+    return [part for name, value in given.items() if value is not None for part in (name, value)]
 
 
 def _overhead(memory: BeaconMemory, http: httpx.Client, ids: list[str]) -> Figure:
@@ -98,14 +119,7 @@ def _library(memory: BeaconMemory, id: str) -> float:
 
 
 def _asked(http: httpx.Client, id: str, new_tokens: int = _NEW_TOKENS) -> _Reply:
-    body = {
-        "model": "beacon-memory",
-        "messages": [{"role": "user", "content": QUESTION}],
-        "document_ids": [id],
-        "max_completion_tokens": new_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    body = soak.asked_body(id, new_tokens) | {"stream": True, "stream_options": {"include_usage": True}}
     started, first, tokens = time.perf_counter(), 0.0, 0
     with http.stream("POST", "/v1/chat/completions", json=body) as reply:
         if reply.is_error:
@@ -118,8 +132,8 @@ def _asked(http: httpx.Client, id: str, new_tokens: int = _NEW_TOKENS) -> _Reply
 
 
 @contextlib.contextmanager
-def _server(store: str, options: list[str]) -> Iterator[str]:
-    """Run a server in a process of its own; yields its URL."""
+def _server(store: str, options: list[str]) -> Iterator[tuple[str, int]]:
+    """Run a server in a process of its own; yields its URL and the id of the process."""
     command = [sys.executable, "-m", "beacon_memory", "serve", "--port", "0", "--store", store, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
@@ -127,6 +141,6 @@ def _server(store: str, options: list[str]) -> Iterator[str]:
             line = process.stdout.readline()
             if "http" not in line:
                 raise ServerError(f"the server did not start: run {' '.join(command[:6])} to see why")
-            yield line.split()[-1]
+            yield line.split()[-1], process.pid
         finally:
             process.terminate()

@@ -362,6 +362,9 @@ def bench(
         str, typer.Option(help="Of a race: lengths of its texts, in tokens.", metavar="NUMBERS")
     ] = "1000,2000,4000,8000",
     clients: Annotated[int, typer.Option(help="Of a server: how many ask at once.", min=2, max=64)] = 16,
+    minutes: Annotated[
+        float, typer.Option(help="Of a server: how long four times as many keep it at its limit.", min=0)
+    ] = 0,
     write: Annotated[
         Path | None,
         typer.Option(
@@ -390,7 +393,7 @@ def bench(
             from beacon_memory.bench import serve as bench_serve
 
             figures = []
-            for figure in bench_serve.run(model, adapter, device, dtype.value, clients=clients):
+            for figure in bench_serve.run(model, adapter, device, dtype.value, clients=clients, minutes=minutes):
                 figures.append(figure)
                 print_line(f"{figure.name}: {figure.value:.3g} ({figure.bound}; {figure.detail})", err=True)
         elif what == "store":
