@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from repository import CHAPTER, ROOT
 from beacon_memory import BeaconMemory, BeaconModel
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
+from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
@@ -105,6 +107,26 @@ def test_chosen_tokens_answer_what_nothing_else_tells(model: BeaconModel, tmp_pa
     ):
         assert expected in memory.ask(question, "harbour", max_new_tokens=24).text
         assert expected not in memory.ask(question, [], max_new_tokens=24).text
+
+
+def test_in_16_bits_requests_decoded_together_are_as_likely_as_alone() -> None:
+    """Tokens may part where two are as likely; so far, and there, both ways agree on how likely they are."""
+    model = BeaconModel.from_pretrained(dtype="bfloat16")
+    compressor = BeaconCompressor(model)
+    ids = compressor.tokenize(CHAPTER).ids
+    works = [Work(ids[start : start + 400], compressor.ratios(400, 4)) for start in (0, 400, 800, 1200)]
+    memories = [compressor.compress_one(work, compression="select").kv for work in works]
+    prompt = chat_prompt(model, "What happens here? Tell it in your own words.", behind_memory=True)
+    config = generation_config(model, None, {"max_new_tokens": 24})
+    requests = [Request(MemoryKV.concat([MemoryKV.of(compressor.sink), memory]), prompt) for memory in memories]
+    loop = DecodeLoop(model)
+    together = [ticket.result() for ticket in [loop.submit(request, config) for request in requests]]
+    for request, one in zip(requests, together, strict=True):
+        alone = loop.submit(request, config).result()
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone.tokens, one.tokens, strict=False)))
+        for pair in [*zip(alone.likelihoods, one.likelihoods, strict=False)][: same + 1]:
+            assert pair[0] == pytest.approx(pair[1], abs=0.15)
+        assert same >= 4
 
 
 def test_example_runs(tmp_path: Path) -> None:
