@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -9,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
@@ -182,28 +184,31 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
         schema: dict[str, Any] | type,
         *,
         include_raw: bool = False,
-        method: str = "function_calling",
+        method: str = "json_schema",
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
         """Answer in the form of a schema; an answer in another form raises OutputParserException.
 
-        method: "function_calling" or "json_schema" offer the schema as a tool; with "json_mode" the answer is read as
-        JSON, which the prompt must ask for.
+        method: with "json_schema" nothing can be said but JSON of the schema, with "json_mode" nothing but a JSON
+        object, so that any model will do; the prompt must ask for what is wanted. "function_calling" offers the schema
+        as a tool, to models that call them.
         """
         if kwargs or method not in _METHODS:
             raise InputError(
                 f"with_structured_output takes the methods {', '.join(_METHODS)}, got {method!r}, {kwargs}"
             )
-        tool = convert_to_openai_tool(schema, strict=strict)
+        tool = convert_to_openai_tool(schema, strict=True if method == "json_schema" else strict)
         name = tool["function"]["name"]
         traced: dict[str, Any] = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
         checked: Any = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
         model: Runnable[LanguageModelInput, AIMessage]
         parser: Runnable[Any, Any]
-        if method == "json_mode":
-            model = self.bind(**traced)
-            parser = PydanticOutputParser(pydantic_object=checked) if checked else JsonOutputParser()
+        if method != "function_calling":
+            form = {"type": "object"} if method == "json_mode" else tool["function"]["parameters"]
+            model = self.bind(schema=form, **traced)
+            read: Any = PydanticOutputParser(pydantic_object=checked) if checked else JsonOutputParser()
+            parser = RunnableLambda(_require_whole) | read
         else:
             model = self.bind_tools([tool], **traced)
             called: Runnable[AIMessage, AIMessage] = RunnableLambda(lambda message: require_call(message, [name]))
@@ -232,6 +237,17 @@ class ChatBeaconMemory(BeaconLanguageModel, BaseChatModel, extra="forbid"):
             else:
                 loaded = [memory.store.row(id, fingerprint).root for id in ([ids] if isinstance(ids, str) else ids)]
         return f"{super()._get_llm_string(stop=stop, **kwargs)}---{fingerprint}---{loaded}"
+
+
+def _require_whole(message: AIMessage) -> AIMessage:
+    """Return a message whose text is JSON; raises OutputParserException, for parsers complete what was cut off."""
+    try:
+        json.loads(message.text)
+    except ValueError as error:
+        raise OutputParserException(
+            f"the answer is no whole JSON ({error}); max_tokens cuts off what is longer", llm_output=message.text
+        ) from error
+    return message
 
 
 def _offered(kwargs: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], bool]:

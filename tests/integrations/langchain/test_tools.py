@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -141,16 +142,19 @@ async def test_agent_calls_a_tool_and_answers_from_its_result(model: ChatBeaconM
 
 def test_structured_output_fills_in_a_schema(model: ChatBeaconMemory) -> None:
     lease = Lease(tenant="Ada Flint", rent=40)
-    for method in ("function_calling", "json_schema"):
-        assert model.with_structured_output(Lease, method=method).invoke("Who rents?") == lease
-    assert model.with_structured_output(Lease.model_json_schema()).invoke("Who rents?") == lease.model_dump()
-    assert model.with_structured_output(Lease, method="json_mode").invoke("Who rents, as JSON?") == lease
-    raw: Any = model.with_structured_output(Lease, include_raw=True).invoke("Who rents?")
+    called: dict[str, Any] = {"method": "function_calling"}
+    assert model.with_structured_output(Lease, **called).invoke("Who rents?") == lease
+    assert model.with_structured_output(Lease.model_json_schema(), **called).invoke("Who rents?") == lease.model_dump()
+    for method in ("json_schema", "json_mode"):
+        assert model.with_structured_output(Lease, method=method).invoke("Who rents, as JSON?") == lease
+    raw: Any = model.with_structured_output(Lease, include_raw=True, **called).invoke("Who rents?")
     assert (raw["parsed"], raw["parsing_error"], raw["raw"].tool_calls[0]["name"]) == (lease, None, "Lease")
 
 
 def test_answer_that_has_not_the_form_of_the_schema_is_an_error_and_never_nothing(model: ChatBeaconMemory) -> None:
-    structured, raw = model.with_structured_output(Lease), model.with_structured_output(Lease, include_raw=True)
+    called: dict[str, Any] = {"method": "function_calling"}
+    structured = model.with_structured_output(Lease, **called)
+    raw = model.with_structured_output(Lease, include_raw=True, **called)
     with pytest.raises(OutputParserException, match="had to call 'Lease', and answered without") as caught:
         structured.invoke("Who rents not?")
     assert caught.value.llm_output == "Nobody does."
@@ -162,6 +166,26 @@ def test_answer_that_has_not_the_form_of_the_schema_is_an_error_and_never_nothin
         assert (answer["parsed"], answer["raw"].type) == (None, "ai")
     with pytest.raises(InputError, match="'telepathy'"):
         model.with_structured_output(Lease, method="telepathy")
+
+
+class Roof(BaseModel):
+    """What is known of a roof."""
+
+    material: Literal["slate", "thatch"]
+    leaks: bool
+
+
+def test_any_model_fills_in_a_schema_and_what_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    model = ChatBeaconMemory(memory=filled_memory(tmp_path, babbling_model()), max_tokens=60)
+    assert isinstance(model.with_structured_output(Roof).invoke("What of the roof?"), Roof)
+    filled = model.with_structured_output(Roof.model_json_schema()).invoke("What of the roof?")
+    assert Roof.model_validate(filled).model_dump() == filled
+    (streamed,) = model.with_structured_output(Roof).stream("What of the roof?")
+    assert isinstance(streamed, Roof)
+    short = ChatBeaconMemory(memory=model.memory, max_tokens=9)
+    with pytest.raises(OutputParserException, match="no whole JSON") as caught:
+        short.with_structured_output(Roof).invoke("What of the roof?")
+    assert caught.value.llm_output == '{"materia'
 
 
 def test_demanded_call_that_is_not_made_is_an_error(model: ChatBeaconMemory) -> None:
@@ -198,7 +222,7 @@ async def test_model_whose_template_has_no_tools_says_so(
     with pytest.raises(InputError, match="tools cannot be used"):
         await bound.ainvoke("Who?")
     with pytest.raises(InputError, match="tools cannot be used"):
-        model.with_structured_output(Lease).invoke("Who?")
+        model.with_structured_output(Lease, method="function_calling").invoke("Who?")
     assert model.bind_tools([look_up], tool_choice="none").invoke("Who?").tool_calls == []
 
 
