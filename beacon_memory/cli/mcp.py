@@ -105,6 +105,7 @@ def _serve(application: "ASGIApp", host: str, port: int) -> None:
 
     config = uvicorn.Config(application, host=host, port=port, log_level="warning")
     with config.bind_socket() as listening:
+        listening.listen(config.backlog)  # who reads the line below may call at once, and waits until uvicorn has begun
         name = f"[{host}]" if ":" in host else host
         print_line(f"serving at http://{name}:{listening.getsockname()[1]}{HTTP_PATH}; Ctrl-C ends it", err=True)
         uvicorn.Server(config).run(sockets=[listening])

