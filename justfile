@@ -30,7 +30,7 @@ docs *args:
 
 # Tests on all cores; `just test -m "not slow"` leaves out those that need the default model.
 test *args:
-    pytest -n logical {{ args }}
+    pytest -n logical --dist worksteal {{ args }}
 
 # A store under kills, power cuts, mutations, failing calls and many processes: `just torture --minutes 60 --seed 1`.
 torture *args:

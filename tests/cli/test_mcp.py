@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ async def test_a_model_that_cannot_be_loaded_is_told_to_the_agent(run: Run, tmp_
 async def test_the_command_serves_by_http_until_it_is_interrupted(run: Run, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("open sesame\n", encoding="utf-8")
     command = [sys.executable, "-m", "beacon_memory", "mcp", "--http", "--port", "0", "--token-file", "token"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ExitStack() as failed:
+        failed.callback(process.kill)
         assert process.stderr is not None
         announced = re.search(r"serving at (http://127\.0\.0\.1:\d+/mcp)", process.stderr.readline())
         assert announced is not None
@@ -71,6 +73,7 @@ async def test_the_command_serves_by_http_until_it_is_interrupted(run: Run, tmp_
         assert httpx2.post(announced[1], json={}).status_code == 401
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in process.stderr.read()
+        process.wait()
     assert process.returncode in {0, 130}
 
 
