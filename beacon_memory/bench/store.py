@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from beacon_memory.documents import Label, Text, content_hash, utc_now
+from beacon_memory.errors import InputError
 from beacon_memory.kv.fingerprint import Fingerprint
 from beacon_memory.kv.levels import LEVELS, level_of, levels_of
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
@@ -37,7 +39,7 @@ from beacon_memory.storage.store import MemoryStore
 
 from .measuring import Figure
 
-__all__ = ["Sample", "fill", "run", "samples"]
+__all__ = ["Sample", "fill", "run", "run_shared", "samples"]
 
 _WORDS = 50_000  # of the invented language
 _LENGTH, _SPREAD = 112, 30  # mean and standard deviation of a text's words: about 600 characters, two passages
@@ -50,6 +52,7 @@ _PUTS = 40
 _OPENINGS = 11
 _LOADS = 15
 _TURN, _TURNS, _APPENDS = 20, (1, 200, 1000), 32  # tokens of a turn, turns of a document, and how many are added
+_CROWD, _CROWD_SECONDS = 16, 20  # writers, and as many readers, of a store in a database
 _ROW_MB, _PUT_MB, _LOAD_MB, _PART_MB = 0.2, 3, (20, 200), 50  # K/V of a document
 _STRATA = ((1, 100), (100, 3000), (3000, _WORDS))  # very common, medium and rare words, by rank
 
@@ -73,6 +76,55 @@ def run(rows: int) -> list[Figure]:
         loading = [_loading(Path(folder), size) for size in _LOAD_MB]
         appending = [_appending(Path(folder), turns) for turns in _TURNS]
         return [*figures, _opening(Path(folder)), *appending, *loading, *_reading_parts(Path(folder))]
+
+
+def run_shared(url: str, rows: int) -> Iterator[Figure]:
+    """Measure a store in a database, whose files lie in a temporary folder; it has to be empty, and is not afterwards.
+
+    Yields figures in turn. Raises InputError if there is a document in it.
+    """
+    with tempfile.TemporaryDirectory(prefix="beacon-memory-") as folder:
+        cache, files = Path(folder) / "cache", (Path(folder) / "files").as_uri()
+        with MemoryStore(url, cache=cache) as store:
+            if count := store.totals().documents:
+                raise InputError(f"{url} has {count} documents; a benchmark needs an empty database of its own")
+        with MemoryStore(url, files=files, cache=cache) as store:
+            fill(store, rows)
+            yield from _looking_up(store)
+            yield _picking(store)
+            yield _putting(store)
+        yield from _crowded(url, cache)
+
+
+def _crowded(url: str, cache: Path) -> Iterator[Figure]:
+    """Measure writers and readers at the same time, each with connections of its own."""
+    header, kv = document("any", "", _ROW_MB)
+    asked, texts = list(itertools.islice(questions(), _CROWD)), list(_texts(_CROWD))
+    until = time.perf_counter() + _CROWD_SECONDS
+
+    def repeated(work: Callable[[MemoryStore, int], object]) -> int:
+        with MemoryStore(url, cache=cache) as store:
+            for number in itertools.count():
+                if time.perf_counter() > until:
+                    return number
+                work(store, number)
+        raise AssertionError("itertools.count does not end")
+
+    def write(writer: int, store: MemoryStore, number: int) -> None:
+        id, text = f"writer-{writer}/{number}", texts[writer]
+        store.put(replace(header, id=id, content_hash=content_hash(text)), kv, text)
+
+    def read(reader: int, store: MemoryStore, number: int) -> None:
+        store.row(f"put-{number % _PUTS}")
+        store.search(asked[reader])
+
+    with ThreadPoolExecutor(2 * _CROWD) as threads:
+        written = [threads.submit(repeated, partial(write, number)) for number in range(_CROWD)]
+        seen = [threads.submit(repeated, partial(read, number)) for number in range(_CROWD)]
+        puts, reads = (sum(one.result() for one in many) for many in (written, seen))
+    beside = f"{_CROWD} writers of {_ROW_MB} MB and {_CROWD} readers for {_CROWD_SECONDS} s"
+    yield Figure("puts a second, many at once", puts / _CROWD_SECONDS, "-", beside)
+    yield Figure("rows and searches a second, many at once", reads / _CROWD_SECONDS, "-", beside)
 
 
 def _read_through(path: Path) -> None:
@@ -194,7 +246,7 @@ def _putting(store: MemoryStore) -> Figure:
         started = time.perf_counter()
         row = store.put(header, kv, text, Label({"number": number}, ["put"]))
         took = time.perf_counter() - started
-        data, other = (store.folder / row.file).read_bytes(), store.folder / "kv" / "alone"
+        data, other = store.files.fetch(row.file).read_bytes(), store.folder / "kv" / "alone"
         started = time.perf_counter()
         other.write_bytes(data)
         sync_file(other)

@@ -50,7 +50,10 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from beacon_memory.bench.contestants import ModelNames
+    from beacon_memory.bench.measuring import Figure
 
 
 __all__ = ["app", "main"]
@@ -350,6 +353,10 @@ def bench(
     rows: Annotated[
         int, typer.Option(help="Of a store: how many documents. A million take some minutes and 2.5 GB.", min=1000)
     ] = 1_000_000,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Of a store: an empty database, as postgresql://..., which is filled, instead of a folder."),
+    ] = None,
     contestants: Annotated[
         str | None,
         typer.Option(
@@ -392,14 +399,11 @@ def bench(
         if what == "serve":
             from beacon_memory.bench import serve as bench_serve
 
-            figures = []
-            for figure in bench_serve.run(model, adapter, device, dtype.value, clients=clients, minutes=minutes):
-                figures.append(figure)
-                print_line(f"{figure.name}: {figure.value:.3g} ({figure.bound}; {figure.detail})", err=True)
+            figures = _told(bench_serve.run(model, adapter, device, dtype.value, clients=clients, minutes=minutes))
         elif what == "store":
             from beacon_memory.bench import store as bench_store
 
-            figures = bench_store.run(rows)
+            figures = bench_store.run(rows) if url is None else _told(bench_store.run_shared(url, rows))
         elif what == "start":
             from beacon_memory.bench import start
 
@@ -413,6 +417,15 @@ def bench(
             print_json([asdict(figure) for figure in figures])
         else:
             print_text(f"{table(figures)}\n\n{machine()}\n")
+
+
+def _told(figures: "Iterable[Figure]") -> "list[Figure]":
+    """Return figures of a long benchmark, each told on standard error as it comes."""
+    told = []
+    for figure in figures:
+        told.append(figure)
+        print_line(f"{figure.name}: {figure.value:.3g} ({figure.bound}; {figure.detail})", err=True)
+    return told
 
 
 def _race(contestants: str | None, lengths: str, page: Path | None, model: "ModelNames", *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from catalog_samples import LONG_AGO
+from postgres_server import PostgresServer, postgres  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
 from beacon_memory.bench import measuring
@@ -282,3 +283,17 @@ def test_the_command_measures_a_store_and_leaves_nothing(tmp_path: Path, monkeyp
     assert figures[0]["name"] == "get by id, ms"
     assert figures[0]["bound"] == "under 5"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small")
+def test_a_database_is_measured_once(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(bench_store, "_CROWD", 2)
+    monkeypatch.setattr(bench_store, "_CROWD_SECONDS", 1)
+    arguments = ["bench", "store", "--rows", "1000", "--json", "--url", postgres.new_database()]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    puts, reads = json.loads(result.stdout)[-2:]
+    assert (puts["name"], reads["name"]) == ("puts a second, many at once", "rows and searches a second, many at once")
+    assert puts["value"] > 0 < reads["value"]
+    again = CliRunner().invoke(app, arguments)
+    assert (again.exit_code, "a benchmark needs an empty database" in again.stderr) == (1, True)
