@@ -7,17 +7,13 @@ import builtins
 import contextlib
 import copy
 import itertools
-import math
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -25,50 +21,36 @@ from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.scoring import check_score
 from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.decode_loop import DecodeLoop, Ticket
-from beacon_memory.generation.generate import Generation, Request, generate, require_room
+from beacon_memory.generation.generate import Request, generate, require_room
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
 from beacon_memory.generation.prompt import chat_prompt
-from beacon_memory.generation.tool_calls import read_answer
-from beacon_memory.kv.memory_kv import MemoryKV
-from beacon_memory.kv.prefix import Prefix
-from beacon_memory.kv.quantize import QuantizedKV
-from beacon_memory.modeling.model import BeaconModel, require_made
+from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
-from beacon_memory.storage.catalog.words import words
-from beacon_memory.storage.files.kv_file import StoredIndex
-from beacon_memory.storage.reading import READ_TRIES
 from beacon_memory.storage.repair import RECOMPRESSED, Problem
 from beacon_memory.storage.store import MemoryStore
 
-from .conversation import Messages, turns_of
-from .documents import SESSION_TAG, Document
-from .errors import BeaconMemoryError, ConflictError, DocumentNotFoundError, InputError
-from .evidence import words_together
+from .asked import Asked
+from .conversation import Messages
+from .documents import Document
+from .errors import BeaconMemoryError, InputError
 from .explain import explained
 from .hot import HotMemories
 from .ingest import Ingestion
 from .load_once import LoadOnce, ModelSource
-from .lookup import Lookup, gist_slots, sections_of_entries
 from .picking import (
     DEFAULT_LIMIT,
-    PASSAGES_EACH,
     SESSION_BUDGET,
-    Passage,
     Pick,
     Picker,
-    Query,
-    asked_about,
     find_picker,
     fitting,
-    in_context,
     last_question,
-    pick,
-    telling,
 )
 from .question import Question
-from .recall import DEFAULT_SLOTS, Budget, Indexes, Portion, level_counts, portions, slots_of_passages
-from .results import NOT_IN_MEMORY, Added, Answer, Evidence, Explanation, LoadedDocument, Place, Progress, Usage
+from .recall import Indexes
+from .recollection import Recollection, undisturbed
+from .results import Added, Answer, Explanation, LoadedDocument, Place, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -78,68 +60,6 @@ __all__ = ["BeaconMemory"]
 
 _Read = TypeVar("_Read")
 _Named = TypeVar("_Named", bound="str | Path | BeaconModel | None")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
-    """Hold a question that is ready to be answered."""
-
-    question: Question
-    loaded: Sequence[Portion]
-    documents: tuple[LoadedDocument, ...]
-    evidence: Evidence | None
-    request: Request
-    config: GenerationConfig
-    tokenizer: Any
-    started: float
-
-    @property
-    def refused(self) -> Answer | None:
-        """The answer to a question that is abstained from before anything is generated; None to any other."""
-        if not self.question.abstain or self.evidence is None or self.evidence.relevant:
-            return None
-        return self.answer(Generation((), NOT_IN_MEMORY, time.perf_counter()))
-
-    def shown(self, piece: str | Generation | None) -> Iterator[str | Answer]:
-        """Yield what a stream shows for a piece of the generated text, or for all of it; None: nothing is generated."""
-        if isinstance(piece, str):
-            if not self.question.abstain:  # else it is only known at the end whether it is the answer
-                yield piece
-            return
-        answer = self.refused if piece is None else self.answer(piece)
-        if answer is not None:
-            if self.question.abstain:
-                yield answer.text
-            yield answer
-
-    def answer(self, generation: Generation) -> Answer:
-        """Return the answer of which a text was generated."""
-        now = time.perf_counter()
-        parts = read_answer(
-            self.tokenizer,
-            generation.text,
-            generation.tokens,
-            prompt=self.request.prompt,
-            stops=self.config.stop_strings or (),
-            tools=self.question.tools,
-        )
-        evidence = self.evidence
-        if evidence is not None and generation.likelihoods:
-            evidence = replace(evidence, likelihood=math.exp(fmean(generation.likelihoods)))
-        answer = Answer(
-            text=generation.text,
-            parts=parts,
-            ids=tuple(one.row.id for one in self.loaded),
-            usage=Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.documents),
-            time_to_first_token=generation.first_token_at - self.started,
-            seconds=now - self.started,
-            sources=tuple(source for one in self.loaded for source in one.sources),
-            evidence=evidence,
-            ended=generation.ended,
-        )
-        if self.question.abstain and answer.supported is False:
-            return replace(answer, text=NOT_IN_MEMORY, parts=(NOT_IN_MEMORY,), ended=True)
-        return answer
 
 
 def _wherever(name: _Named) -> _Named | Path:
@@ -391,7 +311,7 @@ class BeaconMemory:
         """
         if isinstance(questions, str):
             raise InputError(f"questions={questions!r} must be several; ask one by ask")
-        asked: dict[Ticket, tuple[int, _Asked]] = {}
+        asked: dict[Ticket, tuple[int, Asked]] = {}
         answers: dict[int, Answer] = {}
 
         def submitted() -> Iterator[Ticket]:
@@ -436,7 +356,7 @@ class BeaconMemory:
             raise InputError(f"num_beams={asked.config.num_beams} cannot be streamed: beams are only known at the end")
         return self._stream(asked)
 
-    def _stream(self, asked: _Asked) -> Generator[str | Answer]:
+    def _stream(self, asked: Asked) -> Generator[str | Answer]:
         if asked.refused is not None:
             yield from asked.shown(None)
             return
@@ -457,7 +377,7 @@ class BeaconMemory:
         whole = question if isinstance(question, Question) else Question(question)
         left = threading.Event()
 
-        def begin() -> tuple[_Asked, Ticket | None]:
+        def begin() -> tuple[Asked, Ticket | None]:
             if left.is_set():  # before its turn came
                 raise InputError("nobody waits for this answer any more")
             asked = self._asked(whole)
@@ -484,10 +404,10 @@ class BeaconMemory:
         return self._load_once()[1]
 
     @property
-    def _lookup(self) -> Lookup:
-        return self._load_once()[2]
+    def _recollection(self) -> Recollection:
+        return Recollection(self.store, self._load_once, self._hot, self._indexes, self._picker)
 
-    def _submit(self, asked: _Asked) -> Ticket:
+    def _submit(self, asked: Asked) -> Ticket:
         return self._loop.submit(asked.request, asked.config, seed=asked.question.seed, schema=asked.question.schema)
 
     def explain(
@@ -506,56 +426,38 @@ class BeaconMemory:
 
         The arguments are those of `ask`, and so are the errors.
         """
-        asked = Question(question, ids, budget, session_budget, limit=limit)
+        asked, recollection = Question(question, ids, budget, session_budget, limit=limit), self._recollection
         _, _, room = self._prompted(asked)
 
         def tokenized(text: str) -> Sequence[tuple[int, int]]:
             return self.compressor.tokenize(text).offsets
 
         def tell() -> Explanation:
-            loaded = self._recalled(asked, room)
-            passages = [explained(one, self.store, tokenized, self._slot_bytes) for one in loaded]
+            loaded = recollection.choose(asked, room)
+            passages = [explained(one, self.store, tokenized, recollection.slot_bytes) for one in loaded]
             return Explanation(
                 question=last_question(question),
                 ids=tuple(one.row.id for one in loaded),
                 slots=sum(one.slots for one in loaded),
-                bytes=sum(one.slots for one in loaded) * self._slot_bytes,
+                bytes=sum(one.slots for one in loaded) * recollection.slot_bytes,
                 passages=tuple(itertools.chain.from_iterable(passages)),
             )
 
-        return _undisturbed(tell)
+        return undisturbed(tell)
 
-    @property
-    def _slot_bytes(self) -> int:
-        """Return the bytes that a slot of all heads takes when it is loaded."""
-        return math.prod(self.model.kv_shape[:2]) * self._entry_bytes
-
-    @property
-    def _entry_bytes(self) -> int:
-        """Return the bytes that one entry takes: key, value, and a byte for its place."""
-        return int(2 * self.model.kv_shape[-1] * self.model.kv_dtype.itemsize + 1)
-
-    def _asked(self, question: Question) -> _Asked:
+    def _asked(self, question: Question) -> Asked:
         """Check a question, choose its documents and load them."""
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
         started = time.perf_counter()
         prompt, config, room = self._prompted(question)
-        loaded, prefix, places = self._loaded(lambda: self._recalled(question, room), room + self.compressor.sink.slots)
+        recollection, beside = self._recollection, room + self.compressor.sink.slots
+        loaded, prefix, places = recollection.loaded(lambda: recollection.choose(question, room), beside)
         documents = tuple(
-            LoadedDocument(one.row.id, place, one.slots, one.entries * self._entry_bytes, len(one.sources))
+            LoadedDocument(one.row.id, place, one.slots, one.entries * recollection.entry_bytes, len(one.sources))
             for one, place in zip(loaded, places, strict=True)
         )
-        evidence = self._evidence(question, loaded)
-        return _Asked(question, loaded, documents, evidence, Request(prefix, prompt), config, model.tokenizer, started)
-
-    def _evidence(self, question: Question, loaded: Sequence[Portion]) -> Evidence | None:
-        """Return what speaks for an answer before there is one; None without documents, and with tools."""
-        if not loaded or question.tools:
-            return None
-        asked = last_question(question.messages)
-        places = self.store.places_of_words(asked, [one.row.id for one in loaded])
-        said = [words(str(turn.get("content") or "")) for turn in turns_of(question.messages)[:-1]]
-        return Evidence(words_together(places, (source for one in loaded for source in one.sources), said))
+        evidence = recollection.evidence(question, loaded)
+        return Asked(question, loaded, documents, evidence, Request(prefix, prompt), config, model.tokenizer, started)
 
     def _prompted(self, question: Question) -> tuple[Sequence[int], GenerationConfig, int]:
         """Return the prompt of a question, how it is answered, and the memory slots that the model has left."""
@@ -578,94 +480,6 @@ class BeaconMemory:
         require_room(model, slots, len(prompt), new_tokens)
         return prompt, config, model.max_positions - slots - len(prompt) - new_tokens
 
-    def _recalled(self, question: Question, room: int) -> builtins.list[Portion]:
-        """Choose what is loaded for a question: of which documents, and how much of each."""
-        budget = None if question.budget is None else Budget.of(question.budget)
-        rows, passages = self._chosen(question)
-        found = self._indexed(rows)
-        slots = room - max(0, len(found) - 1)  # what each takes is rounded up
-        if budget is not None:
-            slots = min(slots, budget.slots_for(sum(row.tokens for row, _ in found), self._slot_bytes))
-            return self._within(found, slots, slots, question, passages)
-        folded = [one for one in found if SESSION_TAG in one[0].tags]
-        others = [one for one in found if SESSION_TAG not in one[0].tags]
-        remembered = self._remembered(folded, min(question.session_budget, slots), question)
-        left = slots - sum(one.slots for one in remembered)
-        chosen = [*self._within(others, left, min(left, DEFAULT_SLOTS), question, passages), *remembered]
-        places = {row.id: place for place, (row, _) in enumerate(found)}
-        return sorted(chosen, key=lambda portion: places[portion.row.id])
-
-    def _indexed(self, rows: Iterable[DocumentRow]) -> builtins.list[tuple[DocumentRow, StoredIndex]]:
-        """Return documents with the indexes of their files; raises FingerprintMismatchError for another model's."""
-        found = [self._indexes.get(self.store, row) for row in rows]
-        for row, index in found:
-            require_made(self.model, index.header.fingerprint, row.id, row.precision)
-        return found
-
-    def _remembered(
-        self, folded: Sequence[tuple[DocumentRow, StoredIndex]], slots: int, question: Question
-    ) -> builtins.list[Portion]:
-        """Choose what is loaded of a conversation: the passages that tell of the question, and no others.
-
-        So much is loaded of what resembles them that a small reader would take one for the other. Where no passage
-        tells of it, all share the budget.
-        """
-        if _slots(folded) == 0:
-            return []
-        passages = self._passages(question, [row.id for row, _ in folded])
-        kept = telling(itertools.chain.from_iterable(passages.values()))
-        if not kept:
-            return self._within(folded, slots, slots, question, passages)
-        by_document = {row.id: [one for one in kept if one.document == row.id] for row, _ in folded}
-        return portions(folded, by_document, min(slots, slots_of_passages(folded, by_document)))
-
-    def _within(
-        self,
-        found: Sequence[tuple[DocumentRow, StoredIndex]],
-        slots: int,
-        enough: int,
-        question: Question,
-        passages: Mapping[str, Sequence[Passage]] | None,
-    ) -> builtins.list[Portion]:
-        """Choose what is loaded of documents within so many memory slots: all if it fits, else where the question is.
-
-        enough:   slots that are loaded where passages are found.
-        passages: that were found for it; None if nobody has looked for them yet.
-        """
-        if not found:
-            return []
-        whole = _slots(found)
-        if passages is None:
-            passages = self._passages(question, [row.id for row, _ in found]) if whole > enough else {}
-        if any(one.score > 0 for of_document in passages.values() for one in of_document):
-            slots = enough
-        return portions(found, passages, None if whole <= slots else slots)
-
-    def _chosen(self, question: Question) -> tuple[builtins.list[DocumentRow], Mapping[str, Sequence[Passage]] | None]:
-        """Return the rows of the documents that are named, or of those that are found, with the passages found."""
-        fingerprint = self.model.fingerprint.digest
-        if question.ids is not None:
-            named = [question.ids] if isinstance(question.ids, str) else question.ids
-            return [self.store.row(id, fingerprint) for id in named], None
-        picks = self._picks(question.messages, question.limit, fingerprint)
-        if not picks:
-            known = any(self._query("", 1).documents())
-            advice = "matches the question; name documents by id" if known else "is stored yet; add some"
-            raise DocumentNotFoundError(f"no document {advice}")
-        return [one.row for one in picks], {one.id: one.passages for one in picks}
-
-    def _passages(self, question: Question, ids: Sequence[str]) -> dict[str, builtins.list[Passage]]:
-        """Return the passages of some documents that a question is about, by their ids."""
-        wanted, fingerprint = PASSAGES_EACH * len(ids), self.model.fingerprint.digest
-        found: dict[str, builtins.list[Passage]] = {id: [] for id in ids}
-        for passage in in_context(
-            (self._picker(self._query(text, wanted, fingerprint, tuple(ids))), weight)
-            for text, weight in asked_about(question.messages)
-        ):
-            if passage.document in found:
-                found[passage.document].append(passage)
-        return found
-
     def pick(self, question: Messages, limit: int = DEFAULT_LIMIT, room: int | None = None) -> builtins.list[Pick]:
         """Choose up to `limit` documents for a question, as `ask` does without ids: best first, [] if nothing is found.
 
@@ -675,7 +489,7 @@ class BeaconMemory:
         under several ids counts once. What conversations were folded into (`Session`) is never chosen. A store of one
         text needs no passage. room: memory slots at hand; documents that do not fit beside better ones are left out.
         """
-        picks = self._picks(question, limit)
+        picks = self._recollection.picks(question, limit)
         if room is None:
             return picks
         kept = {row.id for row in fitting([one.row for one in picks], room)}
@@ -695,85 +509,14 @@ class BeaconMemory:
         )
         return self.model.max_positions - self.compressor.sink.slots - len(prompt) - max_new_tokens
 
-    def _picks(self, question: Messages, limit: int, fingerprint: str | None = None) -> builtins.list[Pick]:
-        query = self._query(last_question(question), PASSAGES_EACH * limit, fingerprint)
-        return pick(self._picker, query, limit)
-
-    def _query(
-        self, text: str, passages: int, fingerprint: str | None = None, ids: tuple[str, ...] | None = None
-    ) -> Query:
-        return Query(text, self.store, passages, lambda: self.model, fingerprint, ids, self._looked_up)
-
-    def _looked_up(self, question: str, ids: Sequence[str]) -> builtins.list[Passage]:
-        """Return the passages of documents, scored by attention; those of the first ones that fit the model."""
-        positions, sink = self.model.max_positions, self.compressor.sink.slots
-
-        def gist() -> builtins.list[Portion]:
-            rows = [self.store.row(id, self.model.fingerprint.digest) for id in ids]
-            fit = rows[: sum(tokens <= positions for tokens in accumulate(row.tokens for row in rows))]
-            found = self._indexed(fit)
-            return portions(found, {}, gist_slots(sum(row.tokens for row in fit))) if found else []
-
-        loaded, prefix, _ = self._loaded(gist, positions)
-        if not loaded:
-            return []
-        sections = [(one.row.id, section) for one in loaded for section in one.index.header.sections]
-        lowest = [level for one in loaded for level in one.lowest or ()]
-        counts = [level_counts(one.index) for one in loaded]
-        of_entries = sections_of_entries(counts, lowest, self._lookup.layers, sink)
-        scores = self._lookup.relevance(question, prefix, of_entries, len(sections))
-        return [Passage(id, one.start, one.stop, score) for (id, one), score in zip(sections, scores, strict=True)]
-
     def warm(self, ids: str | Sequence[str]) -> tuple[Place, ...]:
         """Make the memories of documents ready, so that the next question about one opens no file.
 
         Returns where each was: `cold`, in its file; in `ram`; or on the `device`. As much is kept as `hot_bytes`
         allows, the last ones first. Raises DocumentNotFoundError, CorruptFileError or FingerprintMismatchError.
         """
-        room = self.room("") + self.compressor.sink.slots
-        return tuple(self._warm(id, room) for id in ([ids] if isinstance(ids, str) else ids))
-
-    def _warm(self, id: str, room: int) -> Place:
-        def whole() -> builtins.list[Portion]:
-            row = self.store.row(id, self.model.fingerprint.digest)
-            return portions([self._indexes.get(self.store, row)], {}, None)
-
-        _, _, (place,) = self._loaded(whole, room)
-        return place
-
-    def _loaded(
-        self, choose: Callable[[], builtins.list[Portion]], room: int
-    ) -> tuple[builtins.list[Portion], Prefix, tuple[Place, ...]]:
-        """Load what is chosen; returns it, it as a prefix behind the sink, and where each document's memory was.
-
-        It is chosen anew if a document is replaced meanwhile.
-        """
-
-        def load() -> tuple[builtins.list[Portion], Prefix, tuple[Place, ...]]:
-            loaded = choose()
-            return loaded, *self._prefix(loaded, room)
-
-        return _undisturbed(load)
-
-    def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
-        wanted: builtins.list[tuple[Hashable, Callable[[], MemoryKV | QuantizedKV]]]
-        wanted = [("sink", lambda: MemoryKV.of(self.compressor.sink))]
-        # the best match nearest to the question, as within a document
-        placed = sorted(enumerate(loaded), key=lambda numbered: numbered[1].best)
-        wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for _, one in placed]
-        prefix, (_, *found) = self._hot.prefix(self.model, wanted, room)
-        for one in loaded:
-            self.store.uses.add(one.row.id)
-        places = {number: place for (number, _), place in zip(placed, found, strict=True)}
-        return prefix, tuple(places[number] for number in range(len(loaded)))
-
-    def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
-        """Return what tells the K/V of a row from those of every other document, and of every other time."""
-        place = str(self.store.folder.absolute())
-        return place, row.file, row.content_hash, row.fingerprint, row.bytes, row.updated_at
-
-    def _load(self, portion: Portion) -> MemoryKV | QuantizedKV:
-        return portion.load(self.store, self.model.device, self.model.dtype)
+        room, recollection = self.room("") + self.compressor.sink.slots, self._recollection
+        return tuple(recollection.warm(id, room) for id in ([ids] if isinstance(ids, str) else ids))
 
     def list(
         self,
@@ -818,19 +561,7 @@ class BeaconMemory:
         return replace(problem, mended=True)
 
 
-def _cancel_begun(beginning: asyncio.Future[tuple[_Asked, Ticket | None]]) -> None:
+def _cancel_begun(beginning: asyncio.Future[tuple[Asked, Ticket | None]]) -> None:
     """Cancel an answer that was begun after nobody waited for it any more."""
     if not beginning.cancelled() and beginning.exception() is None and (ticket := beginning.result()[1]) is not None:
         ticket.cancel()
-
-
-def _undisturbed(read: Callable[[], _Read]) -> _Read:
-    """Read documents, again if one of them is replaced meanwhile; raises ConflictError if that happens too often."""
-    for _ in range(READ_TRIES):
-        with contextlib.suppress(ConflictError):
-            return read()
-    raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
-
-
-def _slots(found: Sequence[tuple[DocumentRow, StoredIndex]]) -> int:
-    return sum(row.slots for row, _ in found)

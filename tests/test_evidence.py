@@ -149,8 +149,9 @@ def test_streams_and_many_questions_abstain_likewise(memory: BeaconMemory, sure:
 def test_nothing_is_said_without_documents_and_with_tools(memory: BeaconMemory) -> None:
     assert memory.ask(UNKNOWN, [], abstain=True, max_new_tokens=2).supported is None
     loaded = memory._asked(Question(UNKNOWN, "animals", options=SHORT)).loaded
-    assert memory._evidence(Question(UNKNOWN, "animals"), loaded) == Evidence(0.0)
-    assert memory._evidence(Question(UNKNOWN, "animals", tools=[{"type": "function"}]), loaded) is None
+    assert memory._recollection.evidence(Question(UNKNOWN, "animals"), loaded) == Evidence(0.0)
+    with_tools = Question(UNKNOWN, "animals", tools=[{"type": "function"}])
+    assert memory._recollection.evidence(with_tools, loaded) is None
 
 
 def test_what_was_said_before_counts_as_loaded(memory: BeaconMemory) -> None:

@@ -83,7 +83,7 @@ def test_what_a_picker_finds_elsewhere_or_in_a_conversation_is_left_out(model: B
     memory.add_many([Document("talk", "The roof, you said?", tags=[SESSION_TAG])], ratio=2)
     memory.within("bob").add("gone", "Of another namespace.", ratio=2)
     assert picked(memory) == ["roof"]
-    assert {row.id for row in memory._query("", 1).documents()} == set(TEXTS)
+    assert {row.id for row in memory._recollection.query("", 1).documents()} == set(TEXTS)
 
 
 def test_rules_about_documents_hold_however_many_passages_others_have(model: BeaconModel, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from beacon_memory.config import BeaconConfig
 from beacon_memory.hot import HotMemories
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.recall import DEFAULT_SLOTS, Budget
+from beacon_memory.recollection import Recollection
 from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.files.kv_file import read_index
 
@@ -293,15 +294,15 @@ def test_a_document_that_is_replaced_while_it_is_read_is_chosen_anew(
     memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch, budget: str | None
 ) -> None:
     other = BeaconMemory(memory.store.folder, memory.model, reserve=100)
-    text, recalled, chosen = about(("newt", "otter", "toad")), memory._recalled, []
+    text, choose, chosen = about(("newt", "otter", "toad")), Recollection.choose, []
 
     def replaced_after(*given: Any) -> Any:
-        chosen.append(recalled(*given))
+        chosen.append(choose(*given))
         if len(chosen) == 1:
             other.add("animals", text, ratio=2)
         return chosen[-1]
 
-    monkeypatch.setattr(memory, "_recalled", replaced_after)
+    monkeypatch.setattr(Recollection, "choose", replaced_after)
     answer = memory.ask("Where is the otter?", "animals", budget=budget, **SHORT)
     assert len(chosen) == 2
     fresh = BeaconMemory(memory.store.folder, memory.model, reserve=100)
