@@ -1,4 +1,4 @@
-"""What of the stored documents stands in front of a question: chosen, and loaded."""
+"""The stored documents, as far as they stand in front of a question: chosen, and loaded."""
 
 from __future__ import annotations
 

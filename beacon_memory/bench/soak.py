@@ -34,7 +34,7 @@ _MIB = 1 << 20
 
 @dataclass(slots=True)
 class _Seen:
-    """What clients have seen: replies by status, those that broke off, errors, wrong answers, bytes of the server."""
+    """The sight of all clients: replies by status, those that broke off, errors, wrong answers, bytes of the server."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     broken_off: int = 0
