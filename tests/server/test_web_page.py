@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import client, put, running
 
 from beacon_memory import BeaconMemory, BeaconModel
+from beacon_memory.generation.decode_loop import DecodeLoop
 from beacon_memory.server.keys import Right, add_key
 from beacon_memory.server.run import RunningServer
 from beacon_memory.server.settings import ServerSettings
@@ -161,10 +163,20 @@ def test_everything_can_be_done_by_keyboard(page: Page, fresh: RunningServer) ->
     assert "owls" not in fresh.service.memory.store
 
 
-def test_an_answer_is_stopped_and_another_conversation_begins(page: Page, server: RunningServer) -> None:
+def test_an_answer_is_stopped_and_another_conversation_begins(
+    page: Page, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = DecodeLoop._step
+
+    def slow_step(loop: DecodeLoop) -> None:  # a tiny model's answer is whole before a browser has looked
+        time.sleep(0.1)
+        step(loop)
+
     page.goto(server.url)
+    monkeypatch.setattr(DecodeLoop, "_step", slow_step)
     ask(page, "Who paid for the roof?")
     page.get_by_role("button", name="Stop").click()
+    monkeypatch.undo()
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
     expect(page.locator("article.answer.is-coming")).to_have_count(0)
     ask(page, "And when?")
