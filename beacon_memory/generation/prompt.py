@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
+
+import transformers
 
 from beacon_memory.conversation import Messages, checked_tools, turns_of
 from beacon_memory.documents import check_utf8
 from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.text_tokens import control_tokens
 from beacon_memory.results import ToolCall
 
 from .tool_calls import OPENING, call_of_turn, new_call_id, read_answer, results_in_order, with_calls_as_text
@@ -62,7 +66,7 @@ def chat_prompt(
         given["tools"] = offered
         if _rendered(model, turns, given) == without:
             raise InputError(f"the model's chat template has no place for tools, {_ADVICE}")
-    ids: list[int] = _applied(model, turns, given, sanitize_control_tokens=True)
+    ids: list[int] = _applied(model, turns, given, **_as_text(model, turns, given))
     if behind_memory and model.leading_bos and ids[:1] == model.leading_bos:
         return ids[1:]
     return ids
@@ -148,6 +152,33 @@ def _with_system_shown(
     except InputError:
         shown = False
     return turns if shown else [turns[1] | {"content": f"{system}\n\n{user}".lstrip()}, *turns[2:]]
+
+
+def _as_text(model: BeaconModel, turns: Sequence[dict[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what lets control tokens in a conversation stay text; from 5.23 on transformers can do it.
+
+    Before, it raises InputError for a conversation that holds one.
+    """
+    if "sanitize_control_tokens" in inspect.signature(model.tokenizer.apply_chat_template).parameters:
+        return {"sanitize_control_tokens": True}
+    said = [*_texts([turns, given])]
+    for token in control_tokens(model.tokenizer).values():
+        if any(token in text for text in said):
+            raise InputError(
+                f"the conversation holds {token!r}, which transformers {transformers.__version__} would take for a "
+                "control token; install transformers 5.23 or newer, which keeps it text, or leave it out"
+            )
+    return {}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all texts in a value of dicts and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_texts, value.values()))
+    elif isinstance(value, Sequence):
+        yield from chain.from_iterable(map(_texts, value))
 
 
 def _rendered(model: BeaconModel, turns: Sequence[dict[str, Any]], given: Mapping[str, Any], **how: Any) -> str:

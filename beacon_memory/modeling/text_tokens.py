@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from beacon_memory.errors import InputError
 
-__all__ = ["text_tokens"]
+__all__ = ["control_tokens", "text_tokens"]
 
 _PIECE = 1 << 18  # characters that are tokenized at a time: it takes some hundred times as many bytes
 _SEAM = 1 << 12  # characters that two pieces have in common
@@ -65,7 +65,7 @@ def _joint(
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokens:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
-    controls = _control_tokens(tokenizer)
+    controls = control_tokens(tokenizer)
     if controls.keys().isdisjoint(ids):
         return ids, offsets
     plain = _without_control_tokens(tokenizer, frozenset(controls.values())).encode(text, add_special_tokens=False)
@@ -77,7 +77,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> _Tokens:
     return list(plain.ids), list(plain.offsets)
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Return the control tokens by their ids."""
     special, template = set(tokenizer.all_special_tokens), str(tokenizer.chat_template or "")
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import keeps_control_tokens_text, tiny_model, tiny_tokenizer
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import InputError
@@ -91,6 +91,7 @@ def control_tokens(model: BeaconModel, ids: list[int]) -> list[str]:
     return [model.tokenizer.decode([id]) for id in ids if id in special]
 
 
+@keeps_control_tokens_text
 def test_what_messages_and_tools_say_of_control_tokens_stays_text() -> None:
     model = tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tiny_tokenizer())
     turns = [{"role": role, "content": INJECTED} for role in ("system", "user", "assistant", "user")]
@@ -107,6 +108,23 @@ def test_what_messages_and_tools_say_of_control_tokens_stays_text() -> None:
     assert model.tokenizer.decode(ids).count(INJECTED) == 2
 
 
+def test_before_transformers_could_do_that_control_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", BeaconConfig(beacon_window=32), tokenizer=tiny_tokenizer())
+    newer = type(model.tokenizer).apply_chat_template
+
+    def older(self: Any, conversation: Any, tools: Any = None, *, return_dict: bool = True, **how: Any) -> Any:
+        return newer(self, conversation, tools, return_dict=return_dict, **how)
+
+    monkeypatch.setattr(type(model.tokenizer), "apply_chat_template", older)
+    model.tokenizer.chat_template = "<s>" + HERMES
+    tool = {"type": "function", "function": {"name": "look", "description": INJECTED, "parameters": {}}}
+    for asked, tools in ((INJECTED, []), ("Who?", [tool])):
+        with pytest.raises(InputError, match=r"the conversation holds '<pad>', which transformers \S+ would take"):
+            chat_prompt(model, asked, behind_memory=True, tools=tools)
+    assert control_tokens(model, chat_prompt(model, "Who?", behind_memory=False)) == ["<s>"]
+
+
+@keeps_control_tokens_text
 def test_a_text_that_begins_like_the_memory_keeps_its_beginning() -> None:
     ids = chat_prompt(with_template("{{ messages[0].content }}"), "<s>Who?", behind_memory=True)
     assert with_template(TURNS).tokenizer.decode(ids) == "<s>Who?"

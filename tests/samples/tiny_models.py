@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
@@ -16,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -24,6 +27,10 @@ from transformers import (
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling.model import BeaconModel
 
+keeps_control_tokens_text = pytest.mark.skipif(
+    "sanitize_control_tokens" not in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    reason="transformers can keep control tokens in a conversation as text from 5.23 on",
+)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 BOS, EOS = 1, 2
