@@ -15,6 +15,7 @@ import llama_index_beacon_memory
 import pytest
 import torch
 import typer
+import vllm_beacon_memory
 from command_page import json_fields, sections
 from evaluation_samples import answer, baseline, saved_model
 from repository import ROOT
@@ -116,7 +117,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_the_reference_names_every_public_name_once() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     shown = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
-    packages = (beacon_memory, langchain_beacon_memory, llama_index_beacon_memory)
+    packages = (beacon_memory, langchain_beacon_memory, llama_index_beacon_memory, vllm_beacon_memory)
     public = [f"{package.__name__}.{name}" for package in packages for name in package.__all__]
     assert sorted(shown) == sorted(name for name in public if not name.endswith("__version__"))
 
