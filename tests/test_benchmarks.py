@@ -71,6 +71,16 @@ def test_it_needs_a_folder() -> None:
     assert done.stderr.startswith("usage:")
 
 
+@pytest.mark.parametrize("arguments", [[], ["somewhere", "nothing"]])
+def test_the_script_for_vllm_says_how_it_is_used(tmp_path: Path, arguments: list[str]) -> None:
+    done = subprocess.run(
+        [ROOT / "benchmarks" / "vllm" / "run.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage:")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_facts_of_a_conversation_can_be_told_apart() -> None:
     spec = importlib.util.spec_from_file_location("conversation", ROOT / "benchmarks" / "conversation.py")
     assert spec is not None

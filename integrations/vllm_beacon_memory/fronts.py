@@ -98,8 +98,7 @@ class Front:
         own = [*ids][len(bos) :] if self.slots and bos and [*ids][: len(bos)] == bos else [*ids]
         if not own:
             raise InputError("ids=[] is no prompt: something has to follow the memory")
-        prompt = {"prompt_token_ids": self.token_ids + own}
-        return {**prompt, "cache_salt": self.cache_salt} if self.slots else prompt
+        return {"prompt_token_ids": self.token_ids + own, "cache_salt": self.cache_salt}
 
 
 class Fronts:

@@ -31,15 +31,16 @@ QUESTIONS = (
     "What is the name of the inn?",
     "What song did the captain sing?",
 )
-# Blocks of vLLM's cache; the second one has no room for the memories of three requests that go on for long.
-CACHES = {"float32": {}, "bfloat16": {"block_size": 32, "num_gpu_blocks_override": 200}}
+# Blocks of vLLM's cache; the second one has room for two memories of a whole chapter, and for few tokens behind them.
+CACHES = {"float32": {}, "bfloat16": {"block_size": 16, "num_gpu_blocks_override": 358}}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Served:
-    """A memory, and vLLM with the same model and store."""
+    """A memory, one on the same store that computes in float32, and vLLM with the same model and store."""
 
     memory: BeaconMemory
+    exact: BeaconMemory
     fronts: Fronts
     llm: Any
     dtype: str
@@ -53,15 +54,10 @@ class Served:
         assert ids == chat_prompt(self.memory.model, question, behind_memory=True)
         return ids
 
-    def prefix(self, ids: Sequence[str]) -> Prefix:
-        """Whole documents in front of a prompt of our own path."""
-        parts = [MemoryKV.of(self.memory.compressor.sink), *(self.memory.store.get(id).kv for id in ids)]
-        return self.memory.model.prefix(*parts)
-
     def ours(self, ids: Sequence[str], prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
         """The greedy answer of our own path."""
         config = generation_config(self.memory.model, None, {"max_new_tokens": tokens, "do_sample": False})
-        return generate(self.memory.model, [Request(self.prefix(ids), prompt)], config)[0][0].tokens
+        return generate(self.memory.model, [Request(prefix(self.memory, ids), prompt)], config)[0][0].tokens
 
     def asked(self, asked: Sequence[tuple[Front, Sequence[int]]], **options: Any) -> list[Any]:
         """The outputs of vLLM for prompts behind memories, all at a time."""
@@ -72,6 +68,11 @@ class Served:
     def counted(self, name: str) -> int:
         """The value of one of vLLM's counters."""
         return int(next(one.value for one in self.llm.get_metrics() if one.name == f"vllm:{name}"))
+
+
+def prefix(memory: BeaconMemory, ids: Sequence[str]) -> Prefix:
+    """Whole documents in front of a prompt of our own path."""
+    return memory.model.prefix(MemoryKV.of(memory.compressor.sink), *(memory.store.get(id).kv for id in ids))
 
 
 def with_memory(front: Front, **options: Any) -> Any:
@@ -98,7 +99,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             str(folder / "model"),
             dtype=dtype,
             enforce_eager=True,
-            max_logprobs=1000,
+            max_logprobs=100,
             max_model_len=4096,
             disable_log_stats=False,
             kv_transfer_config=vllm.config.KVTransferConfig(
@@ -109,7 +110,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             ),
             **CACHES[dtype],
         )
-        yield Served(memory, Fronts(memory.store, folder / "model"), llm, dtype)
+        exact = memory if dtype == "float32" else BeaconMemory(memory.store, device="cpu", dtype="float32")
+        yield Served(memory, exact, Fronts(memory.store, folder / "model"), llm, dtype)
         llm.llm_engine.engine_core.shutdown()
 
 
@@ -118,8 +120,8 @@ DOCUMENTS = [["island"], ["beacons"], ["owls"], ["owls", "island"], []]
 
 def test_greedy_answers_are_ours(served: Served) -> None:
     asked = [(ids, served.prompt(question)) for ids in DOCUMENTS for question in QUESTIONS]
-    ours = [served.ours(ids, prompt, tokens=24) for ids, prompt in asked]
-    theirs = served.asked([(served.fronts.of(ids), prompt) for ids, prompt in asked], max_tokens=24)
+    ours = [served.ours(ids, prompt, tokens=16) for ids, prompt in asked]
+    theirs = served.asked([(served.fronts.of(ids), prompt) for ids, prompt in asked], max_tokens=16)
     same = [tuple(one.token_ids) == expected for one, expected in zip(theirs, ours, strict=True)]
     if served.dtype == "float32":
         assert all(same)
@@ -129,10 +131,10 @@ def test_greedy_answers_are_ours(served: Served) -> None:
 
 
 @torch.inference_mode()
-def our_log_probabilities(served: Served, ids: Sequence[str], tokens: Sequence[int]) -> Tensor:
+def log_probabilities(memory: BeaconMemory, ids: Sequence[str], tokens: Sequence[int]) -> Tensor:
     """[tokens, vocab] what follows each token, by our own path."""
-    base: Any = served.memory.model.base
-    cache = MemoryCache([served.prefix(ids)], config=base.config)
+    base: Any = memory.model.base
+    cache = MemoryCache([prefix(memory, ids)], config=base.config)
     logits: Tensor = base(torch.tensor([list(tokens)]), past_key_values=cache).logits[0]
     return logits.float().log_softmax(-1)
 
@@ -141,23 +143,28 @@ def our_log_probabilities(served: Served, ids: Sequence[str], tokens: Sequence[i
 def test_teacher_forced_likelihoods_are_ours(
     served: Served, ids: list[str], record_property: Callable[[str, object], None]
 ) -> None:
+    """In float32 they are the same; in bfloat16 vLLM is no further from those in float32 than our own path is."""
     prompt = served.prompt(QUESTIONS[1])
     answer = served.memory.model.tokenizer("the Admiral Benbow inn.", add_special_tokens=False)["input_ids"]
     front, tokens = served.fronts.of(ids), [*prompt, *answer]
     steps = [(front, tokens[: len(prompt) + number]) for number in range(len(answer) + 1)]
-    theirs = served.asked(steps, max_tokens=1, logprobs=1000)
-    ours = our_log_probabilities(served, ids, tokens)[len(prompt) - 1 :]
-    assert len(theirs) == len(ours) > 5
-    errors = []
-    for one, expected in zip(theirs, ours, strict=True):
-        (likely,) = one.logprobs
-        places = torch.tensor([*likely])
-        errors.append(torch.tensor([found.logprob for found in likely.values()]) - expected[places])
-    off = torch.cat(errors).abs()
-    record_property("off", f"{served.dtype} {ids}: mean {off.mean():.2e}, most {off.max():.2e}")
-    bound = {"float32": 2e-3, "bfloat16": 0.5}[served.dtype]
-    assert off.max() < bound
-    assert off.mean() < bound / 5
+    likely = [one.logprobs[0] for one in served.asked(steps, max_tokens=1, logprobs=100)]
+    places = [torch.tensor([*one]) for one in likely]
+    theirs = torch.cat([torch.tensor([found.logprob for found in one.values()]) for one in likely])
+
+    def ours(memory: BeaconMemory) -> Tensor:
+        rows = log_probabilities(memory, ids, tokens)[len(prompt) - 1 :]
+        assert len(rows) == len(places) > 5
+        return torch.cat([row[place] for row, place in zip(rows, places, strict=True)])
+
+    exact = ours(served.exact)
+    off, own = (theirs - exact).abs(), (ours(served.memory) - exact).abs()
+    figures = f"vLLM {off.mean():.1e} {off.max():.1e}, ours {own.mean():.1e} {own.max():.1e}"
+    record_property("mean and largest difference from float32", figures)
+    if served.dtype == "float32":
+        assert off.max() < 2e-3
+    assert off.mean() <= 1.5 * own.mean() + 1e-3, figures
+    assert off.max() <= 2 * own.max() + 2e-3, figures
 
 
 def test_what_was_loaded_is_a_hit_of_vllms_prefix_cache_afterwards(served: Served) -> None:
@@ -190,15 +197,15 @@ def test_two_memories_of_the_same_length_are_not_mixed(served: Served) -> None:
 def test_requests_that_lose_their_blocks_load_their_memory_again(served: Served) -> None:
     if served.dtype == "float32":
         pytest.skip("there is room for all")
-    front, prompt = served.fronts.of(["island"]), served.prompt("Tell a long story.")
-    other = served.fronts.of(["owls", "island"])
-    alone = [served.asked([(one, prompt)], max_tokens=400, ignore_eos=True)[0] for one in (front, other)]
+    prompt = served.prompt("Tell a long story.")
+    asked = [(served.fronts.of(ids), prompt) for ids in (["island"], ["owls", "island"])]
+    alone = [served.asked([one], max_tokens=64, ignore_eos=True)[0] for one in asked]
     before = served.counted("num_preemptions")
-    both = served.asked([(front, prompt), (other, prompt)] * 2, max_tokens=400, ignore_eos=True)
+    both = served.asked(asked, max_tokens=64, ignore_eos=True)
     assert served.counted("num_preemptions") > before
-    for one, expected in zip(both, alone * 2, strict=True):
-        assert one.token_ids[:16] == expected.token_ids[:16]
-        assert len(one.token_ids) == 400
+    for one, expected in zip(both, alone, strict=True):
+        assert one.token_ids[:8] == expected.token_ids[:8]
+        assert len(one.token_ids) == 64
 
 
 def refused(served: Served, prompt: Any, options: Any) -> bool:

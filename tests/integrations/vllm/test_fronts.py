@@ -203,6 +203,11 @@ class TestPlaceholders:
         expected = {"prompt_token_ids": front.token_ids + PROMPT, "cache_salt": front.cache_salt}
         assert front.prompt(PROMPT) == front.prompt([BOS, *PROMPT]) == expected
 
+    def test_without_a_sink_and_documents_there_are_none(self, fronts: Fronts) -> None:
+        bare = Fronts(fronts.store, replace(fronts.model, sink=fronts.model.sink[:0])).of([])
+        assert bare.slots == 0
+        assert bare.prompt([BOS, *PROMPT]) == {"prompt_token_ids": [BOS, *PROMPT], "cache_salt": bare.cache_salt}
+
     def test_a_prompt_must_follow(self, fronts: Fronts) -> None:
         with pytest.raises(InputError, match=r"ids=\[\] is no prompt"):
             fronts.of(["lease"]).prompt([BOS])
