@@ -7,6 +7,7 @@ BeaconMemoryError
 │   └── UnreadableFileError            a file is damaged, locked or has no text
 ├── CapacityError (ValueError)         memory, prompt and answer together exceed the model's positions
 ├── MissingDependencyError (ImportError)   an optional package is not installed
+├── ClusterError                    a Ray cluster cannot be reached, or has given up on a job
 ├── ServerError                     a server refused what a command asked of it, or cannot be reached
 ├── ModelError
 │   ├── UnsupportedModelError          the base model cannot carry beacons
@@ -25,6 +26,7 @@ __all__ = [
     "AdapterError",
     "BeaconMemoryError",
     "CapacityError",
+    "ClusterError",
     "ConfigError",
     "ConflictError",
     "CorruptFileError",
@@ -80,6 +82,10 @@ class CapacityError(BeaconMemoryError, ValueError):
 
 class MissingDependencyError(BeaconMemoryError, ImportError):
     """An optional package is not installed."""
+
+
+class ClusterError(BeaconMemoryError):
+    """A Ray cluster cannot be reached, or has given up on a job."""
 
 
 class ServerError(BeaconMemoryError):

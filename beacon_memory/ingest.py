@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from beacon_memory.compression.compressor import PACKAGE, BeaconCompressor
-from beacon_memory.compression.work import CompressedDocument, Ratio, Work
+from beacon_memory.compression.work import CompressedDocument, Ratio, TokenizedText, Work
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import QuantizedKV
 from beacon_memory.modeling.model import require_made
@@ -21,7 +21,6 @@ from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import StoredFile
 from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
-from beacon_memory.storage.reading import read_document_index
 from beacon_memory.storage.store import MemoryStore
 from beacon_memory.storage.unfinished import UnfinishedDocument
 
@@ -112,6 +111,16 @@ class Ingestion:
         given = (one if isinstance(one, Document) else Document(*one) for one in documents)
         ahead = isinstance(documents, Sequence)  # what is at hand can be taken early; others may have to be waited for
         return self._run(given, prepare, compression, progress, on_added, on_error, ahead=ahead)
+
+    def preview(self, document: Document, ratio: Ratio, compression: str, precision: str) -> tuple[Status, int]:
+        """Tell what `add_many` would make of a document, and how many tokens it has; raises what it would raise."""
+        compression = self.compressor.compression(compression)
+        text, tokens, ratios = self._tokenized(document, ratio, compression)
+        row = self._row(document.id)
+        if row is None:
+            return "added", len(tokens.ids)
+        stored = self._is_stored(row, text, ratios, compression, self._wanted(precision))
+        return "unchanged" if stored else "replaced", len(tokens.ids)
 
     def append(self, id: str, text: str, ratio: int | None) -> Added:
         """Append a text to a document, as `BeaconMemory.append` does."""
@@ -284,16 +293,9 @@ class Ingestion:
 
     def _prepare(self, document: Document, ratio: Ratio, compression: str, precision: str) -> _Job | Added:
         """Check a document before any work on it; returns `unchanged` if there is none."""
-        check_id(document.id)
-        text = Text(document.text)
-        if not text.value.strip():
-            raise InputError(f"document {document.id!r}: the document is empty or blank: there is nothing to compress")
-        tokens = self.compressor.tokenize(text.value)
-        ratios = self._ratios(document.id, len(tokens.ids), ratio, compression)
+        text, tokens, ratios = self._tokenized(document, ratio, compression)
         row = self._row(document.id)
-        label = _label(document, row)
-        if precision == PrecisionRule.AUTO:
-            precision = self.store.settings.precision
+        label, precision = _label(document, row), self._wanted(precision)
         if row is not None and self._is_stored(row, text, ratios, compression, precision):
             if row.precision != precision != PrecisionRule.AUTO:
                 row = self.store.convert(row.id, precision)
@@ -305,6 +307,18 @@ class Ingestion:
         status: Status = "replaced" if row else "added"
         job = _Job(document, text, tokens.offsets, Work(tokens.ids, ratios), compression, precision, status, label)
         return (self._compacting(row, job) if row is not None else None) or self._on_disk(job)
+
+    def _tokenized(self, document: Document, ratio: Ratio, compression: str) -> tuple[Text, TokenizedText, list[int]]:
+        """Check a document; returns its text, the tokens of that, and the ratio of each window."""
+        check_id(document.id)
+        text = Text(document.text)
+        if not text.value.strip():
+            raise InputError(f"document {document.id!r}: the document is empty or blank: there is nothing to compress")
+        tokens = self.compressor.tokenize(text.value)
+        return text, tokens, self._ratios(document.id, len(tokens.ids), ratio, compression)
+
+    def _wanted(self, precision: str) -> str:
+        return self.store.settings.precision if precision == PrecisionRule.AUTO else precision
 
     def _on_disk(self, job: _Job) -> _Job:
         """Keep what is read of a long document on disk, where an interrupted compression may have left the begin."""
@@ -406,7 +420,7 @@ class Ingestion:
             compressed = [ratio for ratio in row.ratios if ratio]  # 0 may be of what was appended
             ratios = compressed[0] if len(compressed) == 1 else "auto"
             with contextlib.suppress(CorruptFileError, DocumentNotFoundError):
-                due = _due(read_document_index(self.store.parts, row)[1].header, window)
+                due = _due(self.store.index(row)[1].header, window)
                 ratios = due if len(due) == -(-len(tokens.ids) // window) else "auto"
         job = _Job(
             Document(row.id, text.value),
@@ -465,8 +479,8 @@ class Ingestion:
         parameters = self.compressor.parameters(compression)
         try:
             if row.method is not None and len(row.ratios) == 1 and 0 not in row.ratios:
-                return row.method == parameters and self.store.files.fetch(row.file).exists()
-            now, index = read_document_index(self.store.parts, row)
+                return row.method == parameters and self.store.has_file(row)
+            now, index = self.store.index(row)
         except (FileNotFoundError, CorruptFileError, DocumentNotFoundError):
             return False
         header = index.header

@@ -73,6 +73,11 @@ class LoadOnce:
                 self._made = compressor, DecodeLoop(compressor.model), Lookup(compressor.model)
             return self._made
 
+    @property
+    def source(self) -> ModelSource:
+        """The model and adapter that they are made from, by name."""
+        return self._source.named()
+
     def __reduce__(self) -> tuple[type[LoadOnce], tuple[ModelSource]]:
         """Pickle the source by name."""
-        return LoadOnce, (self._source.named(),)
+        return LoadOnce, (self.source,)

@@ -151,6 +151,11 @@ class BeaconMemory:
         return self._load_once()[0]
 
     @property
+    def source(self) -> ModelSource:
+        """The names that another process loads the same model by; raises InputError if a loaded one has none."""
+        return self._load_once.source
+
+    @property
     def model(self) -> BeaconModel:
         """The loaded model."""
         return self.compressor.model

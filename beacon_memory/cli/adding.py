@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from beacon_memory.documents import Document
 from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError
 
-from .sources import PATH, Source, read_source
+from .sources import PATH, Source, find_sources, read_source
 from .terminal import compressing, say
 
 if TYPE_CHECKING:
@@ -19,7 +19,23 @@ if TYPE_CHECKING:
 
     from .remote import RemoteMemory
 
-__all__ = ["add_sources"]
+__all__ = ["add_sources", "found_sources", "remove_gone"]
+
+
+def found_sources(paths: Sequence[str], id: str | None, as_json: bool) -> list[Source]:
+    """Find the texts that a command names, as `find_sources`, and say what is skipped."""
+    sources, skipped = find_sources(paths, id)
+    for one in skipped:
+        say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
+    return sources
+
+
+def remove_gone(memory: BeaconMemory, gone: Sequence[str], dry_run: bool, as_json: bool) -> None:
+    """Remove documents whose files are gone, or only name them, and say so."""
+    for id in gone:
+        if not dry_run:
+            memory.remove(id)
+        say(as_json, {"id": id, "status": "gone" if dry_run else "removed"})
 
 
 def add_sources(

@@ -125,8 +125,27 @@ def add(
         bool, typer.Option("--prune", help="Remove documents that were read from these folders if their file is gone.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what --prune would remove; nothing is added or removed.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only show what --prune would remove, and with --ray what would be compressed; nothing is changed.",
+        ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Compress on a Ray cluster: its address, auto for the one that runs, local for one of this machine. "
+            "Tables (.parquet, .jsonl with id and text) and URLs (s3://...) are read, too.",
+            parser=name_given,
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="With --ray: how many models at a time.", show_default="one a GPU, without any one a core", min=1
+        ),
+    ] = None,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -139,41 +158,46 @@ def add(
 
     A document that is stored already and has not changed is skipped. So after an interruption, repeat the command.
     A stored document keeps its tags, pin and time to live if none are given. With BEACON_MEMORY_URL set, that server
-    reads them, and no model is loaded.
+    reads them, and no model is loaded. With --ray the workers of a cluster read and compress them; needs the extra:
+    pip install 'beacon-memory[ray]'.
 
     With --json one object a line: id, status, tokens, slots, bytes, ratios, compression, precision, seconds, evicted.
     """
-    from .adding import add_sources
+    from .adding import add_sources, found_sources, remove_gone
+    from .cluster import ClusterJob, add_on_cluster
     from .remote import named_server
-    from .sources import find_gone, find_sources
+    from .sources import find_gone
 
     with reported("whatever was finished is stored; repeat the command to go on"):
-        if dry_run and not prune:
-            raise InputError("--dry-run shows what --prune would remove: give both")
+        if dry_run and not (prune or ray):
+            raise InputError("--dry-run shows what --prune would remove, or --ray would compress: give one of these")
+        if workers is not None and ray is None:
+            raise InputError(f"--workers {workers} is for a cluster: give --ray, too")
         label = {"tags": tag or None, "pinned": pin, "expires_at": None if ttl is None else expiry(ttl)}
         chosen: int | str = int(ratio) if re.fullmatch("-?[0-9]+", ratio) else ratio
-        sources, skipped = find_sources(paths, id)
-        for one in skipped:
-            say(as_json, {"id": one.path.as_posix(), "status": "skipped", "reason": one.reason})
-        if not (sources or prune):
-            raise InputError("there is nothing to add: no file that can be read was found")
         how = (chosen, compression, precision)
-        if (server := named_server(context)) is not None:
-            if prune:
-                raise InputError("--prune looks at files of this machine, and others may have added to that server")
-            failed = add_sources(server, sources, label, how, as_json)
-        else:
+        server = named_server(context)
+        if server is not None and prune:
+            raise InputError("--prune looks at files of this machine, and others may have added to that server")
+        if server is not None and ray is not None:
+            raise InputError("--ray compresses on a cluster, and that server on its own machine: choose one")
+        if ray is not None:
+            job = ClusterJob(ray, workers, dry_run, prune, as_json)
             memory = open_memory(store, namespace, model, adapter, device, dtype, score)
-            gone = find_gone(paths, sources, memory.list()) if prune else []
-            if dry_run:
-                for missing in gone:
-                    say(as_json, {"id": missing, "status": "gone"})
-                return
-            memory.compressor  # noqa: B018  # load the model before anything is removed, or a bar shows
-            for missing in gone:  # first: what is added may need their room
-                memory.remove(missing)
-                say(as_json, {"id": missing, "status": "removed"})
-            failed = add_sources(memory, sources, label, how, as_json)
+            failed = add_on_cluster(job, memory, paths, id, label, how)
+        else:
+            sources = found_sources(paths, id, as_json)
+            if not (sources or prune):
+                raise InputError("there is nothing to add: no file that can be read was found")
+            if server is not None:
+                failed = add_sources(server, sources, label, how, as_json)
+            else:
+                memory = open_memory(store, namespace, model, adapter, device, dtype, score)
+                gone = find_gone(paths, sources, memory.list()) if prune else []
+                if not dry_run:
+                    memory.compressor  # noqa: B018  # load the model before anything is removed, or a bar shows
+                remove_gone(memory, gone, dry_run, as_json)  # first: what is added may need their room
+                failed = 0 if dry_run else add_sources(memory, sources, label, how, as_json)
     if failed:
         raise typer.Exit(1)
 

@@ -109,6 +109,16 @@ class Publisher:
             unlink(mark)
             self.remove(new.superseded)
 
+    def reserve(self, ids: Sequence[str]) -> list[str]:
+        """Take names for new K/V files of documents, which others write; each is marked as on its way."""
+        with self._parts.writing(create=True) as catalog:
+            files = self._parts.files
+            numbered = [(file_stem(check_id(id)), catalog.file_names.take_number()) for id in ids]
+            names = [f"{stem}-{number:012x}.safetensors" for stem, number in numbered]
+            for mark in [lay_mark(files, name) for name in names][-1:]:
+                sync_mark(mark)  # and all others, which lie in the same folder
+        return names
+
     @contextlib.contextmanager
     def new_label(self, catalog: Catalog, row: DocumentRow) -> Iterator[None]:
         """Mark the label of a document as one that may not be its row's, until what is done inside is committed.

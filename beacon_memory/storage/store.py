@@ -52,7 +52,7 @@ from beacon_memory.storage.catalog.rows import DocumentRow, Totals
 from beacon_memory.storage.files.access import Files, read_file
 from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredFile, read_header, read_kv_file
+from beacon_memory.storage.files.kv_file import StoredFile, StoredIndex, read_header, read_kv_file
 from beacon_memory.storage.files.names import file_stem
 from beacon_memory.storage.files.segments import joined_headers, joined_kv, read_back
 from beacon_memory.storage.files.stored_kv import (
@@ -68,13 +68,13 @@ from beacon_memory.storage.files.stored_kv import (
 from .conversations import StoredConversations
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
-from .publishing import Publisher, Segment
-from .reading import READ_TRIES, find_row, read_document, require_file
+from .publishing import NewFile, Publisher, Segment
+from .reading import READ_TRIES, find_row, read_document, read_document_index, require_file
 from .records import row_of
 from .settings import Settings, keep_copy, keeping_copy
 from .unfinished import UnfinishedDocument
 
-__all__ = ["MemoryStore", "StoredDocument", "taken"]
+__all__ = ["MemoryStore", "StoredDocument", "put_row", "taken"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,6 +307,14 @@ class MemoryStore:
         self.uses.add(row.id)
         return StoredDocument(row, file.header, file.memory(device, dtype))
 
+    def index(self, row: DocumentRow) -> tuple[DocumentRow, StoredIndex]:
+        """Return what could be read of a document, given by its row, and its row; see `read_document_index`."""
+        return read_document_index(self.parts, row)
+
+    def has_file(self, row: DocumentRow) -> bool:
+        """Tell whether the first file that a row names is there; raises StoreError."""
+        return self.files.fetch(row.file).exists()
+
     def read(self, document: str | DocumentRow, fingerprint: str | None = None) -> tuple[DocumentRow, StoredFile]:
         """Return a document's row and its whole file, compared with each other; takes and raises as `get`."""
         return read_document(self.parts, document, fingerprint)
@@ -340,35 +348,37 @@ class MemoryStore:
         no room. Then, and if anything else fails, everything stays as it was.
         """
         text = Text.of(text)
-        if header.windows and max(window.stop for window in header.windows) > len(text.value):
-            raise InputError(f"a window of {header.id!r} ends after the text's {len(text.value)} characters")
-        settings, chosen = self.settings, choose_precision(precision)
-        if settings.quota is not None:
+        header, kv = self.fitting(header, kv, text, precision)
+        if self.settings.quota is not None:
             self.uses.flush()  # eviction goes by it
-        if chosen is PrecisionRule.AUTO:
-            chosen = settings.precision
-        kv = with_precision(kv, chosen, header.window_starts) if isinstance(chosen, Precision) else kv
-        header = replace(header, namespace=self.namespace)
-        if not isinstance(kv, WindowedKV):  # whose windows are looked at when their turn comes
-            require_finite(header.id, kv)
         with self._publisher.new_file(header, kv, text) as new:
-            new.superseded.extend(delete_expired(new.catalog)[1])
             old = new.catalog.documents.get(header.id)
             if only_new and old is not None:
                 raise taken([header.id])
             if replacing is not None:
                 _require_unchanged(replacing, old)
-            label = label or (old.label if old else Label())
-            created_at = old.created_at if old else created_at or utc_now()
-            row = row_of(new.name, new.root, header, precision_of(kv), new.nbytes, label, created_at)
-            new.superseded.extend(_supersede(new.catalog, old, row, keep_version))
-            evicted, gone = make_room(new.catalog, row, self.settings.quota)  # read again: in step with this commit
-            new.superseded.extend(gone)
-            row = new.catalog.documents.put(row, text)
+            quota = self.settings.quota  # read again: in step with this commit
+            row, evicted = put_row(
+                new, header, precision_of(kv), text, label, quota, created_at=created_at, keep_version=keep_version
+            )
             self._publisher.write_label(row)
         for one in evicted:
             on_evicted(one)
         return row
+
+    def fitting(
+        self, header: DocumentHeader, kv: StoredKV | WindowedKV, text: Text, precision: str = PrecisionRule.AUTO
+    ) -> tuple[DocumentHeader, StoredKV | WindowedKV]:
+        """Return header and K/V as they are written into a file of this namespace; takes and raises as `put`."""
+        if header.windows and max(window.stop for window in header.windows) > len(text.value):
+            raise InputError(f"a window of {header.id!r} ends after the text's {len(text.value)} characters")
+        chosen = choose_precision(precision)
+        if chosen is PrecisionRule.AUTO:
+            chosen = self.settings.precision
+        kv = with_precision(kv, chosen, header.window_starts) if isinstance(chosen, Precision) else kv
+        if not isinstance(kv, WindowedKV):  # whose windows are looked at when their turn comes
+            require_finite(header.id, kv)
+        return replace(header, namespace=self.namespace), kv
 
     def unfinished(self, decides: Mapping[str, object]) -> UnfinishedDocument:
         """Return the memories of the first windows of a document, for who reads it and puts the others behind them.
@@ -522,6 +532,34 @@ class MemoryStore:
             gone = catalog.versions.drop()
             self._publisher.remove(gone)
         return len(gone)
+
+
+def put_row(
+    new: NewFile,
+    header: DocumentHeader,
+    precision: Precision,
+    text: Text,
+    label: Label | None,
+    quota: int | None,
+    *,
+    created_at: str | None = None,
+    keep_version: bool = False,
+) -> tuple[DocumentRow, builtins.list[DocumentRow]]:
+    """Write the row of a new file, and make way and room for it; within a transaction.
+
+    Returns the row, whose label is still to be written, and those of documents that had to go for it; see
+    `MemoryStore.put`.
+    """
+    catalog = new.catalog
+    new.superseded.extend(delete_expired(catalog)[1])
+    old = catalog.documents.get(header.id)
+    label = label or (old.label if old else Label())
+    created_at = old.created_at if old else created_at or utc_now()
+    row = row_of(new.name, new.root, header, precision, new.nbytes, label, created_at)
+    new.superseded.extend(_supersede(catalog, old, row, keep_version))
+    evicted, gone = make_room(catalog, row, quota)
+    new.superseded.extend(gone)
+    return catalog.documents.put(row, text), evicted
 
 
 def taken(ids: Sequence[str], what: str = "documents") -> InputError:

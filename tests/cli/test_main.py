@@ -290,7 +290,7 @@ def test_add_removes_what_is_gone_from_a_folder_if_told_to(run: Run, tmp_path: P
         (["notes", "empty", "--prune"], "there is no text in 'empty', so nothing is removed"),
         (["notes/a.md", "--prune"], "gone from a folder, and 'notes/a.md' is none"),
         (["notes", "notes/*.md", "--prune", "--dry-run"], "gone from a folder, and 'notes/*.md' is none"),
-        (["notes", "--dry-run"], "--dry-run shows what --prune would remove: give both"),
+        (["notes", "--dry-run"], "--dry-run shows what --prune would remove, or --ray would compress"),
         (["notes", "--prune", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["absent", "--prune"], "'absent' does not exist"),
     ],
