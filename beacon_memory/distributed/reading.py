@@ -68,16 +68,15 @@ def read(
 
 
 def _read(source: str, label: Mapping[str, object]) -> tuple[ray.data.Dataset, int | None]:
-    cpus = {"num_cpus": _CPUS}
     if is_parquet(source):
-        table = ray.data.read_parquet(_paths(source), ray_remote_args=cpus)
+        table = ray.data.read_parquet(_paths(source), num_cpus=_CPUS)
         total = table.count()  # from the files' ends
         return _mapped(table, _of_row, label), total
     if is_of_lines(source):
-        return _mapped(ray.data.read_json(_paths(source), ray_remote_args=cpus), _of_row, label), None
+        return _mapped(ray.data.read_json(_paths(source), num_cpus=_CPUS), _of_row, label), None
     endings = [ending.removeprefix(".") for one in Format for ending in one.suffixes if ending]
     scheme = source.partition("://")[0]
-    objects = ray.data.read_binary_files(source, include_paths=True, file_extensions=endings, ray_remote_args=cpus)
+    objects = ray.data.read_binary_files(source, include_paths=True, file_extensions=endings, num_cpus=_CPUS)
     return _mapped(objects, partial(_of_object, scheme), label), None
 
 
