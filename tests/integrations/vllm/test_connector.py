@@ -32,7 +32,7 @@ QUESTIONS = (
     "What song did the captain sing?",
 )
 # Blocks of vLLM's cache; the second one has room for two memories of a whole chapter, and for few tokens behind them.
-CACHES = {"float32": {}, "bfloat16": {"block_size": 16, "num_gpu_blocks_override": 358}}
+CACHES = {"float32": {}, "bfloat16": {"block_size": 32, "num_gpu_blocks_override": 179}}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
