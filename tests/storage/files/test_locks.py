@@ -91,7 +91,7 @@ def test_one_that_tidies_gets_its_turn_between_writers_that_leave_no_gap(
         while not ended.is_set():
             with writing(tmp_path):
                 time.sleep(0.02)
-            turns[number] += 1
+                turns[number] += 1
 
     writers = [threading.Thread(target=write, args=(number,)) for number in range(6)]
     for writer in writers:
