@@ -43,6 +43,7 @@ from .streaming import TextPieces
 
 __all__ = ["DecodeLoop", "Ticket"]
 
+_LINGER_SECONDS = 5.0  # that the thread waits for more: what computes would have to warm up in a new one
 _MOST_READ = 512  # tokens of prompts that a step reads: so long the other requests wait for their next token
 
 
@@ -315,8 +316,9 @@ class DecodeLoop:
                     self._changed.notify_all()
 
     def drive_in_background(self) -> None:
-        """Drive the loop in a thread, if none does yet, until nothing is left to do."""
+        """Drive the loop in a thread, if none does yet, until nothing has been left to do for some seconds."""
         with self._changed:
+            self._changed.notify_all()
             if not self._driven_in_background:
                 threading.Thread(target=self._drive, name="beacon-memory-decode", daemon=True).start()
                 self._driven_in_background = True
@@ -325,7 +327,7 @@ class DecodeLoop:
         while True:
             self.wait(self._is_idle)
             with self._changed:
-                if self._is_idle():
+                if not self._changed.wait_for(lambda: not self._is_idle(), _LINGER_SECONDS):
                     self._driven_in_background = False
                     return
 
