@@ -20,6 +20,7 @@ from .errors import InputError
 
 __all__ = [
     "KEEP",
+    "PATH",
     "SESSION_TAG",
     "Document",
     "Keep",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 SESSION_TAG = "session"  # of documents that conversations were folded into
+PATH = "path"  # the name in a document's metadata under which the file stands that its text was read from
 
 
 class Precision(StrEnum):

@@ -55,7 +55,7 @@ def run(
         ids = [f"document-{number}" for number in range(clients)]
         with BeaconMemory(store, model, adapter, device=device, dtype=dtype) as memory:
             memory.add_many([Document(id, f"{id}: {random_text(_TOKENS)}") for id in ids])
-            options = _options({"--model": model, "--adapter": adapter, "--device": device, "--dtype": dtype})
+            options = _options(model, adapter, device, dtype)
             with _server(store, options) as (url, _), httpx.Client(base_url=url, timeout=_SECONDS) as http:
                 for id in ids:  # once, so that all are read from their files
                     _library(memory, id)
@@ -72,12 +72,13 @@ def _at_the_limit(
     """Ask for all answers of the library, and let a server of the same store answer many times, in float32."""
     with BeaconMemory(store, model, adapter, device=device, dtype="float32") as memory:
         wanted = {id: memory.ask(QUESTION, id, max_new_tokens=_NEW_TOKENS).text for id in ids}
-    given = {"--model": model, "--adapter": adapter, "--device": device, "--dtype": "float32"}
-    with _server(store, [*_options(given), "--max-waiting", str(len(ids))]) as (url, process):
+    options = [*_options(model, adapter, device, "float32"), "--max-waiting", str(len(ids))]
+    with _server(store, options) as (url, process):
         yield from soak.run(url, process, wanted, clients=4 * len(ids), minutes=minutes, new_tokens=_NEW_TOKENS)
 
 
-def _options(given: dict[str, str | None]) -> list[str]:
+def _options(model: str | None, adapter: str | None, device: str | None, dtype: str) -> list[str]:
+    given = {"--model": model, "--adapter": adapter, "--device": device, "--dtype": dtype}
     return [part for name, value in given.items() if value is not None for part in (name, value)]
 
 

@@ -31,7 +31,7 @@ from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.storage.files.durable import sync_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import read_kv_file
-from beacon_memory.storage.files.names import file_stem
+from beacon_memory.storage.files.names import file_name
 from beacon_memory.storage.files.segments import joined_headers, joined_kv
 from beacon_memory.storage.files.stored_kv import precision_of, stored_bytes
 from beacon_memory.storage.records import row_of
@@ -183,7 +183,7 @@ def fill(store: MemoryStore, rows: int) -> None:
         number = catalog.file_names.take_number()  # one for all: the ids keep the names of their files apart
         with catalog.transaction():
             for one in batch:
-                file = f"{file_stem(one.id)}-{number:012x}.safetensors"
+                file = file_name(one.id, number)
                 named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
                 labelled = replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags))
                 catalog.documents.put(labelled, Text(one.text))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from beacon_memory.documents import Document
+from beacon_memory.documents import PATH, Document
 from beacon_memory.errors import BeaconMemoryError, DocumentNotFoundError
 
-from .sources import PATH, Source, find_sources, read_source
+from .sources import Source, find_sources, read_source
 from .terminal import compressing, say
 
 if TYPE_CHECKING:

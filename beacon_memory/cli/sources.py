@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from beacon_memory.documents import PATH
 from beacon_memory.errors import InputError, MissingDependencyError, UnreadableFileError, UnsupportedFormatError
 from beacon_memory.formats.kinds import find_format
 from beacon_memory.formats.reading import read_text
@@ -18,9 +19,8 @@ from beacon_memory.formats.reading import read_text
 if TYPE_CHECKING:
     from beacon_memory.storage.catalog.rows import DocumentRow
 
-__all__ = ["PATH", "Skipped", "Source", "find_gone", "find_sources", "read_source"]
+__all__ = ["Skipped", "Source", "find_gone", "find_sources", "read_source"]
 
-PATH = "path"  # the name in a document's metadata under which the file stands that its text was read from
 
 STDIN = "-"
 

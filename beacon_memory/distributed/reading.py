@@ -17,12 +17,13 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
+from beacon_memory.documents import PATH
 from beacon_memory.errors import BeaconMemoryError, InputError
 from beacon_memory.formats.kinds import Format
 from beacon_memory.formats.reading import read_text
 
 from .kinds import is_of_lines, is_parquet
-from .rows import PATH, table_of
+from .rows import table_of
 
 __all__ = ["read"]
 

@@ -10,12 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from beacon_memory import errors
-from beacon_memory.documents import Document
+from beacon_memory.documents import PATH, Document
 from beacon_memory.errors import BeaconMemoryError, InputError
 from beacon_memory.results import Added
 
 __all__ = [
-    "PATH",
     "REPORTS",
     "ROWS",
     "added_of",
@@ -27,8 +26,6 @@ __all__ = [
     "table_of",
 ]
 
-PATH = "path"  # the column, and the name in a document's metadata, of the file that a text was read from
-
 ROWS = pa.schema(
     {
         "id": pa.string(),
@@ -37,7 +34,7 @@ ROWS = pa.schema(
         "tags": pa.list_(pa.string()),
         "pinned": pa.bool_(),
         "expires_at": pa.string(),
-        PATH: pa.string(),
+        PATH: pa.string(),  # and goes into the metadata under this name
         "error": pa.string(),
     }
 )

@@ -103,13 +103,13 @@ class WorkerStore(MemoryStore):
         super().__init__(origin.place, origin.namespace, files=origin.files)
         self.parts = _PartsOfWorker(origin, self._scratch)
         self._ask = ask
-        self._rows: Mapping[str, DocumentRow | BeaconMemoryError] = {}
+        self._rows: Mapping[str, DocumentRow] = {}
         self._made: dict[str, DocumentRow] = {}  # rows that documents have, or will have, since they were put
         self._finished: deque[Delivery] = deque()
         self._taken: dict[str, Taken | BeaconMemoryError] = {}
 
-    def expect(self, rows: Mapping[str, DocumentRow | BeaconMemoryError]) -> None:
-        """Begin a batch: these are the rows of its documents that have one, or why it cannot be told."""
+    def expect(self, rows: Mapping[str, DocumentRow]) -> None:
+        """Begin a batch: these are the rows of its documents that have one."""
         self._rows, self._made, self._taken = rows, {}, {}
         self._finished.clear()
 
@@ -118,8 +118,6 @@ class WorkerStore(MemoryStore):
         found = self._made.get(id) or self._rows.get(id)
         if found is None:
             raise DocumentNotFoundError(f"no document {id!r} is stored")
-        if isinstance(found, BeaconMemoryError):
-            raise found
         return found
 
     def has_file(self, row: DocumentRow) -> bool:

@@ -27,7 +27,7 @@ from beacon_memory.storage.files.header import DocumentHeader
 from beacon_memory.storage.files.kv_file import stage_kv_file
 from beacon_memory.storage.files.label_file import StoredLabel, label_name, read_label, stage_label
 from beacon_memory.storage.files.marks import lay_label_mark, lay_mark, sync_mark
-from beacon_memory.storage.files.names import base_of, file_stem, number_of, segment_name
+from beacon_memory.storage.files.names import base_of, file_name, number_of, segment_name
 from beacon_memory.storage.files.stored_kv import StoredKV, WindowedKV
 
 from .parts import StoreParts
@@ -82,7 +82,7 @@ class Publisher:
             place = self._parts.settings.files
             files = self._parts.files
             number = catalog.file_names.take_number()
-            name = f"{file_stem(check_id(header.id))}-{number:012x}.safetensors"
+            name = file_name(check_id(header.id), number)
             if segment is not None:
                 name = segment_name(segment.file, number)
             mark = lay_mark(files, name)
@@ -113,10 +113,10 @@ class Publisher:
         """Take names for new K/V files of documents, which others write; each is marked as on its way."""
         with self._parts.writing(create=True) as catalog:
             files = self._parts.files
-            numbered = [(file_stem(check_id(id)), catalog.file_names.take_number()) for id in ids]
-            names = [f"{stem}-{number:012x}.safetensors" for stem, number in numbered]
-            for mark in [lay_mark(files, name) for name in names][-1:]:
-                sync_mark(mark)  # and all others, which lie in the same folder
+            names = [file_name(check_id(id), catalog.file_names.take_number()) for id in ids]
+            marks = [lay_mark(files, name) for name in names]
+            if marks:
+                sync_mark(marks[-1])  # and all others, which lie in the same folder
         return names
 
     @contextlib.contextmanager

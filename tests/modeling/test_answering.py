@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import some_ids, tiny_base, tiny_checkpoint
+from tiny_models import some_ids, tiny_base
 from torch import Tensor
-from training_samples import LORA, a_model, with_answers
+from training_samples import LORA, a_model, files_with_answers, with_answers
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
@@ -23,7 +23,7 @@ from beacon_memory.modeling import answering
 from beacon_memory.modeling.cache import MemoryCache
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.training.lora import answering_parameters, write_answers
+from beacon_memory.training.lora import answering_parameters
 
 DOCUMENT, QUESTION = some_ids(21, seed=1), some_ids(6, seed=2)
 
@@ -44,11 +44,7 @@ def answer(model: BeaconModel, prefix: MemoryKV) -> Tensor:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """A base, and an adapter with a LoRA of answers."""
-    model = with_answers(a_model())
-    base = tiny_checkpoint(tmp_path / "base", tiny_base("llama"))
-    write_answers(model, LORA, tmp_path / "trained")
-    model.save_adapter(tmp_path / "adapter", answers=tmp_path / "trained")
-    return base, tmp_path / "adapter"
+    return files_with_answers(tmp_path)
 
 
 def load(base: Path, adapter: Path) -> BeaconModel:

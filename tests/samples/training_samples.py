@@ -14,7 +14,7 @@ from torch import Tensor
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.training import DataSource, LoraRecipe, Recipe, Stage
-from beacon_memory.training.lora import answering_parameters, inject_answers, inject_lora
+from beacon_memory.training.lora import answering_parameters, inject_answers, inject_lora, write_answers
 from beacon_memory.training.samples import Branch, Sample
 from beacon_memory.training.start import trained_parameters
 
@@ -95,6 +95,15 @@ def with_answers(model: BeaconModel, recipe: LoraRecipe = LORA) -> BeaconModel:
         for _, parameter in answering_parameters(model.base):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def files_with_answers(folder: Path) -> tuple[Path, Path]:
+    """A base, and an adapter with a LoRA of answers."""
+    model = with_answers(a_model())
+    base = tiny_checkpoint(folder / "base", tiny_base("llama"))
+    write_answers(model, LORA, folder / "trained")
+    model.save_adapter(folder / "adapter", answers=folder / "trained")
+    return base, folder / "adapter"
 
 
 def a_sample(

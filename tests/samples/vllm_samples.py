@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny_models import tiny_base, tiny_checkpoint
-from training_samples import LORA, a_model, with_answers
+from training_samples import files_with_answers
 from vllm_beacon_memory import write_model_folder
 
 from beacon_memory.memory import BeaconMemory
-from beacon_memory.training.lora import write_answers
 
 LEASE = "\n\n".join(
     (
@@ -21,22 +19,13 @@ LEASE = "\n\n".join(
 OWLS = "Two barn owls nest above the hayloft. They hunt at dusk.\n\n" * 3
 
 
-def tiny_files(folder: Path) -> tuple[Path, Path]:
-    """A base, and an adapter with a LoRA of answers."""
-    model = with_answers(a_model())
-    base = tiny_checkpoint(folder / "base", tiny_base("llama"))
-    write_answers(model, LORA, folder / "trained")
-    model.save_adapter(folder / "adapter", answers=folder / "trained")
-    return base, folder / "adapter"
-
-
 def tiny_setting(folder: Path) -> tuple[BeaconMemory, Path]:
     """A memory with documents, and the folder of its model for vLLM.
 
     Every head has all tokens of `lease` and `owls`, the slots of `beacons`, and of `appended` in two files; in
     `ragged` each head has its own.
     """
-    base, adapter = tiny_files(folder)
+    base, adapter = files_with_answers(folder)
     write_model_folder(folder / "model", base, adapter, dtype="float32")
     memory = BeaconMemory(folder / "store", base, adapter, device="cpu", dtype="float32", reserve=16)
     memory.add("lease", LEASE, ratio=1, compression="select")

@@ -20,6 +20,7 @@ __all__ = [
     "TEMP_PREFIX",
     "base_of",
     "check_name",
+    "file_name",
     "file_stem",
     "hash_id",
     "new_temp",
@@ -56,6 +57,11 @@ def hash_id(id: str) -> str:
 def file_stem(id: str) -> str:
     """Return the beginning of the names of all files of a document; a hyphen and a number follow it."""
     return f"kv/{hash_id(id)[:2]}/{hash_id(id)}"
+
+
+def file_name(id: str, number: int) -> str:
+    """Return the name of a document's K/V file with this number."""
+    return segment_name(file_stem(id), number)
 
 
 def number_of(name: str) -> str:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import some_ids
+from training_samples import files_with_answers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_beacon_memory import write_model_folder
 from vllm_beacon_memory.__main__ import main
 from vllm_beacon_memory.model_folder import ModelFolder
-from vllm_samples import tiny_files
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.errors import ConfigError, CorruptFileError, InputError
@@ -22,7 +22,7 @@ from beacon_memory.modeling.model import BeaconModel
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return tiny_files(tmp_path_factory.mktemp("files"))
+    return files_with_answers(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture
