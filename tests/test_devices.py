@@ -208,7 +208,7 @@ class Counted(FakeTensorMode):
 
 
 def operators_behind(counts: tuple[int, ...], requests: int) -> int:
-    """Return the operators of attention to a memory with so many entries in each head, where a card has the kernel."""
+    """Return the operators of attention to a memory with so many entries in each head."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
@@ -225,10 +225,11 @@ def operators_behind(counts: tuple[int, ...], requests: int) -> int:
     return mode.operators
 
 
+@pytest.mark.parametrize("layout", [prefix_attention._Packed, prefix_attention._Padded])
 def test_attention_to_memories_takes_as_many_operators_for_more_heads_and_requests(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, layout: type
 ) -> None:
-    monkeypatch.setattr(prefix_attention, "_has_varlen", lambda *_: True)
-    few = operators_behind((9, 17), requests=2)
+    monkeypatch.setattr(prefix_attention, "_layout", lambda *_: layout)
+    few = operators_behind((9, 17, 3, 20), requests=2)
     assert operators_behind((9, 17, 3, 20, 5, 11, 30, 8), requests=2) == few
-    assert operators_behind((9, 17), requests=6) == few
+    assert operators_behind((9, 17, 3, 20), requests=6) == few

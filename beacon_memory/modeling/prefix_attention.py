@@ -3,8 +3,9 @@
     softmax over [memory | own] = (w_m attend(memory) + w_o attend(own)) / (w_m + w_o),   w = exp(log-sum-exp of scores)
 
 A memory is never copied: not to stand before the tokens, nor for each query head, nor from step to step. Rows of a
-batch that share a memory ask it together. On CPU each call takes the heads of a memory that have equally many entries;
-on CUDA one call takes all heads of all memories.
+batch that share a memory ask it together. On CPU each call takes the heads of a memory that have equally many entries.
+Elsewhere the heads of all memories go together, which copies them once where several are asked: on CUDA as sequences of
+one call, and where that kernel is missing in a few groups, filled up to the same length.
 
 Where many rows are read, or a gradient is needed, keys and values are joined as in stock attention: then a copy costs
 little beside the attention, and kernels give no gradient for the log-sum-exp.
@@ -18,6 +19,7 @@ from functools import cache
 from itertools import accumulate, zip_longest
 from operator import is_
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
@@ -30,6 +32,7 @@ __all__ = ["Part", "PrefixBatch", "attend_apart", "attend_behind", "attend_joine
 
 _NOTHING = -1e30  # log-sum-exp of no scores: finite, so that rows which see nothing at all merge to 0
 _MOST_SCORES = 1 << 26  # scores that are held at a time where no kernel computes attention
+_GROUPS = 4  # of heads of about the same length: more waste less memory and take more calls
 # Output of attention [units, queries, head_dim] and log-sum-exp of its scores [units, queries].
 _Piece = tuple[Tensor, Tensor]
 # Rows that are attended for at a time: which ones; how many entries, the first ones, any of them sees; and the mask,
@@ -74,7 +77,7 @@ class PrefixBatch:
         self.trained = any(part.section.keys.requires_grad or part.section.values.requires_grad for part in self._parts)
         self.units = self._units()
         self._turn = self._turns()
-        self._packed: dict[int, _Packed] = {}
+        self._laid_out: dict[int, _Packed | _Padded] = {}
 
     def __bool__(self) -> bool:
         """Tell whether any row has something to attend to."""
@@ -119,10 +122,10 @@ class PrefixBatch:
         queries = turned.flatten(0, 2)
         if self.units is not None:
             queries = queries[self.units]
-        if _has_varlen(query.device, query.dtype, query.shape[-1]):
-            if layer not in self._packed:
-                self._packed[layer] = _Packed.of(self._parts, layer)
-            return [self._packed[layer].attend(queries, scale)]
+        if layout := _layout(query.device, query.dtype, query.shape[-1]):
+            if layer not in self._laid_out:
+                self._laid_out[layer] = layout.of(self._parts, layer)
+            return [self._laid_out[layer].attend(queries, scale)]
         blocks = [(len(part.rows), *block) for part in self._parts for block in part.section.blocks[layer]]
         asked = queries.split([rows * len(keys) for rows, _, keys, _ in blocks])
         return [_ask(one, keys, values, scale) for one, (_, _, keys, values) in zip(asked, blocks, strict=True)]
@@ -157,10 +160,8 @@ class _Packed:
     @classmethod
     def of(cls, parts: Sequence[_Part], layer: int) -> _Packed:
         """Pack a layer. A single section is not copied."""
-        sections = [part.section.layer(layer) for part in parts]
-        keys, values = sections[0] if len(sections) == 1 else map(torch.cat, zip(*sections, strict=True))
-        counts = [count for part in parts for count in part.section.counts[layer]]
-        rows = [len(part.rows) for part in parts for _ in range(part.section.heads)]
+        keys, values = _of_all(parts, layer)
+        counts, rows = _sizes(parts, layer)
         ends, asking = (
             torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=keys.device) for sizes in (counts, rows)
         )
@@ -182,6 +183,76 @@ class _Packed:
         )
         sums = total.reshape(units, count)
         return output.view(queries.shape), sums.masked_fill(sums == torch.inf, _NOTHING)  # inf: of no entries
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """KV heads of a layer that are filled up to the same number of entries, and of units that ask them.
+
+    units: [heads, rows] which ones; what is filled up repeats one.
+    keys, values: [1, heads, entries, head_dim]
+    mask: [1, heads, 1, entries], added to the scores.
+    """
+
+    units: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Padded:
+    """A layer of all sections of a batch, its kv heads sorted by length and put into a few groups.
+
+    places: [units] where each is among those of all groups.
+    """
+
+    groups: Sequence[_Group]
+    places: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part], layer: int) -> _Padded:
+        """Copy a layer into groups."""
+        keys, values = (pad(part, (0, 0, 0, 1)) for part in _of_all(parts, layer))  # a row to fill up with
+        counts, rows = map(np.array, _sizes(parts, layer))
+        first_entries, first_units = counts.cumsum() - counts, rows.cumsum() - rows
+        groups, asked = [], []
+        for heads in np.array_split(counts.argsort(), min(_GROUPS, len(counts))):
+            entries = np.arange(max(1, counts[heads].max()))
+            filled = entries >= counts[heads, None]
+            picked = np.where(filled, len(keys) - 1, first_entries[heads, None] + entries)
+            asked.append(first_units[heads, None] + np.minimum(np.arange(rows[heads].max()), rows[heads, None] - 1))
+            units, chosen, mask = (
+                torch.tensor(part, device=keys.device)
+                for part in (asked[-1], picked, np.where(filled, -np.inf, 0).astype(np.float32))
+            )
+            groups.append(_Group(units, keys[chosen][None], values[chosen][None], mask[None, :, None]))
+        places = np.empty(rows.sum(), dtype=np.int64)
+        places[np.concatenate([units.ravel() for units in asked])] = np.arange(sum(units.size for units in asked))
+        return cls(groups, torch.tensor(places, device=keys.device))
+
+    def attend(self, queries: Tensor, scale: float) -> _Piece:
+        """Attend with the queries of all units, a group at a time."""
+        pieces = []
+        for group in self.groups:
+            asked = queries[group.units].flatten(1, 2)[None]
+            output, total = _by_products(asked, group.keys, group.values, group.mask, scale)
+            pieces.append((output.view(-1, *queries.shape[1:]), total.view(-1, queries.shape[1])))
+        outputs, sums = (torch.cat(parts)[self.places] for parts in zip(*pieces, strict=True))
+        return outputs, sums
+
+
+def _of_all(parts: Sequence[_Part], layer: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values of a layer of all parts, one behind another, [entries, head_dim]."""
+    sections = [part.section.layer(layer) for part in parts]
+    keys, values = sections[0] if len(sections) == 1 else map(torch.cat, zip(*sections, strict=True))
+    return keys, values
+
+
+def _sizes(parts: Sequence[_Part], layer: int) -> tuple[list[int], list[int]]:
+    """Return how many entries each kv head of all parts has in a layer, and how many units ask it."""
+    counts = [count for part in parts for count in part.section.counts[layer]]
+    return counts, [len(part.rows) for part in parts for _ in range(part.section.heads)]
 
 
 def attend_behind(
@@ -273,9 +344,11 @@ def _merged(batch: PrefixBatch, layer: int, query: Tensor, kv_heads: int, own: _
 
 
 @cache
-def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Tell whether flash attention over sequences of different lengths runs here."""
-    return (
+def _layout(device: torch.device, dtype: torch.dtype, head_dim: int) -> type[_Packed | _Padded] | None:
+    """Return how memories are laid out for attention on a device, None for as they are."""
+    if device.type == "cpu":
+        return None
+    has_varlen = (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
@@ -283,6 +356,7 @@ def _has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+    return _Packed if has_varlen else _Padded
 
 
 def for_queries(part: Tensor, groups: int) -> Tensor:

@@ -99,7 +99,7 @@ def slow_varlen(
     return output, sums
 
 
-@pytest.fixture(params=["flash on CPU", "products", "products by parts", "varlen"])
+@pytest.fixture(params=["flash on CPU", "products", "products by parts", "varlen", "padded"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way to attend; those of other devices here, on the CPU."""
     if request.param.startswith("products"):
@@ -107,8 +107,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "products by parts":
         monkeypatch.setattr(prefix_attention, "_MOST_SCORES", 100)
     if request.param == "varlen":
-        monkeypatch.setattr(prefix_attention, "_has_varlen", lambda *_: True)
+        monkeypatch.setattr(prefix_attention, "_layout", lambda *_: prefix_attention._Packed)
         monkeypatch.setattr(prefix_attention, "varlen_attn", slow_varlen)
+    if request.param == "padded":
+        monkeypatch.setattr(prefix_attention, "_layout", lambda *_: prefix_attention._Padded)
     return str(request.param)
 
 
@@ -212,6 +214,7 @@ def test_rows_in_the_same_order_keep_what_was_laid_out() -> None:
     assert [*moved.prefixes] == [batch.prefixes[4], batch.prefixes[0]]
 
 
+@pytest.mark.parametrize("path", ["flash on CPU", "products", "varlen"], indirect=True)
 def test_a_memory_is_not_copied(path: str) -> None:
     """Neither for a step nor for the batch, also where several rows share it."""
     prefix = Prefix([section((5, 2, 7))], ROPE)
@@ -235,10 +238,10 @@ def test_a_memory_is_not_copied(path: str) -> None:
 
 
 @ROWS
-@pytest.mark.parametrize("varlen", [True, False])
-def test_no_devices_are_mixed_on_cuda(monkeypatch: pytest.MonkeyPatch, rows: int, varlen: bool) -> None:
+@pytest.mark.parametrize("layout", [prefix_attention._Packed, prefix_attention._Padded])
+def test_no_devices_are_mixed_on_cuda(monkeypatch: pytest.MonkeyPatch, rows: int, layout: type) -> None:
     """Tensors without data refuse to be mixed with those of another device, on any machine."""
-    monkeypatch.setattr(prefix_attention, "_has_varlen", lambda *_: varlen)
+    monkeypatch.setattr(prefix_attention, "_layout", lambda *_: layout)
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
