@@ -111,7 +111,7 @@ def test_a_killed_process_has_left_its_windows(memory: BeaconMemory) -> None:
 def test_the_memory_on_disk_is_the_one_in_ram(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     add(memory)
     on_disk = memory.store.get("long").kv
-    monkeypatch.setattr("beacon_memory.ingest._MOST_IN_RAM", 10**6)
+    monkeypatch.setattr("beacon_memory.preparing._MOST_IN_RAM", 10**6)
     memory.remove("long")
     add(memory)
     assert same(on_disk, memory.store.get("long").kv)

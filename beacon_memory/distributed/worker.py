@@ -305,7 +305,7 @@ class Worker:
 
     def _previewed(self, document: Document) -> Added:
         how = self._how
-        status, tokens = self._ingestion.preview(document, how.ratio, how.compression, how.precision)
+        status, tokens = self._ingestion.preparation.preview(document, how.ratio, how.compression, how.precision)
         compression = self._ingestion.compressor.compression(how.compression)
         return Added(document.id, status, tokens, 0, 0, (), compression, how.precision, 0.0)
 
