@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -34,6 +34,7 @@ from beacon_memory.modeling.loading import load_base
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.storage.files.durable import sync_file
 
+from .llama_cpp import LlamaCpp
 from .measuring import QUESTION, random_text
 from .model import window_loop
 
@@ -44,7 +45,7 @@ __all__ = ["Contestant", "Form", "ModelNames", "Place", "contestant", "form_of",
 Place = Literal["cold", "ram", "hot", "nothing"]
 _PRESSES = {"expected": "ExpectedAttentionPress", "kvzip": "KVzipPress"}
 _OURS = ("beacon", "select", "select-expected", "hybrid")
-_ALONE = ("stock", "stock-cache")
+_ALONE = ("stock", "stock-cache", "llama.cpp")
 _FORM = re.compile(rf"({'|'.join([*_PRESSES, *_OURS, 'window-loop'])}):([1-9][0-9]*)(?:@(int8|int4))?")
 _ROOM = 128  # positions for question and template, beside those of the answer
 
@@ -72,13 +73,13 @@ class Form:
     def process(self) -> str:
         """Return in which process it runs; those in the same one share a model."""
         if self.method in _ALONE:
-            return "transformers"
+            return "llama.cpp" if self.method == "llama.cpp" else "transformers"
         return "kvpress" if self.method in _PRESSES else "beacon_memory"
 
     @property
     def keeps(self) -> bool:
         """Tell whether it keeps what it read, for later processes; else it reads the text for each question anew."""
-        return self.name == "stock-cache" or self.method in _OURS
+        return self.name in ("stock-cache", "llama.cpp") or self.method in _OURS
 
 
 def form_of(name: str) -> Form:
@@ -119,6 +120,7 @@ def contestant(form: Form, names: ModelNames, text: str, folder: Path) -> Contes
     kinds: dict[str, Any] = {
         "stock": _Stock,
         "stock-cache": _StockCache,
+        "llama.cpp": partial(LlamaCpp, room=_ROOM),
         "window-loop": _WindowLoop,
         **dict.fromkeys(_PRESSES, _Pressed),
     }

