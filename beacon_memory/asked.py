@@ -27,6 +27,7 @@ class Asked:
     """A question that is ready to be answered, and what its answer will tell of.
 
     loaded:    what was loaded of documents; `documents` tells what that took.
+    said:      how many tokens were said before the question and stand in front of what was loaded, not in the prompt.
     evidence:  what speaks for an answer before there is one.
     started:   when it was asked, in seconds on the clock of time.perf_counter.
     """
@@ -34,6 +35,7 @@ class Asked:
     question: Question
     loaded: Sequence[Portion]
     documents: tuple[LoadedDocument, ...]
+    said: int
     evidence: Evidence | None
     request: Request
     config: GenerationConfig
@@ -73,11 +75,12 @@ class Asked:
         evidence = self.evidence
         if evidence is not None and generation.likelihoods:
             evidence = replace(evidence, likelihood=math.exp(fmean(generation.likelihoods)))
+        slots, prompt = self.request.memory.slots - self.said, len(self.request.prompt) + self.said
         answer = Answer(
             text=generation.text,
             parts=parts,
             ids=tuple(one.row.id for one in self.loaded),
-            usage=Usage(self.request.memory.slots, len(self.request.prompt), len(generation.tokens), self.documents),
+            usage=Usage(slots, prompt, len(generation.tokens), self.documents),
             time_to_first_token=generation.first_token_at - self.started,
             seconds=now - self.started,
             sources=tuple(source for one in self.loaded for source in one.sources),

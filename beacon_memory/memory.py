@@ -23,7 +23,7 @@ from beacon_memory.compression.work import Ratio
 from beacon_memory.generation.decode_loop import DecodeLoop, Ticket
 from beacon_memory.generation.generate import Request, generate, require_room
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS, generation_config
-from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.generation.prompt import chat_prompt, said_before
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.storage import erasing, repair
 from beacon_memory.storage.catalog.rows import DocumentRow
@@ -455,14 +455,26 @@ class BeaconMemory:
         model = self.model  # loading it, when it is first needed, is no part of an answer's time
         started = time.perf_counter()
         prompt, config, room = self._prompted(question)
-        recollection, beside = self._recollection, room + self.compressor.sink.slots
-        loaded, prefix, places = recollection.loaded(lambda: recollection.choose(question, room), beside)
+        # a small reader answers from what stands nearest to the question, so memories do, not what was said before
+        said = said_before(model, question.messages, prompt, **self._template(question))
+        recollection, beside = self._recollection, room + self.compressor.sink.slots + said
+        loaded, prefix, places = recollection.loaded(lambda: recollection.choose(question, room), beside, prompt[:said])
+        said = said if loaded else 0
         documents = tuple(
             LoadedDocument(one.row.id, place, one.slots, one.entries * recollection.entry_bytes, len(one.sources))
             for one, place in zip(loaded, places, strict=True)
         )
         evidence = recollection.evidence(question, loaded)
-        return Asked(question, loaded, documents, evidence, Request(prefix, prompt), config, model.tokenizer, started)
+        request = Request(prefix, prompt[said:])
+        return Asked(question, loaded, documents, said, evidence, request, config, model.tokenizer, started)
+
+    def _template(self, question: Question) -> dict[str, Any]:
+        """Return how a question is put into the model's chat template, see `chat_prompt`."""
+        return {
+            "behind_memory": bool(self.compressor.sink.slots) or question.ids != [],
+            "tools": question.tools,
+            "chat_template_kwargs": question.chat_template_kwargs,
+        }
 
     def _prompted(self, question: Question) -> tuple[Sequence[int], GenerationConfig, int]:
         """Return the prompt of a question, how it is answered, and the memory slots that the model has left."""
@@ -475,13 +487,7 @@ class BeaconMemory:
             if given := [name for name, value in beside.items() if value]:
                 raise InputError(f"{given[0]} and a schema do not go together: leave one of them out")
         new_tokens, slots = config.max_new_tokens or 0, self.compressor.sink.slots
-        prompt = chat_prompt(
-            model,
-            question.messages,
-            behind_memory=bool(slots) or question.ids != [],
-            tools=question.tools,
-            chat_template_kwargs=question.chat_template_kwargs,
-        )
+        prompt = chat_prompt(model, question.messages, **self._template(question))
         require_room(model, slots, len(prompt), new_tokens)
         return prompt, config, model.max_positions - slots - len(prompt) - new_tokens
 

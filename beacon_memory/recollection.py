@@ -217,28 +217,35 @@ class Recollection:
         _, _, (place,) = self.loaded(whole, room)
         return place
 
-    def loaded(self, choose: Callable[[], list[Portion]], room: int) -> tuple[list[Portion], Prefix, tuple[Place, ...]]:
+    def loaded(
+        self, choose: Callable[[], list[Portion]], room: int, said: Sequence[int] = ()
+    ) -> tuple[list[Portion], Prefix, tuple[Place, ...]]:
         """Load what is chosen; returns it, it as a prefix behind the sink, and where each document's memory was.
 
         It is chosen anew if a document is replaced meanwhile.
+        said: tokens that stand between the sink and the documents, if there are any of these.
         """
 
         def load() -> tuple[list[Portion], Prefix, tuple[Place, ...]]:
             loaded = choose()
-            return loaded, *self._prefix(loaded, room)
+            return loaded, *self._prefix(loaded, room, said)
 
         return undisturbed(load)
 
-    def _prefix(self, loaded: Sequence[Portion], room: int) -> tuple[Prefix, tuple[Place, ...]]:
+    def _prefix(self, loaded: Sequence[Portion], room: int, said: Sequence[int]) -> tuple[Prefix, tuple[Place, ...]]:
         wanted: list[tuple[Hashable, Callable[[], MemoryKV | QuantizedKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self._compressor.sink))]
+        if loaded and said:
+            wanted.append(
+                (("said", *said), partial(self._compressor.read_raw, MemoryKV.of(self._model.empty_kv()), said))
+            )
         # the best match nearest to the question, as within a document
         placed = sorted(enumerate(loaded), key=lambda numbered: numbered[1].best)
         wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for _, one in placed]
-        prefix, (_, *found) = self._hot.prefix(self._model, wanted, room)
+        prefix, found = self._hot.prefix(self._model, wanted, room)
         for one in loaded:
             self.store.uses.add(one.row.id)
-        places = {number: place for (number, _), place in zip(placed, found, strict=True)}
+        places = {number: place for (number, _), place in zip(placed, found[len(found) - len(placed) :], strict=True)}
         return prefix, tuple(places[number] for number in range(len(loaded)))
 
     def _version(self, row: DocumentRow) -> tuple[str | int, ...]:

@@ -222,6 +222,37 @@ def test_answer_is_the_stock_models_behind_sink_and_documents_in_the_order_given
         assert 0 < answer.time_to_first_token <= answer.seconds
 
 
+def test_what_was_said_before_stands_in_front_of_documents_and_the_question_behind_them(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=2)
+    memory.add("well", WELL, ratio=2)
+    model = memory.model
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}
+    for turns in ([*said, question], [system, *said, question]):
+        prompt = chat_prompt(model, turns, behind_memory=True)
+        before = chat_prompt(model, turns[:-1], behind_memory=True, answered=False)
+        assert prompt[: len(before)] == before
+        read = memory.compressor.read_raw(MemoryKV.of(model.empty_kv()), before)
+        parts = [MemoryKV.of(memory.compressor.sink), read, *(memory.store.get(id).kv for id in ("roof", "well"))]
+        request = Request(MemoryKV.concat(parts), prompt[len(before) :])
+        ((expected,),) = generate(model, [request], generation_config(model, None, SHORT))
+        for _ in range(2):  # the second time nothing is read again
+            answer = memory.ask(turns, ["roof", "well"], **SHORT)
+            assert answer.text == expected.text
+            assert answer.usage.prompt_tokens == len(prompt)
+            assert answer.usage.slots == 1 + sum(memory.show(id).slots for id in ("roof", "well"))
+
+
+def test_what_the_system_says_and_a_conversation_without_documents_stay_in_the_prompt(memory: BeaconMemory) -> None:
+    memory.add("roof", ROOF, ratio=2)
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    cases: list[tuple[list[dict[str, str]], list[str]]] = [([system, question], ["roof"]), ([*said, question], [])]
+    for turns, ids in cases:
+        asked = memory._asked(Question(turns, ids))
+        assert [*asked.request.prompt] == chat_prompt(memory.model, turns, behind_memory=True)
+
+
 def test_stream_ends_with_the_answer_that_ask_gives(memory: BeaconMemory) -> None:
     memory.add("roof", ROOF, ratio=2)
     *pieces, answer = memory.stream("Who?", "roof", **SHORT)

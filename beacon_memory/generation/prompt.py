@@ -22,7 +22,7 @@ from beacon_memory.results import ToolCall
 
 from .tool_calls import OPENING, call_of_turn, new_call_id, read_answer, results_in_order, with_calls_as_text
 
-__all__ = ["chat_prompt", "require_tools", "takes_tools"]
+__all__ = ["chat_prompt", "require_tools", "said_before", "takes_tools"]
 
 _PROBE = {
     "type": "function",
@@ -44,8 +44,9 @@ def chat_prompt(
     behind_memory: bool,
     tools: Sequence[Mapping[str, Any]] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    answered: bool = True,
 ) -> list[int]:
-    """Return the token ids of a conversation, or of one question, in the model's chat template, ready to be answered.
+    """Return the token ids of a conversation, or of one question, in the model's chat template.
 
     Behind a memory, the bos token that a template may set is left out: it stands in front of the memory. Where the
     template does not show them, `tool_calls` of a turn become part of its text, and a first turn of the system part of
@@ -53,6 +54,7 @@ def chat_prompt(
     tools: JSON schemas of functions that the model may call. Raises InputError for a model whose template has no place
     for them, and for a conversation that the template refuses.
     chat_template_kwargs: what else the template knows, such as enable_thinking=False; InputError for other names.
+    answered: whether the answer of the model comes next, which the template may open.
     """
     if model.tokenizer.chat_template is None:
         raise InputError("the model's tokenizer has no chat template: questions need a chat (instruct) model")
@@ -66,10 +68,29 @@ def chat_prompt(
         given["tools"] = offered
         if _rendered(model, turns, given) == without:
             raise InputError(f"the model's chat template has no place for tools, {_ADVICE}")
-    ids: list[int] = _applied(model, turns, given, **_as_text(model, turns, given))
+    ids: list[int] = _applied(model, turns, given, add_generation_prompt=answered, **_as_text(model, turns, given))
     if behind_memory and model.leading_bos and ids[:1] == model.leading_bos:
         return ids[1:]
     return ids
+
+
+def said_before(model: BeaconModel, messages: Messages, prompt: Sequence[int], **how: Any) -> int:
+    """Return how many tokens of a prompt, the first ones, were said before the last turn of the user.
+
+    prompt: what `chat_prompt` made of the messages; how: what it was told beside.
+
+    It is 0 for a question that begins a conversation, whatever the system says in front of it, and where the template
+    writes earlier turns otherwise when more follow.
+    """
+    turns = turns_of(messages)
+    last = max((number for number, turn in enumerate(turns) if turn["role"] == "user"), default=0)
+    if all(turn["role"] == "system" for turn in turns[:last]):
+        return 0
+    try:
+        before = chat_prompt(model, turns[:last], answered=False, **how)
+    except InputError:  # the template wants a conversation to end otherwise
+        return 0
+    return len(before) if [*prompt[: len(before)]] == before else 0
 
 
 def takes_tools(model: BeaconModel) -> bool:
