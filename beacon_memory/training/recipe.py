@@ -99,7 +99,6 @@ class Stage:
                      predictions see selected entries; for a recipe with `[answers]`, and for no other.
     zoomed:          with `select`, the share of questions that see the passages that match them; the others see what
                      selection keeps of the whole text at one of two ratios.
-    history:         share of questions that follow one to four others in the same conversation, with their answers.
     branches:        most questions about one document, which is compressed once for all of them.
     continuation:    how many tokens after a text are predicted from its memory; may be 0 with `label_text`.
     label_text:      also predict the raw tokens of the text itself, each window from the memory of those before it.
@@ -123,7 +122,6 @@ class Stage:
     ratio_per: str = "window"
     compression: str = "beacon"
     zoomed: float = 0.0
-    history: float = 0.0
     branches: int = 12
     continuation: int = 256
     label_text: bool = False
@@ -152,8 +150,7 @@ class Stage:
         _require(self.ratio_per in ("window", "document"), "ratio_per", self.ratio_per, "'window' or 'document'")
         kinds = ("beacon", "hybrid", "select")
         _require(self.compression in kinds, "compression", self.compression, "'beacon', 'hybrid' or 'select'")
-        for name in ("zoomed", "history"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
+        _require(0 <= self.zoomed <= 1, "zoomed", self.zoomed, "a share from 0 to 1")
         if self.compression == "select":
             _require(not self.label_text, "label_text", self.label_text, "false with compression = 'select'")
             weak = not self.ratios or max(self.ratios) > 2

@@ -17,12 +17,11 @@ from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.modeling.text_tokens import text_tokens
 
 from .recipe import DataSource, Recipe, Stage
-from .rows import Context, Question, Rows, contexts_by_title, load_rows, texts
+from .rows import Context, Rows, contexts_by_title, load_rows, texts
 
 __all__ = ["Branch", "Loaded", "Sample", "SampleSet"]
 
 CHARS_PER_TOKEN = 6  # a text of n tokens is shorter than this times n
-_BEFORE = 4  # questions that may stand in a conversation before another
 _BLIND = 2  # selected memories that the questions on one document share
 _LEAST_ZOOM = 2  # the ratio of the memory that passages are loaded from
 
@@ -130,8 +129,7 @@ class SampleSet(Dataset[Sample]):
         if self.model.tokenizer.eos_token_id is None:
             raise InputError("the model's tokenizer has no eos token, which answers end with")
         questions = list(accumulate(sum(len(context.questions) for context in title) for title in titles))
-        every = [question for title in titles for context in title for question in context.questions]
-        return lambda rng: self._questions(rng, rng.choices(titles, cum_weights=questions)[0], every)
+        return lambda rng: self._questions(rng, rng.choices(titles, cum_weights=questions)[0])
 
     @property
     def _shortest(self) -> int:
@@ -157,8 +155,8 @@ class SampleSet(Dataset[Sample]):
         branches = (Branch(tuple(ids[split:]), 1, loaded),) if len(ids) > split + 1 else ()
         return Sample("text", parts, self._ratios(rng, parts), branches, self.stage.label_text)
 
-    def _questions(self, rng: random.Random, title: Sequence[Context], every: Sequence[Question]) -> Sample:
-        """Draw contexts of one title, in random order, and questions about them; `every`: of all titles."""
+    def _questions(self, rng: random.Random, title: Sequence[Context]) -> Sample:
+        """Draw contexts of one title, in random order, and questions about them."""
         room = rng.randint(*self.stage.tokens)
         chosen: list[Context] = []
         pieces: list[list[int]] = []
@@ -173,8 +171,7 @@ class SampleSet(Dataset[Sample]):
         questions = [question for context in chosen for question in context.questions]
         branches, blind = [], self._blind(rng, _BLIND)
         for question in rng.sample(questions, min(len(questions), self.stage.branches)):
-            turns = [*self._history(rng, every), {"role": "user", "content": question.question}]
-            prompt = chat_prompt(self.model, turns, behind_memory=True)
+            prompt = chat_prompt(self.model, question.question, behind_memory=True)
             answer = [*self._tokens(rng.choice(question.answers)), self.model.tokenizer.eos_token_id]
             loaded = rng.choice(blind)
             if self.stage.zoomed and rng.random() < self.stage.zoomed:
@@ -189,17 +186,6 @@ class SampleSet(Dataset[Sample]):
         return tuple(
             (*self.lead, *(id for piece in pieces[start:stop] for id in piece)) for start, stop in pairwise(cuts)
         )
-
-    def _history(self, rng: random.Random, every: Sequence[Question]) -> list[dict[str, str]]:
-        """Draw what may have been said before a question: others, about anything, with their answers."""
-        if not self.stage.history or rng.random() >= self.stage.history:
-            return []
-        before = rng.choices(every, k=rng.randint(1, _BEFORE))
-        return [
-            {"role": role, "content": text}
-            for one in before
-            for role, text in (("user", one.question), ("assistant", rng.choice(one.answers)))
-        ]
 
     def _blind(self, rng: random.Random, count: int) -> list[Loaded | None]:
         """Draw what questions share that do not load passages of their own."""

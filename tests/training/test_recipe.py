@@ -130,7 +130,6 @@ class TestErrors:
             ({"compression": "select", "zoomed": 1.5}, "zoomed=1.5 must be a share"),
             ({"compression": "select", "zoomed": 0.5, "ratios": (0, 2)}, r"ratios=\(0, 2\) must be some above 2"),
             ({"zoomed": 0.5}, "zoomed=0.5 must be 0 without"),
-            ({"history": -1.0}, "history=-1.0 must be a share"),
             ({"compression": "hybrid", "ratios": (2, 0)}, r"ratios=\(2, 0\) must be above 0 with"),
             ({"continuation": 1}, "continuation=1 must be at least 2"),
             ({"label_text": 1}, "label_text=1 must be true or false"),

@@ -118,17 +118,6 @@ class TestQuestions:
                 assert answer[-1] == EOS
                 assert any(text_of(model, *answer[:-1]) in one["answers"] for one in same)
 
-    def test_some_follow_others_in_one_conversation(self, model: BeaconModel, data: Path) -> None:
-        stage = a_stage(data=(QA,), tokens=(40, 80), history=0.5)
-        prompts = [
-            text_of(model, *branch.ids[: branch.labelled])
-            for sample in samples(model, data, stage)
-            for branch in sample.branches
-        ]
-        turns = {prompt.count("<|user|>") for prompt in prompts}
-        assert turns == {1, 2, 3, 4, 5}
-        assert all(prompt.count("<|assistant|>") == prompt.count("<|user|>") for prompt in prompts)
-
     def test_what_they_follow_is_drawn_for_each_or_shared(self, data: Path) -> None:
         stage = a_stage(data=(QA,), tokens=(40, 80), branches=6, compression="select", ratios=(0, 4, 8), zoomed=0.5)
         drawn = samples(a_model(), data, stage, answers=LORA)
