@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from beacon_memory.distributed import require_ray
 from beacon_memory.distributed.kinds import is_of_cluster
@@ -35,7 +38,7 @@ _SAY_SECONDS = 60.0  # between remarks on how far it is, where no bar is shown
 def connected(address: str) -> Iterator[None]:
     """Connect to the Ray cluster at an address, `auto` for the one that is running, `local` for one of this machine.
 
-    Raises ClusterError if there is none.
+    What Ray has to say meanwhile goes to standard error. Raises ClusterError if there is none.
     """
     require_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports nothing to anybody
@@ -43,18 +46,50 @@ def connected(address: str) -> Iterator[None]:
     from ray.exceptions import RayError
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    try:
-        _require_listening(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, RayError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"there is no Ray cluster at {address!r}: {error}; start one with `ray start --head`, or name another, "
-            "or `local` for one of this machine"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(_OutputOfThisThread()):
+        try:
+            _require_listening(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (OSError, RayError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"there is no Ray cluster at {address!r}: {error}; start one with `ray start --head`, or name another, "
+                "or `local` for one of this machine"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+class _OutputOfThisThread(io.TextIOBase):
+    """Take the place of standard output: what other threads print, as Ray's that listens for errors, goes to stderr."""
+
+    def __init__(self) -> None:
+        self._output, self._thread = sys.stdout, threading.current_thread()
+
+    def write(self, text: str) -> int:
+        """Write to standard output, or to standard error from another thread."""
+        return self._of_thread().write(text)
+
+    def flush(self) -> None:
+        """Flush what this thread writes to."""
+        self._of_thread().flush()
+
+    def _of_thread(self) -> TextIO:
+        return self._output if threading.current_thread() is self._thread else sys.stderr
+
+    def isatty(self) -> bool:
+        """Tell whether standard output is a terminal."""
+        return self._output.isatty()
+
+    def fileno(self) -> int:
+        """Return the number of standard output."""
+        return self._output.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # a stream that has none says None
+        """The encoding of standard output."""
+        return self._output.encoding
 
 
 def _require_listening(address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import pyarrow.parquet
 import pytest
 from cli_samples import lines, runner
 from postgres_server import PostgresServer, postgres  # noqa: F401  # a fixture
+from ray._private.utils import publish_error_to_driver
+from ray._raylet import GcsClient
 from ray_cluster import Nodes, documents, job, killed_in_the_middle
 from tiny_models import tiny_base, tiny_checkpoint
 
 from beacon_memory import BeaconMemory, ClusterError, ConfigError, InputError
 from beacon_memory.cli.cluster import connected
+from beacon_memory.cli.terminal import print_line
 from beacon_memory.distributed import compress
 from beacon_memory.distributed.compressing import _as_dataset
 from beacon_memory.distributed.reading import read
@@ -121,6 +125,21 @@ def test_text_files_with_a_url_and_datasets_of_hugging_face_are_read(nodes: Node
         assert (dataset.take_all(), known) == ([{"id": "x", "text": "Two.", "pinned": True}], 1)
         with pytest.raises(InputError, match=r"no\.parquet"):
             read([str(tmp_path / "no.parquet")])
+
+
+def test_what_ray_reports_never_comes_between_the_lines_of_a_command(
+    nodes: Nodes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, reported, until = "", "", time.monotonic() + 60
+    with connected(nodes.address):
+        while "too many workers" not in reported:
+            assert time.monotonic() < until
+            publish_error_to_driver("warning", "too many workers", GcsClient(nodes.address))  # as a raylet does
+            print_line("added")
+            time.sleep(0.1)
+            captured = capsys.readouterr()
+            printed, reported = printed + captured.out, reported + captured.err
+            assert set(printed.splitlines()) == {"added"}
 
 
 def test_a_cluster_that_is_not_there_is_named() -> None:
