@@ -1,12 +1,15 @@
 """The commands that serve a store to other programs, and make keys for these."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from beacon_memory.errors import InputError
 from beacon_memory.server.keys import Right, add_key, read_keys, remove_key
 
+from .cluster import connected
 from .help import Commands
 from .options import (
     Adapter,
@@ -25,6 +28,10 @@ from .options import (
 )
 from .terminal import print_line, reported, shown
 
+if TYPE_CHECKING:
+    from beacon_memory.memory import BeaconMemory
+    from beacon_memory.server.settings import ServerSettings
+
 __all__ = ["app"]
 
 app = Commands()
@@ -36,6 +43,15 @@ File = Annotated[
     typer.Argument(help="File of the keys; `add` makes it.", parser=path_given, metavar="FILE"),
 ]
 Name = Annotated[str, typer.Argument(help="Name of the key, for the log of the server.", parser=name_given)]
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    """Return the least and the most replicas that a user names, as 2 or 1-4."""
+    written = re.fullmatch(r"([1-9][0-9]{0,3})(?:-([1-9][0-9]{0,3}))?", text)
+    least, most = (int(written[1]), int(written[2] or written[1])) if written else (1, 0)
+    if most < least:
+        raise typer.BadParameter(f"{text!r} is neither a number of replicas, as 2, nor from how many to how many, 1-4.")
+    return least, most
 
 
 @app.command()
@@ -59,6 +75,24 @@ def serve(
     max_body: Annotated[str, typer.Option(help="Largest body of a request.", metavar="SIZE")] = "32MB",
     max_running: Annotated[int, typer.Option(help="Most answers that are decoded together.", min=1, max=32)] = 32,
     max_waiting: Annotated[int, typer.Option(help="Most requests that wait for these; others get 429.", min=0)] = 64,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster that is to serve: `auto` for the one that runs here, `local` to start one.",
+            show_default="none: this process serves",
+            parser=name_given,
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    replicas: Annotated[
+        Any,
+        typer.Option(
+            help="With --ray: how many servers answer, or from how many to how many, as 1-4.",
+            show_default="1",
+            parser=_replicas,
+            metavar="N[-N]",
+        ),
+    ] = None,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -70,23 +104,48 @@ def serve(
     """Serve the store to other programs, as OpenAI's API with memories.
 
     Documents are compressed in the background, questions of many programs decoded together. It ends at Ctrl-C, when the
-    answers that are running have ended. Needs the extra: pip install 'beacon-memory[server]'.
+    answers that are running have ended. With --ray several servers of a cluster share the work. Needs the extra:
+    pip install 'beacon-memory[server]', with --ray 'beacon-memory[ray,server]'.
     """
     with reported("jobs that wait go on with the next server"):
-        from beacon_memory.server import run
+        if replicas is not None and ray is None:
+            raise InputError("--replicas are those of a cluster: give --ray, too")
         from beacon_memory.server.settings import ServerSettings
 
         settings = ServerSettings(
             host=host,
             port=port,
-            keys=api_keys,
+            keys=api_keys and api_keys.absolute(),
             origins=tuple(allow_origin or ()),
             most_body=size("--max-body", max_body) or 0,
             most_running=max_running,
             most_waiting=max_waiting,
         )
         memory = open_memory(store, namespace, model, adapter, device, dtype, picker=picker)
-        run.serve(memory, settings, lambda url: print_line(f"listening on {url}"))
+        if ray is None:
+            from beacon_memory.server import run
+
+            run.serve(memory, settings, _listening)
+        else:
+            _serve_on_cluster(ray, memory, settings, *replicas or (1, 1))
+
+
+def _serve_on_cluster(
+    address: str, memory: "BeaconMemory", settings: "ServerSettings", min_replicas: int, max_replicas: int
+) -> None:
+    if settings.port == 0:
+        raise InputError("--port 0 is for one server; the proxies of a cluster need a port that is the same on all")
+    if settings.keys is not None:
+        read_keys(settings.keys)  # raises before anything is started
+    with connected(address):
+        from beacon_memory.distributed.serving import application, serve_on_cluster
+
+        served = application(memory, settings, min_replicas, max_replicas)
+        serve_on_cluster(served, settings, _listening)
+
+
+def _listening(url: str) -> None:
+    print_line(f"listening on {url}")
 
 
 @keys.command("add")

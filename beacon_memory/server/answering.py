@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
-
-from starlette.requests import Request
 
 from beacon_memory.memory import BeaconMemory
 from beacon_memory.question import Question
@@ -19,7 +17,7 @@ from .metrics import Metrics
 from .refusals import RefusedError
 from .settings import ServerSettings
 
-__all__ = ["Answering", "ClientGoneError", "while_connected"]
+__all__ = ["Answering"]
 
 T = TypeVar("T")
 _LOADING = 4  # threads in which memories are loaded: more would only take the processors from each other
@@ -90,27 +88,3 @@ class Answering:
         return RefusedError(
             429, "overloaded", f"{why}; try again in {seconds} s", headers={"Retry-After": str(seconds)}
         )
-
-
-class ClientGoneError(Exception):
-    """The client of a request went away."""
-
-
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Return what some work comes to; it is cancelled, with ClientGoneError, if the client goes away meanwhile."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGoneError
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -11,10 +11,10 @@ from fastapi.responses import Response
 
 from beacon_memory import __version__
 
-from .answering import ClientGoneError
 from .body_limit import BodyLimit
 from .guard import Guard
 from .keys import Keys
+from .leaving import ClientGoneError
 from .observing import Observing
 from .refusals import refuse
 from .routes import chat, documents, jobs, operations, page

@@ -29,12 +29,13 @@ ALIAS = "beacon-memory"  # a name by which any server's model goes
 class Service:
     """The model and the store of a server, and what works on them; used from `begin` to `end`.
 
-    jobs: of the store; they outlive the service.
+    jobs: of the store; they outlive the service. None for a service that only answers, since another one has them.
     """
 
-    def __init__(self, memory: BeaconMemory, jobs: Jobs, settings: ServerSettings) -> None:
+    def __init__(self, memory: BeaconMemory, jobs: Jobs | None, settings: ServerSettings) -> None:
         self.memory = memory
-        self.jobs = jobs
+        self._jobs = jobs
+        self._compressing: Compressing | None = None
         self.settings = settings
         self.metrics = Metrics()
         self.answering = Answering(settings, self.metrics)
@@ -46,18 +47,20 @@ class Service:
     def begin(self) -> None:
         """Begin to work on jobs; in the event loop."""
         self.news = News()
-        self.compressing = Compressing(
-            self.jobs,
-            self.memory_of,
-            self.metrics,
-            busy=lambda: self.answering.running > 0,
-            changed=self.news.tell,
-        )
-        self.compressing.start()
+        if self._jobs is not None:
+            self._compressing = Compressing(
+                self._jobs,
+                self.memory_of,
+                self.metrics,
+                busy=lambda: self.answering.running > 0,
+                changed=self.news.tell,
+            )
+            self._compressing.start()
 
     def end(self) -> None:
         """Stop working, and close the store."""
-        self.compressing.stop()
+        if self._compressing is not None:
+            self._compressing.stop()
         self.answering.close()
         for memory in self._memories.values():
             memory.close()
@@ -68,9 +71,23 @@ class Service:
         self.news.end()
 
     @property
+    def jobs(self) -> Jobs:
+        """The jobs of the store; raises RefusedError with 421 if another service has them."""
+        if self._jobs is None:
+            raise _elsewhere()
+        return self._jobs
+
+    @property
+    def compressing(self) -> Compressing:
+        """The work on the jobs; raises RefusedError with 421 if another service does it."""
+        if self._compressing is None:
+            raise _elsewhere()
+        return self._compressing
+
+    @property
     def ready(self) -> bool:
         """Whether requests can be met."""
-        return not self.stopping and self.compressing.alive
+        return not self.stopping and (self._jobs is None or self.compressing.alive)
 
     @property
     def model_name(self) -> str:
@@ -101,11 +118,16 @@ class Service:
                 opened = [*self._memories.values()]
             return sum(map(of, opened))
 
-        watch, counts = self.metrics.watch, self.jobs.counts
+        watch, jobs = self.metrics.watch, self._jobs
         watch("store_documents", "Stored documents.", lambda: total(lambda one: one.store.totals().documents))
         watch("store_bytes", "Bytes of their K/V.", lambda: total(lambda one: one.store.totals().bytes))
-        watch("jobs_queued", "Jobs that wait.", lambda: counts().get("queued", 0))
-        watch("jobs_running", "Jobs that are being done.", lambda: counts().get("running", 0))
+        if jobs is not None:
+            watch("jobs_queued", "Jobs that wait.", lambda: jobs.counts().get("queued", 0))
+            watch("jobs_running", "Jobs that are being done.", lambda: jobs.counts().get("running", 0))
+
+
+def _elsewhere() -> RefusedError:
+    return RefusedError(421, "answers_only", "this server only answers; another one of the store has its jobs")
 
 
 class Visit:

@@ -48,10 +48,11 @@ print("done", flush=True)
 
 
 class Nodes:
-    """A cluster whose head computes nothing, with nodes of one core each; a driver is this process, or its child."""
+    """A cluster whose head computes nothing, with nodes of some cores each; a driver is this process, or its child."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, cores: int = 1) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self._cores = cores
         head = {"num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
         self._cluster = _patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.nodes = [self.add() for _ in range(count)]
@@ -61,15 +62,15 @@ class Nodes:
         return str(self._cluster.address)
 
     def add(self) -> Any:
-        node = {"num_cpus": 1, "object_store_memory": _STORE_BYTES, "wait": False}
+        node = {"num_cpus": self._cores, "object_store_memory": _STORE_BYTES, "wait": False}
         return _patiently(lambda: self._cluster.add_node(**node))
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes of workers that run."""
+    def workers(self, named: str = _WORKER) -> list[psutil.Process]:
+        """The processes of workers that run, or of other actors of a name."""
         found = []
         for one in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if any(_WORKER in part for part in one.cmdline()):
+                if any(named in part for part in one.cmdline()):
                     found.append(one)
         return found
 

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from beacon_memory.results import Answer
-from beacon_memory.server.answering import while_connected
 from beacon_memory.server.bodies import ChatBody, CompletionBody
+from beacon_memory.server.leaving import while_connected
 from beacon_memory.server.logs import LOGGER
 from beacon_memory.server.refusals import INTERNAL, refusal_of
 from beacon_memory.server.replies import ChatReply, CompletionReply, Reply

@@ -18,9 +18,9 @@ from beacon_memory.documents import check_id
 from beacon_memory.errors import DocumentNotFoundError
 from beacon_memory.formats.kinds import Format
 from beacon_memory.memory import BeaconMemory
-from beacon_memory.server.answering import while_connected
 from beacon_memory.server.bodies import MemoryOptions
 from beacon_memory.server.jobs import JobKind
+from beacon_memory.server.leaving import while_connected
 from beacon_memory.server.service import Reader, Visit, Writer
 from beacon_memory.server.uploads import AppendBody, LabelBody, PutBody, read_append, read_put
 from beacon_memory.storage.catalog.rows import DocumentRow
