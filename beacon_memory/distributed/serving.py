@@ -34,6 +34,9 @@ _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _FRONTS = 2  # so that one may die; they have no model
 _MANY = 10_000  # requests that a front, or the writer, has at a time: clients who wait, and who watch jobs
 _BUSY = 0.5  # of the places of replicas: if more are taken, there are to be more replicas
+# Seconds in which a replica has to tell a front how much it has to do, or is passed over: Ray's are 0.1, and a busy one
+# that has a memory ready is worth more than an idle one that has not.
+_PATIENCE = {"RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1", "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "4"}
 _LOOK = 0.5  # seconds between the looks of a replica that ends whether its requests have ended
 _STARTS = 3  # of a replica, after which Ray gives up
 _SETTINGS = ("host", "keys", "origins", "most_body", "most_running", "most_waiting", "shutdown")
@@ -152,7 +155,11 @@ def application(
         **ends,
     )
     front = deployment(serve.ingress()(Front)).options(
-        name="front", num_replicas=_FRONTS, max_ongoing_requests=_MANY, ray_actor_options={"num_cpus": 0}, **ends
+        name="front",
+        num_replicas=_FRONTS,
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _PATIENCE}},
+        **ends,
     )
     replicas = [one.bind(memory, settings, writer=one is writer) for one in (answering, writer)]
     bound: serve.Application = front.bind(*replicas, settings.most_body)
