@@ -523,8 +523,10 @@ class BeaconMemory:
     def warm(self, ids: str | Sequence[str]) -> tuple[Place, ...]:
         """Make the memories of documents ready, so that the next question about one opens no file.
 
-        Returns where each was: `cold`, in its file; in `ram`; or on the `device`. As much is kept as `hot_bytes`
-        allows, the last ones first. Raises DocumentNotFoundError, CorruptFileError or FingerprintMismatchError.
+        Returns where each was: `remote`, in object storage; `cold`, in its file on this machine; in `ram`; or on the
+        `device`. As much is kept as `hot_bytes` allows, the last ones first.
+
+        Raises DocumentNotFoundError, CorruptFileError or FingerprintMismatchError.
         """
         room, recollection = self.room("") + self.compressor.sink.slots, self._recollection
         return tuple(recollection.warm(id, room) for id in ([ids] if isinstance(ids, str) else ids))

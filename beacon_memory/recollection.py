@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
@@ -227,8 +228,10 @@ class Recollection:
         """
 
         def load() -> tuple[list[Portion], Prefix, tuple[Place, ...]]:
-            loaded = choose()
-            return loaded, *self._prefix(loaded, room, said)
+            started, loaded = time.monotonic(), choose()
+            prefix, found = self._prefix(loaded, room, said)
+            places = (self._place(one.row, place, started) for one, place in zip(loaded, found, strict=True))
+            return loaded, prefix, tuple(places)
 
         return undisturbed(load)
 
@@ -247,6 +250,10 @@ class Recollection:
             self.store.uses.add(one.row.id)
         places = {number: place for (number, _), place in zip(placed, found[len(found) - len(placed) :], strict=True)}
         return prefix, tuple(places[number] for number in range(len(loaded)))
+
+    def _place(self, row: DocumentRow, found: Place, since: float) -> Place:
+        """Return where a memory was, given where it was found: files come to this machine with their index."""
+        return "remote" if found == "cold" and self.store.files.downloaded(row.files, since) else found
 
     def _version(self, row: DocumentRow) -> tuple[str | int, ...]:
         """Return what tells the K/V of a row from those of every other document, and of every other time."""

@@ -31,8 +31,8 @@ LEAST_WORDS = 0.42
 LEAST_LIKELIHOOD = 0.33
 
 Status = Literal["added", "replaced", "unchanged", "appended", "compacted", "recompressed"]
-# Where a document's memory was: in its file, or ready for attention, in RAM or on the model's device.
-Place = Literal["cold", "ram", "device"]
+# Where a document's memory was: in object storage, in its file on this machine, or ready in RAM or on the device.
+Place = Literal["remote", "cold", "ram", "device"]
 
 
 @dataclass(frozen=True, slots=True)

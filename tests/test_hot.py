@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 import weakref
 from dataclasses import replace
@@ -24,6 +25,7 @@ from beacon_memory.kv.prefix import Section
 from beacon_memory.kv.quantize import quantized
 from beacon_memory.kv.rope import Rope
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.storage.store import MemoryStore
 
 ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n\n"
 WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n\n"
@@ -75,6 +77,24 @@ def test_warm_says_where_memories_were(memory: BeaconMemory) -> None:
     assert ask(memory, "roof", "well")[1] == ("ram", "ram")
     with pytest.raises(DocumentNotFoundError, match="rof"):
         memory.warm("rof")
+
+
+def test_what_object_storage_had_to_send_is_told_apart_from_what_its_cache_has(
+    model: BeaconModel, tmp_path: Path
+) -> None:
+    place = (tmp_path / "bucket").as_uri()
+
+    def opened() -> BeaconMemory:
+        store = MemoryStore(tmp_path / "store", files=place)
+        return BeaconMemory(store, model, reserve=100)
+
+    opened().add_many([("roof", ROOF), ("well", WELL)], ratio=2)
+    assert ask(opened(), "roof", "well")[1] == ("cold", "cold")  # what was published stays in the cache
+    shutil.rmtree(tmp_path / "store" / "cache")
+    asking = opened()
+    assert [ask(asking, "roof")[1] for _ in range(2)] == [("remote",), ("ram",)]
+    assert ask(opened(), "roof", "well")[1] == ("cold", "remote")
+    assert ask(opened(), "roof", "well")[1] == ("cold", "cold")
 
 
 def test_a_changed_document_is_never_served_stale(memory: BeaconMemory) -> None:

@@ -45,7 +45,12 @@ __all__ = ["app"]
 app = Commands()
 
 _MOST_LISTED = 50  # documents that /docs shows
-_PLACES = {"cold": "read from its file", "ram": "ready in RAM", "device": "ready on the device"}
+_PLACES = {
+    "remote": "fetched from object storage",
+    "cold": "read from its file",
+    "ram": "ready in RAM",
+    "device": "ready on the device",
+}
 
 
 @app.command()

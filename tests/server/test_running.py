@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ from langchain_samples import ROOF, WELL, filled_memory, in_words
 from servers import ServerProcess, client, ended_job, put, running
 from tiny_models import tiny_base, tiny_checkpoint
 
-from beacon_memory import BeaconModel, ConflictError
+from beacon_memory import BeaconMemory, BeaconModel, ConflictError
 from beacon_memory.server.run import RunningServer
 from beacon_memory.server.settings import ServerSettings
+from beacon_memory.storage.store import MemoryStore
 
 ASK: dict[str, Any] = {"model": "beacon-memory", "messages": [{"role": "user", "content": "Who?"}]}
 LONG = "".join(f"In year {year} the roof was mended by number {year * 7}. " for year in range(450))
@@ -196,6 +198,18 @@ def test_same_document_is_read_from_its_file_once(fresh: RunningServer) -> None:
     assert 'beacon_memory_loaded_documents_total{place="cold"} 1.0' in page
     assert "beacon_memory_store_documents 3.0" in page
     assert "beacon_memory_first_token_seconds_count 3.0" in page
+
+
+def test_metrics_tell_what_object_storage_had_to_send(model: BeaconModel, tmp_path: Path) -> None:
+    store, asked = MemoryStore(tmp_path / "store", files=(tmp_path / "bucket").as_uri()), {**ASK, "max_tokens": 2}
+    BeaconMemory(store, model, reserve=100).add("roof", ROOF, ratio=2)
+    shutil.rmtree(tmp_path / "store" / "cache")
+    with running(BeaconMemory(store, model, reserve=100)) as server, client(server) as http:
+        for _ in range(3):
+            http.post("/v1/chat/completions", json={**asked, "document_ids": ["roof"]}).raise_for_status()
+        page = http.get("/metrics").text
+    assert 'beacon_memory_loaded_documents_total{place="remote"} 1.0' in page
+    assert 'beacon_memory_loaded_documents_total{place="ram"} 2.0' in page
 
 
 def test_failure_inside_is_told_without_its_cause(

@@ -3,7 +3,12 @@
 import { send } from "./api.js";
 import { count, element, megabytes, number } from "./element.js";
 
-const PLACES = { cold: "read from its file", ram: "was ready in memory", device: "was ready on the device" };
+const PLACES = {
+  remote: "fetched from object storage",
+  cold: "read from its file",
+  ram: "was ready in memory",
+  device: "was ready on the device",
+};
 const percent = (share) => `${Math.round(100 * share)} %`;
 
 /** Returns what was loaded for an answer and what it took, as a table, and behind it the shaded text. */

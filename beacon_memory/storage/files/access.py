@@ -44,6 +44,9 @@ class Files(Protocol):
         Raises as `fetch`.
         """
 
+    def downloaded(self, names: Iterable[str], since: float) -> bool:
+        """Tell whether one of these files had to be fetched from elsewhere; since: a time of time.monotonic."""
+
     def remove(self, name: str) -> bool:
         """Remove a file if it exists; returns False if it cannot be removed now. A power cut may bring it back."""
 

@@ -11,8 +11,11 @@ cache. It can be deleted at any time: the backend has all of it, except what is 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from .names import EVERYWHERE, FILE_NAME, TEMP_PREFIX, check_name, new_temp, tem
 __all__ = ["CachedFiles"]
 
 _STALE_SECONDS = 3600  # without a byte, after which nobody can still be downloading
+_MOST_NOTED = 10_000  # downloads whose time is known
 
 
 class CachedFiles:
@@ -44,6 +48,7 @@ class CachedFiles:
         self.cache = cache
         self.cache_bytes = cache_bytes
         self._downloads = cache / "downloads"
+        self._noted: OrderedDict[str, float] = OrderedDict()  # when files were downloaded last, by time.monotonic
         self._room = 0  # bytes that this process may add before it looks what the cache holds
         self._locks = tuple(threading.Lock() for _ in range(64))  # one for a name, shared by few others
 
@@ -98,6 +103,10 @@ class CachedFiles:
         with self._locks[hash(name) % len(self._locks)]:
             self._download(name, path, identity(path))
         return True
+
+    def downloaded(self, names: Iterable[str], since: float) -> bool:
+        """Tell whether this process has downloaded one of these files; since: a time of time.monotonic."""
+        return any(self._noted.get(name, -math.inf) >= since for name in names)
 
     def remove(self, name: str) -> bool:
         """Remove a file from backend and cache; returns False if it cannot be removed now."""
@@ -175,6 +184,10 @@ class CachedFiles:
                 sync_file(temp)  # or a power cut could leave an empty file under the name
                 if identity(path) in (None, damaged):  # what another process put there meanwhile is as new, or newer
                     self._keep(temp, path)
+            self._noted[name] = time.monotonic()
+            self._noted.move_to_end(name)
+            if len(self._noted) > _MOST_NOTED:
+                self._noted.popitem(last=False)
         finally:
             unlink(temp)
 

@@ -64,6 +64,10 @@ class LocalFiles:
         """Return False: there is no other copy."""
         return False
 
+    def downloaded(self, names: Iterable[str], since: float) -> bool:  # noqa: ARG002  # they are here
+        """Return False: no file comes from elsewhere."""
+        return False
+
     def remove(self, name: str) -> bool:
         """Remove a file if it exists; returns False if it cannot be removed now."""
         try:

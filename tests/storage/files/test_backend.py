@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,7 +170,12 @@ class TestBackend:
         temp.write_bytes(DATA)
         files.publish(temp, NAME)
         other = CachedFiles(backend, tmp_path / "elsewhere", 10**9)
+        began = time.monotonic()
         assert other.fetch(NAME).read_bytes() == files.fetch(NAME).read_bytes() == DATA
+        assert (other.downloaded([NAME], began), files.downloaded([NAME], began)) == (True, False)
+        began = time.monotonic()
+        assert other.fetch(NAME).read_bytes() == DATA
+        assert not other.downloaded([NAME], began)
         assert [*other.names()] == [NAME]
         assert other.remove(NAME)
         other.sync([NAME])
