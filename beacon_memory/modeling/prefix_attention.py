@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, zip_longest
+from itertools import accumulate, groupby, zip_longest
 from operator import is_
 
 import numpy as np
@@ -32,9 +32,12 @@ __all__ = ["Part", "PrefixBatch", "attend_apart", "attend_behind", "attend_joine
 
 _NOTHING = -1e30  # log-sum-exp of no scores: finite, so that rows which see nothing at all merge to 0
 _MOST_SCORES = 1 << 26  # scores that are held at a time where no kernel computes attention
+_FEW = 8  # entries: so few are copied for less than a call of its own costs
 _GROUPS = 4  # of heads of about the same length: more waste less memory and take more calls
 # Output of attention [units, queries, head_dim] and log-sum-exp of its scores [units, queries].
 _Piece = tuple[Tensor, Tensor]
+# How many rows, or units, ask heads that have equally many entries; their keys and values [heads, entries, head_dim].
+_Asked = tuple[int, Tensor, Tensor]
 # Rows that are attended for at a time: which ones; how many entries, the first ones, any of them sees; and the mask,
 # [rows, those entries, then entries of a prefix that all rows see], added to the scores.
 Part = tuple[slice, int, Tensor]
@@ -77,6 +80,7 @@ class PrefixBatch:
         self.trained = any(part.section.keys.requires_grad or part.section.values.requires_grad for part in self._parts)
         self.units = self._units()
         self._turn = self._turns()
+        self._asked: dict[int, Sequence[_Asked]] = {}
         self._laid_out: dict[int, _Packed | _Padded] = {}
 
     def __bool__(self) -> bool:
@@ -126,9 +130,27 @@ class PrefixBatch:
             if layer not in self._laid_out:
                 self._laid_out[layer] = layout.of(self._parts, layer)
             return [self._laid_out[layer].attend(queries, scale)]
-        blocks = [(len(part.rows), *block) for part in self._parts for block in part.section.blocks[layer]]
-        asked = queries.split([rows * len(keys) for rows, _, keys, _ in blocks])
-        return [_ask(one, keys, values, scale) for one, (_, _, keys, values) in zip(asked, blocks, strict=True)]
+        blocks = self._blocks(layer)
+        asked = queries.split([units for units, _, _ in blocks])
+        return [_ask(one, keys, values, scale) for one, (_, keys, values) in zip(asked, blocks, strict=True)]
+
+    def _blocks(self, layer: int) -> Sequence[_Asked]:
+        """Return what is asked at a time on CPU; neighbours of a few entries, as the sinks of all rows, are joined."""
+        if layer not in self._asked:
+            blocks = [(len(part.rows), *block[1:]) for part in self._parts for block in part.section.blocks[layer]]
+            joined: list[_Asked] = []
+            for (rows, _, _), run in groupby(blocks, key=_joined_by):
+                keys, values = ([*one] for one in [*zip(*run, strict=True)][1:])
+                whole = [part[0] if len(part) == 1 else torch.cat(part) for part in (keys, values)]
+                joined.append((rows * len(whole[0]), whole[0], whole[1]))
+            self._asked[layer] = joined
+        return self._asked[layer]
+
+
+def _joined_by(block: _Asked) -> tuple[int, int, int]:
+    """Return a key that blocks have in common which may be asked together: of few entries, and by as many rows."""
+    rows, keys, _ = block
+    return rows, keys.shape[1], 0 if keys.shape[1] <= _FEW else id(keys)
 
 
 def _ask(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> _Piece:
