@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from beacon_memory.errors import InputError
 from beacon_memory.generation.options import DEFAULT_MAX_NEW_TOKENS
 from beacon_memory.generation.prompt import require_tools
 from beacon_memory.generation.tool_calls import call_of_turn, chosen_tools
@@ -17,7 +18,7 @@ from beacon_memory.question import Question
 
 from .refusals import RefusedError
 
-__all__ = ["Asked", "ChatBody", "CompletionBody", "MemoryOptions"]
+__all__ = ["AnswerOptions", "Asked", "ChatBody", "CompletionBody", "MemoryOptions"]
 
 # OpenAI's options that change nothing here: they are about accounts, caches and service.
 _IGNORED = (
@@ -29,7 +30,6 @@ _IGNORED = (
     "store",
     "user",
 )
-# Those that would change an answer, and cannot be met, with the values that ask for nothing.
 _UNMET: Mapping[str, Sequence[object]] = {
     "n": (1,),
     "best_of": (1,),
@@ -169,15 +169,20 @@ class MemoryOptions(BaseModel):
     ] = False
 
 
-class _Options(MemoryOptions):
-    """Options that chats and completions share."""
+class AnswerOptions(MemoryOptions):
+    """Options that all requests for answers share.
+
+    unmet: those that would change an answer, and cannot be met, with the values that ask for nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    unmet: ClassVar[Mapping[str, Sequence[object]]] = _UNMET
 
     model: Annotated[str, Field(description="The name that /v1/models has, or beacon-memory.")]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
+    min_tokens: Annotated[int | None, Field(ge=0, description="Tokens before which the answer may not end.")] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=1)] = None
@@ -191,10 +196,10 @@ class _Options(MemoryOptions):
     def _without_what_is_not_met(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name, nothing in _UNMET.items():
+        for name, nothing in cls.unmet.items():
             if body.get(name) not in (None, *nothing):
                 raise ValueError(f"{name}={json.dumps(body[name])[:100]} is not supported by this server; leave it out")
-        return {name: value for name, value in body.items() if name not in (*_IGNORED, *_UNMET)}
+        return {name: value for name, value in body.items() if name not in (*_IGNORED, *cls.unmet)}
 
     @property
     def longest(self) -> int:
@@ -205,6 +210,10 @@ class _Options(MemoryOptions):
         """Return the question that a conversation asks with these options."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         options = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.min_tokens:
+            if self.min_tokens > self.longest:
+                raise InputError(f"min_tokens={self.min_tokens} is more than the answer may have, {self.longest}")
+            options["min_new_tokens"] = self.min_tokens
         return Question(
             messages,
             self.document_ids,
@@ -225,7 +234,7 @@ class Asked:
         self.question, self.tools, self.must_call = question, tools, must_call
 
 
-class ChatBody(_Options):
+class ChatBody(AnswerOptions):
     """The body of a request for a chat's next turn."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -268,7 +277,7 @@ class ChatBody(_Options):
         return None
 
 
-class CompletionBody(_Options):
+class CompletionBody(AnswerOptions):
     """The body of a request for a completion: its prompt is asked as a user's turn."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]

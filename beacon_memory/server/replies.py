@@ -20,7 +20,7 @@ from beacon_memory.results import Answer, ToolCall, UnreadCall
 from .bodies import Asked
 from .refusals import RefusedError
 
-__all__ = ["ChatReply", "CompletionReply", "Reply"]
+__all__ = ["ChatReply", "CompletionReply", "Reply", "told_of_memory"]
 
 
 class Reply(ABC):
@@ -29,46 +29,39 @@ class Reply(ABC):
     model: its name. asked: the question with its tools. tokenizer: of the model.
     """
 
-    kind = ""
-    chunk_kind = ""
-    opening = ""
+    last_event = ""  # of a stream
 
     def __init__(self, model: str, asked: Asked, tokenizer: Any) -> None:
+        self._model = model
         self._asked = asked
         self._tokenizer = tokenizer
-        self._shared = {"id": f"{self.opening}{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
+    @abstractmethod
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return the reply as one object; raises RefusedError with 422 if a tool had to be called and was not."""
-        return self._object(self.kind, [self._choice(answer)], usage=_usage(answer), memory=_memory(answer))
 
-    async def chunks(
-        self, pieces: AsyncIterator[str | Answer], *, include_usage: bool
-    ) -> AsyncIterator[Mapping[str, Any]]:
+    @abstractmethod
+    def chunks(self, pieces: AsyncIterator[str | Answer], *, include_usage: bool) -> AsyncIterator[Mapping[str, Any]]:
         """Yield the reply in chunks, as pieces of the answer come."""
-        for choice in self._begin():
-            yield self._chunk([choice])
+
+    def event(self, chunk: Mapping[str, Any]) -> str:
+        """Return a chunk as a server-sent event."""
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    async def _texts(self, pieces: AsyncIterator[str | Answer]) -> AsyncIterator[str | Answer]:
+        """Yield the text of an answer without the calls in it, as it becomes certain, and the Answer last."""
         seen = shown = ""
         async for piece in pieces:
             if isinstance(piece, Answer):
-                for choice in self._rest(piece, shown):
-                    yield self._chunk([choice])
-                last = self._delta({}, self._finish(piece))
-                yield self._object(self.chunk_kind, [last], memory=_memory(piece))
-                if include_usage:
-                    yield self._object(self.chunk_kind, [], usage=_usage(piece))
+                if rest := self._content(piece).removeprefix(shown):
+                    yield rest
+                yield piece
                 return
             seen += piece
             certain = certain_text(self._tokenizer, seen, self._asked.tools).strip()
             if new := certain.removeprefix(shown):
                 shown = certain
-                yield self._chunk([self._delta(self._text(new))])
-
-    def _object(self, kind: str, choices: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
-        return {**self._shared, "object": kind, "choices": list(choices), **more}
-
-    def _chunk(self, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return self._object(self.chunk_kind, choices)
+                yield new
 
     def _content(self, answer: Answer) -> str:
         """Return the text of an answer without the calls in it; what cannot be read as a call is text."""
@@ -91,6 +84,46 @@ class Reply(ABC):
             )
         return calls
 
+
+class _ChoicesReply(Reply):
+    """A reply with one choice, whole or in pieces."""
+
+    kind = ""
+    chunk_kind = ""
+    opening = ""
+    last_event = "data: [DONE]\n\n"
+
+    def __init__(self, model: str, asked: Asked, tokenizer: Any) -> None:
+        super().__init__(model, asked, tokenizer)
+        self._shared = {"id": f"{self.opening}{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """Return the reply with its choice."""
+        return self._object(self.kind, [self._choice(answer)], usage=_usage(answer), memory=told_of_memory(answer))
+
+    async def chunks(
+        self, pieces: AsyncIterator[str | Answer], *, include_usage: bool
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        """Yield pieces of the choice."""
+        for choice in self._begin():
+            yield self._chunk([choice])
+        async for piece in self._texts(pieces):
+            if isinstance(piece, str):
+                yield self._chunk([self._delta(self._text(piece))])
+                continue
+            for choice in self._rest(piece):
+                yield self._chunk([choice])
+            last = self._delta({}, self._finish(piece))
+            yield self._object(self.chunk_kind, [last], memory=told_of_memory(piece))
+            if include_usage:
+                yield self._object(self.chunk_kind, [], usage=_usage(piece))
+
+    def _object(self, kind: str, choices: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+        return {**self._shared, "object": kind, "choices": list(choices), **more}
+
+    def _chunk(self, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return self._object(self.chunk_kind, choices)
+
     def _finish(self, answer: Answer) -> str:
         return "length" if not answer.ended else "tool_calls" if self._calls(answer) else "stop"
 
@@ -98,10 +131,9 @@ class Reply(ABC):
         """Yield what opens a stream."""
         yield from ()
 
-    def _rest(self, answer: Answer, shown: str) -> Iterator[Mapping[str, Any]]:
-        """Yield what is known only at the end."""
-        if rest := self._content(answer).removeprefix(shown):
-            yield self._delta(self._text(rest))
+    def _rest(self, answer: Answer) -> Iterator[Mapping[str, Any]]:  # noqa: ARG002  # of which a text has none
+        """Yield what is known only at the end, beside the text."""
+        yield from ()
 
     @abstractmethod
     def _choice(self, answer: Answer) -> Mapping[str, Any]:
@@ -116,7 +148,7 @@ class Reply(ABC):
         """Return a text as fields of a piece."""
 
 
-class ChatReply(Reply):
+class ChatReply(_ChoicesReply):
     """A reply of `/v1/chat/completions`."""
 
     kind, chunk_kind, opening = "chat.completion", "chat.completion.chunk", "chatcmpl-"
@@ -124,8 +156,7 @@ class ChatReply(Reply):
     def _begin(self) -> Iterator[Mapping[str, Any]]:
         yield self._delta({"role": "assistant", "content": ""})
 
-    def _rest(self, answer: Answer, shown: str) -> Iterator[Mapping[str, Any]]:
-        yield from super()._rest(answer, shown)
+    def _rest(self, answer: Answer) -> Iterator[Mapping[str, Any]]:
         for index, call in enumerate(self._calls(answer)):
             yield self._delta({"tool_calls": [{"index": index, **_call(call)}]})
 
@@ -142,7 +173,7 @@ class ChatReply(Reply):
         return {"content": text}
 
 
-class CompletionReply(Reply):
+class CompletionReply(_ChoicesReply):
     """A reply of `/v1/completions`."""
 
     kind = chunk_kind = "text_completion"
@@ -174,7 +205,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _memory(answer: Answer) -> dict[str, Any]:
+def told_of_memory(answer: Answer) -> dict[str, Any]:
     """Return what is told of memories: which documents and passages were loaded, and what that took."""
     return {
         "document_ids": list(answer.ids),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from langchain_samples import babbling_model, filled_memory
 from servers import client, running
@@ -34,6 +35,12 @@ def server(memory: BeaconMemory) -> Iterator[RunningServer]:
 def http(server: RunningServer) -> Iterator[httpx.Client]:
     with client(server) as http:
         yield http
+
+
+@pytest.fixture
+def ai(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
+        yield ai
 
 
 @pytest.fixture

@@ -23,12 +23,6 @@ from beacon_memory.server.run import RunningServer
 WHO = [{"role": "user", "content": "Who?"}]
 
 
-@pytest.fixture
-def ai(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
-        yield ai
-
-
 def ask(ai: openai.OpenAI, **options: Any) -> Any:
     extra = {"document_ids": ["roof"]} | options.pop("extra_body", {})
     asked = {"model": "beacon-memory", "messages": WHO, "max_completion_tokens": 8} | options
@@ -226,22 +220,34 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tools_are_called_and_their_results_are_told(with_tools: RunningServer, stream: bool) -> None:
+@pytest.mark.parametrize("responses", [False, True])
+def test_tools_are_called_and_their_results_are_told(with_tools: RunningServer, responses: bool, stream: bool) -> None:
     chat: Any = ChatOpenAI(
         base_url=f"{with_tools.url}/v1",
         api_key="none",  # type: ignore[arg-type]
         model="beacon-memory",
         temperature=0,
         streaming=stream,
+        use_responses_api=responses,
         extra_body={"document_ids": []},
     ).bind_tools([LOOK])
     asked = HumanMessage("What is in the barn?")
     call = chat.invoke([asked])
     ((name, args),) = [(one["name"], one["args"]) for one in call.tool_calls]
-    assert (name, args, call.content) == ("look", {"place": "barn"}, "")
-    assert call.response_metadata["finish_reason"] == "tool_calls"
+    assert (name, args, call.text) == ("look", {"place": "barn"}, "")
+    assert responses or call.response_metadata["finish_reason"] == "tool_calls"
     told = chat.invoke([asked, call, ToolMessage("two owls", tool_call_id=call.tool_calls[0]["id"])])
-    assert (told.content, told.tool_calls) == ("Two owls are in the barn.", [])
+    assert (told.text, told.tool_calls) == ("Two owls are in the barn.", [])
+
+
+def test_answer_does_not_end_before_it_has_the_least_tokens(with_tools: RunningServer) -> None:
+    asked: Any = {"messages": [{"role": "user", "content": "What is in the barn?"}], "max_completion_tokens": 30}
+    with openai.OpenAI(base_url=f"{with_tools.url}/v1", api_key="none", max_retries=0) as ai:
+        replies = [ask(ai, **asked, extra_body={"document_ids": [], "min_tokens": least}) for least in (0, 25)]
+        with pytest.raises(openai.BadRequestError, match="min_tokens=31 is more than the answer may have, 30"):
+            ask(ai, **asked, extra_body={"min_tokens": 31})
+    short, long = (reply.usage.completion_tokens for reply in replies)
+    assert short < 25 <= long
 
 
 def test_tool_that_had_to_be_called_and_was_not_is_an_error(with_tools: RunningServer) -> None:

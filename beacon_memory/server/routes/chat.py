@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from beacon_memory.results import Answer
-from beacon_memory.server.bodies import ChatBody, CompletionBody
+from beacon_memory.server.bodies import Asked, ChatBody, CompletionBody
 from beacon_memory.server.leaving import while_connected
 from beacon_memory.server.logs import LOGGER
 from beacon_memory.server.refusals import INTERNAL, refusal_of
 from beacon_memory.server.replies import ChatReply, CompletionReply, Reply
+from beacon_memory.server.responses import ResponseReply, ResponsesBody
 from beacon_memory.server.service import Reader, Visit
 
 __all__ = ["router"]
@@ -27,6 +29,12 @@ _CHAT = {
     "messages": [{"role": "user", "content": "Who pays the rent?"}],
     "document_ids": ["lease"],
     "max_completion_tokens": 64,
+}
+_RESPONSE = {
+    "model": "beacon-memory",
+    "input": "Who pays the rent?",
+    "document_ids": ["lease"],
+    "max_output_tokens": 64,
 }
 _COMPLETION = {"model": "beacon-memory", "prompt": "Who pays the rent?", "document_ids": ["lease"], "max_tokens": 64}
 
@@ -64,7 +72,21 @@ async def completion(visit: Reader, request: Request, body: CompletionBody) -> R
     return await _reply(visit, request, body, CompletionReply)
 
 
-async def _reply(visit: Visit, request: Request, body: ChatBody | CompletionBody, kind: type[Reply]) -> Response:
+@router.post("/responses", summary="Answer as OpenAI's Responses do", openapi_extra=_example(_RESPONSE))
+async def response(visit: Reader, request: Request, body: ResponsesBody) -> Response:
+    """Answer a text or a conversation in the form of OpenAI's Responses; none is kept, so `input` has all of its turns.
+
+    The fields beside OpenAI's, and `memory` in the reply, are those of chats.
+    """
+    return await _reply(visit, request, body, partial(ResponseReply, body))
+
+
+async def _reply(
+    visit: Visit,
+    request: Request,
+    body: ChatBody | CompletionBody | ResponsesBody,
+    kind: Callable[[str, Asked, Any], Reply],
+) -> Response:
     service, memory = visit.service, visit.memory
     service.require_model(body.model)
     asked = body.asked(memory)
@@ -108,13 +130,13 @@ async def _events(
     async with aclosing(pieces):
         try:
             async for chunk in reply.chunks(all_pieces(), include_usage=include_usage):
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                yield reply.event(chunk)
         except Exception as error:  # noqa: BLE001  # the status is sent already, so it is told in the stream
             refusal = refusal_of(error)
             if refusal is INTERNAL:
                 LOGGER.exception("a stream failed", extra={"fields": {"request_id": request.state.request_id}})
             yield f"data: {json.dumps(refusal.body)}\n\n"
-        yield "data: [DONE]\n\n"
+        yield reply.last_event
 
 
 def _model(visit: Visit) -> dict[str, Any]:
