@@ -7,6 +7,8 @@ time.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -61,6 +63,7 @@ def run(
                     _library(memory, id)
                     _asked(http, id)
                 yield _overhead(memory, http, ids)
+                yield _command(url, ids[0])
                 yield from _together(http, ids)
         if minutes:
             yield from _at_the_limit(store, model, adapter, device, ids, minutes)
@@ -91,6 +94,19 @@ def _overhead(memory: BeaconMemory, http: httpx.Client, ids: list[str]) -> Figur
     return Figure("first token, what the server adds, ms", 1000 * (theirs - ours), "at most 10", detail)
 
 
+def _command(url: str, id: str) -> Figure:
+    """Measure what a command that goes through the server takes beside the seconds that the server tells of."""
+    command = [sys.executable, "-m", "beacon_memory", "ask", QUESTION, "--doc", id, "--max-new-tokens", "8", "--json"]
+    environment, took = {**os.environ, "BEACON_MEMORY_URL": url}, []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, env=environment)
+        took.append((time.perf_counter() - started, float(json.loads(done.stdout)["seconds"])))
+    whole, theirs = min(took, key=lambda pair: pair[0] - pair[1])
+    detail = f"{whole:.2f} s, of which the server tells of {theirs:.2f} s, best of {_ROUNDS}"
+    return Figure("`ask` through the server, what its process adds, s", whole - theirs, "at most 0.5", detail)
+
+
 def _together(http: httpx.Client, ids: list[str]) -> Iterator[Figure]:
     """Measure clients at the same time beside the same ones one after another."""
     began = time.perf_counter()
@@ -103,7 +119,7 @@ def _together(http: httpx.Client, ids: list[str]) -> Iterator[Figure]:
         sum(one.tokens for one in alone) / (between - began),
         sum(one.tokens for one in together) / (ended - between),
     )
-    detail = f"{fast:.1f} / {slow:.1f} tokens/s, {_NEW_TOKENS} tokens each"
+    detail = f"{fast:.1f} / {slow:.1f} tokens/s, {sum(one.tokens for one in alone) // len(ids)} tokens each"
     yield Figure(f"{len(ids)} clients: tokens/s at once / one after another", fast / slow, "at least 3", detail)
     first = [one.first for one in together]
     mean = statistics.fmean(first)
@@ -121,6 +137,7 @@ def _library(memory: BeaconMemory, id: str) -> float:
 
 def _asked(http: httpx.Client, id: str, new_tokens: int = _NEW_TOKENS) -> _Reply:
     body = soak.asked_body(id, new_tokens) | {"stream": True, "stream_options": {"include_usage": True}}
+    body |= {"min_tokens": new_tokens}
     started, first, tokens = time.perf_counter(), 0.0, 0
     with http.stream("POST", "/v1/chat/completions", json=body) as reply:
         if reply.is_error:

@@ -60,7 +60,12 @@ class RemoteMemory:
         self._url = url.rstrip("/")
         headers = {} if not key else {"Authorization": f"Bearer {key}"}
         try:
-            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=httpx.Timeout(_SECONDS, connect=10))
+            self._http = httpx.Client(
+                base_url=self._url,
+                headers=headers,
+                timeout=httpx.Timeout(_SECONDS, connect=10),
+                verify=not self._url.lower().startswith("http://"),  # else all certificates are read for nothing
+            )
         except (httpx.InvalidURL, ValueError) as error:
             raise InputError(f"{_URL}={url!r} is no URL: {error}") from error
 
