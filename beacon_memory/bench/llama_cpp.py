@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Sequence
@@ -49,11 +50,11 @@ class LlamaCpp:
         if names.model is not None:
             raise InputError(f"{form.name} runs with the default model alone, not with {names.model!r}")
         self._library: Any = llama_cpp
-        vocabulary = llama_cpp.Llama(str(weights), vocab_only=True, verbose=False)
-        self._text, self._question = (
-            vocabulary.tokenize(part.encode(), add_bos=first, special=not first)
-            for part, first in ((text, True), (_PROMPT, False))
-        )
+        with contextlib.closing(llama_cpp.Llama(str(weights), n_ctx=_BATCH, verbose=False)) as small:
+            self._text, self._question = (
+                small.tokenize(part.encode(), add_bos=first, special=not first)
+                for part, first in ((text, True), (_PROMPT, False))
+            )
         threads, read = torch.get_num_threads(), len(self._text)
         self._llama: Any = llama_cpp.Llama(
             str(weights), n_ctx=read + room, n_batch=_BATCH, n_threads=threads, n_threads_batch=threads, verbose=False
