@@ -23,7 +23,7 @@ from beacon_memory.storage.reading import READ_TRIES
 from beacon_memory.storage.store import MemoryStore
 
 from .conversation import Messages, turns_of
-from .documents import SESSION_TAG
+from .documents import SESSION_TAG, content_hash
 from .errors import ConflictError, DocumentNotFoundError
 from .evidence import words_together
 from .hot import HotMemories
@@ -239,9 +239,8 @@ class Recollection:
         wanted: list[tuple[Hashable, Callable[[], MemoryKV | QuantizedKV]]]
         wanted = [("sink", lambda: MemoryKV.of(self._compressor.sink))]
         if loaded and said:
-            wanted.append(
-                (("said", *said), partial(self._compressor.read_raw, MemoryKV.of(self._model.empty_kv()), said))
-            )
+            key = "said", content_hash(repr([*said]))  # sizes of memories are known by their keys for long
+            wanted.append((key, partial(self._compressor.read_raw, MemoryKV.of(self._model.empty_kv()), said)))
         # the best match nearest to the question, as within a document
         placed = sorted(enumerate(loaded), key=lambda numbered: numbered[1].best)
         wanted += [((*self._version(one.row), one.key), partial(self._load, one)) for _, one in placed]
