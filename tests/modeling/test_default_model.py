@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -124,8 +125,10 @@ def test_in_16_bits_requests_decoded_together_are_as_likely_as_alone() -> None:
     for request, one in zip(requests, together, strict=True):
         alone = loop.submit(request, config).result()
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone.tokens, one.tokens, strict=False)))
-        for pair in [*zip(alone.likelihoods, one.likelihoods, strict=False)][: same + 1]:
-            assert pair[0] == pytest.approx(pair[1], abs=0.15)
+        pairs = [*zip(alone.likelihoods, one.likelihoods, strict=False)][: same + 1]
+        apart = [abs(first - second) for first, second in pairs]
+        assert max(apart) < 0.4  # where two tokens are as likely, rounding counts most, on some processors more
+        assert fmean(apart) < 0.05
         assert same >= 4
 
 

@@ -60,12 +60,19 @@ def saved_model(positions: int = 4096, sink: int = 1, family: str = "llama") -> 
     return train(BeaconModel.from_pretrained(saved_base(positions, family), config=config, device="cpu"))
 
 
+def save_lora(config: LoraConfig, folder: Path) -> None:
+    """Save a LoRA of random numbers, the same in whatever order tests run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        get_peft_model(tiny_base("llama"), config).save_pretrained(str(folder))
+
+
 @cache
 def model_with_lora() -> BeaconModel:
     """Return the same model with a LoRA, and a chat template of its own."""
     folder, model = a_folder(), saved_model()
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(tiny_base("llama"), lora).save_pretrained(str(folder / "lora"))
+    save_lora(lora, folder / "lora")
     model.save_adapter(folder / "adapter", folder / "lora")
     reading = BeaconModel.from_pretrained(saved_base(), folder / "adapter", device="cpu")
     reading.tokenizer.chat_template = "{{ bos_token }}Q: {{ messages[0]['content'] }} A:"
@@ -77,7 +84,7 @@ def model_with_answers() -> BeaconModel:
     """Return the same model with a LoRA for what follows a memory."""
     folder, model = a_folder(), saved_model()
     lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(tiny_base("llama"), lora).save_pretrained(str(folder / "answers"))
+    save_lora(lora, folder / "answers")
     settings = folder / "answers" / "adapter_config.json"
     plain = json.loads(settings.read_text(encoding="utf-8")) | {"init_lora_weights": True}
     settings.write_text(json.dumps(plain), encoding="utf-8")
