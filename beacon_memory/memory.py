@@ -456,7 +456,9 @@ class BeaconMemory:
         started = time.perf_counter()
         prompt, config, room = self._prompted(question)
         # a small reader answers from what stands nearest to the question, so memories do, not what was said before
-        said = said_before(model, question.messages, prompt, **self._template(question))
+        said = 0
+        if question.ids != []:  # else there is nothing to stand in front of
+            said = said_before(model, question.messages, prompt, **self._template(question))
         recollection, beside = self._recollection, room + self.compressor.sink.slots + said
         loaded, prefix, places = recollection.loaded(lambda: recollection.choose(question, room), beside, prompt[:said])
         said = said if loaded else 0

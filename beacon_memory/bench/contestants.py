@@ -45,7 +45,7 @@ __all__ = ["Contestant", "Form", "ModelNames", "Place", "contestant", "form_of",
 Place = Literal["cold", "ram", "hot", "nothing"]
 _PRESSES = {"expected": "ExpectedAttentionPress", "kvzip": "KVzipPress"}
 _OURS = ("beacon", "select", "select-expected", "hybrid")
-_ALONE = ("stock", "stock-cache", "llama.cpp")
+_ALONE = {"stock": "transformers", "stock-cache": "transformers", "llama.cpp": "llama.cpp"}  # and their processes
 _FORM = re.compile(rf"({'|'.join([*_PRESSES, *_OURS, 'window-loop'])}):([1-9][0-9]*)(?:@(int8|int4))?")
 _ROOM = 128  # positions for question and template, beside those of the answer
 
@@ -73,7 +73,7 @@ class Form:
     def process(self) -> str:
         """Return in which process it runs; those in the same one share a model."""
         if self.method in _ALONE:
-            return "llama.cpp" if self.method == "llama.cpp" else "transformers"
+            return _ALONE[self.method]
         return "kvpress" if self.method in _PRESSES else "beacon_memory"
 
     @property

@@ -9,7 +9,6 @@ import typer
 from beacon_memory.errors import InputError
 from beacon_memory.server.keys import Right, add_key, read_keys, remove_key
 
-from .cluster import connected
 from .help import Commands
 from .options import (
     Adapter,
@@ -137,6 +136,8 @@ def _serve_on_cluster(
         raise InputError("--port 0 is for one server; the proxies of a cluster need a port that is the same on all")
     if settings.keys is not None:
         read_keys(settings.keys)  # raises before anything is started
+    from .cluster import connected
+
     with connected(address):
         from beacon_memory.distributed.serving import application, serve_on_cluster
 
