@@ -41,6 +41,7 @@ class HotMemories:
     Threads share them: what one of them is loading, others wait for.
 
     limit: bytes on a device, and as many in RAM; by default a quarter of what is free there at first. 0 keeps nothing.
+           RAM beside a CUDA device is pinned, see `kv.moving`.
 
     Raises InputError for a limit below 0.
     """

@@ -42,11 +42,11 @@ def a_model(**settings: Any) -> BeaconModel:
 
 
 @contextmanager
-def device(*models: BeaconModel, name: str = "cuda") -> Iterator[None]:
-    with Computed(), IndexedAnywhere():
+def device(*models: BeaconModel, name: str = "cuda") -> Iterator[Computed]:
+    with Computed() as computed, IndexedAnywhere():
         for model in models:
             move(model, name)
-        yield
+        yield computed
 
 
 def compressed(model: BeaconModel, compression: str, score: str = "repeat", tokens: int = 80) -> MemoryKV:
@@ -125,6 +125,23 @@ def test_loading_what_was_quantized(bits: int) -> None:
         on_device = stored.to("cuda").dequantized()
         assert same(on_device.keys, loaded.keys)
         assert same(on_device.values, loaded.values)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_memory_that_has_to_leave_the_device_waits_in_pinned_memory(bits: int) -> None:
+    kv = compressed(a_model(), "select")
+    stored = kv if bits == 16 else quantized(kv, bits)
+    model, nothing = a_model(), pytest.fail
+    _ = model.fingerprint
+    with device(model) as computed:
+        hot = HotMemories(int(1.5 * Section.of(kv, model.rope).nbytes * min(bits, 12) / 16))
+        ((first, _),) = hot.sections(model, [("first", lambda: stored)], 2000)
+        keys = numbers(first.keys).clone()
+        hot.sections(model, [("second", lambda: stored)], 2000)
+        assert computed.pinned == 2 if bits == 16 else computed.pinned > 2
+        ((again, place),) = hot.sections(model, [("first", lambda: nothing("it was loaded again"))], 2000)
+        assert place == "ram"
+        assert same(again.keys, keys)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

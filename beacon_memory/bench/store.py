@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,10 @@ import numpy as np
 import torch
 
 from beacon_memory.documents import Label, Text, content_hash, utc_now
-from beacon_memory.errors import InputError
 from beacon_memory.kv.fingerprint import Fingerprint
 from beacon_memory.kv.levels import LEVELS, level_of, levels_of
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
+from beacon_memory.storage.catalog.rows import DocumentRow
 from beacon_memory.storage.files.durable import sync_file
 from beacon_memory.storage.files.header import DocumentHeader, WindowSpan
 from beacon_memory.storage.files.kv_file import read_kv_file
@@ -39,7 +38,21 @@ from beacon_memory.storage.store import MemoryStore
 
 from .measuring import Figure
 
-__all__ = ["Sample", "fill", "run", "run_shared", "samples"]
+__all__ = [
+    "ROW_MB",
+    "Sample",
+    "document",
+    "fill",
+    "looking_up",
+    "made_up",
+    "picking",
+    "putting",
+    "questions",
+    "run",
+    "samples",
+    "texts",
+    "vocabulary",
+]
 
 _WORDS = 50_000  # of the invented language
 _LENGTH, _SPREAD = 112, 30  # mean and standard deviation of a text's words: about 600 characters, two passages
@@ -52,8 +65,7 @@ _PUTS = 40
 _OPENINGS = 11
 _LOADS = 15
 _TURN, _TURNS, _APPENDS = 20, (1, 200, 1000), 32  # tokens of a turn, turns of a document, and how many are added
-_CROWD, _CROWD_SECONDS = 16, 20  # writers, and as many readers, of a store in a database
-_ROW_MB, _PUT_MB, _LOAD_MB, _PART_MB = 0.2, 3, (20, 200), 50  # K/V of a document
+ROW_MB, _PUT_MB, _LOAD_MB, _PART_MB = 0.2, 3, (20, 200), 50  # K/V of a document
 _STRATA = ((1, 100), (100, 3000), (3000, _WORDS))  # very common, medium and rare words, by rank
 
 
@@ -72,59 +84,10 @@ def run(rows: int) -> list[Figure]:
         with MemoryStore(folder) as store:
             fill(store, rows)
             _read_through(store.folder / "catalog.sqlite3")
-            figures = [*_looking_up(store), _picking(store), _putting(store)]
+            figures = [*looking_up(store), picking(store), putting(store)]
         loading = [_loading(Path(folder), size) for size in _LOAD_MB]
         appending = [_appending(Path(folder), turns) for turns in _TURNS]
         return [*figures, _opening(Path(folder)), *appending, *loading, *_reading_parts(Path(folder))]
-
-
-def run_shared(url: str, rows: int) -> Iterator[Figure]:
-    """Measure a store in a database, whose files lie in a temporary folder; it has to be empty, and is not afterwards.
-
-    Yields figures in turn. Raises InputError if there is a document in it.
-    """
-    with tempfile.TemporaryDirectory(prefix="beacon-memory-") as folder:
-        cache, files = Path(folder) / "cache", (Path(folder) / "files").as_uri()
-        with MemoryStore(url, cache=cache) as store:
-            if count := store.totals().documents:
-                raise InputError(f"{url} has {count} documents; a benchmark needs an empty database of its own")
-        with MemoryStore(url, files=files, cache=cache) as store:
-            fill(store, rows)
-            yield from _looking_up(store)
-            yield _picking(store)
-            yield _putting(store)
-        yield from _crowded(url, cache)
-
-
-def _crowded(url: str, cache: Path) -> Iterator[Figure]:
-    """Measure writers and readers at the same time, each with connections of its own."""
-    header, kv = document("any", "", _ROW_MB)
-    asked, texts = list(itertools.islice(questions(), _CROWD)), list(_texts(_CROWD))
-    until = time.perf_counter() + _CROWD_SECONDS
-
-    def repeated(work: Callable[[MemoryStore, int], object]) -> int:
-        with MemoryStore(url, cache=cache) as store:
-            for number in itertools.count():
-                if time.perf_counter() > until:
-                    return number
-                work(store, number)
-        raise AssertionError("itertools.count does not end")
-
-    def write(writer: int, store: MemoryStore, number: int) -> None:
-        id, text = f"writer-{writer}/{number}", texts[writer]
-        store.put(replace(header, id=id, content_hash=content_hash(text)), kv, text)
-
-    def read(reader: int, store: MemoryStore, number: int) -> None:
-        store.row(f"put-{number % _PUTS}")
-        store.search(asked[reader])
-
-    with ThreadPoolExecutor(2 * _CROWD) as threads:
-        written = [threads.submit(repeated, partial(write, number)) for number in range(_CROWD)]
-        seen = [threads.submit(repeated, partial(read, number)) for number in range(_CROWD)]
-        puts, reads = (sum(one.result() for one in many) for many in (written, seen))
-    beside = f"{_CROWD} writers of {_ROW_MB} MB and {_CROWD} readers for {_CROWD_SECONDS} s"
-    yield Figure("puts a second, many at once", puts / _CROWD_SECONDS, "-", beside)
-    yield Figure("rows and searches a second, many at once", reads / _CROWD_SECONDS, "-", beside)
 
 
 def _read_through(path: Path) -> None:
@@ -148,7 +111,7 @@ def vocabulary() -> list[str]:
 def samples(rows: int) -> Iterator[Sample]:
     """Yield made-up documents: texts of one passage, labels with tags and values of different frequency."""
     draw = random.Random(1)
-    for number, text in enumerate(_texts(rows)):
+    for number, text in enumerate(texts(rows)):
         tags = [f"one-in-{share}" for share in (2, 10, 100, 1000, 10_000) if draw.randrange(share) == 0]
         metadata = {
             "year": draw.randrange(1950, 2030),
@@ -158,7 +121,8 @@ def samples(rows: int) -> Iterator[Sample]:
         yield Sample(f"folder-{draw.randrange(1000):03}/note-{number:07}", text, Label(metadata, tags))
 
 
-def _texts(count: int) -> Iterator[str]:
+def texts(count: int) -> Iterator[str]:
+    """Yield texts of the invented language."""
     draw = np.random.default_rng(2)
     words = np.array(vocabulary(), dtype=object)
     shares = np.cumsum(1 / np.arange(1, len(words) + 1))  # Zipf's law
@@ -170,24 +134,33 @@ def _texts(count: int) -> Iterator[str]:
 
 def fill(store: MemoryStore, rows: int) -> None:
     """Add the rows of made-up documents to a store, their files being empty; with a progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import track
-
     catalog = store.parts.catalog(create=True)
     for number in range(256):  # a store with so many documents has all of these folders
         (store.folder / "kv" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
-    header, kv = document("any", "", _ROW_MB)
+    for batch in made_up(store, rows, _BATCH):
+        with catalog.transaction():
+            for row, text in batch:
+                catalog.documents.put(row, Text(text))
+                (store.folder / row.file).touch()
+
+
+def made_up(store: MemoryStore, rows: int, batch: int) -> Iterator[list[tuple[DocumentRow, str]]]:
+    """Yield rows of made-up documents with their texts, so many at a time; with a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    names = store.parts.catalog(create=True).file_names
+    header, kv = document("any", "", ROW_MB)
     like = row_of("", "", header, precision_of(kv), stored_bytes(kv), Label(), utc_now())
     progress = iter(track(samples(rows), "documents", rows, console=Console(stderr=True), transient=True))
-    while batch := list(itertools.islice(progress, _BATCH)):
-        number = catalog.file_names.take_number()  # one for all: the ids keep the names of their files apart
-        with catalog.transaction():
-            for one in batch:
-                file = file_name(one.id, number)
-                named = replace(like, id=one.id, file=file, content_hash=content_hash(one.text))
-                labelled = replace(named, metadata=one.label.metadata, tags=tuple(one.label.tags))
-                catalog.documents.put(labelled, Text(one.text))
-                (store.folder / file).touch()
+    while some := list(itertools.islice(progress, batch)):
+        number = names.take_number()  # one for all: the ids keep the names of their files apart
+        yield [(_row(like, one, number), one.text) for one in some]
+
+
+def _row(like: DocumentRow, sample: Sample, number: int) -> DocumentRow:
+    named = replace(like, id=sample.id, file=file_name(sample.id, number), content_hash=content_hash(sample.text))
+    return replace(named, metadata=sample.label.metadata, tags=tuple(sample.label.tags))
 
 
 def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:
@@ -210,7 +183,8 @@ def questions() -> Iterator[str]:
         yield " ".join(words[int(rank) - 1] for rank in ranks)
 
 
-def _looking_up(store: MemoryStore) -> Iterator[Figure]:
+def looking_up(store: MemoryStore) -> Iterator[Figure]:
+    """Measure how long finding rows takes, by their ids and by their labels."""
     draw = random.Random(4)
     folders = [f"folder-{draw.randrange(1000):03}/" for _ in range(_LOOKUPS)]
     ids = [row.id for folder in folders for row in store.list(after=folder, limit=1)]
@@ -232,21 +206,23 @@ def _looking_up(store: MemoryStore) -> Iterator[Figure]:
     yield listing("of a prefix", prefix=str)
 
 
-def _picking(store: MemoryStore) -> Figure:
+def picking(store: MemoryStore) -> Figure:
+    """Measure how long finding passages takes."""
     asked = itertools.islice(questions(), _LOOKUPS)
     return _timed("pick 10 passages for a question", "under 50", [partial(store.search, one) for one in asked])
 
 
-def _putting(store: MemoryStore) -> Figure:
+def putting(store: MemoryStore) -> Figure:
     """Measure how much longer a put takes than writing and syncing the bytes of its file."""
-    text = next(_texts(1))
+    text = next(texts(1))
     beyond, alone = [], []
     for number in range(_PUTS):
         header, kv = document(f"put-{number}", text, _PUT_MB)
         started = time.perf_counter()
         row = store.put(header, kv, text, Label({"number": number}, ["put"]))
         took = time.perf_counter() - started
-        data, other = store.files.fetch(row.file).read_bytes(), store.folder / "kv" / "alone"
+        path = store.files.fetch(row.file)
+        data, other = path.read_bytes(), path.with_name("alone")
         started = time.perf_counter()
         other.write_bytes(data)
         sync_file(other)

@@ -425,9 +425,10 @@ def bench(
 
             figures = _told(bench_serve.run(model, adapter, device, dtype.value, clients=clients, minutes=minutes))
         elif what == "store":
+            from beacon_memory.bench import database as bench_database
             from beacon_memory.bench import store as bench_store
 
-            figures = bench_store.run(rows) if url is None else _told(bench_store.run_shared(url, rows))
+            figures = bench_store.run(rows) if url is None else _told(bench_database.run(url, rows))
         elif what == "start":
             from beacon_memory.bench import start
 

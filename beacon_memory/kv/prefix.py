@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .memory_kv import MemoryKV
+from .moving import on_device
 from .quantize import QuantizedKV
 from .rope import Rope, apply_rotation
 
@@ -74,10 +75,10 @@ class Section:
         return cls(keys, values, counts, span, tuple(_blocks(*layer) for layer in of_layers))
 
     def to(self, device: torch.device) -> Self:
-        """Return the same section on another device."""
+        """Return the same section on another device, see `on_device`."""
         if device == self.keys.device:
             return self
-        return self._laid_out(self.keys.to(device), self.values.to(device), self.counts, self.span)
+        return self._laid_out(on_device(self.keys, device), on_device(self.values, device), self.counts, self.span)
 
     def moved(self, behind: int, rope: Rope) -> Self:
         """Return the section with its keys rotated to where it stands with so many positions behind it."""

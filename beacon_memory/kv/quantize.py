@@ -25,6 +25,7 @@ from beacon_memory.errors import InputError
 
 from .levels import LEVELS, TOP_LEVEL
 from .memory_kv import MemoryKV, counts_of, joined_levels, joining_order
+from .moving import on_device
 from .sizes import GROUP
 
 __all__ = ["BITS", "GROUP", "QuantizedKV", "group_count", "group_numbers", "quantized"]
@@ -115,10 +116,10 @@ class QuantizedKV:
         return sum(int(getattr(self, name).nbytes) for name in _TENSORS if name != "groups")
 
     def to(self, device: torch.device | str | None) -> QuantizedKV:
-        """Return the same memory on another device."""
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
+        """Return the same memory on another device, see `on_device`."""
+        tensors: dict[str, Any] = {name: on_device(getattr(self, name), device) for name in _TENSORS}
         levels = None if self.levels is None else self.levels.to(device)
-        return replace(self, **moved, levels=levels)
+        return replace(self, **tensors, levels=levels)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> MemoryKV:
         """Return the memory with numbers instead of codes, by default in the dtype that it had before."""

@@ -17,6 +17,7 @@ from catalog_samples import LONG_AGO
 from postgres_server import PostgresServer, postgres  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
+from beacon_memory.bench import database as bench_database
 from beacon_memory.bench import measuring
 from beacon_memory.bench import store as bench_store
 from beacon_memory.bench.store import document, fill, questions, samples, vocabulary
@@ -63,7 +64,7 @@ def test_a_filled_store_is_what_as_many_puts_make_it(tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "filled") as filled, MemoryStore(tmp_path / "put") as put:
         fill(filled, 30)
         for one in samples(30):
-            header, kv = document(one.id, one.text, bench_store._ROW_MB)
+            header, kv = document(one.id, one.text, bench_store.ROW_MB)
             put.put(header, kv, one.text, one.label)
         assert find_flaws(filled.parts.catalog()) == []
         assert contents(filled) == contents(put)
@@ -287,8 +288,8 @@ def test_the_command_measures_a_store_and_leaves_nothing(tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("small")
 def test_a_database_is_measured_once(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(bench_store, "_CROWD", 2)
-    monkeypatch.setattr(bench_store, "_CROWD_SECONDS", 1)
+    monkeypatch.setattr(bench_database, "_CROWD", 2)
+    monkeypatch.setattr(bench_database, "_CROWD_SECONDS", 1)
     arguments = ["bench", "store", "--rows", "1000", "--json", "--url", postgres.new_database()]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

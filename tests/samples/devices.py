@@ -26,11 +26,14 @@ class Computed(FakeTensorMode):
 
     So code whose way depends on numbers, such as which tokens are chosen, runs to its end, and what comes out can be
     compared.
+
+    pinned: how many tensors were made in pinned memory.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._inside = False
+        self.pinned = 0
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -39,6 +42,7 @@ class Computed(FakeTensorMode):
         flat, _ = tree_flatten((args, kwargs))
         where = next((one.device for one in flat if isinstance(one, FakeTensor) and one.device != _CPU), _CPU)
         real_args, real_kwargs = tree_map(numbers, (args, kwargs))
+        self.pinned += bool(real_kwargs.pop("pin_memory", False))  # of which a processor knows nothing
         self._inside = True  # of an operator that torch composes of others
         try:
             fake = super().dispatch(func, types, args, kwargs)

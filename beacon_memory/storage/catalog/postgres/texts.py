@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from beacon_memory.documents import SESSION_TAG
 from beacon_memory.storage.catalog.database import Database
 from beacon_memory.storage.catalog.full_text import CONVERSATION
+from beacon_memory.storage.catalog.passages import split_passages
 from beacon_memory.storage.catalog.texts import Passage, StoredPassage, Texts
 from beacon_memory.storage.catalog.words import indexed_form
 
@@ -59,22 +60,34 @@ class PostgresTexts(Texts):
     def _stored(self, db: Database, id: str) -> list[StoredPassage]:
         return [(*place, text.encode()) for *place, text in db.execute(_STORED, [id]).fetchall()]
 
+    def add(self, texts: Mapping[str, str]) -> None:
+        """Write the texts of documents that have rows but no texts yet, and are no conversations: all at once."""
+        passages = [
+            (id, ordinal, start, stop, text[start:stop])
+            for id, text in texts.items()
+            for ordinal, (start, stop) in enumerate(split_passages(text))
+        ]
+        with self._connections.transaction() as db:
+            _insert(db, passages, None)
+
     def _insert(self, db: Database, id: str, passages: Sequence[Passage], kind: str | None) -> None:
-        if not passages:
-            return
-        numbers = [number for (number,) in db.execute(_NUMBERS, [len(passages)]).fetchall()]
-        words = _words([text for *_, text in passages])
-        _copying(db).copy(
-            "passages (id, document, ordinal, start, stop, text, length, kind)",
-            [
-                (number, id, *passage, len(held), kind)
-                for number, passage, held in zip(numbers, passages, words, strict=True)
-            ],
-        )
-        _write_words(db, dict(zip(numbers, words, strict=True)))
+        _insert(db, [(id, *passage) for passage in passages], kind)
 
     def _full_text(self, db: Database) -> PostgresFullText:
         return PostgresFullText(db)
+
+
+def _insert(db: Database, passages: Sequence[tuple[str, int, int, int, str]], kind: str | None) -> None:
+    """Write passages, each with the id of its document, and the words that they hold."""
+    if not passages:
+        return
+    numbers = [number for (number,) in db.execute(_NUMBERS, [len(passages)]).fetchall()]
+    words = _words([text for *_, text in passages])
+    _copying(db).copy(
+        "passages (id, document, ordinal, start, stop, text, length, kind)",
+        [(number, *passage, len(held), kind) for number, passage, held in zip(numbers, passages, words, strict=True)],
+    )
+    _write_words(db, dict(zip(numbers, words, strict=True)))
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:
