@@ -40,7 +40,6 @@ from beacon_memory.documents import (
     Text,
     check_id,
     choose_precision,
-    content_hash,
     utc_after,
     utc_now,
 )
@@ -49,12 +48,12 @@ from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.storage.catalog.catalog import Catalog
 from beacon_memory.storage.catalog.full_text import PassageHit
 from beacon_memory.storage.catalog.rows import DocumentRow, Totals
-from beacon_memory.storage.files.access import Files, read_file
+from beacon_memory.storage.files.access import Files
 from beacon_memory.storage.files.backend import FilesBackend
 from beacon_memory.storage.files.header import DocumentHeader
-from beacon_memory.storage.files.kv_file import StoredFile, StoredIndex, read_header, read_kv_file
+from beacon_memory.storage.files.kv_file import StoredFile, StoredIndex
 from beacon_memory.storage.files.names import file_stem
-from beacon_memory.storage.files.segments import joined_headers, joined_kv, read_back
+from beacon_memory.storage.files.segments import joined_headers, joined_kv
 from beacon_memory.storage.files.stored_kv import (
     StoredKV,
     WindowedKV,
@@ -65,6 +64,7 @@ from beacon_memory.storage.files.stored_kv import (
     with_precision,
 )
 
+from .appending import check_appended, taken_in
 from .conversations import StoredConversations
 from .eviction import UseLog, delete_expired, make_room
 from .parts import StoreParts, namespace_names
@@ -410,7 +410,7 @@ class MemoryStore:
         of behind it, or the K/V were made in another way.
         """
         text = Text.of(text)
-        _check_appended(row, header, text.value)
+        check_appended(row, header, text.value)
         if self.settings.quota is not None:
             self.uses.flush()  # eviction goes by it
         kv = with_precision(kv, row.precision, header.window_starts)
@@ -418,7 +418,7 @@ class MemoryStore:
             raise InputError(f"{row.id!r} cannot grow: {flaw}; keep it in bfloat16")
         header = replace(header, namespace=self.namespace)
         try:
-            before, behind = _taken_in(self.files, row, header.slots)
+            before, behind = taken_in(self.files, row, header.slots)
         except FileNotFoundError as error:
             raise _changed(row.id) from error
         kept = row.files[: len(row.files) - len(before)]
@@ -577,37 +577,6 @@ def _require_unchanged(row: DocumentRow, now: DocumentRow | None) -> DocumentRow
 
 def _changed(id: str) -> ConflictError:
     return ConflictError(f"document {id!r} was changed or removed meanwhile; read it again and try again")
-
-
-def _check_appended(row: DocumentRow, header: DocumentHeader, text: str) -> None:
-    """Raise InputError unless a header is of what stands in a text behind that of a row, with K/V made in one way."""
-    start, stop = (header.windows[0].start, header.windows[-1].stop) if header.windows else (0, 0)
-    if not start or stop > len(text):
-        raise InputError(f"what is appended to {row.id!r} must stand behind its text, got characters {start} to {stop}")
-    if [content_hash(text[:start]), content_hash(text[start:])] != [row.content_hash, header.content_hash]:
-        raise InputError(f"the text of {row.id!r} is not the one that it has with what is appended: a hash differs")
-    ours = row.id, row.fingerprint, row.compression, header.method if row.method is None else row.method
-    if ours != (header.id, header.fingerprint.digest, header.compression, header.method):
-        raise InputError(
-            f"what is appended to {row.id!r} is of another document, or was made by another model or method"
-        )
-
-
-def _taken_in(files: Files, row: DocumentRow, slots: int) -> tuple[builtins.list[StoredFile], str]:
-    """Read those of a document's files that a new segment of so many slots takes in, the last ones.
-
-    Returns them in their order, and the root of the file before them. Raises FileNotFoundError if one of them is gone.
-    """
-    taken: builtins.list[StoredFile] = []
-    behind, left = row.root, row.slots
-    reading = read_back(files, row.files, row.root, lambda path, _: read_kv_file(path))
-    for name in reversed(row.files):
-        size = left if name == row.file else read_file(files, name, read_header).slots
-        if size >= 2 * slots:
-            break
-        taken.insert(0, next(reading))
-        behind, slots, left = taken[0].behind, slots + size, left - size
-    return taken, behind
 
 
 def _supersede(catalog: Catalog, old: DocumentRow | None, row: DocumentRow, keep_version: bool) -> builtins.list[str]:
