@@ -39,6 +39,7 @@ _BUSY = 0.5  # of the places of replicas: if more are taken, there are to be mor
 _PATIENCE = {"RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1", "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "4"}
 _LOOK = 0.5  # seconds between the looks of a replica that ends whether its requests have ended
 _STARTS = 3  # of a replica, after which Ray gives up
+_DEFAULTS = ServerSettings()
 _SETTINGS = ("host", "keys", "origins", "most_body", "most_running", "most_waiting", "shutdown")
 
 
@@ -67,11 +68,11 @@ class Serving(BaseModel):
     dtype: str = "auto"
     host: str = "0.0.0.0"
     keys: Path | None = None
-    origins: tuple[str, ...] = ()
-    most_body: int = 32_000_000
-    most_running: int = 32
-    most_waiting: int = 64
-    shutdown: int = 30
+    origins: tuple[str, ...] = _DEFAULTS.origins
+    most_body: int = _DEFAULTS.most_body
+    most_running: int = _DEFAULTS.most_running
+    most_waiting: int = _DEFAULTS.most_waiting
+    shutdown: int = _DEFAULTS.shutdown
     min_replicas: int = 1
     max_replicas: int = 1
     cpus: Annotated[float, Field(ge=0)] = 1.0

@@ -20,10 +20,10 @@ from beacon_memory.errors import InputError
 from .metrics import LEVAL_JUDGED, LEVAL_METRICS, LONGBENCH_METRICS, METRICS
 
 __all__ = [
-    "Asked",
     "Item",
     "LongItems",
     "SupportItems",
+    "SupportQuestion",
     "read_kv_retrieval",
     "read_long",
     "read_longbench",
@@ -71,7 +71,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SupportQuestion:
     """A question about a document; without answers it asks for what is not in it.
 
     document: its key in `SupportItems.texts`.
@@ -88,7 +88,7 @@ class SupportItems:
     """Texts of documents by name, and questions about what is in them and what is not."""
 
     texts: Mapping[str, str]
-    asked: tuple[Asked, ...]
+    asked: tuple[SupportQuestion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,31 +232,33 @@ def read_support(
     return SupportItems({name: text for name, text in texts.items() if name in used}, tuple(drawn))
 
 
-def _of_documents(rows: Sequence[tuple[str, Row]]) -> tuple[dict[str, str], list[Asked]]:
+def _of_documents(rows: Sequence[tuple[str, Row]]) -> tuple[dict[str, str], list[SupportQuestion]]:
     """Return texts and questions of rows as `read_long` has them."""
     texts: dict[str, str] = {}
-    asked: list[Asked] = []
+    asked: list[SupportQuestion] = []
     for line, row in rows:
         name = _text(row, "doc_id", line)
         texts[name] = "\n\n".join(_list(row, "sessions", line, str) if row.get("sessions") else _lines(row, line))
         for number, one in enumerate(_list(row, "qa", line, dict), start=1):
             answers = _answers(one, line) if one.get("answers") else ()
-            asked.append(Asked(f"{name} {number}", name, _text(one, "question", line), answers))
+            asked.append(SupportQuestion(f"{name} {number}", name, _text(one, "question", line), answers))
     return texts, asked
 
 
-def _of_titles(rows: Sequence[tuple[str, Row]]) -> tuple[dict[str, str], list[Asked]]:
+def _of_titles(rows: Sequence[tuple[str, Row]]) -> tuple[dict[str, str], list[SupportQuestion]]:
     """Return texts and questions of rows as `read_qa` has them."""
     contexts: dict[str, dict[str, None]] = {}
-    asked: list[Asked] = []
+    asked: list[SupportQuestion] = []
     for line, row in rows:
         title = _text(row, "title", line)
         contexts.setdefault(title, {})[_text(row, "context", line)] = None
-        asked.append(Asked(f"{title} {len(asked) + 1}", title, _text(row, "question", line), _answers(row, line)))
+        asked.append(
+            SupportQuestion(f"{title} {len(asked) + 1}", title, _text(row, "question", line), _answers(row, line))
+        )
     return {title: "\n\n".join(texts) for title, texts in contexts.items()}, asked
 
 
-def _crossed(asked: Sequence[Asked], documents: Sequence[str], seed: int) -> list[Asked]:
+def _crossed(asked: Sequence[SupportQuestion], documents: Sequence[str], seed: int) -> list[SupportQuestion]:
     """Ask half of the questions of a document that they are not about."""
     rng = random.Random(seed)
     crossed = {*rng.sample(range(len(asked)), len(asked) // 2)}

@@ -11,7 +11,7 @@ from beacon_memory.question import Question
 from beacon_memory.results import Answer, Evidence
 
 from .baselines import BATCH
-from .items import Asked, SupportItems
+from .items import SupportItems, SupportQuestion
 from .journal import Journal, Record
 from .metrics import contains
 from .run import Progress
@@ -59,7 +59,7 @@ def support_records(
     return records
 
 
-def _records(asked: Asked, answer: Answer, model: BeaconModel) -> Iterator[Record]:
+def _records(asked: SupportQuestion, answer: Answer, model: BeaconModel) -> Iterator[Record]:
     evidence = answer.evidence or Evidence(0.0)
     denied = {
         "words": not evidence.relevant,
@@ -78,7 +78,7 @@ def _records(asked: Asked, answer: Answer, model: BeaconModel) -> Iterator[Recor
         )
 
 
-def _scores(asked: Asked, answer: Answer, denied: bool) -> Mapping[str, float]:
+def _scores(asked: SupportQuestion, answer: Answer, denied: bool) -> Mapping[str, float]:
     precision = {"precision": float(not asked.answers)} if denied else {}
     if not asked.answers:
         return precision | {"recall": float(denied)}

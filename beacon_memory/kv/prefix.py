@@ -6,7 +6,7 @@ and stands further back where the queries are turned on by as many positions: jo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Self
@@ -48,10 +48,9 @@ class Section:
         """Rotate the keys of a memory; its values are not copied."""
         counts = tuple(tuple(layer) for layer in memory.counts.tolist())
         sizes = [sum(layer) for layer in counts]
-        positions = memory.positions.split(sizes)
         rotated = [  # layer by layer, for it takes several times their bytes meanwhile
-            apply_rotation(keys, *rope.table(places.float() - memory.span))
-            for keys, places in zip(memory.keys.split(sizes), positions, strict=True)
+            apply_rotation(keys, *table)
+            for keys, table in zip(memory.keys.split(sizes), _tables(memory, sizes, rope), strict=True)
         ]
         return cls._laid_out(torch.cat(rotated), memory.values, counts, memory.span)
 
@@ -59,13 +58,13 @@ class Section:
     def dequantized(cls, memory: QuantizedKV, rope: Rope, dtype: torch.dtype) -> Self:
         """Do the same of a quantized memory, layer by layer; dtype: of what comes out."""
         counts = tuple(tuple(layer) for layer in memory.counts.tolist())
-        ends = [0, *accumulate(sum(layer) for layer in counts)]
+        sizes = [sum(layer) for layer in counts]
+        ends = [0, *accumulate(sizes)]
         shape = (len(memory.keys), memory.key_scales.shape[1])
         keys, values = (torch.empty(shape, dtype=dtype, device=memory.keys.device) for _ in range(2))
-        for rows in map(slice, ends, ends[1:]):
+        for rows, table in zip(map(slice, ends, ends[1:]), _tables(memory, sizes, rope), strict=True):
             numbers, values[rows] = memory.numbers(rows)
-            places = memory.positions[rows].float() - memory.span
-            keys[rows] = apply_rotation(numbers.to(dtype), *rope.table(places))
+            keys[rows] = apply_rotation(numbers.to(dtype), *table)
         return cls._laid_out(keys, values, counts, memory.span)
 
     @classmethod
@@ -105,6 +104,16 @@ class Section:
         start = sum(map(sum, self.counts[:number]))
         entries = slice(start, start + sum(self.counts[number]))
         return self.keys[entries], self.values[entries]
+
+
+def _tables(memory: MemoryKV | QuantizedKV, sizes: Sequence[int], rope: Rope) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the rotation of the entries of each layer; of a position that entries share, it is computed once."""
+    positions = memory.positions.split(sizes)
+    if memory.positions.is_floating_point() or memory.span > len(memory.positions):
+        yield from (rope.table(places.float() - memory.span) for places in positions)
+        return
+    cos, sin = rope.table(torch.arange(-memory.span, 0, device=memory.positions.device))
+    yield from ((cos.index_select(0, places), sin.index_select(0, places)) for places in positions)
 
 
 def _blocks(counts: Sequence[int], keys: Tensor, values: Tensor) -> tuple[Block, ...]:

@@ -18,7 +18,7 @@ from beacon_memory.question import Question
 
 from .refusals import RefusedError
 
-__all__ = ["AnswerOptions", "Asked", "ChatBody", "CompletionBody", "MemoryOptions"]
+__all__ = ["AnswerOptions", "ChatBody", "CompletionBody", "MemoryOptions", "ToolQuestion"]
 
 # OpenAI's options that change nothing here: they are about accounts, caches and service.
 _IGNORED = (
@@ -227,7 +227,7 @@ class AnswerOptions(MemoryOptions):
         )
 
 
-class Asked:
+class ToolQuestion:
     """A question with the tools that it offers, and whether one of them has to be called."""
 
     def __init__(self, question: Question, tools: Sequence[Mapping[str, Any]] = (), must_call: bool = False) -> None:
@@ -256,7 +256,7 @@ class ChatBody(AnswerOptions):
             self.max_tokens = self.max_completion_tokens
         return self
 
-    def asked(self, memory: BeaconMemory) -> Asked:
+    def asked(self, memory: BeaconMemory) -> ToolQuestion:
         """Return what is asked; raises InputError for tools that the model cannot call."""
         offered = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedTool) else self.tool_choice
@@ -265,7 +265,7 @@ class ChatBody(AnswerOptions):
             require_tools(memory.model)
         turns = [message.turn() for message in self.messages]
         how = {"tools": tools, "schema": self._schema(), "chat_template_kwargs": self.chat_template_kwargs}
-        return Asked(self.question(turns, **how), tools, must_call)
+        return ToolQuestion(self.question(turns, **how), tools, must_call)
 
     def _schema(self) -> dict[str, Any] | None:
         """Return the schema that the answer has to meet."""
@@ -282,10 +282,10 @@ class CompletionBody(AnswerOptions):
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
-    def asked(self, _memory: BeaconMemory) -> Asked:
+    def asked(self, _memory: BeaconMemory) -> ToolQuestion:
         """Return what is asked."""
         prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-        return Asked(self.question([{"role": "user", "content": prompt}]))
+        return ToolQuestion(self.question([{"role": "user", "content": prompt}]))
 
 
 def _called(call: Call) -> dict[str, Any]:

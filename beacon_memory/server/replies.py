@@ -17,7 +17,7 @@ from typing import Any
 from beacon_memory.generation.tool_calls import certain_text
 from beacon_memory.results import Answer, ToolCall, UnreadCall
 
-from .bodies import Asked
+from .bodies import ToolQuestion
 from .refusals import RefusedError
 
 __all__ = ["ChatReply", "CompletionReply", "Reply", "told_of_memory"]
@@ -31,7 +31,7 @@ class Reply(ABC):
 
     last_event = ""  # of a stream
 
-    def __init__(self, model: str, asked: Asked, tokenizer: Any) -> None:
+    def __init__(self, model: str, asked: ToolQuestion, tokenizer: Any) -> None:
         self._model = model
         self._asked = asked
         self._tokenizer = tokenizer
@@ -93,7 +93,7 @@ class _ChoicesReply(Reply):
     opening = ""
     last_event = "data: [DONE]\n\n"
 
-    def __init__(self, model: str, asked: Asked, tokenizer: Any) -> None:
+    def __init__(self, model: str, asked: ToolQuestion, tokenizer: Any) -> None:
         super().__init__(model, asked, tokenizer)
         self._shared = {"id": f"{self.opening}{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from beacon_memory.memory import BeaconMemory
 from beacon_memory.results import Answer, ToolCall
 
-from .bodies import AnswerOptions, Asked, ChatBody, ObjectFormat, OfferedFunction, TextFormat
+from .bodies import AnswerOptions, ChatBody, ObjectFormat, OfferedFunction, TextFormat, ToolQuestion
 from .replies import Reply, told_of_memory
 
 __all__ = ["ResponseReply", "ResponsesBody"]
@@ -110,7 +110,7 @@ class ResponsesBody(AnswerOptions):
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def asked(self, memory: BeaconMemory) -> Asked:
+    def asked(self, memory: BeaconMemory) -> ToolQuestion:
         """Return what is asked; raises InputError for tools that the model cannot call."""
         shared = self.model_dump(include={*AnswerOptions.model_fields}, exclude_none=True)
         chat = {
@@ -156,7 +156,7 @@ class ResponsesBody(AnswerOptions):
 class ResponseReply(Reply):
     """A reply of `/v1/responses`: its output is a message, and the calls that were made."""
 
-    def __init__(self, body: ResponsesBody, model: str, asked: Asked, tokenizer: Any) -> None:
+    def __init__(self, body: ResponsesBody, model: str, asked: ToolQuestion, tokenizer: Any) -> None:
         super().__init__(model, asked, tokenizer)
         self._body = body
         self._id, self._message_id = (f"{kind}_{secrets.token_hex(12)}" for kind in ("resp", "msg"))

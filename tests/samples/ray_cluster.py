@@ -229,8 +229,11 @@ def main() -> None:
                 folder = Path(root, str(number))
                 folder.mkdir()
                 place, files = new_place(folder)
-                least = given.documents // 2 // given.in_one_job if given.kill == "driver" else given.documents - 8
-                after = random.sample(range(1, least), min(given.in_one_job, given.times - number))
+                kills = min(given.in_one_job, given.times - number)
+                if given.kill == "driver":  # each begins the job again
+                    after = random.choices(range(1, max(2, given.documents // 2 // kills)), k=kills)
+                else:
+                    after = random.sample(range(1, given.documents - 8), kills)
                 texts = documents(given.documents)
                 counts = killed_in_the_middle(nodes, given.kill, place, files, model, texts, after)
                 total += counts

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from beacon_memory.results import Answer
-from beacon_memory.server.bodies import Asked, ChatBody, CompletionBody
+from beacon_memory.server.bodies import ChatBody, CompletionBody, ToolQuestion
 from beacon_memory.server.leaving import while_connected
 from beacon_memory.server.logs import LOGGER
 from beacon_memory.server.refusals import INTERNAL, refusal_of
@@ -85,7 +85,7 @@ async def _reply(
     visit: Visit,
     request: Request,
     body: ChatBody | CompletionBody | ResponsesBody,
-    kind: Callable[[str, Asked, Any], Reply],
+    kind: Callable[[str, ToolQuestion, Any], Reply],
 ) -> Response:
     service, memory = visit.service, visit.memory
     service.require_model(body.model)

@@ -257,7 +257,7 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
     Of a part, the text is not read: its hash is compared by `StoredFile.text`. Raises InputError if `choose`
     returns something else than one level for each section.
     """
-    index, tensors = _mapped(path)
+    index, tensors = _mapped(path, whole=choose is None)
     header = index.header
     lowest = None if choose is None else _checked_choice(choose(index), header)
     _check_rows(path, tensors, lowest)
@@ -277,9 +277,9 @@ def read_kv_file(path: Path, choose: Choose | None = None) -> StoredFile:
     return file
 
 
-def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
-    """Return header and index of a file, read and compared, and all its tensors, mapped."""
-    _require_file(path)
+def _mapped(path: Path, *, whole: bool = False) -> tuple[StoredIndex, dict[str, Tensor]]:
+    """Return header and index of a file, read and compared, and all its tensors, mapped; whole: all are read next."""
+    _require_file(path, whole=whole)
     with _opened(path) as file:
         metadata, root = read_metadata(path, file.metadata() or {})
         names = sorted(file.keys())
@@ -305,8 +305,11 @@ def _mapped(path: Path) -> tuple[StoredIndex, dict[str, Tensor]]:
     return StoredIndex(metadata.header, tensors["counts"], root, metadata.behind), tensors
 
 
-def _require_file(path: Path) -> None:
-    """Refuse what is no plain file, or has a header longer than any of ours, before anything reads it as one."""
+def _require_file(path: Path, *, whole: bool = False) -> None:
+    """Refuse what is no plain file, or has a header longer than any of ours, before anything reads it as one.
+
+    whole: whether the system may begin to read all of it, while its index is looked at.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
@@ -321,6 +324,8 @@ def _require_file(path: Path) -> None:
         length = int.from_bytes(os.read(handle, 8), "little")
         if length > LONGEST_HEADER:
             raise corrupt(path, f"it claims a header of {length} bytes")
+        if whole and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}; see to the disk") from error
     finally:
