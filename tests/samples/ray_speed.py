@@ -3,6 +3,9 @@
 `python tests/samples/ray_speed.py` prints documents a second of `compress`, and answers a second of a served store, by
 one and by two, in turn; and how many are made in a second of the processor, by all processes of the cluster together,
 which tells what sharing costs, also on a machine that others use.
+
+`python tests/samples/ray_speed.py --grow 3` prints after how many seconds there are how many replicas, of one to three,
+while clients ask for two minutes, and when they have gone: Ray waits ten minutes then.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import json
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +36,9 @@ from beacon_memory.server.settings import ServerSettings
 _CLIENTS = 8
 _TOKENS = 32  # of an answer
 _PORT = 8199
+_PLACES = 4  # for answers of a replica that is to get others beside it
+_GROWING, _SHRINKING = 120.0, 900.0  # seconds that clients ask, and that replicas have to go
+_REPLICA = f"ServeReplica:{NAME}:answering"  # begins the name of the processes of replicas
 _CPUS = 0.3  # of a replica, as Ray counts them: two cores have two of them, and the writer
 
 
@@ -96,6 +103,31 @@ def answering(memory: BeaconMemory, replicas: int, seconds: float) -> Speed:
         serve.delete(NAME)
 
 
+def growing(memory: BeaconMemory, nodes: Nodes, most: int) -> Iterator[tuple[float, int]]:
+    """Yield whenever there are more replicas, or fewer: after how many seconds, and how many."""
+    settings = ServerSettings(port=_PORT, most_running=_PLACES)
+    serve.run(application(memory, settings, 1, most, cpus=_CPUS), name=NAME, route_prefix="/")
+    started, known = time.perf_counter(), 0
+
+    def changes(asking: list[Future[int]]) -> Iterator[tuple[float, int]]:
+        nonlocal known
+        until = time.perf_counter() + _SHRINKING
+        while not all(one.done() for one in asking) if asking else known > 1 and time.perf_counter() < until:
+            if (now := len(nodes.workers(_REPLICA))) != known:
+                known = now
+                yield time.perf_counter() - started, known
+            time.sleep(0.5)
+        assert all(one.result() for one in asking)
+
+    try:
+        begun = threading.Barrier(_CLIENTS)
+        with ThreadPoolExecutor(_CLIENTS) as threads:
+            yield from changes([threads.submit(_ask, number, begun, _GROWING) for number in range(_CLIENTS)])
+        yield from changes([])
+    finally:
+        serve.delete(NAME)
+
+
 def _ask(client: int, begun: threading.Barrier, seconds: float) -> int:
     """Ask for some seconds; returns how many answers came."""
     with httpx.Client(base_url=f"http://127.0.0.1:{_PORT}", timeout=60) as http:
@@ -120,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--grow", type=int, metavar="MOST", help="how many replicas there may be")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         base = tiny_base("llama", max_position_embeddings=4096)
@@ -129,7 +162,12 @@ def main() -> None:
         try:
             with connected(nodes.address):
                 serve.start(http_options={"host": "127.0.0.1", "port": _PORT})
-                for many in (1, 2):
+                if given.grow:
+                    memory = BeaconMemory(Path(root, "grown"), model, reserve=100)
+                    memory.add_many((one.id, one.text) for one in documents(2 * _CLIENTS))
+                    for seconds, replicas in growing(memory, nodes, given.grow):
+                        print(json.dumps({"seconds": round(seconds), "replicas": replicas}), flush=True)  # noqa: T201
+                for many in () if given.grow else (1, 2):
                     memory = BeaconMemory(Path(root, f"{many}"), model, reserve=100)
                     speeds = {
                         "documents": compressing(memory, many, given.documents),
