@@ -45,7 +45,9 @@ class PostgresServer:
             self._run("initdb", *initdb)
             self.start()
         else:
-            self._run("pg_basebackup", "-D", self.data, "-h", primary.folder, "-U", "postgres", "-R", "--no-sync")
+            # a checkpoint is spread over minutes, unless it is asked to be fast
+            backup = ["-D", self.data, "-h", primary.folder, "-U", "postgres", "-R", "-c", "fast", "--no-sync"]
+            self._run("pg_basebackup", *backup)
             self.start()
             primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
             primary.execute("SELECT pg_reload_conf()")
