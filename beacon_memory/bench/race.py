@@ -256,10 +256,10 @@ def _answered(entry: _Entry) -> _Answers:
             _evict(one)
             before, most = peak_memory(partial(answer, place), one.device)
             peak = most - before
-            _evict(one)
-        # for who does not read the text anew, once more: what had to give memory back for its peak takes longer
-        if place != "cold" or one.files:
-            answer(place)
+            if not one.files:  # it reads the text anew, which takes long
+                continue
+            _evict(one)  # and once more: what had to give memory back for its peak takes longer
+        answer(place)
     return _Answers(times, plain, peak)
 
 

@@ -159,8 +159,15 @@ def made_up(store: MemoryStore, rows: int, batch: int) -> Iterator[list[tuple[Do
 
 
 def _row(like: DocumentRow, sample: Sample, number: int) -> DocumentRow:
-    named = replace(like, id=sample.id, file=file_name(sample.id, number), content_hash=content_hash(sample.text))
-    return replace(named, metadata=sample.label.metadata, tags=tuple(sample.label.tags))
+    label = sample.label
+    return replace(
+        like,
+        id=sample.id,
+        file=file_name(sample.id, number),
+        content_hash=content_hash(sample.text),
+        metadata=label.metadata,
+        tags=tuple(label.tags),
+    )
 
 
 def document(id: str, text: str, megabytes: float) -> tuple[DocumentHeader, MemoryKV]:

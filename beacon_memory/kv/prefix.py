@@ -50,7 +50,7 @@ class Section:
         sizes = [sum(layer) for layer in counts]
         rotated = [  # layer by layer, for it takes several times their bytes meanwhile
             apply_rotation(keys, *table)
-            for keys, table in zip(memory.keys.split(sizes), _tables(memory, sizes, rope), strict=True)
+            for keys, table in zip(memory.keys.split(sizes), _tables(memory, rope), strict=True)
         ]
         return cls._laid_out(torch.cat(rotated), memory.values, counts, memory.span)
 
@@ -58,11 +58,10 @@ class Section:
     def dequantized(cls, memory: QuantizedKV, rope: Rope, dtype: torch.dtype) -> Self:
         """Do the same of a quantized memory, layer by layer; dtype: of what comes out."""
         counts = tuple(tuple(layer) for layer in memory.counts.tolist())
-        sizes = [sum(layer) for layer in counts]
-        ends = [0, *accumulate(sizes)]
+        ends = [0, *accumulate(sum(layer) for layer in counts)]
         shape = (len(memory.keys), memory.key_scales.shape[1])
         keys, values = (torch.empty(shape, dtype=dtype, device=memory.keys.device) for _ in range(2))
-        for rows, table in zip(map(slice, ends, ends[1:]), _tables(memory, sizes, rope), strict=True):
+        for rows, table in zip(map(slice, ends, ends[1:]), _tables(memory, rope), strict=True):
             numbers, values[rows] = memory.numbers(rows)
             keys[rows] = apply_rotation(numbers.to(dtype), *table)
         return cls._laid_out(keys, values, counts, memory.span)
@@ -106,9 +105,9 @@ class Section:
         return self.keys[entries], self.values[entries]
 
 
-def _tables(memory: MemoryKV | QuantizedKV, sizes: Sequence[int], rope: Rope) -> Iterator[tuple[Tensor, Tensor]]:
+def _tables(memory: MemoryKV | QuantizedKV, rope: Rope) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the rotation of the entries of each layer; of a position that entries share, it is computed once."""
-    positions = memory.positions.split(sizes)
+    positions = memory.positions.split(memory.counts.sum(1).tolist())
     if memory.positions.is_floating_point() or memory.span > len(memory.positions):
         yield from (rope.table(places.float() - memory.span) for places in positions)
         return

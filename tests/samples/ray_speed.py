@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ _CLIENTS = 8
 _TOKENS = 32  # of an answer
 _PORT = 8199
 _PLACES = 4  # for answers of a replica that is to get others beside it
-_GROWING, _SHRINKING = 120.0, 900.0  # seconds that clients ask, and that replicas have to go
+_GROWING, _SHRINKING = 120.0, 1020.0  # seconds that clients ask, and after which replicas have to have gone
 _REPLICA = f"ServeReplica:{NAME}:answering"  # begins the name of the processes of replicas
 _CPUS = 0.3  # of a replica, as Ray counts them: two cores have two of them, and the writer
 
@@ -108,22 +108,16 @@ def growing(memory: BeaconMemory, nodes: Nodes, most: int) -> Iterator[tuple[flo
     settings = ServerSettings(port=_PORT, most_running=_PLACES)
     serve.run(application(memory, settings, 1, most, cpus=_CPUS), name=NAME, route_prefix="/")
     started, known = time.perf_counter(), 0
-
-    def changes(asking: list[Future[int]]) -> Iterator[tuple[float, int]]:
-        nonlocal known
-        until = time.perf_counter() + _SHRINKING
-        while not all(one.done() for one in asking) if asking else known > 1 and time.perf_counter() < until:
-            if (now := len(nodes.workers(_REPLICA))) != known:
-                known = now
-                yield time.perf_counter() - started, known
-            time.sleep(0.5)
-        assert all(one.result() for one in asking)
-
     try:
         begun = threading.Barrier(_CLIENTS)
         with ThreadPoolExecutor(_CLIENTS) as threads:
-            yield from changes([threads.submit(_ask, number, begun, _GROWING) for number in range(_CLIENTS)])
-        yield from changes([])
+            asking = [threads.submit(_ask, number, begun, _GROWING) for number in range(_CLIENTS)]
+            while (passed := time.perf_counter() - started) < _GROWING or (known > 1 and passed < _SHRINKING):
+                if (now := len(nodes.workers(_REPLICA))) != known:
+                    known = now
+                    yield passed, known
+                time.sleep(0.5)
+            assert all(one.result() for one in asking)
     finally:
         serve.delete(NAME)
 
@@ -167,7 +161,8 @@ def main() -> None:
                     memory.add_many((one.id, one.text) for one in documents(2 * _CLIENTS))
                     for seconds, replicas in growing(memory, nodes, given.grow):
                         print(json.dumps({"seconds": round(seconds), "replicas": replicas}), flush=True)  # noqa: T201
-                for many in () if given.grow else (1, 2):
+                    return
+                for many in (1, 2):
                     memory = BeaconMemory(Path(root, f"{many}"), model, reserve=100)
                     speeds = {
                         "documents": compressing(memory, many, given.documents),
