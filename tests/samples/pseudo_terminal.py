@@ -41,12 +41,19 @@ class PseudoTerminal:
 
     def expect(self, text: str, seconds: float = 120) -> str:
         """Waits until something is shown behind what was expected before; returns all up to it."""
-        until = time.monotonic() + seconds
-        while (at := self.screen.find(text, self._seen)) < 0:
-            assert self._read(until - time.monotonic()), f"{text!r} was not shown, but: {self.screen[self._seen :]!r}"
-        shown = self.screen[self._seen : at + len(text)]
-        self._seen = at + len(text)
+        assert self._shown(text, seconds), f"{text!r} was not shown, but: {self.screen[self._seen :]!r}"
+        end = self.screen.index(text, self._seen) + len(text)
+        shown = self.screen[self._seen : end]
+        self._seen = end
         return shown
+
+    def type_until(self, keys: str, text: str) -> None:
+        """Types keys, and again whenever seconds go by, until something is shown."""
+        for _ in range(20):
+            self.type(keys)
+            if self._shown(text, 5):
+                break
+        self.expect(text, 0)
 
     def more(self, seconds: float = 120) -> None:
         """Waits until anything is shown behind what was expected before."""
@@ -63,6 +70,14 @@ class PseudoTerminal:
         _, status = os.waitpid(self._process, 0)
         self._process = 0
         return os.waitstatus_to_exitcode(status)
+
+    def _shown(self, text: str, seconds: float) -> bool:
+        """Reads until something is shown behind what was expected before; False if it is not in time, or ever."""
+        until = time.monotonic() + seconds
+        while text not in self.screen[self._seen :]:
+            if not self._read(until - time.monotonic()):
+                return False
+        return True
 
     def _read(self, seconds: float) -> bool:
         """Reads what is shown; False if nothing comes in time, or ever."""
