@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_samples import Run, lines
+from cli_samples import ROOF, Run, lines
 from command_page import json_fields
 from servers import running
 
@@ -18,8 +18,6 @@ from beacon_memory import BeaconMemory
 from beacon_memory.server.keys import Right, add_key
 from beacon_memory.server.run import RunningServer
 from beacon_memory.server.settings import ServerSettings
-
-ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n"
 
 
 @pytest.fixture

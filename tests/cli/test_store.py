@@ -1,4 +1,4 @@
-"""The commands that look after a store, without a model: see test_cli.py for what needs one."""
+"""The commands that look after a store, without a model: see test_add.py and test_main.py for what needs one."""
 
 from __future__ import annotations
 

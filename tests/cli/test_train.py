@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_samples import Run, lines
-
-ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n"
+from cli_samples import ROOF, Run, lines
 
 
 class TestTrain:

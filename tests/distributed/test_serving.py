@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +26,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 from ray_cluster import Nodes
 from repository import ROOT
-from servers import ended_job
+from servers import ended_job, until
 from starlette.requests import Request
 from tiny_models import tiny_base, tiny_checkpoint, tiny_tokenizer
 
@@ -39,13 +39,6 @@ COUNT = 12
 LONG = 2000  # tokens of an answer: it takes seconds
 REPLICA = "ServeReplica:beacon-memory:answering"  # begins the name of the processes that answer
 _SECONDS = 120
-
-
-def until(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + _SECONDS
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 class Served:

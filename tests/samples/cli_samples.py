@@ -1,4 +1,4 @@
-"""The command line in this process, for the tests of its commands."""
+"""The command line in this process, and files for it to read, for the tests of its commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from beacon_memory.cli.main import app
+
+ROOF = "The roof of the barn was mended in March by Ada Flint, who used larch boards.\n"
+WELL = "The well behind the mill is forty feet deep. Its water tastes of iron.\n"
 
 Run = Callable[..., Result]
 
@@ -29,3 +32,10 @@ def runner(store: Path, model: Path | str, monkeypatch: pytest.MonkeyPatch) -> R
 def lines(result: Result) -> list[dict[str, object]]:
     """What a command has printed as JSON, a line each."""
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def write(*names: str) -> None:
+    """Write files that tell their names and who mended the roof, in folders that are made for them."""
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"{name}: {ROOF}", encoding="utf-8")

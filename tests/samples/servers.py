@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -47,11 +47,19 @@ def client(server: RunningServer | ServerProcess, key: str | None = None) -> htt
     return httpx.Client(base_url=server.url, headers=headers, timeout=_SECONDS)
 
 
+def until(reached: Callable[[], bool]) -> None:
+    """Wait for something that a server comes to, or one of its replicas, which takes longer."""
+    end = time.monotonic() + 2 * _SECONDS
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def ended_job(http: httpx.Client, reply: httpx.Response) -> dict[str, object]:
     """The job that a request began, once it has ended."""
     assert reply.status_code == 202, reply.text
-    until = time.monotonic() + _SECONDS
-    while time.monotonic() < until:
+    end = time.monotonic() + _SECONDS
+    while time.monotonic() < end:
         job: dict[str, object] = http.get(reply.headers["location"]).raise_for_status().json()
         if job["status"] in ("done", "failed", "cancelled"):
             return job

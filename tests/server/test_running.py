@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from langchain_samples import ROOF, WELL, filled_memory, in_words
-from servers import ServerProcess, client, ended_job, put, running
+from servers import ServerProcess, client, ended_job, put, running, until
 from tiny_models import tiny_base, tiny_checkpoint
 
 from beacon_memory import BeaconMemory, BeaconModel, ConflictError
@@ -26,13 +26,6 @@ ASK: dict[str, Any] = {"model": "beacon-memory", "messages": [{"role": "user", "
 LONG = "".join(f"In year {year} the roof was mended by number {year * 7}. " for year in range(450))
 WINDOW = 1024  # tokens: a pass is told before what it has read is written
 _SECONDS = 60
-
-
-def until(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + _SECONDS
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
