@@ -173,11 +173,13 @@ def _line(cells: Sequence[str]) -> str:
 def write_report(results: Sequence[Result], folder: Path, command: str) -> list[Path]:
     """Write results as one page of tables and plots, `README.md`; returns the files.
 
-    command: the command that makes the page again. Raises MissingDependencyError without matplotlib.
+    command: the command that makes the page again, with the limit and seed of each task. Raises MissingDependencyError
+    without matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "README.md"]
-    lines = ["# Results", "", f"Written by `{command}`; not to be edited.", ""]
+    written_by = f"Written by `{command}`, with the `--limit` and `--seed` of each task; not to be edited."
+    lines = ["# Results", "", written_by, ""]
     origins = [_listed(result.provenance) for result in results]
     if shared := len(set(origins)) == 1:
         lines += [f"Made with {origins[0]}.", ""]

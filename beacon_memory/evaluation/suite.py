@@ -14,14 +14,20 @@ from .tasks import Evaluation
 
 __all__ = ["run_suite"]
 
-RATIOS = (2, 4, 8)
+_MAIN = ("full", "none", *(f"{way}:{ratio}" for ratio in (8, 16) for way in ("bm25", "zoom", "select")))
 _BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
-_SELECTED = ("select:2", "select:4", "select:8", "select:16")
-_OTHERS = ("select-expected:4", "select-expected:8", "hybrid:4", "hybrid:8")
-_REFERENCES = ("full", "none", "base", "truncated:4", "bm25:4")
-_PRESSES = ("expected:4", "snapkv:4", *(f"kvzip:{ratio}" for ratio in RATIOS))
-_COMPOSED = tuple(f"beacon:{ratio}:{count}" for ratio in (2, 4) for count in (1, 2, 4, 8))
-_SHORT = ("full", "none", "beacon:2", "select:2", "select:4", "select:8", "select:16")
+_SQUAD = (
+    "base",
+    "truncated:4",
+    "bm25:4",
+    *_BEACONS[:3],
+    "select:2",
+    "select:4",
+    "select-expected:4",
+    "select-expected:8",
+)
+_PRESSES = ("full", "select:4", "select:8", "hybrid:4", "hybrid:8", "expected:4", "snapkv:4", "kvzip:4", "kvzip:8")
+_COMPOSED = tuple(f"{way}:{count}" for way in ("select:8", "beacon:2") for count in (1, 2, 4, 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +50,10 @@ def _qa(name: str, source: str, names: Sequence[str]) -> _Task:
 
 
 _TASKS = (
-    _qa("qa-squad", "squad_v1.1", (*_REFERENCES, *_BEACONS[:3], *_SELECTED, *_OTHERS, *_PRESSES)),
+    _qa("qa-squad", "squad_v1.1", (*_MAIN, *_SQUAD)),
+    _qa("qa-presses", "squad_v1.1", _PRESSES),
     _qa("qa-composed", "squad_v1.1", _COMPOSED),
-    _qa("qa-fairytale", "fairytaleqa", _SHORT),
+    _qa("qa-fairytale", "fairytaleqa", _MAIN),
     _Task(
         "ppl",
         "paul_graham_essays",
@@ -62,28 +69,28 @@ _TASKS = (
     _Task(
         "articles",
         "squad_articles",
-        (*_SHORT, "bm25:8"),
+        _MAIN,
         lambda e, data, limit: e.long(data, limit=None, questions=max(1, limit // 5), task="articles"),
     ),
     _Task(
         "locomo",
         "locomo",
-        (*_SHORT, "bm25:8"),
+        _MAIN,
         lambda e, data, limit: e.long(data, limit=2, questions=max(1, limit // 2), task="locomo"),
     ),
     _Task(
         "leval",
         "leval",
-        _SHORT,
+        _MAIN,
         lambda e, data, limit: e.long(data, limit=max(1, limit // 4), questions=2, task="leval"),
     ),
-    _Task("longbench", "longbench", _SHORT, lambda e, data, limit: e.longbench(data, limit=limit)),
-    _Task("kv", "kv_retrieval", _SHORT, lambda e, data, limit: e.kv_retrieval(data, limit=max(1, limit // 4))),
+    _Task("longbench", "longbench", _MAIN, lambda e, data, limit: e.longbench(data, limit=limit)),
+    _Task("kv", "kv_retrieval", _MAIN, lambda e, data, limit: e.kv_retrieval(data, limit=max(1, limit // 4))),
     _Task(
         "needle",
         "paul_graham_essays",
-        ("full", "beacon:2", "select:4", "select:8", "select:16"),
-        lambda e, data, _: e.needle(data, lengths=(500, 1000, 2000, 4000), depths=(0, 0.25, 0.5, 0.75, 1)),
+        ("full", "bm25:16", "zoom:16", "select:4", "select:16"),
+        lambda e, data, _: e.needle(data, lengths=(500, 1000, 2000, 4000, 8000), depths=(0, 0.25, 0.5, 0.75, 1)),
     ),
 )
 
@@ -92,6 +99,8 @@ def run_suite(
     evaluation: Evaluation, data: Path, output: Path, limit: int, say: Callable[[str], None], only: Sequence[str] = ()
 ) -> list[Path]:
     """Run every task whose data is there, or those named in `only`, and write a page; returns the files of the page.
+
+    With `only`, what the page tells of other tasks stays.
 
     limit: number of items of a task; some tasks take a share of it.
     say:   called with one line for each task.
@@ -106,10 +115,11 @@ def run_suite(
     for task in _TASKS:
         file, kept = data / f"{task.file}.jsonl.gz", output / f"{task.name}.json"
         result = read_result(kept) if kept.exists() else None
-        if result is not None and _same_run(result, evaluation, task.names, limit):
+        named = not only or task.name in only
+        if result is not None and (not named or _same_run(result, evaluation, task.names, limit)):
             say(f"{task.name}: kept")
             results.append(result)
-        elif only and task.name not in only:
+        elif not named:
             say(f"{task.name}: left out")
         elif not file.exists():
             say(f"{task.name}: left out, {file.name} is not there")
@@ -122,8 +132,7 @@ def run_suite(
     if not results:
         files = sorted({f"{task.file}.jsonl.gz" for task in _TASKS if not only or task.name in only})
         raise InputError(f"there is nothing to report: {data} holds none of {', '.join(files)}")
-    command = f"beacon-memory eval report DATA {output.as_posix()} --limit {limit} --seed {evaluation.seed}"
-    return write_report(results, output, command)
+    return write_report(results, output, f"beacon-memory eval report DATA {output.as_posix()}")
 
 
 def _same_run(result: Result, evaluation: Evaluation, names: Sequence[str], limit: int) -> bool:

@@ -226,7 +226,8 @@ def test_the_page_has_a_section_for_each_task_with_its_table_and_plot(tmp_path: 
     assert [file.name for file in files] == ["README.md", "qa.png", "needle.png"]
     assert all(is_picture(file) for file in files[1:])
     assert page.startswith(
-        "# Results\n\nWritten by `beacon-memory eval report`; not to be edited.\n\nMade with torch 2"
+        "# Results\n\nWritten by `beacon-memory eval report`, with the `--limit` and `--seed` of each task; "
+        "not to be edited.\n\nMade with torch 2"
     )
     for result in (*results, retention):
         assert f"## {result.task}\n\ndata qa.jsonl.gz, limit 4, seed 0.\n\n| baseline" in page

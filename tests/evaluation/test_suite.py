@@ -15,8 +15,8 @@ from beacon_memory.evaluation.report import read_result
 from beacon_memory.evaluation.suite import run_suite
 from beacon_memory.evaluation.tasks import Evaluation
 
-TASKS = ("qa-squad", "qa-composed", "qa-fairytale", "ppl", "retention", "articles", "locomo", "leval", "longbench",
-         "kv", "needle")  # fmt: skip
+TASKS = ("qa-squad", "qa-presses", "qa-composed", "qa-fairytale", "ppl", "retention", "articles", "locomo", "leval",
+         "longbench", "kv", "needle")  # fmt: skip
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_every_task_is_run_and_written(ran: list[tuple[str, ...]], evaluation: E
         assert result.settings["baselines"] == list(dict.fromkeys(record.baseline for record in result.records))
         assert f"## {task}\n" in page
         assert (tmp_path / "out" / f"{task}.png").exists() == (task != "retention")
-    assert f"`beacon-memory eval report DATA {(tmp_path / 'out').as_posix()} --limit 4 --seed 0`" in page
+    assert f"`beacon-memory eval report DATA {(tmp_path / 'out').as_posix()}`" in page
 
 
 def test_what_is_there_is_not_run_again(ran: list[tuple[str, ...]], evaluation: Evaluation, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_only_some_are_run_and_others_kept(ran: list[tuple[str, ...]], evaluatio
 
 
 def test_a_task_that_is_not_known_is_refused(evaluation: Evaluation, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is no task ppls, qa; name one of qa-squad, qa-composed, .*needle"):
+    with pytest.raises(InputError, match=r"there is no task ppls, qa; name one of qa-squad, qa-presses, .*needle"):
         run(evaluation, write_data(tmp_path / "data", "locomo"), tmp_path / "out", only=("qa", "ppl", "ppls"))
 
 

@@ -211,7 +211,7 @@ def rows_of_data() -> dict[str, list[dict[str, Any]]]:
             }
             for number, (key, value) in enumerate(pairs)
         ],
-        "paul_graham_essays": [{"id": f"essay {number}", "text": f"{number}. {TEXT} " * 8} for number in range(2)],
+        "paul_graham_essays": [{"id": f"essay {number}", "text": f"{number}. {TEXT} " * 8} for number in range(4)],
     }
 
 
