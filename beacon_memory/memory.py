@@ -76,7 +76,7 @@ class BeaconMemory:
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
-    score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
+    score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, a prediction that saves a pass.
     hot_bytes: of memories that stay ready for attention after a question, on the device and in RAM each; by default a
              quarter of what is free there. Quantized ones count with their bits. `warm` makes them ready before.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,

@@ -10,7 +10,7 @@ import typer
 from beacon_memory import __version__
 from beacon_memory.errors import InputError
 
-from . import archive, chat, documents, explain, mcp, plan, process, serve, store
+from . import archive, calibrate, chat, documents, explain, mcp, plan, process, serve, store
 from . import eval as evaluation
 from .help import Commands
 from .options import (
@@ -69,7 +69,7 @@ app = Commands(
     no_args_is_help=True,
 )
 
-for part in (chat, explain, mcp, documents, store, archive, serve, plan):
+for part in (chat, explain, mcp, documents, store, archive, serve, plan, calibrate):
     app.add_typer(part.app)
 app.add_typer(evaluation.app, name="eval")
 

@@ -287,6 +287,14 @@ def counting(documents: int | None) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+@contextmanager
+def reading(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on standard error; yields a function to call with how many are read, and will be."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _bar(*columns: ProgressColumn) -> Progress:
     """Return a progress bar on standard error that is shown only if that is a terminal."""
     from rich.progress import Progress

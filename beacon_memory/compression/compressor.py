@@ -39,7 +39,7 @@ class BeaconCompressor:
     rows_per_pass: rows (raw tokens and beacons) that one forward pass may have, at least one window. It bounds the
                    memory that it takes, whatever the length of the documents, and changes no number but by rounding.
     reserve:       positions of the model to leave free for question and answer behind a document.
-    score:         how `select` and `hybrid` choose tokens: `repeat`, or `expected`, which is worse and saves a pass.
+    score:         how `select` and `hybrid` choose tokens: `repeat`, or `expected`, a prediction that saves a pass.
 
     Raises ConfigError for another score.
     """
@@ -156,24 +156,15 @@ class BeaconCompressor:
         not, before any document is taken, and InputError for a document whose `read` cannot be the memory of its first
         `windows` windows.
         """
-        return self._compress(works, progress, self._method(self.compression(compression)))
+        return self.compress_with(self._method(self.compression(compression)), works, progress)
 
-    def compress_one(
-        self, work: Work, progress: Callable[[int], None] = lambda _: None, *, compression: str = "auto"
-    ) -> CompressedDocument:
-        """Compress one document."""
-        ((_, document),) = self.compress([(None, work)], progress, compression=compression)
-        return document
-
-    def _method(self, name: str, package: str | None = None) -> CompressionMethod:
-        make = find(name, package)
-        if make not in self._methods:
-            self._methods[make] = make(self)
-        return self._methods[make]
-
-    def _compress(
-        self, works: Iterable[tuple[Key, Work]], progress: Callable[[int], None], method: CompressionMethod
+    def compress_with(
+        self,
+        method: CompressionMethod,
+        works: Iterable[tuple[Key, Work]],
+        progress: Callable[[int], None] = lambda _: None,
     ) -> Iterator[tuple[Key, CompressedDocument]]:
+        """Do the same as `compress` by a method that need not be installed."""
         plans = _UntilError((key, self._plan(work, method)) for key, work in works)
         begun: deque[tuple[Key, Plan]] = deque()
 
@@ -189,6 +180,19 @@ class BeaconCompressor:
                 key, done = begun.popleft()
                 yield key, CompressedDocument(done.parts, len(done.ids), tuple(done.windows))
         plans.raise_error()
+
+    def compress_one(
+        self, work: Work, progress: Callable[[int], None] = lambda _: None, *, compression: str = "auto"
+    ) -> CompressedDocument:
+        """Compress one document."""
+        ((_, document),) = self.compress([(None, work)], progress, compression=compression)
+        return document
+
+    def _method(self, name: str, package: str | None = None) -> CompressionMethod:
+        make = find(name, package)
+        if make not in self._methods:
+            self._methods[make] = make(self)
+        return self._methods[make]
 
     def _plan(self, work: Work, method: CompressionMethod) -> Plan:
         """Cut a document into windows; raises InputError where `read` cannot be the memory of the first of them."""

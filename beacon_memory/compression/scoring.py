@@ -3,9 +3,9 @@
 `repeat`: the model repeats the window behind itself, piece by piece, as in KVzip (arXiv 2505.23416). What counts is how
 much a token contributes to a head's output then: attention weight times norm of the value, squared, over all queries.
 
-`expected`: no second pass. Within a head, tokens are ranked by the attention that queries distributed like those of the
-window would give them, as in ExpectedAttention (Devoto et al., arXiv 2510.00636). That says little of how much a head
-needs in all; but how much hardly depends on the text, so it is measured once, by repeating a text of our own.
+`expected`: no second pass. A probe predicts what the first would find, from keys, values and the attention that queries
+distributed like those of the window would give, as in ExpectedAttention (Devoto et al., arXiv 2510.00636). It is fitted
+to windows that were repeated: it comes with the adapter, or is fitted to a text of our own.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 
 from beacon_memory.errors import ConfigError
+from beacon_memory.kv.memory_kv import BeaconKV
 from beacon_memory.kv.prefix import Block
 from beacon_memory.kv.rope import Rope, apply_rotation
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.probe import Probe, features
 from beacon_memory.modeling.repetition import RepeatedWindow
 
-__all__ = ["SCORES", "ExpectedAttention", "check_score", "repeated", "spread"]
+__all__ = ["SCORES", "ExpectedAttention", "ProbeFit", "check_score", "repeated"]
 
 SCORES = ("repeat", "expected")
 
+_NOTHING = 1e-9  # of the mean score: less is no different from that
+_CONSTANT = 1e-12  # variance of a feature that tells nothing
 _FUTURE = 512  # positions behind a window that expected queries are spread over
 
 
@@ -41,16 +45,47 @@ def repeated(model: BeaconModel, windows: Sequence[RepeatedWindow]) -> list[Tens
     return [one * window.kv.values.float().square().sum(-1) for one, window in zip(received, windows, strict=True)]
 
 
-def spread(measured: Tensor, ranking: Tensor) -> Tensor:
-    """Hand scores measured on one text, [layers, kv_heads, tokens], to the tokens of another in their ranking.
+class ProbeFit:
+    """Fit a probe to windows that were repeated, by ridge regression; however many there are, it holds sums alone.
 
-    ranking: [layers, kv_heads, other tokens], higher is better within a head. The best token of a head takes the head's
-    highest score, and so on; the shares of the heads in a budget stay as measured.
+    In each layer, with x the standardized features of a token and y the logarithm of a head's score:
+
+        weights = (mean(x x^T) + penalty I)^-1 mean(x (y - mean(y))),   penalty = features / (4 tokens)
+
+    tokens: how many it was fitted to.
     """
-    tokens = ranking.shape[-1]
-    places = ((torch.arange(tokens, device=measured.device) + 0.5) * measured.shape[-1] / tokens).long()
-    falling = measured.sort(dim=-1, descending=True).values[..., places]
-    return torch.empty_like(falling).scatter_(-1, ranking.argsort(dim=-1, descending=True), falling)
+
+    def __init__(self) -> None:
+        self.tokens = self._kv_heads = 0
+        self._products: list[Tensor] = []  # for each layer those of [features, logarithms of scores, 1] of all tokens
+
+    def take(self, kv: BeaconKV, expected: Tensor, scores: Tensor) -> None:
+        """Take a window: its K/V, the expected attention and the scores, [layers, kv_heads, tokens] both."""
+        self.tokens += kv.slots
+        self._kv_heads = kv.keys.shape[1]
+        logarithms = scores.clamp(min=scores.mean() * _NOTHING).log()
+        for layer, found in enumerate(logarithms):
+            known = features(kv, expected, layer)
+            rows = torch.cat((known, found.T, known.new_ones(len(known), 1)), dim=1).cpu().double()
+            if layer == len(self._products):
+                self._products.append(rows.new_zeros(rows.shape[1], rows.shape[1]))
+            self._products[layer].addmm_(rows.T, rows)
+
+    def probe(self) -> Probe:
+        """Return the probe that fits the windows taken so far."""
+        weights, bias = zip(*map(self._map, self._products), strict=True)
+        return Probe(torch.stack(weights).float(), torch.stack(bias).float())
+
+    def _map(self, products: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights [features, kv_heads] and bias [kv_heads] of a layer."""
+        mean = products[-1, :-1] / self.tokens
+        covariance = products[:-1, :-1] / self.tokens - mean.outer(mean)
+        known = len(mean) - self._kv_heads
+        scale = covariance.diagonal()[:known].clamp(min=_CONSTANT).sqrt()
+        alike = covariance[:known, :known] / scale.outer(scale)
+        alike.diagonal().add_(known / (4 * self.tokens))
+        weights = torch.linalg.solve(alike, covariance[:known, known:] / scale[:, None]) / scale[:, None]
+        return weights, mean[known:] - mean[:known] @ weights
 
 
 class ExpectedAttention:

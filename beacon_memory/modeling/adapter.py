@@ -7,6 +7,7 @@ An adapter is a folder with these files:
     beacon.safetensors  the beacon parameters, and the tensors that a salient placement needs
     reader/             if it has one, a LoRA of the base in PEFT's own form
     answers/            if it has one, another that is used for what follows a memory alone, see `answering`
+    probe.safetensors   if it has one, what tells in one reading which tokens heads will need, see `probe`
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from transformers.utils.hub import cached_file
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import AdapterError, ConfigError
 
+from .probe import Probe
+
 __all__ = ["Adapter", "base_name", "read_adapter", "read_published", "write_adapter"]
 
-SETTINGS, WEIGHTS = "beacon.json", "beacon.safetensors"
+SETTINGS, WEIGHTS, PROBE = "beacon.json", "beacon.safetensors", "probe.safetensors"
 LORA, ANSWERS = "reader", "answers"
 
 
@@ -45,6 +48,7 @@ class Adapter:
     base:    `name` and `digest` (see Fingerprint.base) of the base that it was made for, as far as known.
     lora:    folder of a PEFT LoRA that has to be merged into the base.
     answers: folder of a PEFT LoRA that is used for what follows a memory.
+    probe:   what `--score expected` chooses tokens by.
     """
 
     config: BeaconConfig
@@ -55,6 +59,7 @@ class Adapter:
     base: Mapping[str, str] = field(default_factory=dict)
     lora: Path | None = None
     answers: Path | None = None
+    probe: Probe | None = None
 
 
 def read_adapter(source: str | Path) -> Adapter:
@@ -66,9 +71,10 @@ def read_adapter(source: str | Path) -> Adapter:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         config = BeaconConfig.from_dict(settings)
         tensors = load_file(folder / WEIGHTS)
+        probe = Probe(**load_file(folder / PROBE)) if (folder / PROBE).exists() else None
     except FileNotFoundError as error:
         raise AdapterError(f"{folder} is no adapter: it lacks {Path(error.filename or WEIGHTS).name}") from error
-    except (ValueError, AttributeError, SafetensorError, ConfigError) as error:
+    except (ValueError, AttributeError, TypeError, SafetensorError, ConfigError) as error:
         raise AdapterError(f"the adapter in {folder} cannot be read: {error}") from error
     lora, answers = folder / LORA, folder / ANSWERS
     base = settings.get("base") or {}
@@ -81,6 +87,7 @@ def read_adapter(source: str | Path) -> Adapter:
         base=base if isinstance(base, dict) else {"name": str(base)},
         lora=lora if lora.is_dir() else None,
         answers=answers if answers.is_dir() else None,
+        probe=probe,
     )
 
 
@@ -90,7 +97,7 @@ def base_name(base: str | Path) -> str:
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
-    """Write an adapter folder, with copies of its LoRAs."""
+    """Write an adapter folder, with copies of its LoRAs; what an earlier adapter left there goes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
@@ -102,9 +109,14 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
         settings["chat_template"] = adapter.chat_template
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    if adapter.probe is None:
+        (folder / PROBE).unlink(missing_ok=True)  # left by an earlier adapter, as a LoRA below
+    else:
+        parts = {"weights": adapter.probe.weights, "bias": adapter.probe.bias}
+        save_file({name: part.cpu().contiguous() for name, part in parts.items()}, folder / PROBE)
     for source, target in ((adapter.lora, folder / LORA), (adapter.answers, folder / ANSWERS)):
         if source is None:
-            shutil.rmtree(target, ignore_errors=True)  # left by an earlier adapter
+            shutil.rmtree(target, ignore_errors=True)
         elif source.resolve() != target.resolve():
             shutil.copytree(source, target, dirs_exist_ok=True)
 
@@ -154,7 +166,7 @@ def _weight_files(base: str | Path) -> list[str]:
 
 
 def _download(name: str) -> Path:
-    patterns = [SETTINGS, WEIGHTS, f"{LORA}/*", f"{ANSWERS}/*"]
+    patterns = [SETTINGS, WEIGHTS, PROBE, f"{LORA}/*", f"{ANSWERS}/*"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -41,6 +41,7 @@ from .default_model import default_adapter, ensure_default_model
 from .layout import BeaconLayout, Cursor, Piece, Window, cut_windows
 from .loading import load_base, tokenizer_digest
 from .lora import lora_digest, lora_factors, merge_lora
+from .probe import Probe
 from .projections import beacon_parameters, install_projections, remove_projections
 from .ratio_mix import mixed_ratios
 from .repetition import RepeatedWindow, Repetition
@@ -91,6 +92,7 @@ class BeaconModel(nn.Module):
     adapter:  folder or hub name of the trained beacons, or `untrained`.
     lora:     folder of the LoRA that was merged into the base, if any.
     answers:  folder of the LoRA that is used for what follows a memory, if any.
+    probe:    what tells in one reading which tokens heads will need, if the adapter has it.
     kv_shape: (layers, kv_heads, head_dim) of its K/V.
     leading_bos: the bos token if the tokenizer puts it before every text, else nothing.
     salience: how informative tokens are, see TokenSalience.
@@ -109,6 +111,7 @@ class BeaconModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora: Path | None = None,
         answers: Path | None = None,
+        probe: Probe | None = None,
     ) -> None:
         super().__init__()
         self._attentions = attention_modules(base)
@@ -124,9 +127,12 @@ class BeaconModel(nn.Module):
         attention: Any = self._attentions[0]
         heads = base.config.num_attention_heads // attention.num_key_value_groups
         self.kv_shape = (len(self._attentions), heads, int(attention.head_dim))
+        if probe is not None:
+            probe.require_fits(*self.kv_shape)
         self.adapter = UNTRAINED
         self.lora = lora
         self.answers = answers
+        self.probe = probe
         self._tokenizer = tokenizer
         self.leading_bos = _leading_bos(tokenizer)
         self._hooks: list[RemovableHandle] = []
@@ -179,29 +185,44 @@ class BeaconModel(nn.Module):
             tokenizer=tokenizer,
             lora=source.lora,
             answers=source.answers,
+            probe=source.probe,
         )
         warn_of_another_base(source, beacons._base_digest, beacons.dtype)
-        own = dict(beacons.named_beacon_parameters())
-        beacons.set_beacon_parameters(source.tensors if adapter is not None else with_absent_kinds(source.tensors, own))
         if source.tensors:
+            own = dict(beacons.named_beacon_parameters())
+            beacons.set_beacon_parameters(
+                source.tensors if adapter is not None else with_absent_kinds(source.tensors, own)
+            )
             beacons.adapter = str(adapter or base)
         return beacons.eval()
 
-    def save_adapter(self, folder: str | Path, lora: Path | None = None, answers: Path | None = None) -> None:
-        """Write the beacons, in the model's dtype, and the LoRAs to an adapter folder.
+    def save_adapter(
+        self,
+        folder: str | Path,
+        lora: Path | None = None,
+        answers: Path | None = None,
+        probe: Probe | None = None,
+        *,
+        trained: bool = True,
+    ) -> None:
+        """Write the beacons, in the model's dtype, the LoRAs and the probe to an adapter folder.
 
         lora, answers: folders of LoRAs that were trained with them; None takes those that were loaded with them.
+        probe:         fitted to this model; None takes that which was loaded, if `lora` is not another.
+        trained:       whether the beacons are; those that are not are left out.
         """
         folder = Path(folder)
+        tensors = {name: parameter.to(self.dtype) for name, parameter in self.named_beacon_parameters()}
         adapter = Adapter(
             config=self.config,
-            tensors={name: parameter.to(self.dtype) for name, parameter in self.named_beacon_parameters()},
+            tensors=tensors if trained else {},
             token_salience=self.salience.token_salience,
             token_starts_word=self.salience.token_starts_word,
             chat_template=self._tokenizer.chat_template if self._tokenizer is not None else None,
             base={"name": base_name(str(self.base.config.name_or_path)), "digest": self._base_digest},
             lora=lora or self.lora,
             answers=answers or self.answers,
+            probe=probe or (self.probe if lora is None else None),
         )
         write_adapter(folder, adapter)
 
@@ -220,8 +241,11 @@ class BeaconModel(nn.Module):
         salience = replace(
             self.salience, token_salience=adapter.token_salience, token_starts_word=adapter.token_starts_word
         )
+        if adapter.probe is not None:
+            adapter.probe.require_fits(*self.kv_shape)
         self.set_beacon_parameters(adapter.tensors)
         self.salience = salience
+        self.probe = adapter.probe
         self.adapter = str(source)
         self.__dict__.pop("fingerprint", None)
 

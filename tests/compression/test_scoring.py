@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from stock_behind import eager, slow_repeated, some_kept, stock_reading
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from beacon_memory.compression.methods import ReadWindow
-from beacon_memory.compression.scoring import ExpectedAttention, repeated, spread
+from beacon_memory.compression.scoring import ExpectedAttention, ProbeFit, repeated
 from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.probe import Probe
 from beacon_memory.modeling.repetition import PIECE
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -91,16 +93,68 @@ def test_expected_attention_is_its_formula(name: str, tokens: int) -> None:
     torch.testing.assert_close(heard.scores, slow_expected(stock, memory, ids), atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("measured", "others"), [(7, 7), (12, 5), (5, 12), (9, 1), (1, 6)])
-def test_the_best_token_of_a_head_takes_its_highest_score(measured: int, others: int) -> None:
+def some_windows(*tokens: int) -> list[tuple[BeaconKV, Tensor, Tensor]]:
+    """K/V, expected attention and scores of windows, made up, of 2 layers with 3 heads."""
     generator = torch.Generator().manual_seed(0)
-    scores, ranking = (torch.rand(2, 3, count, generator=generator) for count in (measured, others))
-    handed = spread(scores, ranking)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return [
+        (
+            BeaconKV(3 + some(2, 3, count, 8), some(2, 3, count, 8)),
+            some(2, 3, count).softmax(-1),
+            some(2, 3, count).mul(2).exp(),
+        )
+        for count in tokens
+    ]
+
+
+def slow_features(kv: BeaconKV, expected: Tensor, layer: int, token: int) -> list[float]:
+    keys, values = kv.keys[layer, :, token].tolist(), kv.values[layer, :, token].tolist()
+    norms = [math.log(sum(number * number for number in head)) for head in (*keys, *values)]
+    attention = [math.log(expected[layer, head, token].item() * expected.shape[-1]) for head in range(3)]
+    return [number for head in (*keys, *values) for number in head] + norms + attention
+
+
+def test_a_probe_is_a_linear_map_of_what_one_reading_tells() -> None:
+    ((kv, expected, _),) = some_windows(5)
+    weights, bias = torch.rand(2, 57, 3), torch.rand(2, 3)
+    scores = Probe(weights, bias)(kv, expected)
     for layer in range(2):
-        for head in range(3):
-            falling = sorted(scores[layer, head].tolist(), reverse=True)
-            by_rank = sorted(range(others), key=ranking[layer, head].tolist().__getitem__, reverse=True)
-            expected = [0.0] * others
-            for rank, token in enumerate(by_rank):
-                expected[token] = falling[int((rank + 0.5) * measured / others)]
-            assert handed[layer, head].tolist() == expected
+        for token in range(5):
+            known = torch.tensor(slow_features(kv, expected, layer, token))
+            torch.testing.assert_close(scores[layer, :, token], known @ weights[layer] + bias[layer])
+
+
+def test_a_fit_is_ridge_regression_on_the_tokens_of_all_windows() -> None:
+    windows, fit = some_windows(60, 90), ProbeFit()
+    for window in windows:
+        fit.take(*window)
+    probe = fit.probe()
+    for layer in range(2):
+        known = np.array([slow_features(kv, of, layer, token) for kv, of, _ in windows for token in range(kv.slots)])
+        found = np.concatenate([scores[layer].log().T.double().numpy() for _, _, scores in windows])
+        standard = (known - known.mean(0)) / known.std(0)
+        # a ridge is a row for each feature that should be 0, beside the rows of the tokens
+        ridge = math.sqrt(57 / 4) * np.eye(57)
+        rows, answers = np.vstack((standard, ridge)), np.vstack((found - found.mean(0), np.zeros((57, 3))))
+        fitted, *_ = np.linalg.lstsq(rows, answers)
+        expected = standard @ fitted + found.mean(0)
+        weights, bias = probe.weights[layer].double().numpy(), probe.bias[layer].double().numpy()
+        np.testing.assert_allclose(known @ weights + bias, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_score_follows_from_is_learnt() -> None:
+    (kv, expected, _), fit = some_windows(600)[0], ProbeFit()
+    scores = (kv.values[..., 0] - kv.keys.flip(1)[..., 2] + kv.values.square().sum(-1).log()).exp()
+    fit.take(BeaconKV(kv.keys[:, :, :500], kv.values[:, :, :500]), expected[..., :500], scores[..., :500])
+    told = fit.probe()(BeaconKV(kv.keys[:, :, 500:], kv.values[:, :, 500:]), expected[..., 500:])
+    assert torch.corrcoef(torch.stack((told.flatten(), scores[..., 500:].log().flatten())))[0, 1] > 0.99
+
+
+def test_scores_of_zero_and_features_that_never_change_do_no_harm() -> None:
+    (kv, expected, scores), fit = some_windows(50)[0], ProbeFit()
+    kv.keys[:, :, :, 1], scores[:, 1, 3] = 7.0, 0.0
+    fit.take(kv, expected, scores)
+    assert fit.probe()(kv, expected).isfinite().all()

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from stock_behind import best, eager, slow_repeated, some_kept, stock_reading
-from tiny_models import MODELS, reference_read, some_ids, tiny_model, tiny_tokenizer
+from tiny_models import MODELS, reference_read, some_ids, some_probe, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.methods.hybrid import Hybrid
 from beacon_memory.compression.methods.select import Select
-from beacon_memory.compression.scoring import ExpectedAttention, spread
+from beacon_memory.compression.scoring import ExpectedAttention
 from beacon_memory.compression.selection import read_raw
 from beacon_memory.config import BeaconConfig
 from beacon_memory.kv.memory_kv import MemoryKV
@@ -44,12 +44,10 @@ def read(
     ratio: int,
     *,
     hybrid: bool = False,
-    measured: Tensor | None = None,
+    score: str = "repeat",
 ) -> MemoryKV:
-    compressor = BeaconCompressor(model, score="repeat" if measured is None else "expected")
+    compressor = BeaconCompressor(model, score=score)
     method = Hybrid(compressor) if hybrid else Select(compressor)
-    if measured is not None:
-        method.measured = measured
     (memory,) = method.read_windows([(model.prefix(prefix), ids, ratio)])
     return memory
 
@@ -79,8 +77,8 @@ def assert_same(ours: MemoryKV, theirs: MemoryKV) -> None:
 @pytest.mark.parametrize(("tokens", "ratio"), [(n, r) for n in (1, 2, 15, 64, 70) for r in (0, 1, 2, 3, 8, 99)])
 def test_slots_are_tokens_over_ratio_rounded_up_in_the_mean(tokens: int, ratio: int, how: str) -> None:
     _, model = both()
-    measured = torch.rand(3, 2, 20) if how == "expected" else None
-    memory = read(model, nothing(model), some_ids(tokens), ratio, hybrid=how == "hybrid", measured=measured)
+    score = "expected" if how == "expected" else "repeat"
+    memory = read(model, nothing(model), some_ids(tokens), ratio, hybrid=how == "hybrid", score=score)
     slots = -(-tokens // ratio) if ratio else tokens
     assert int(memory.counts.sum()) == len(memory.keys) == slots * 6
     beacons = -(-tokens // (4 * ratio)) if how == "hybrid" and ratio else 0
@@ -118,19 +116,19 @@ def test_chosen_tokens_do_not_depend_on_how_beacons_are_read(attn: str) -> None:
 
 @every_model
 @pytest.mark.parametrize("hybrid", [False, True])
-def test_measured_scores_save_the_second_pass(name: str, hybrid: bool) -> None:
+def test_a_probe_saves_the_second_pass(name: str, hybrid: bool) -> None:
     stock, model = both(name)
+    model.probe = some_probe(model)
     prefix, ids, passes = in_front(stock), some_ids(40, seed=1), []
-    measured = torch.rand(3, 2, 60, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         heard = ExpectedAttention(model.rope, 40)
         layout = BeaconLayout.build([Piece(Cursor(), [Window.behind(0, ids)])], model.config)
-        model.run(layout, model.empty_kv(), [], prefixes=[model.prefix(prefix)], watch=heard)
+        kv = model.run(layout, model.empty_kv(), layout.windows[0].own, prefixes=[model.prefix(prefix)], watch=heard)
     hook = model.base.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    memory = read(model, prefix, ids, 4, measured=measured, hybrid=hybrid)
+    memory = read(model, prefix, ids, 4, score="expected", hybrid=hybrid)
     hook.remove()
     assert len(passes) == 1
-    chosen = best(spread(measured, heard.scores), 10 - (3 if hybrid else 0))
+    chosen = best(model.probe(kv.kept, heard.scores), 10 - (3 if hybrid else 0))
     assert torch.equal(kept_of(memory)[..., :40], chosen)
     assert memory.counts.tolist() == (chosen.sum(-1) + (3 if hybrid else 0)).tolist()
 

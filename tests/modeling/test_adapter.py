@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import (
     VOCAB,
     some_ids,
+    some_probe,
     some_salience,
     some_word_starts,
     tiny_base,
@@ -128,6 +129,40 @@ def test_a_lora_that_was_trained_is_saved_with_the_beacons(base: Path, tmp_path:
     read = read_adapter(tmp_path / "second")
     assert read.lora == tmp_path / "second" / "reader"
     assert (read.lora / "adapter_config.json").read_text() == "{}"
+
+
+def test_a_probe_comes_with_the_adapter_and_changes_no_fingerprint(base: Path, adapter: Path, tmp_path: Path) -> None:
+    model = load(base, adapter)
+    probe = some_probe(model)
+    model.save_adapter(tmp_path / "with", probe=probe)
+    again = load(base, tmp_path / "with")
+    assert again.probe is not None
+    assert torch.equal(again.probe.weights, probe.weights)
+    assert torch.equal(again.probe.bias, probe.bias)
+    assert again.fingerprint == model.fingerprint
+    compressor = BeaconCompressor(again, score="expected")
+    assert compressor.parameters("select") == {"score": "expected", "probe": probe.digest}
+    again.save_adapter(tmp_path / "kept")
+    assert (tmp_path / "kept" / "probe.safetensors").read_bytes() == (
+        tmp_path / "with" / "probe.safetensors"
+    ).read_bytes()
+    again.load_adapter(adapter)
+    assert again.probe is None
+    again.save_adapter(tmp_path / "kept")
+    assert not (tmp_path / "kept" / "probe.safetensors").exists()
+
+
+def test_a_probe_of_another_model_or_a_damaged_one_is_refused(base: Path, adapter: Path) -> None:
+    wide = some_probe(a_model(config(), num_hidden_layers=4))
+    save_file({"weights": wide.weights, "bias": wide.bias}, adapter / "probe.safetensors")
+    with pytest.raises(AdapterError, match=r"the probe has weights of shape \[4, .*the base model needs \[3, "):
+        load(base, adapter)
+    save_file({"weights": wide.weights}, adapter / "probe.safetensors")
+    with pytest.raises(AdapterError, match=r"cannot be read: .*bias"):
+        load(base, adapter)
+    (adapter / "probe.safetensors").write_bytes(b"{}")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        load(base, adapter)
 
 
 def test_saving_what_was_loaded_gives_the_same_files(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -110,6 +110,18 @@ def test_chosen_tokens_answer_what_nothing_else_tells(model: BeaconModel, tmp_pa
         assert expected not in memory.ask(question, [], max_new_tokens=24).text
 
 
+def test_in_one_reading_most_of_what_a_repetition_finds_is_found(model: BeaconModel) -> None:
+    kept = []
+    for score in ("repeat", "expected"):
+        compressor = BeaconCompressor(model, score=score)
+        ids = compressor.tokenize(CHAPTER).ids[:512]
+        memory = compressor.compress_one(Work(ids, [8]), compression="select").kv
+        heads = (head for layer in range(len(memory.counts)) for head in memory.layer(layer))
+        kept.append({(number, place) for number, head in enumerate(heads) for place in head[2].tolist()})
+    assert len(kept[0]) == len(kept[1])
+    assert len(kept[0] & kept[1]) > 0.8 * len(kept[0])  # by chance 0.125, by attention that is expected alone 0.7
+
+
 def test_in_16_bits_requests_decoded_together_are_as_likely_as_alone() -> None:
     """Tokens may part where two are as likely; so far, and there, both ways agree on how likely they are."""
     model = BeaconModel.from_pretrained(dtype="bfloat16")

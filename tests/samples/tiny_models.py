@@ -26,6 +26,7 @@ from transformers import (
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.modeling.model import BeaconModel
+from beacon_memory.modeling.probe import Probe
 
 keeps_control_tokens_text = pytest.mark.skipif(
     "sanitize_control_tokens" not in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
@@ -126,6 +127,14 @@ def some_salience(vocab: int = VOCAB) -> Tensor:
 def some_word_starts(vocab: int = VOCAB) -> Tensor:
     """Return which tokens begin a word: every second one, so that words have one token or several."""
     return torch.arange(vocab) % 2 == 0
+
+
+def some_probe(model: BeaconModel, *, seed: int = 0) -> Probe:
+    """A probe that fits a model, of random maps."""
+    layers, heads, head_dim = model.kv_shape
+    generator = torch.Generator().manual_seed(seed)
+    shape = (layers, heads * (2 * head_dim + 3), heads)
+    return Probe(torch.randn(shape, generator=generator), torch.randn(layers, heads, generator=generator))
 
 
 def some_ids(count: int, *, seed: int = 0) -> list[int]:

@@ -8,40 +8,66 @@ from importlib.resources import files
 
 from torch import Tensor
 
-from beacon_memory.compression.scoring import ExpectedAttention, repeated, spread
-from beacon_memory.compression.selection import read_raw
+from beacon_memory.compression.scoring import ExpectedAttention, ProbeFit, repeated
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.modeling.attention import Watch
+from beacon_memory.modeling.probe import Probe
 
+from .method import Reader
 from .scored import ReadWindow, ScoredMethod
 
-__all__ = ["Select"]
+__all__ = ["Fitting", "Select"]
 
 
 class Select(ScoredMethod):
-    """Keep the tokens that heads look up while the window is repeated, or that they are expected to (`scoring`)."""
+    """Keep the tokens that heads look up while the window is repeated, or those that a probe tells (`scoring`)."""
 
     @property
     def parameters(self) -> Mapping[str, str | int]:
-        """The score that tokens are chosen by."""
-        return {"score": self.reader.score}
+        """The score that tokens are chosen by, and which probe tells it, if that comes with the adapter."""
+        probe = self.model.probe if self.reader.score == "expected" else None
+        return {"score": self.reader.score} if probe is None else {"score": self.reader.score, "probe": probe.digest}
 
     def watch(self, tokens: int) -> Watch | None:
-        """Return what works out the expected attention, where that is the score."""
+        """Return what works out the expected attention, where a probe is asked."""
         return ExpectedAttention(self.model.rope, tokens) if self.reader.score == "expected" else None
 
     def scores(self, windows: Sequence[ReadWindow]) -> list[Tensor]:
-        """Return what each token of each window contributes to its head, [layers, kv_heads, tokens]."""
+        """Return what each token of each window contributes to its head, or the logarithm of that."""
         if self.reader.score == "repeat":
             return repeated(self.model, windows)
-        return [spread(self.measured, one.watch.scores) for one in windows if isinstance(one.watch, ExpectedAttention)]
+        return [self.probe(one.kv, one.watch.scores) for one in windows if isinstance(one.watch, ExpectedAttention)]
 
     @cached_property
-    def measured(self) -> Tensor:
-        """How much heads need of the text that is kept for this, which `expected` cannot tell; measured once."""
+    def probe(self) -> Probe:
+        """The probe of the adapter; where there is none, one that is fitted to the text that is kept for this."""
+        if self.model.probe is not None:
+            return self.model.probe
         text = files("beacon_memory.compression").joinpath("calibration.txt").read_text(encoding="utf-8")
         ids = self.reader.tokenize(text).ids[: self.model.config.beacon_window]
-        prefix = self.model.prefix(MemoryKV.of(self.reader.sink))
-        window = ReadWindow(self.model, prefix, ids, read_raw(self.model, prefix, ids), None)
-        (measured,) = repeated(self.model, [window])
-        return measured
+        fitting = Fitting(self.reader)
+        fitting.read_windows([(self.model.prefix(MemoryKV.of(self.reader.sink)), ids, 1)])
+        return fitting.fit.probe()
+
+
+class Fitting(Select):
+    """Choose by repeating windows, and fit a probe to what is found.
+
+    fit: the sums that the probe is made of.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader)
+        self.fit = ProbeFit()
+
+    def watch(self, tokens: int) -> ExpectedAttention:
+        """Return what works out the expected attention."""
+        return ExpectedAttention(self.model.rope, tokens)
+
+    def scores(self, windows: Sequence[ReadWindow]) -> list[Tensor]:
+        """Return what each token of each window contributes to its head."""
+        found = repeated(self.model, windows)
+        for window, scores in zip(windows, found, strict=True):
+            if isinstance(window.watch, ExpectedAttention):
+                self.fit.take(window.kv, window.watch.scores, scores)
+        return found
