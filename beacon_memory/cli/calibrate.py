@@ -50,6 +50,8 @@ def calibrate(
         from .adding import found_sources
         from .sources import read_source
 
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file; name a folder for the adapter")
         texts = []
         for source in found_sources(paths, None, as_json):
             try:

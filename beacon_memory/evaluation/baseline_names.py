@@ -7,7 +7,7 @@
     bm25:R         the passages that match the question best, up to 1/R of the text, uncompressed; bm25 alone: R = 4
     beacon:R       beacons at ratio R
     select:R       K/V of the tokens that each head needs, 1/R of all
-    select-expected:R   the same, chosen by the cheaper score
+    select-expected:R   the same, chosen in one reading, by a probe
     hybrid:R       both, beacons and K/V of chosen tokens
     NAME:R         another compression method, by its registered name
     zoom:R         K/V of the passages that match the question best, up to 1/R of all, out of the memory of select:2;

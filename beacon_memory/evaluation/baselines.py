@@ -22,6 +22,7 @@ from beacon_memory.errors import CapacityError, InputError
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
+from beacon_memory.kv.levels import kept_from, level_of
 from beacon_memory.kv.memory_kv import MemoryKV
 from beacon_memory.kv.quantize import quantized
 from beacon_memory.lookup import Lookup, gist_slots, sections_of_entries
@@ -294,14 +295,18 @@ class Compressed(PrefixBaseline):
         super().__init__(name, model)
         self.compressor = BeaconCompressor(model, score=score)
         self.compression, self.ratio, self.documents, self.bits = compression, ratio, documents, bits
+        self._richest = ratio
         self._timed = lru_cache(maxsize=1)(self._compress)
 
     @staticmethod
     def share_reading(alike: Sequence[Compressed]) -> None:
-        """Let baselines with the same `reads` read each text of a batch once."""
+        """Let baselines with the same `reads` read each text of a batch once, at the lowest of their ratios.
+
+        A document of several windows is read once for each ratio: what is left of a window is in front of the next.
+        """
         timed = lru_cache(maxsize=BATCH)(alike[0]._compress)
         for one in alike:
-            one._timed = timed
+            one._timed, one._richest = timed, min(other.ratio for other in alike)
 
     def read(self, passages: Passages, question: str | None) -> PrefixMemory:
         """Compress the text, as one or more documents, and join what is loaded of their memories."""
@@ -310,9 +315,12 @@ class Compressed(PrefixBaseline):
         if cut:
             passages = [cut_middle([id for passage in passages for id in passage], self.capacity)]
             parts = split_documents(passages, self.documents)
+        one_window = all(len(self.lead) + len(part) <= self.model.config.beacon_window for part in parts)
         started = time.perf_counter()
-        read, seconds = self._timed(tuple(map(tuple, parts)))
+        read, seconds = self._timed(tuple(map(tuple, parts)), self._richest if one_window else self.ratio)
         saved = max(0.0, seconds - (time.perf_counter() - started))
+        if one_window and self._richest < self.ratio:
+            read = [memory.from_level(level_of(self.ratio)) for memory in read]
         memories = self.loaded(read, passages, question)
         kv_bytes = self.kept_bytes(memories)
         if self.bits is not None:
@@ -330,15 +338,19 @@ class Compressed(PrefixBaseline):
         """Return what is loaded of the memories of documents: all of it, whatever the question."""
         return memories
 
-    def _compress(self, documents: tuple[tuple[int, ...], ...]) -> tuple[list[MemoryKV], float]:
-        """Return the memories of documents, and the seconds that they took."""
+    def _compress(self, documents: tuple[tuple[int, ...], ...], ratio: int) -> tuple[list[MemoryKV], float]:
+        """Return the memories of documents at a ratio, and the seconds that they took."""
         started = time.perf_counter()
-        return self.memories(documents, self.ratio, self.compression), time.perf_counter() - started
+        return self.memories(documents, ratio, self.compression), time.perf_counter() - started
 
     @property
-    def reads(self) -> tuple[str, str, int, int]:
-        """Return what decides how texts are read: method, score, ratio and number of documents."""
-        return self.compression, self.compressor.score, self.ratio, self.documents
+    def reads(self) -> tuple[str, str, int, int | None]:
+        """Return what decides how texts are read: method, score, number of documents, and the ratio.
+
+        None for a ratio whose memory of a window is the part of any richer one from some level on.
+        """
+        nested = self.compression == "select" and kept_from(level_of(self.ratio), 1000 * self.ratio) == 1000
+        return self.compression, self.compressor.score, self.documents, None if nested else self.ratio
 
     @property
     def reading(self) -> object:

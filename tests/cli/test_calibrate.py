@@ -58,3 +58,6 @@ def test_bad_input_is_told_and_nothing_is_written(run: Run, tmp_path: Path) -> N
         assert said.exit_code == 1
         assert told in said.stderr
     assert not (tmp_path / "own").exists()
+    said = run("calibrate", "texts", "--output", "texts/0.txt")
+    assert said.exit_code == 1
+    assert "texts/0.txt is a file" in said.stderr

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
-from evaluation_samples import saved_model
+from compressor_samples import assert_same
+from evaluation_samples import TEXT, baseline, ids_of, saved_model
 
 from beacon_memory.errors import InputError
 from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Compressed, NoText, Retrieved, Truncated, Zoomed
 from beacon_memory.evaluation.presses import Selected
 from beacon_memory.evaluation.untouched import Untouched
+from beacon_memory.kv.memory_kv import MemoryKV
 
 KINDS = {
     "full": Truncated,
@@ -72,3 +76,26 @@ def test_other_names_are_refused_with_those_that_there_are(names: list[str]) -> 
     known = "bm25, bm25:R, beacon:R, beacon:R:N, select:R, select:R:N, hybrid:R, hybrid:R:N, select-expected:R, "
     with pytest.raises(InputError, match=rf"full, none, base, truncated:R, {known}"):
         baselines(names, saved_model())
+
+
+SELECTED = ("nested:4", "select:2", "select:8", "select:4@int8", "select:3")
+
+
+@pytest.mark.parametrize(("tokens", "read"), [(30, [2, 3]), (80, [2, 8, 4, 3])])
+def test_a_text_of_one_window_is_read_once_for_all_ratios_that_double(
+    tokens: int, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages = (ids_of(TEXT)[:tokens],)
+    alone = [baseline(name).read(passages, "Where?") for name in SELECTED]
+    ratios, memories = [], Compressed.memories
+
+    def counted(one: Compressed, documents: Any, ratio: int, compression: str) -> list[MemoryKV]:
+        ratios.append(ratio)
+        return memories(one, documents, ratio, compression)
+
+    monkeypatch.setattr(Compressed, "memories", counted)
+    for one, expected in zip(baselines(list(SELECTED), saved_model()), alone, strict=True):
+        shared = cast(Compressed, one).read(passages, "Where?")
+        assert_same(shared.kv, expected.kv)
+        assert shared.kv_bytes == expected.kv_bytes
+    assert ratios == read
