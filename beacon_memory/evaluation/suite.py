@@ -16,11 +16,11 @@ __all__ = ["run_suite"]
 
 _MAIN = ("full", "none", *(f"{way}:{ratio}" for way in ("bm25", "zoom", "select") for ratio in (8, 16)))
 _BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
-_SQUAD = (
-    *(*_MAIN, "select:2", "select:4", "select-expected:4", "select-expected:8"),
-    *("base", "truncated:4", "bm25:4", *_BEACONS[:3]),
+_SQUAD = (*_MAIN, "select:2", "select:4", "select-expected:4", "select-expected:8", "beacon:2", "beacon:4")
+_OTHERS = (
+    *("full", "base", "truncated:4", "bm25:4", "beacon:8", "hybrid:4", "hybrid:8", "select:4", "select:8"),
+    *("expected:4", "snapkv:4", "kvzip:4", "kvzip:8"),
 )
-_PRESSES = ("full", "select:4", "select:8", "hybrid:4", "hybrid:8", "expected:4", "snapkv:4", "kvzip:4", "kvzip:8")
 _COMPOSED = tuple(f"{way}:{count}" for way in ("select:8", "beacon:2") for count in (1, 2, 4, 8))
 
 
@@ -45,7 +45,7 @@ def _qa(name: str, source: str, names: Sequence[str]) -> _Task:
 
 _TASKS = (
     _qa("qa-squad", "squad_v1.1", _SQUAD),
-    _qa("qa-presses", "squad_v1.1", _PRESSES),
+    _qa("qa-others", "squad_v1.1", _OTHERS),
     _qa("qa-composed", "squad_v1.1", _COMPOSED),
     _qa("qa-fairytale", "fairytaleqa", _MAIN),
     _Task(

@@ -15,7 +15,7 @@ from beacon_memory.evaluation.report import read_result
 from beacon_memory.evaluation.suite import run_suite
 from beacon_memory.evaluation.tasks import Evaluation
 
-TASKS = ("qa-squad", "qa-presses", "qa-composed", "qa-fairytale", "ppl", "retention", "articles", "locomo", "leval",
+TASKS = ("qa-squad", "qa-others", "qa-composed", "qa-fairytale", "ppl", "retention", "articles", "locomo", "leval",
          "longbench", "kv", "needle")  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_only_some_are_run_and_others_kept(ran: list[tuple[str, ...]], evaluatio
 
 
 def test_a_task_that_is_not_known_is_refused(evaluation: Evaluation, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is no task ppls, qa; name one of qa-squad, qa-presses, .*needle"):
+    with pytest.raises(InputError, match=r"there is no task ppls, qa; name one of qa-squad, qa-others, .*needle"):
         run(evaluation, write_data(tmp_path / "data", "locomo"), tmp_path / "out", only=("qa", "ppl", "ppls"))
 
 
