@@ -136,9 +136,9 @@ class TestAnswers:
     def test_what_is_loaded_of_one_memory_needs_one_reading(self, monkeypatch: pytest.MonkeyPatch) -> None:
         read, compress = [], Compressed.memories
 
-        def counting(self: Compressed, documents: Any, *arguments: Any) -> Any:
-            read.append(self.ratio)
-            return compress(self, documents, *arguments)
+        def counting(self: Compressed, documents: Any, ratio: int, compression: str) -> Any:
+            read.append(ratio)
+            return compress(self, documents, ratio, compression)
 
         monkeypatch.setattr(Compressed, "memories", counting)
         field = baselines(["nested:4", "zoom:4", "zoom:8", "select:2", "slice:4"], saved_model())
