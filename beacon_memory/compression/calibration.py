@@ -10,14 +10,13 @@ from random import Random
 from torch import Tensor
 
 from beacon_memory.errors import InputError
+from beacon_memory.kv.memory_kv import BeaconKV
 from beacon_memory.modeling.layout import slots_of
 from beacon_memory.modeling.probe import Probe
 
 from .compressor import BeaconCompressor
-from .methods.method import Reader
-from .methods.scored import ReadWindow
-from .methods.select import Fitting
-from .scoring import ExpectedAttention, repeated
+from .methods.select import Select, Studied
+from .scoring import ProbeFit
 from .selection import best
 from .work import Work
 
@@ -46,25 +45,6 @@ class Calibration:
     before: float
 
 
-class _Comparing(Fitting):
-    """Choose by repeating windows, and see how many of the same entries probes would have kept."""
-
-    def __init__(self, reader: Reader, probes: Sequence[Probe]) -> None:
-        super().__init__(reader)
-        self.probes = probes
-        self.shares: list[list[float]] = []
-
-    def scores(self, windows: Sequence[ReadWindow]) -> list[Tensor]:
-        found = repeated(self.model, windows)
-        for window, scores in zip(windows, found, strict=True):
-            if isinstance(window.watch, ExpectedAttention):
-                budget = slots_of(len(window.ids), COMPARED_AT)
-                kept = best(scores, budget)
-                told = [best(probe(window.kv, window.watch.scores), budget) for probe in self.probes]
-                self.shares.append([((one & kept).sum() / kept.sum()).item() for one in told])
-        return found
-
-
 def calibrate(
     compressor: BeaconCompressor,
     texts: Iterable[str],
@@ -88,17 +68,23 @@ def calibrate(
         )
     drawn = Random(0).sample(pieces, min(len(pieces), windows))
     compared, fitted = drawn[: len(drawn) // _LEAST], drawn[len(drawn) // _LEAST :]
-    read = count(1)
+    read, fit = count(1), ProbeFit()
+    shares: list[list[float]] = []
 
-    def run(method: Fitting, pieces: Sequence[Sequence[int]]) -> None:
+    def study(pieces: Sequence[Sequence[int]], show: Callable[[BeaconKV, Tensor, Tensor], None]) -> None:
         works = ((None, Work(piece, [COMPARED_AT])) for piece in pieces)
-        for _ in compressor.compress_with(method, works):
+        for _ in compressor.compress_with(Studied(compressor, show), works):
             progress(next(read), len(drawn))
 
-    fitting = Fitting(compressor)
-    before = fitting.probe
-    run(fitting, fitted)
-    comparing = _Comparing(compressor, (probe := fitting.fit.probe(), before))
-    run(comparing, compared)
-    share, share_before = (sum(shares) / len(compared) for shares in zip(*comparing.shares, strict=True))
+    def compare(kv: BeaconKV, expected: Tensor, scores: Tensor) -> None:
+        budget = slots_of(kv.slots, COMPARED_AT)
+        kept = best(scores, budget)
+        told = [best(one(kv, expected), budget) for one in (probe, before)]
+        shares.append([((one & kept).sum() / kept.sum()).item() for one in told])
+
+    before = Select(compressor).probe
+    study(fitted, fit.take)
+    probe = fit.probe()
+    study(compared, compare)
+    share, share_before = (sum(of_windows) / len(compared) for of_windows in zip(*shares, strict=True))
     return Calibration(probe, len(fitted), len(compared), share, share_before)

@@ -304,9 +304,9 @@ class Compressed(PrefixBaseline):
 
         A document of several windows is read once for each ratio: what is left of a window is in front of the next.
         """
-        timed = lru_cache(maxsize=BATCH)(alike[0]._compress)
+        timed, richest = lru_cache(maxsize=BATCH)(alike[0]._compress), min(one.ratio for one in alike)
         for one in alike:
-            one._timed, one._richest = timed, min(other.ratio for other in alike)
+            one._timed, one._richest = timed, richest
 
     def read(self, passages: Passages, question: str | None) -> PrefixMemory:
         """Compress the text, as one or more documents, and join what is loaded of their memories."""
@@ -316,10 +316,11 @@ class Compressed(PrefixBaseline):
             passages = [cut_middle([id for passage in passages for id in passage], self.capacity)]
             parts = split_documents(passages, self.documents)
         one_window = all(len(self.lead) + len(part) <= self.model.config.beacon_window for part in parts)
+        ratio = self._richest if one_window else self.ratio
         started = time.perf_counter()
-        read, seconds = self._timed(tuple(map(tuple, parts)), self._richest if one_window else self.ratio)
+        read, seconds = self._timed(tuple(map(tuple, parts)), ratio)
         saved = max(0.0, seconds - (time.perf_counter() - started))
-        if one_window and self._richest < self.ratio:
+        if ratio < self.ratio:
             read = [memory.from_level(level_of(self.ratio)) for memory in read]
         memories = self.loaded(read, passages, question)
         kv_bytes = self.kept_bytes(memories)

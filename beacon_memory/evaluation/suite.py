@@ -109,7 +109,7 @@ def run_suite(
     for task in _TASKS:
         file, kept = data / f"{task.file}.jsonl.gz", output / f"{task.name}.json"
         result = read_result(kept) if kept.exists() else None
-        named = not only or task.name in only
+        named = task.name in (only or names)
         if result is not None and (not named or _same_run(result, evaluation, task.names, limit)):
             say(f"{task.name}: kept")
             results.append(result)
@@ -124,7 +124,7 @@ def run_suite(
             write_result(result, kept)
             results.append(result)
     if not results:
-        files = sorted({f"{task.file}.jsonl.gz" for task in _TASKS if not only or task.name in only})
+        files = sorted({f"{task.file}.jsonl.gz" for task in _TASKS if task.name in (only or names)})
         raise InputError(f"there is nothing to report: {data} holds none of {', '.join(files)}")
     return write_report(results, output, f"beacon-memory eval report DATA {output.as_posix()}")
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
+from typing import cast
 
 from torch import Tensor
 
 from beacon_memory.compression.scoring import ExpectedAttention, ProbeFit, repeated
-from beacon_memory.kv.memory_kv import MemoryKV
+from beacon_memory.kv.memory_kv import BeaconKV, MemoryKV
 from beacon_memory.modeling.attention import Watch
 from beacon_memory.modeling.probe import Probe
 
 from .method import Reader
 from .scored import ReadWindow, ScoredMethod
 
-__all__ = ["Fitting", "Select"]
+__all__ = ["Select", "Studied"]
 
 
 class Select(ScoredMethod):
@@ -45,20 +46,20 @@ class Select(ScoredMethod):
             return self.model.probe
         text = files("beacon_memory.compression").joinpath("calibration.txt").read_text(encoding="utf-8")
         ids = self.reader.tokenize(text).ids[: self.model.config.beacon_window]
-        fitting = Fitting(self.reader)
-        fitting.read_windows([(self.model.prefix(MemoryKV.of(self.reader.sink)), ids, 1)])
-        return fitting.fit.probe()
+        fit = ProbeFit()
+        Studied(self.reader, fit.take).read_windows([(self.model.prefix(MemoryKV.of(self.reader.sink)), ids, 1)])
+        return fit.probe()
 
 
-class Fitting(Select):
-    """Choose by repeating windows, and fit a probe to what is found.
+class Studied(Select):
+    """Choose by repeating windows, and show what one reading told of each beside what was found.
 
-    fit: the sums that the probe is made of.
+    show: called with the K/V of a window, its expected attention, and its scores.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, show: Callable[[BeaconKV, Tensor, Tensor], None]) -> None:
         super().__init__(reader)
-        self.fit = ProbeFit()
+        self.show = show
 
     def watch(self, tokens: int) -> ExpectedAttention:
         """Return what works out the expected attention."""
@@ -68,6 +69,5 @@ class Fitting(Select):
         """Return what each token of each window contributes to its head."""
         found = repeated(self.model, windows)
         for window, scores in zip(windows, found, strict=True):
-            if isinstance(window.watch, ExpectedAttention):
-                self.fit.take(window.kv, window.watch.scores, scores)
+            self.show(window.kv, cast(ExpectedAttention, window.watch).scores, scores)
         return found
