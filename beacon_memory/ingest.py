@@ -93,9 +93,9 @@ class Ingestion:
         def grow(row: DocumentRow, file: StoredFile) -> _Made | None:
             if not text:
                 return None
-            before = self.store.text(row.id)
-            made = self._read_raw(row, file, before, text, ratio)
-            return made or self._compressed(self.preparation.continued(row, file, before, text, ratio, "appended"))
+            before, same = self.store.text(row.id), self._choosing_as(file.header)
+            made = same._read_raw(row, file, before, text, ratio)
+            return made or same._compressed(same.preparation.continued(row, file, before, text, ratio, "appended"))
 
         return self._change(id, grow, "a text was appended")
 
@@ -105,7 +105,8 @@ class Ingestion:
         def settle(row: DocumentRow, file: StoredFile) -> _Made | None:
             if file.header.settled == file.header.windows:
                 return None
-            return self._compressed(self.preparation.continued(row, file, self.store.text(id), "", None, "compacted"))
+            same = self._choosing_as(file.header)
+            return same._compressed(same.preparation.continued(row, file, self.store.text(id), "", None, "compacted"))
 
         row = self.store.row(id)
         if 0 not in row.ratios:  # so its file need not be read
@@ -252,6 +253,10 @@ class Ingestion:
             last = one
         if failure is not None:
             raise failure
+
+    def _choosing_as(self, header: DocumentHeader) -> Ingestion:
+        """Return what goes on choosing tokens as a document's were chosen, where that is left to us."""
+        return Ingestion(self.store, self.compressor.choosing_as(header.method))
 
     def _read_raw(self, row: DocumentRow, file: StoredFile, before: str, text: str, ratio: int | None) -> _Made | None:
         """Read a text that is appended to a document, and nothing else: all its tokens are kept until they are due.

@@ -76,7 +76,8 @@ class BeaconMemory:
     adapter: folder or hub name of a beacon adapter for it.
     namespace: the part of the store to work in, which sees no other's documents; see `within`.
     reserve: positions of the model that `ratio="auto"` leaves free behind a document for question and answer.
-    score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, a prediction that saves a pass.
+    score:   how `select` and `hybrid` choose tokens: `repeat`, or `expected`, a prediction that saves a pass; `auto`:
+             `expected` if the adapter has a probe for it, else `repeat`; what is appended, as the document before it.
     hot_bytes: of memories that stay ready for attention after a question, on the device and in RAM each; by default a
              quarter of what is free there. Quantized ones count with their bits. `warm` makes them ready before.
     picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
@@ -99,7 +100,7 @@ class BeaconMemory:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = "auto",
         reserve: int = 1024,
-        score: str = "repeat",
+        score: str = "auto",
         hot_bytes: int | None = None,
         picker: str | Picker = "text",
     ) -> None:

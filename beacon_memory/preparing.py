@@ -175,16 +175,20 @@ class Preparation:
             return False
         if _coarser(row, precision):
             return False
-        parameters = self.compressor.parameters(compression)
+
+        def alike(method: Mapping[str, str | int] | None) -> bool:
+            return method == self.compressor.choosing_as(method).parameters(compression)
+
         try:
             if row.method is not None and len(row.ratios) == 1 and 0 not in row.ratios:
-                return row.method == parameters and self.store.has_file(row)
+                return alike(row.method) and self.store.has_file(row)
             now, index = self.store.index(row)
         except (FileNotFoundError, CorruptFileError, DocumentNotFoundError):
             return False
         header = index.header
         whole = now.root == row.root and header.settled == header.windows
-        return whole and [window.ratio for window in header.windows] == ratios and header.method in (None, parameters)
+        same = header.method is None or alike(header.method)
+        return whole and same and [window.ratio for window in header.windows] == ratios
 
     def _tokenized(self, document: Document, ratio: Ratio, compression: str) -> tuple[Text, TokenizedText, list[int]]:
         """Check a document; returns its text, the tokens of that, and the ratio of each window."""

@@ -49,8 +49,18 @@ def test_adding_with_another_score_compresses_anew(model: BeaconModel, tmp_path:
     with BeaconMemory(tmp_path / "store", model, score="expected", reserve=100) as cheap:
         cheap.add("doc", TEXT, ratio=4, compression="select")
         assert cheap.add("doc", TEXT, ratio=4, compression="select").status == "unchanged"
-    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+    with BeaconMemory(tmp_path / "store", model, score="repeat", reserve=100) as memory:
         assert memory.add("doc", TEXT, ratio=4, compression="select").status == "replaced"
+
+
+@pytest.mark.parametrize("ratio", [4, [2, 4, 8]])
+def test_a_score_that_is_left_free_reads_nothing_anew(model: BeaconModel, tmp_path: Path, ratio: Any) -> None:
+    for score in ("expected", "repeat"):
+        with BeaconMemory(tmp_path / "store", model, score=score, reserve=100) as memory:
+            memory.add("doc", TEXT[:70], ratio=ratio, compression="select")
+        with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+            assert memory.add("doc", TEXT[:70], ratio=ratio, compression="select").status == "unchanged"
+            assert memory.show("doc").method == {"score": score}
 
 
 def test_text_is_hashed_once_on_its_way_to_the_file(memory: BeaconMemory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ingest_samples import TEXT, WINDOW, assert_same, kv_of, make_model
-from tiny_models import train
+from tiny_models import some_probe, train
 from upkeep_samples import flip
 
 from beacon_memory import (
@@ -332,11 +332,28 @@ def test_append_goes_on_from_what_somebody_else_stored_meanwhile(
 def test_chosen_tokens_of_another_score_are_read_again(model: BeaconModel, tmp_path: Path) -> None:
     with BeaconMemory(tmp_path / "store", model, score="expected", reserve=100) as cheap:
         cheap.add("grown", TEXT[:70], ratio=4, compression="select")
-    with BeaconMemory(tmp_path / "store", model, reserve=100) as memory:
+    with BeaconMemory(tmp_path / "store", model, score="repeat", reserve=100) as memory:
         memory.append("grown", TEXT[70:])
         memory.add("whole", TEXT, ratio=4, compression="select")
         assert_same(kv_of(memory, "grown"), kv_of(memory, "whole"))
         assert memory.store.get("grown").header.method == {"score": "repeat"}
+
+
+def test_what_is_appended_is_chosen_as_the_document_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    model.probe = some_probe(model)
+    for score in ("expected", "repeat"):
+        with BeaconMemory(tmp_path / score, model, score=score, reserve=100) as memory:
+            memory.add("grown", TEXT[:70], ratio=4, compression="select")
+            memory.add("whole", TEXT[:90], ratio=4, compression="select")
+            whole = kv_of(memory, "whole")
+        with BeaconMemory(tmp_path / score, model, reserve=100) as memory:
+            read = rows_read(memory, monkeypatch)
+            memory.append("grown", TEXT[70:90])
+            memory.compact("grown")
+            assert set(read) == {1, 20, 26}  # sink, what was appended, and the last window
+            assert_same(kv_of(memory, "grown"), whole)
+            assert (memory.store.get("grown").header.method or {})["score"] == score
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -155,7 +155,7 @@ def test_compression_that_there_is_not_is_refused_and_the_store_left_as_it_was(m
 
 
 def test_score_that_there_is_not_is_refused_at_once(model: BeaconModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"score='guess' must be one of 'repeat', 'expected'"):
+    with pytest.raises(ConfigError, match=r"score='guess' must be 'auto' or one of 'repeat', 'expected'"):
         BeaconMemory(tmp_path / "store", model, score="guess")
 
 

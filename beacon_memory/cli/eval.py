@@ -159,6 +159,9 @@ def needle(
         str, typer.Option(help="Where the needle is, 0 to 1, separated by commas.")
     ] = "0,0.25,0.5,0.75,1",
     repeats: Annotated[int, typer.Option(help="Needles for each length and depth.", min=1)] = 1,
+    other_words: Annotated[
+        bool, typer.Option("--other-words", help="Ask for the needle in words that do not stand in it.")
+    ] = False,
     baselines: Baselines = "full,beacon:2,beacon:4,beacon:8",
     json: Output = None,
     seed: Seed = 0,
@@ -170,7 +173,7 @@ def needle(
     """Find a needle in a haystack: one sentence at some depth of long texts. Rows: text."""
     tokens, shares = _numbers("--lengths", lengths, int), _numbers("--depths", depths, float)
     with _evaluation(baselines, seed, model, adapter, device, dtype, json) as (evaluation, done):
-        done(evaluation.needle(data, lengths=tokens, depths=shares, repeats=repeats))
+        done(evaluation.needle(data, lengths=tokens, depths=shares, repeats=repeats, other_words=other_words))
 
 
 @app.command()

@@ -104,7 +104,7 @@ def add(
         typer.Option(help="Tokens per memory slot: 2, 4, 8, 16, 32; or auto, the smallest that fits the model."),
     ] = "auto",
     compression: CompressionOption = "auto",
-    score: ScoreOption = Score.REPEAT,
+    score: ScoreOption = Score.AUTO,
     precision: Annotated[
         str,
         typer.Option(
@@ -211,7 +211,7 @@ def append(
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per memory slot of new windows.", show_default="that of the last one")
     ] = None,
-    score: ScoreOption = Score.REPEAT,
+    score: ScoreOption = Score.AUTO,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,

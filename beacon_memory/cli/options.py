@@ -61,6 +61,7 @@ class Dtype(StrEnum):
 class Score(StrEnum):
     """The score by which tokens are chosen."""
 
+    AUTO = "auto"
     REPEAT = "repeat"
     EXPECTED = "expected"
 
@@ -179,7 +180,8 @@ ScoreOption = Annotated[
     typer.Option(
         "--score",
         help="How select and hybrid choose tokens. repeat: by the attention that they get while the model repeats the "
-        "text; expected: by a prediction of that, which saves a pass and is a little worse at high ratios.",
+        "text; expected: by a prediction of that, which saves a pass; auto: expected if the adapter has a probe for "
+        "it, else repeat; what is appended, as the document before it.",
     ),
 ]
 Picker = Annotated[
@@ -281,7 +283,7 @@ def open_memory(
     adapter: str | None,
     device: str | None,
     dtype: Dtype,
-    score: Score = Score.REPEAT,
+    score: Score = Score.AUTO,
     picker: str = "text",
 ) -> BeaconMemory:
     """Open the store that a command names, with a model."""

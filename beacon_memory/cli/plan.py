@@ -69,7 +69,7 @@ def plan(
     ] = None,
     ratio: Annotated[str, typer.Option(help="Tokens per memory slot, or auto, as of `add`.")] = "auto",
     compression: CompressionOption = "auto",
-    score: ScoreOption = Score.REPEAT,
+    score: ScoreOption = Score.AUTO,
     hardware: Annotated[
         str,
         typer.Option(help="Device: h100, l4, ...; `list` prints all; `this` is this machine, once it is calibrated."),

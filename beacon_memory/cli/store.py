@@ -186,7 +186,7 @@ def _each(
 @app.command(rich_help_panel=_STORE)
 def compact(
     ids: IdsOrAll = None,
-    score: ScoreOption = Score.REPEAT,
+    score: ScoreOption = Score.AUTO,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -234,7 +234,7 @@ def verify(store: Store = None, namespace: Namespace = "", as_json: AsJson = Fal
 
 @app.command(rich_help_panel=_STORE)
 def repair(
-    score: ScoreOption = Score.REPEAT,
+    score: ScoreOption = Score.AUTO,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,
@@ -271,7 +271,7 @@ def _tell(problems: "list[Problem]", as_json: bool) -> None:
 @app.command(rich_help_panel=_STORE)
 def recompress(
     ids: IdsOrAll = None,
-    score: ScoreOption = Score.REPEAT,
+    score: ScoreOption = Score.AUTO,
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Generic, TypeVar
 
@@ -22,7 +22,7 @@ from beacon_memory.modeling.text_tokens import text_tokens
 from .methods.method import CompressionMethod, MakeMethod, Plan
 from .methods.registry import find, package_of
 from .ratio import AUTO_RATIOS, auto_ratio, positions_needed, too_long, window_ratios
-from .scoring import check_score
+from .scoring import SCORES, check_score
 from .selection import prefix_of, read_raw, read_sink
 from .work import CompressedDocument, CompressedWindow, Ratio, TokenizedText, Work
 
@@ -39,19 +39,23 @@ class BeaconCompressor:
     rows_per_pass: rows (raw tokens and beacons) that one forward pass may have, at least one window. It bounds the
                    memory that it takes, whatever the length of the documents, and changes no number but by rounding.
     reserve:       positions of the model to leave free for question and answer behind a document.
-    score:         how `select` and `hybrid` choose tokens: `repeat`, or `expected`, a prediction that saves a pass.
+    score:         how `select` and `hybrid` choose tokens: `repeat`, or `expected`, a prediction that saves a pass;
+                   `auto` for `expected` where the adapter has a probe, `repeat` where not. As an attribute it is never
+                   `auto`.
 
     Raises ConfigError for another score.
     """
 
     def __init__(
-        self, model: BeaconModel, *, rows_per_pass: int = 4096, reserve: int = 1024, score: str = "repeat"
+        self, model: BeaconModel, *, rows_per_pass: int = 4096, reserve: int = 1024, score: str = "auto"
     ) -> None:
         self.model = model
-        self.score = check_score(score)
+        self._auto = check_score(score) == "auto"
+        self.score = score if not self._auto else "repeat" if model.probe is None else "expected"
         self.rows_per_pass = rows_per_pass
         self.reserve = reserve
         self._sink: BeaconKV | None = None
+        self._other: BeaconCompressor | None = None
         self._methods: dict[MakeMethod, CompressionMethod] = {}
 
     @property
@@ -131,6 +135,17 @@ class BeaconCompressor:
         chosen = self.model.compression if name == "auto" else name
         self._method(chosen)
         return chosen
+
+    def choosing_as(self, method: Mapping[str, str | int] | None) -> BeaconCompressor:
+        """Return a compressor that chooses tokens by the score that a document's `method` names, where `auto` may."""
+        score = (method or {}).get("score")
+        if not self._auto or score == self.score or score not in SCORES:
+            return self
+        if self._other is None:  # there are two scores
+            self._other = BeaconCompressor(
+                self.model, rows_per_pass=self.rows_per_pass, reserve=self.reserve, score=str(score)
+            )
+        return self._other
 
     def parameters(self, compression: str, package: str | None = None) -> dict[str, str | int]:
         """Return the parameters of a method as they are stored with a document, the package that it is from included.

@@ -33,9 +33,9 @@ _FUTURE = 512  # positions behind a window that expected queries are spread over
 
 
 def check_score(score: str) -> str:
-    """Return `score` unchanged; raises ConfigError unless it is one of SCORES."""
-    if score not in SCORES:
-        raise ConfigError(f"score={score!r} must be one of {', '.join(map(repr, SCORES))}")
+    """Return `score` unchanged; raises ConfigError unless it is `auto` or one of SCORES."""
+    if score not in ("auto", *SCORES):
+        raise ConfigError(f"score={score!r} must be 'auto' or one of {', '.join(map(repr, SCORES))}")
     return score
 
 

@@ -396,7 +396,7 @@ class Zoomed(Compressed):
         blind: bool = False,
         looks: bool = False,
     ) -> None:
-        super().__init__(name, model, "select", rich, documents)
+        super().__init__(name, model, "select", rich, documents, score="auto")
         self.budget, self.asks_first = ratio, not blind
         self.lookup = Lookup(model) if looks else None
 

@@ -21,6 +21,15 @@ _NEEDLES = (
     ("The old lighthouse of {place} has the secret code {value}.", "Which code has the old lighthouse of {place}?"),
     ("To open the vault of {place}, one must dial {value}.", "What must one dial to open the vault of {place}?"),
 )
+# No word of such a question stands in its fact, but for stop words.
+_IN_OTHER_WORDS = (
+    ("The combination of the green safe is {value}.", "Which digits open the strongbox?"),
+    ("Whoever dials {value} reaches the fire brigade.", "What is the telephone number of the firemen?"),
+    ("The bicycle in the cellar cost {value} crowns.", "How much money was paid for the two-wheeler?"),
+    ("The violin lies in locker {value} at the station.", "In which compartment is the fiddle kept?"),
+    ("The ship's doctor signed the letter as agent {value}.", "Which code name did the physician use?"),
+    ("In the drawer lay a passport with the serial number {value}.", "What does the identity document read?"),
+)
 _PLACES = ("Lisbon", "Nairobi", "Tromso", "Quito", "Hobart", "Almaty", "Dakar", "Porto", "Cusco", "Tallinn", "Hanoi")
 # The last form has no space: some essays have lost it between paragraphs when they were extracted.
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'’”)\]])\s+|(?<=[a-z][.!?])(?=[A-Z][a-z'’])")
@@ -34,12 +43,14 @@ def needle_items(
     count: Callable[[str], int],
     seed: int = 0,
     repeats: int = 1,
+    other_words: bool = False,
 ) -> list[Item]:
     """Hide a made-up fact (the needle) in essays, for each pair of a length and a depth.
 
     lengths: most tokens of a text, the needle included; `count` counts them, sentence by sentence.
     depths:  share of the essays that comes before the needle, 0 to 1. It goes to the nearest end of a sentence.
     repeats: number of items for each pair, each with another needle and another order of the essays.
+    other_words: ask for the facts in words that do not stand in them.
 
     The essays are cut after the last whole sentence that fits. Passages are those that `split_passages` cuts; the group
     is `{length} {depth}`. Raises InputError for a depth outside 0 to 1, for a length with no room for a sentence, and
@@ -54,7 +65,8 @@ def needle_items(
         for length, depth in product(lengths, depths):
             rng = random.Random(f"{seed} {length} {depth} {repeat}")
             place, value = rng.choice(_PLACES), str(rng.randrange(1_000_000, 10_000_000))
-            fact, question = (text.format(place=place, value=value) for text in rng.choice(_NEEDLES))
+            form = rng.choice(_IN_OTHER_WORDS if other_words else _NEEDLES)
+            fact, question = (text.format(place=place, value=value) for text in form)
             context = _hide([(fact, depth)], _cut(hay, length, count(" " + fact)))
             group = f"{length} {depth}"
             items.append(Item(f"needle {group} {repeat}", context, question, (value,), ("contains",), group))

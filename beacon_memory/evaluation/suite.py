@@ -14,14 +14,14 @@ from .tasks import Evaluation
 
 __all__ = ["run_suite"]
 
-_MAIN = ("full", "none", *(f"{way}:{ratio}" for way in ("bm25", "zoom", "select") for ratio in (8, 16)))
+_MAIN = ("full", "none", *(f"{way}:{ratio}" for way in ("bm25", "zoom", "select-expected") for ratio in (8, 16)))
 _BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
-_SQUAD = (*_MAIN, "select:2", "select:4", "select-expected:4", "select-expected:8", "beacon:2", "beacon:4")
+_SQUAD = (*_MAIN, "select-expected:2", "select-expected:4", "select:4", "select:8", "beacon:2", "beacon:4")
 _OTHERS = (
     *("full", "base", "truncated:4", "bm25:4", "beacon:8", "hybrid:4", "hybrid:8", "select:4", "select:8"),
     *("expected:4", "snapkv:4", "kvzip:4", "kvzip:8"),
 )
-_COMPOSED = tuple(f"{way}:{count}" for way in ("select:8", "beacon:2") for count in (1, 2, 4, 8))
+_COMPOSED = tuple(f"{way}:{count}" for way in ("select-expected:8", "beacon:2") for count in (1, 2, 4, 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,23 @@ def _qa(name: str, source: str, names: Sequence[str]) -> _Task:
         "qa_dev",
         names,
         lambda e, data, limit: e.qa(data, context_tokens=768, limit=limit, where={"source": source}, task=name),
+    )
+
+
+def _needle(name: str, *, other_words: bool) -> _Task:
+    lengths, depths = (500, 1000, 2000, 4000, 8000), (0, 0.25, 0.5, 0.75, 1)
+    return _Task(
+        name,
+        "paul_graham_essays",
+        ("full", "bm25:16", "zoom:16", "look:16", "select-expected:4", "select-expected:16"),
+        lambda e, data, limit: e.needle(
+            data,
+            lengths=lengths,
+            depths=depths,
+            repeats=max(1, limit // 200),
+            other_words=other_words,
+            task=name,
+        ),
     )
 
 
@@ -70,22 +87,18 @@ _TASKS = (
         "locomo",
         "locomo",
         _MAIN,
-        lambda e, data, limit: e.long(data, limit=2, questions=max(1, limit // 2), task="locomo"),
+        lambda e, data, limit: e.long(data, limit=3, questions=max(1, limit // 3), task="locomo"),
     ),
     _Task(
         "leval",
         "leval",
         _MAIN,
-        lambda e, data, limit: e.long(data, limit=max(1, limit // 4), questions=2, task="leval"),
+        lambda e, data, limit: e.long(data, limit=max(1, limit // 20), questions=20, task="leval"),
     ),
     _Task("longbench", "longbench", _MAIN, lambda e, data, limit: e.longbench(data, limit=limit)),
-    _Task("kv", "kv_retrieval", _MAIN, lambda e, data, limit: e.kv_retrieval(data, limit=max(1, limit // 4))),
-    _Task(
-        "needle",
-        "paul_graham_essays",
-        ("full", "bm25:16", "zoom:16", "select:4", "select:16"),
-        lambda e, data, _: e.needle(data, lengths=(500, 1000, 2000, 4000, 8000), depths=(0, 0.25, 0.5, 0.75, 1)),
-    ),
+    _Task("kv", "kv_retrieval", _MAIN, lambda e, data, limit: e.kv_retrieval(data, limit=max(1, limit // 8))),
+    _needle("needle", other_words=False),
+    _needle("needle-other-words", other_words=True),
 )
 
 

@@ -72,12 +72,22 @@ class Evaluation:
         lengths: Sequence[int],
         depths: Sequence[float],
         repeats: int = 1,
+        other_words: bool = False,
         task: str = "needle",
     ) -> Result:
-        """Ask for a fact at each depth of texts of each length, `repeats` times."""
+        """Ask for a fact at each depth of texts of each length, `repeats` times, in its own words or in others."""
         texts = [text for _, text in read_texts(data)]
-        items = needle_items(texts, lengths=lengths, depths=depths, count=self._count, seed=self.seed, repeats=repeats)
+        items = needle_items(
+            texts,
+            lengths=lengths,
+            depths=depths,
+            count=self._count,
+            seed=self.seed,
+            repeats=repeats,
+            other_words=other_words,
+        )
         settings = {"lengths": list(lengths), "depths": list(depths), "repeats": repeats}
+        settings |= {"other_words": True} if other_words else {}
         return self._answers(task, items, data, settings, max_new_tokens=32)
 
     def support(

@@ -98,7 +98,7 @@ def pieces(model: BeaconModel) -> dict[str, Piece]:
     """Return the pieces of work that are measured, by their names; see `predicted`."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(100, min(model.base.config.vocab_size, 20_000), (LONG,), generator=draw).tolist()
-    compressor = BeaconCompressor(model)
+    compressor = BeaconCompressor(model, score="repeat")
     work = ReadingWork(ids[:DOCUMENT], compressor.ratios(DOCUMENT, RATIO))
     return {
         "product": _product(model, draw),

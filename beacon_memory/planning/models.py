@@ -16,6 +16,8 @@ from beacon_memory.modeling.default_model import DEFAULT_MODEL, default_adapter,
 
 __all__ = ["ModelShape", "PlannedModel", "planned_model"]
 
+_SETTINGS, _PROBE = "beacon.json", "probe.safetensors"  # of an adapter, see `modeling.adapter`
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -76,13 +78,17 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """Name a model, its numbers, the settings it is read with, and where its tokenizer lies, if anywhere here."""
+    """Name a model, its numbers, the settings it is read with, and where its tokenizer lies, if anywhere here.
+
+    adapted, probed: whether it has beacons, and a probe that tells which tokens to keep.
+    """
 
     name: str
     shape: ModelShape
     config: BeaconConfig
     adapted: bool
     tokenizer: Path | None = None
+    probed: bool = False
 
     @property
     def compression(self) -> str:
@@ -90,6 +96,11 @@ class PlannedModel:
         if self.config.beacon_compression != "auto":
             return self.config.beacon_compression
         return "beacon" if self.adapted else "select"
+
+    @property
+    def score(self) -> str:
+        """The score that `auto` stands for, as `BeaconCompressor` has it."""
+        return "expected" if self.probed else "repeat"
 
 
 def planned_model(name: str | None, adapter: str | None = None, shape: Mapping[str, int] | None = None) -> PlannedModel:
@@ -110,17 +121,19 @@ def planned_model(name: str | None, adapter: str | None = None, shape: Mapping[s
             found = replace(found, shape=_shape({**_numbers(found.shape), **shape}))
     if adapter is None:
         return found
-    settings = json.loads(_file(adapter, "beacon.json").read_text(encoding="utf-8"))
-    return replace(found, config=BeaconConfig.from_dict(settings), adapted=True)
+    settings = json.loads(_file(adapter, _SETTINGS).read_text(encoding="utf-8"))
+    return replace(found, config=BeaconConfig.from_dict(settings), adapted=True, probed=_has(adapter, _PROBE))
 
 
 def _named(name: str | None) -> PlannedModel:
     if name is None or name == DEFAULT_MODEL:
-        settings = json.loads((default_adapter() / "beacon.json").read_text(encoding="utf-8"))
+        adapter = default_adapter()
+        settings = json.loads((adapter / _SETTINGS).read_text(encoding="utf-8"))
         tokenizer = default_model_folder() / "tokenizer.json"
         known = tokenizer if tokenizer.is_file() else None
+        probed = _has(str(adapter), _PROBE)
         return PlannedModel(
-            DEFAULT_MODEL, _shape(_known()[DEFAULT_MODEL]), BeaconConfig.from_dict(settings), True, known
+            DEFAULT_MODEL, _shape(_known()[DEFAULT_MODEL]), BeaconConfig.from_dict(settings), True, known, probed
         )
     if not Path(name).exists():
         of_names = {one.lower(): one for one in _known()}
@@ -170,6 +183,13 @@ def _file(source: str, name: str) -> Path:
             f"{source!r} is no folder, none of the models that are known ({', '.join(_known())}), and the hub does not "
             f"give its {name}: {error}; give the model's numbers with --shape"
         ) from error
+
+
+def _has(source: str, name: str) -> bool:
+    try:
+        return bool(_file(source, name))
+    except ModelError:
+        return False
 
 
 def _known() -> dict[str, dict[str, Any]]:

@@ -159,7 +159,7 @@ def make_plan(
     reach: Reach,
     *,
     compression: str = "auto",
-    score: str = "repeat",
+    score: str = "auto",
     ratio: int | str = "auto",
     counted: str = "given",
     complete: bool = False,
@@ -177,12 +177,13 @@ def make_plan(
     chosen = model.compression if compression == "auto" else compression
     if chosen not in ("select", "beacon", "hybrid"):
         raise ConfigError(f"compression={chosen!r} cannot be planned for, only select, beacon and hybrid can")
+    score = model.score if score == "auto" else score
     if isinstance(ratio, str) and ratio != "auto":
         raise ConfigError(f"ratio={ratio!r} must be 'auto' or a whole number")
     asking, prices = asking or Asking(), prices or Prices(device.price)
     sums = _Sums()
     for text, alike in texts:
-        way = Way(chosen, score, _ratio(model, text.tokens, chosen, ratio), model.config)
+        way = Way(chosen, score, _ratio(model, text.tokens, chosen, ratio), model.config, model.probed)
         _add(sums, MemorySize(text, model.shape, way), alike, asking, reach.weight_bytes)
     if not sums.documents:
         raise InputError("there is nothing to plan for: no text was found")

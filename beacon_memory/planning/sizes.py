@@ -35,12 +35,13 @@ _FINGERPRINT = Fingerprint(*["0" * 16] * 5)
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How documents are compressed: method, score, ratio, and the settings of the model."""
+    """How documents are compressed: method, score, ratio, the settings of the model, and whether it has a probe."""
 
     compression: str
     score: str
     ratio: int
     config: BeaconConfig
+    probed: bool = False
 
     @property
     def parameters(self) -> dict[str, str | int]:
@@ -48,7 +49,8 @@ class Way:
         if self.compression == "beacon":
             return {}
         hybrid = {"hybrid_factor": self.config.beacon_hybrid_factor} if self.compression == "hybrid" else {}
-        return {"score": self.score, **hybrid}
+        probe = {"probe": "0" * 16} if self.probed and self.score == "expected" else {}
+        return {"score": self.score, **probe, **hybrid}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from compressor_samples import DOCUMENTS, WINDOW, assert_same, by_choice, compress, every_score, model_of
 from kv_samples import same
 from stock_behind import best, eager, slow_repeated, stock_reading
-from tiny_models import BOS, MODELS, some_ids, tiny_model, tiny_tokenizer
+from tiny_models import BOS, MODELS, some_ids, some_probe, tiny_model, tiny_tokenizer
 
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.methods import ReadWindow
@@ -336,9 +336,22 @@ def test_scores_differ() -> None:
     assert not torch.equal(kept[0].positions, kept[1].positions)
 
 
+def test_what_a_free_score_is_depends_on_the_probe() -> None:
+    model = model_of()
+    assert BeaconCompressor(model).score == "repeat"
+    model.probe = some_probe(model)
+    free, fixed = BeaconCompressor(model), BeaconCompressor(model, score="repeat")
+    assert (free.score, fixed.score) == ("expected", "repeat")
+    assert free.parameters("select") == {"score": "expected", "probe": model.probe.digest}
+    assert free.choosing_as({"score": "repeat"}).parameters("select") == {"score": "repeat"}
+    for method in (None, {}, {"score": "guess"}, {"score": "expected"}):
+        assert free.choosing_as(method) is free
+        assert fixed.choosing_as(method) is fixed
+
+
 @pytest.mark.parametrize("score", ["question", "", None])
 def test_an_unknown_score_is_refused(score: Any) -> None:
-    with pytest.raises(ConfigError, match=f"score={score!r} must be one of 'repeat', 'expected'"):
+    with pytest.raises(ConfigError, match=f"score={score!r} must be 'auto' or one of 'repeat', 'expected'"):
         BeaconCompressor(model_of(), score=score)
 
 

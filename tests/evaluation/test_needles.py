@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from beacon_memory.errors import InputError
 from beacon_memory.evaluation.items import Item
 from beacon_memory.evaluation.needles import needle_document, needle_items
+from beacon_memory.ranking import matches
 
 
 def words(text: str) -> int:
@@ -53,6 +55,13 @@ class TestNeedles:
             assert place in passage
             assert "Essay" in passage  # it stands in a paragraph, not for itself
             assert item.answers[0] not in item.question
+
+    def test_other_words_share_none_with_their_question(self) -> None:
+        items = self.read([200], [0, 0.5, 1], repeats=9, other_words=True)
+        assert len({item.question for item in items}) == 6
+        for item in items:
+            (sentence,) = re.findall(rf"[^.]*{item.answers[0]}[^.]*\.", " ".join(item.context))
+            assert matches([sentence, "of it"], item.question) == [0, 0]
 
     def test_needles_differ_by_seed_depth_and_repeat(self) -> None:
         items = [*self.read([200], [0, 1], repeats=3), *self.read([200], [0, 1], repeats=3, seed=1)]

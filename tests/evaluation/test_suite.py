@@ -16,7 +16,7 @@ from beacon_memory.evaluation.suite import run_suite
 from beacon_memory.evaluation.tasks import Evaluation
 
 TASKS = ("qa-squad", "qa-others", "qa-composed", "qa-fairytale", "ppl", "retention", "articles", "locomo", "leval",
-         "longbench", "kv", "needle")  # fmt: skip
+         "longbench", "kv", "needle", "needle-other-words")  # fmt: skip
 
 
 @pytest.fixture
