@@ -351,7 +351,7 @@ def test_what_is_appended_is_chosen_as_the_document_was(tmp_path: Path, monkeypa
             read = rows_read(memory, monkeypatch)
             memory.append("grown", TEXT[70:90])
             memory.compact("grown")
-            assert set(read) == {1, 20, 26}  # sink, what was appended, and the last window
+            assert max(read) == 26  # of the last window, not from its beginning
             assert_same(kv_of(memory, "grown"), whole)
             assert (memory.store.get("grown").header.method or {})["score"] == score
 

@@ -34,7 +34,7 @@ from beacon_memory.modeling.model import BeaconModel
 
 from .measuring import QUESTION, REPEATS, Figure, evict, median_seconds, once, peak_memory, random_text
 
-__all__ = ["generating", "reading", "run", "window_loop"]
+__all__ = ["answering", "generating", "reading", "run", "window_loop"]
 
 _SHORT = 1000  # tokens of a short document
 _GROWN = 850  # tokens of one that is appended to
@@ -53,12 +53,17 @@ def run(
     loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
     return [
         *_answering(loaded, tokens, ratio),
-        *(figure for slots in _SLOTS for figure in generating(loaded, slots)),
-        *_together(loaded, _SLOTS[0]),
         *_compressing(loaded, tokens, ratio),
         *_appending(loaded, ratio),
         _peak(model, adapter, device, dtype),
     ]
+
+
+def answering(
+    model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
+) -> list[Figure]:
+    """Measure how fast answers are behind memories, that of a text of `tokens` tokens among them."""
+    return _answering(BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype), tokens, ratio)
 
 
 def reading(
@@ -70,6 +75,14 @@ def reading(
 
 
 def _answering(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
+    return [
+        *_beginning(model, tokens, ratio),
+        *(figure for slots in _SLOTS for figure in generating(model, slots)),
+        *_together(model, _SLOTS[0]),
+    ]
+
+
+def _beginning(model: BeaconModel, tokens: int, ratio: int) -> list[Figure]:
     with (
         tempfile.TemporaryDirectory() as folder,
         BeaconMemory(folder, model, hot_bytes=0) as memory,

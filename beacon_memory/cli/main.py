@@ -364,12 +364,12 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        Literal["model", "reading", "race", "store", "start", "serve"],
+        Literal["model", "answering", "reading", "race", "store", "start", "serve"],
         typer.Argument(
-            help="model: speed and memory against the stock model; reading: how fast tokens are chosen from a text; "
-            "race: against other ways to answer from a text that was read before; store: speed of a store of many "
-            "documents, which needs no model; start: how long a fresh process takes to answer; serve: what a server "
-            "costs and gains."
+            help="model: speed and memory against the stock model; answering: of that how fast answers come; reading: "
+            "how fast tokens are chosen from a text; race: against other ways to answer from a text that was read "
+            "before; store: speed of a store of many documents, which needs no model; start: how long a fresh process "
+            "takes to answer; serve: what a server costs and gains."
         ),
     ] = "model",
     tokens: Annotated[int, typer.Option(help="Of a model: length of the document, in tokens.", min=256)] = 8000,
@@ -436,8 +436,8 @@ def bench(
         else:
             from beacon_memory.bench import model as measure
 
-            run = measure.reading if what == "reading" else measure.run
-            figures = run(model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
+            runs = {"model": measure.run, "answering": measure.answering, "reading": measure.reading}
+            figures = runs[what](model, adapter, device, dtype.value, tokens=tokens, ratio=ratio)
         if as_json:
             print_json([asdict(figure) for figure in figures])
         else:

@@ -11,6 +11,16 @@ from beacon_memory.bench import model as bench
 from beacon_memory.bench.measuring import table
 from beacon_memory.modeling.model import BeaconModel
 
+_ANSWERING = (
+    "time to first token",
+    "time to first token",
+    "bytes",
+    "a token behind 100 slots, even",
+    "a token behind 100 slots, ragged",
+    "answers to 8 requests behind 8 memories",
+    "an answer to one request",
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,13 +33,7 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
     monkeypatch.setattr(bench, "_ANSWER", 4)
     figures = bench.run(str(folder), None, "cpu", "auto", tokens=1200, ratio=8)
     assert [figure.name.split(":")[0] for figure in figures] == [
-        "time to first token",
-        "time to first token",
-        "bytes",
-        "a token behind 100 slots, even",
-        "a token behind 100 slots, ragged",
-        "answers to 8 requests behind 8 memories",
-        "an answer to one request",
+        *_ANSWERING,
         "throughput",
         "throughput",
         "throughput",
@@ -41,6 +45,13 @@ def test_figures_of_a_run_are_ratios_with_bounds_and_parts(folder: Path, monkeyp
     shown = table(figures)
     for figure in figures:
         assert f"| {figure.name} | {figure.value:.3g} | {figure.bound} | {figure.detail} |" in shown
+
+
+def test_answering_is_measured_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_SLOTS", (100,))
+    monkeypatch.setattr(bench, "_ANSWER", 4)
+    figures = bench.answering(str(folder), None, "cpu", "auto", tokens=1200, ratio=8)
+    assert [figure.name.split(":")[0] for figure in figures] == [*_ANSWERING]
 
 
 def test_reading_is_measured_for_a_short_and_a_long_text_by_each_score(folder: Path) -> None:
@@ -55,7 +66,7 @@ def test_reading_is_measured_for_a_short_and_a_long_text_by_each_score(folder: P
 
 def test_bytes_are_those_of_an_eighth_of_the_tokens(folder: Path) -> None:
     model = BeaconModel.from_pretrained(folder)
-    *_, size = bench._answering(model, 1000, 8)
+    *_, size = bench._beginning(model, 1000, 8)
     place = 1 / (2 * model.kv_shape[-1] * 4)  # beside the key and value of a slot of a head, in float32
     assert size.value == pytest.approx((1 + place) / 8, rel=0.01)  # but for the last unit, which need not be full
 

@@ -76,7 +76,7 @@ def test_only_another_compression_makes_add_compress_again(run: Run) -> None:
 
 def test_tokens_can_be_chosen_by_the_attention_to_be_expected(run: Run) -> None:
     write("a.txt", "b.txt")
-    (repeat,) = lines(run("add", "a.txt", "--compression", "select", "--json"))
+    (repeat,) = lines(run("add", "a.txt", "--compression", "select", "--score", "repeat", "--json"))
     (expected,) = lines(run("add", "b.txt", "--compression", "select", "--score", "expected", "--json"))
     assert (expected["status"], expected["slots"], expected["bytes"]) == ("added", repeat["slots"], repeat["bytes"])
 
@@ -88,7 +88,7 @@ def test_compression_or_score_that_there_is_not_is_wrong_usage_and_nothing_is_st
     before = run("list", "--json").stdout
     result = run("add", "a.txt", option, "best")
     assert result.exit_code == 2
-    assert "compression='best' must be" in result.stderr or "'best' is not one of 'repeat'" in result.stderr
+    assert "compression='best' must be" in result.stderr or "'best' is not one of 'auto', 'repeat'" in result.stderr
     assert run("list", "--json").stdout == before
 
 

@@ -336,13 +336,13 @@ def test_scores_differ() -> None:
     assert not torch.equal(kept[0].positions, kept[1].positions)
 
 
-def test_what_a_free_score_is_depends_on_the_probe() -> None:
-    model = model_of()
+def test_what_a_free_score_is_depends_on_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = model_of(), some_probe(model_of())
     assert BeaconCompressor(model).score == "repeat"
-    model.probe = some_probe(model)
+    monkeypatch.setattr(model, "probe", probe)
     free, fixed = BeaconCompressor(model), BeaconCompressor(model, score="repeat")
     assert (free.score, fixed.score) == ("expected", "repeat")
-    assert free.parameters("select") == {"score": "expected", "probe": model.probe.digest}
+    assert free.parameters("select") == {"score": "expected", "probe": probe.digest}
     assert free.choosing_as({"score": "repeat"}).parameters("select") == {"score": "repeat"}
     for method in (None, {}, {"score": "guess"}, {"score": "expected"}):
         assert free.choosing_as(method) is free
