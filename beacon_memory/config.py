@@ -53,6 +53,9 @@ class BeaconConfig:
     beacon_compression: the method by which a text is compressed where nobody says otherwise: `beacon`, `select` (K/V
                       of chosen tokens), `hybrid` (both), the name of an installed one, or `auto`: `beacon` with trained
                       beacons, `select` without.
+    beacon_dense_ratio: a `beacon` memory at this ratio or a higher one is read with beacons at this one, of which each
+                      head keeps those that it needs; 0 for beacons at the ratio itself, all of them in every head, as
+                      in the paper.
     beacon_hybrid_factor: a `hybrid` memory at ratio r has beacons at this multiple of r, and chosen tokens in the
                       slots that are left.
 
@@ -69,11 +72,13 @@ class BeaconConfig:
     beacon_placement: str = "end"
     beacon_sink_size: int = 1
     beacon_compression: str = "auto"
+    beacon_dense_ratio: int = 0
     beacon_hybrid_factor: int = 4
 
     def __post_init__(self) -> None:
         _require_int("beacon_window", self.beacon_window, least=1)
         _require_int("beacon_sink_size", self.beacon_sink_size, least=0)
+        _require_int("beacon_dense_ratio", self.beacon_dense_ratio, least=0)
         _require_int("beacon_hybrid_factor", self.beacon_hybrid_factor, least=2)
         if self.beacon_sink_size > self.beacon_window:
             raise ConfigError(

@@ -25,7 +25,7 @@ RELEVANCE = [0.0, 3.0, 1.0, 2.0]  # the second section matches best, the first n
 
 def rich(tokens: int = TOKENS, ratio: int = 1) -> MemoryKV:
     scores = torch.randn(2, 3, tokens)
-    return MemoryKV.chosen(stack(tokens), best(scores, slots_of(tokens, ratio)), levels_of(scores))
+    return MemoryKV.chosen(stack(tokens), best(scores, slots_of(tokens, ratio)), levels_of(scores, tokens))
 
 
 def in_order(memory: MemoryKV) -> list[Entry]:

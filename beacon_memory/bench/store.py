@@ -312,7 +312,7 @@ def _reading_parts(folder: Path) -> Iterator[Figure]:
     """Measure how long reading parts of a document takes, compared with the whole; its file is in the page cache."""
     layers, heads, dim = _SHAPE
     tokens = math.ceil(_PART_MB * 1e6 / (layers * heads * dim * 2))
-    levels = levels_of(torch.rand(layers, heads, tokens))
+    levels = levels_of(torch.rand(layers, heads, tokens), tokens)
     keys, values = (torch.randn(layers, heads, tokens, dim).to(torch.bfloat16) for _ in range(2))
     kv = MemoryKV.chosen(BeaconKV(keys, values), levels >= level_of(2), levels)
     window = WindowSpan(tokens, 2, 0, 0, tokens)

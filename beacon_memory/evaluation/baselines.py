@@ -350,7 +350,9 @@ class Compressed(PrefixBaseline):
 
         None for a ratio whose memory of a window is the part of any richer one from some level on.
         """
-        nested = self.compression == "select" and kept_from(level_of(self.ratio), 1000 * self.ratio) == 1000
+        dense = self.model.config.beacon_dense_ratio
+        levelled = self.compression == "select" or (self.compression == "beacon" and 0 < dense <= self.ratio)
+        nested = levelled and kept_from(level_of(self.ratio), 1000 * self.ratio) == 1000
         return self.compression, self.compressor.score, self.documents, None if nested else self.ratio
 
     @property

@@ -29,15 +29,15 @@ def kept_from(level: int, tokens: int) -> int:
     return math.ceil(tokens / 2 ** (level / _STEPS))
 
 
-def levels_of(scores: Tensor) -> Tensor:
+def levels_of(scores: Tensor, tokens: int) -> Tensor:
     """Return the level of each entry of a window by its rank among all of them, the highest score first.
 
-    scores: [layers, kv_heads, tokens]; the result is uint8 of the same shape. At ratio r a window keeps tokens / r
-    entries for each head, rounded up, in the mean over all heads.
+    scores: [layers, kv_heads, slots]; the result is uint8 of the same shape. At ratio r a window of so many tokens
+    keeps tokens / r entries for each head, rounded up, in the mean over all heads, or all that there are.
     """
     import torch  # here, so that ratios and levels are known without it
 
-    heads, tokens = scores[..., 0].numel(), scores.shape[-1]
+    heads = scores[..., 0].numel()
     ranked = torch.zeros(scores.numel(), dtype=torch.uint8, device=scores.device)
     for level in range(1, LEVELS):
         ranked[: heads * kept_from(level, tokens)] = level

@@ -393,7 +393,9 @@ class BeaconModel(nn.Module):
         """
         trained = [*self.named_beacon_parameters(), *self.salience.tensors.items()]
         settings = self.config.to_dict()
-        without = ("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_hybrid_factor")
+        without = (
+            *("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_dense_ratio", "beacon_hybrid_factor"),
+        )
         # stored K/V do not depend on these: any of them can be read
         settings = {key: settings[key] for key in settings if key not in without}
         return Fingerprint(

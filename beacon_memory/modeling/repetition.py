@@ -34,7 +34,7 @@ class RepeatedWindow(Protocol):
 
     @property
     def kv(self) -> BeaconKV:
-        """K/V of all its tokens, [layers, kv_heads, tokens, head_dim], keys before RoPE."""
+        """K/V that stand for it, [layers, kv_heads, slots, head_dim], keys before RoPE."""
 
     @property
     def ids(self) -> Sequence[int]:
@@ -50,21 +50,20 @@ class Repetition:
     def __init__(self, windows: Sequence[RepeatedWindow], rope: Rope) -> None:
         self.windows = windows
         self.rope = rope
-        sizes = [len(window.ids) for window in windows]
-        self.raw_rows = sum(sizes)
+        self.raw_rows = sum(len(window.ids) for window in windows)
         device = windows[0].kv.keys.device
-        positions = torch.cat([tokens + torch.arange(tokens, device=device) % PIECE for tokens in sizes])
-        self.table = rope.table(positions)
-        self.window_table = rope.table(torch.arange(max(sizes), device=device))
+        pieces = [window.kv.slots + torch.arange(len(window.ids), device=device) % PIECE for window in windows]
+        self.table = rope.table(torch.cat(pieces))
+        self.window_table = rope.table(torch.arange(max(window.kv.slots for window in windows), device=device))
         dtype = windows[0].kv.keys.dtype
         self.mask = torch.full((PIECE, PIECE), float("-inf"), dtype=dtype, device=device).triu(1)
         self._received: list[list[Tensor]] = [[] for _ in windows]
 
     @property
     def received(self) -> list[Tensor]:
-        """Return for each window the squares of the weights that its tokens have received, added up.
+        """Return for each window the squares of the weights that its slots have received, added up.
 
-        Each is [layers, kv_heads, tokens] float32.
+        Each is [layers, kv_heads, slots] float32.
         """
         return [torch.stack(layers) for layers in self._received]
 
@@ -81,7 +80,7 @@ class Repetition:
         for window, received in zip(self.windows, self._received, strict=True):
             rows = slice(start, start + len(window.ids))
             start = rows.stop
-            cos, sin = (part[: len(window.ids)] for part in self.window_table)
+            cos, sin = (part[: window.kv.slots] for part in self.window_table)
             own = (apply_rotation(window.kv.keys[layer], cos, sin), window.kv.values[layer])
             again = queries[:, rows].unflatten(0, (len(keys), -1)), keys[:, rows], value[0, :, rows]
             blocks = window.prefix.blocks(layer) or [(slice(0, len(keys)), keys[:, :0], keys[:, :0])]
@@ -101,16 +100,16 @@ class Repetition:
         values: Tensor,
         output: Tensor | None,
     ) -> Tensor:
-        """Attend with heads that have equally many entries in front; returns what the window's tokens have received.
+        """Attend with heads that have equally many entries in front; returns what the window's slots have received.
 
-        window_keys, window_values: [kv_heads, tokens, head_dim]; queries, output: [kv_heads, groups, tokens, head_dim]
-        of the tokens that repeat them, keys and values alike; output is written, unless it is not wanted.
+        window_keys, window_values: [kv_heads, slots, head_dim]; queries, output: [kv_heads, groups, tokens, head_dim]
+        of the tokens that repeat the window, keys and values alike; output is written, unless it is not wanted.
         """
         of_block, front_keys, front_values = block
-        tokens, groups = keys.shape[1], queries.shape[1]
-        received = window_keys.new_zeros(of_block.stop - of_block.start, tokens, dtype=torch.float32)
+        slots, tokens, groups = window_keys.shape[1], keys.shape[1], queries.shape[1]
+        received = window_keys.new_zeros(of_block.stop - of_block.start, slots, dtype=torch.float32)
         most = _SCORES_ON_CPU if keys.device.type == "cpu" else _SCORES
-        step = max(1, most // (groups * min(PIECE, tokens) * (tokens + PIECE + front_keys.shape[1])))
+        step = max(1, most // (groups * min(PIECE, tokens) * (slots + PIECE + front_keys.shape[1])))
         for first in range(of_block.start, of_block.stop, step):
             heads = slice(first, min(first + step, of_block.stop))
             here = slice(heads.start - of_block.start, heads.stop - of_block.start)
@@ -120,9 +119,9 @@ class Repetition:
                 # joined the way round in which they are multiplied, which is faster
                 turned = torch.cat((window_keys[heads].mT, keys[heads, piece].mT, front_keys[here].mT), dim=2)
                 scores = queries[heads, :, piece].flatten(1, 2) @ turned
-                scores[..., tokens : tokens + size].unflatten(1, (groups, size)).add_(self.mask[:size, :size])
+                scores[..., slots : slots + size].unflatten(1, (groups, size)).add_(self.mask[:size, :size])
                 weights = scores.softmax(-1)
-                received[here] += _squares(weights[..., :tokens])
+                received[here] += _squares(weights[..., :slots])
                 if output is not None:
                     seen = torch.cat((window_values[heads], values[heads, piece], front_values[here]), dim=1)
                     output[heads, :, piece] = (weights @ seen).unflatten(1, (groups, size))

@@ -85,34 +85,39 @@ def compression_work(shape: ModelShape, windows: Sequence[WindowSize], way: Way)
     `select` with `repeat`, and `hybrid`: each window is read behind the memory of those before it, and once more behind
     itself, in pieces of 256 tokens that see all of the window. Either pass ends at the attention of its last layer.
     `expected`: without the second pass; the queries of each head are multiplied with themselves, and each key with
-    their covariance. `beacon`: one pass, with a row more for each beacon, which sees what the tokens before it do.
+    their covariance. `beacon`: one pass, with a row more for each beacon, which sees what the tokens before it do; and
+    where heads choose among beacons, a second one as of `repeat`, behind the beacons.
     """
     whole = Work()
     for number, window in enumerate(windows):
         seen = _view(way, windows[:number])
         whole += _read_once(shape, window, way, seen)
-        if way.compression == "beacon" or not window.ratio:
+        if not way.chooses or not window.ratio:
             continue
-        whole += _repeated(shape, window.tokens, seen) if way.score == "repeat" else _expected(shape, window.tokens)
+        repeats = way.scored == "repeat"
+        whole += _repeated(shape, window, seen) if repeats else _expected(shape, window.tokens)
     return whole
 
 
 def _read_once(shape: ModelShape, window: WindowSize, way: Way, seen: float) -> Work:
     tokens, beacons = window.tokens, window.beacons if window.ratio else 0
+    if way.compression == "beacon" and way.chooses and window.ratio:
+        beacons = window.among
     own = tokens * (tokens + 1) / 2 + beacons * (tokens + 1) / 2
     if way.compression == "beacon" and way.config.beacon_attn == "full-coverage":
         own += tokens * beacons / 2
     rows = tokens + beacons
-    whole = way.compression == "beacon"  # which also computes the last layer
+    whole = not way.chooses  # beacons of the paper, for which the last layer is computed, too
     linear = float(shape.layers * shape.layer_weights) if whole else _without_last(shape)
     layers = shape.layers if whole else shape.layers - 1
     attention = _attention(shape, layers, rows * seen + own)
     return Work(linear=2.0 * linear * rows, attention=attention, moved=_moved(shape, rows), passes=rows / ROWS)
 
 
-def _repeated(shape: ModelShape, tokens: int, seen: float) -> Work:
+def _repeated(shape: ModelShape, window: WindowSize, seen: float) -> Work:
+    tokens = window.tokens
     full, rest = divmod(tokens, PIECE)
-    pairs = tokens * (tokens + seen) + full * PIECE * PIECE + rest * rest
+    pairs = tokens * (window.among + seen) + full * PIECE * PIECE + rest * rest
     # the last layer works out the weights of attention, and does not use them
     attention = _attention(shape, shape.layers, pairs) - _attention(shape, 1, pairs) / 2
     linear = 2.0 * _without_last(shape) * tokens
@@ -147,7 +152,7 @@ def _moved(shape: ModelShape, rows: float) -> float:
 def _view(way: Way, before: Sequence[WindowSize]) -> float:
     """Return the slots that a window is read behind: the sink, and what is seen of the windows before it."""
     sink = way.config.beacon_sink_size
-    if way.compression == "beacon":
+    if not way.chooses:
         return sink + sum(window.slots for window in before)
     seen = [sum(window.seen_from(level) for window in before) for level in range(LEVELS)]
     return sink + next((slots for slots in seen if slots <= VIEW), min(VIEW, seen[-1]))

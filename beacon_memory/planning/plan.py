@@ -224,7 +224,7 @@ def make_plan(
 def _ratio(model: PlannedModel, tokens: int, compression: str, ratio: int | str) -> int:
     """Return the ratio of a document as `BeaconCompressor.ratios` does; raises CapacityError if it does not fit."""
     positions = model.shape.positions
-    if compression != "beacon":  # which reads texts of any length
+    if compression != "beacon" or model.config.beacon_dense_ratio:  # which read texts of any length
         return min(AUTO_RATIOS) if isinstance(ratio, str) else model.config.require_ratio(ratio)
     if isinstance(ratio, str):
         return auto_ratio(tokens, model.config, positions, RESERVE)

@@ -44,10 +44,20 @@ class Way:
     probed: bool = False
 
     @property
+    def chooses(self) -> bool:
+        """Whether each head keeps entries of its own: all ways, but for the beacons of the paper."""
+        return self.compression != "beacon" or self.config.beacon_dense_ratio > 0
+
+    @property
+    def scored(self) -> str:
+        """The score that entries are chosen by."""
+        return "repeat" if self.compression == "beacon" else self.score
+
+    @property
     def parameters(self) -> dict[str, str | int]:
         """The parameters that a file names, as `CompressionMethod.parameters`."""
         if self.compression == "beacon":
-            return {}
+            return {"dense_ratio": self.config.beacon_dense_ratio} if self.chooses else {}
         hybrid = {"hybrid_factor": self.config.beacon_hybrid_factor} if self.compression == "hybrid" else {}
         probe = {"probe": "0" * 16} if self.probed and self.score == "expected" else {}
         return {"score": self.score, **probe, **hybrid}
@@ -57,14 +67,16 @@ class Way:
 class WindowSize:
     """Count the entries that a window leaves of its tokens, in the mean over heads.
 
-    chosen:  entries of chosen tokens. Each head has its own number of them, unless it keeps all tokens.
-    beacons: entries of beacons, as many in every head.
+    among:   entries of a head that are chosen among: of tokens, or of beacons.
+    chosen:  those that are kept. Each head has its own number of them, unless it keeps all.
+    beacons: entries of beacons that all heads keep.
     span:    positions.
     depths:  levels that a file tells of.
     """
 
     tokens: int
     ratio: int
+    among: int
     chosen: int
     beacons: int
     span: int
@@ -81,12 +93,12 @@ class WindowSize:
 
     def groups(self, heads: int) -> Bounds:
         """Return how many groups the entries make: of one head up to GROUP each."""
-        if self.chosen in (0, self.tokens):
+        if self.chosen in (0, self.among):
             return Bounds.of(heads * math.ceil(self.slots / GROUP))
         entries = heads * self.slots
         low = max(math.ceil(entries / GROUP), heads * math.ceil(self.beacons / GROUP))
         # a head with entries has (entries + GROUP - 1) / GROUP groups at most
-        high = min((entries + (GROUP - 1) * heads) // GROUP, heads * math.ceil((self.beacons + self.tokens) / GROUP))
+        high = min((entries + (GROUP - 1) * heads) // GROUP, heads * math.ceil((self.beacons + self.among) / GROUP))
         return Bounds(low, high if self.beacons else min(high, entries))
 
 
@@ -99,11 +111,12 @@ def window_sizes(tokens: int, way: Way) -> list[WindowSize]:
 
 def _window(tokens: int, ratio: int, way: Way) -> WindowSize:
     slots = slots_of(tokens, ratio)
-    if way.compression == "beacon":
-        return WindowSize(tokens, ratio, 0, slots, slots, 1)
+    if not way.chooses:
+        return WindowSize(tokens, ratio, 0, 0, slots, slots, 1)
+    among = slots_of(tokens, min(ratio, way.config.beacon_dense_ratio)) if way.compression == "beacon" else tokens
     beacons = slots_of(tokens, ratio * way.config.beacon_hybrid_factor) if way.compression == "hybrid" and ratio else 0
     chosen = slots - beacons
-    return WindowSize(tokens, ratio, chosen, beacons, tokens + beacons, _depths(tokens, chosen) if ratio else 1)
+    return WindowSize(tokens, ratio, among, chosen, beacons, among + beacons, _depths(tokens, chosen) if ratio else 1)
 
 
 def _depths(tokens: int, chosen: int) -> int:

@@ -13,13 +13,22 @@ from beacon_memory.modeling.layout import slots_of
 def test_entries_from_a_level_on_are_those_that_the_scores_leave_at_its_ratio(ratio, tokens):
     scores = torch.randn(2, 3, tokens)
 
-    levels = levels_of(scores)
+    levels = levels_of(scores, tokens)
 
     assert torch.equal(levels >= level_of(ratio), best(scores, slots_of(tokens, ratio)))
 
 
+@pytest.mark.parametrize("ratio", [2, 4, 8, 32])
+def test_where_there_are_fewer_entries_than_tokens_the_ratio_is_that_of_the_tokens(ratio):
+    scores = torch.randn(2, 3, 32)
+
+    levels = levels_of(scores, 64)
+
+    assert torch.equal(levels >= level_of(ratio), best(scores, slots_of(64, ratio)))
+
+
 def test_equal_scores_are_ranked_in_the_order_of_layers_heads_and_tokens():
-    levels = levels_of(torch.zeros(1, 2, 64)).flatten().tolist()
+    levels = levels_of(torch.zeros(1, 2, 64), 64).flatten().tolist()
 
     assert levels == sorted(levels, reverse=True)
     assert (levels[0], levels[-1]) == (TOP_LEVEL, 0)
@@ -31,7 +40,7 @@ def test_level_of_a_ratio_is_bounded():
 
 def test_levels_go_with_their_entries():
     whole, scores = stack(10), torch.randn(2, 3, 10)
-    kept, levels = best(scores, 5), levels_of(scores)
+    kept, levels = best(scores, 5), levels_of(scores, 10)
     chosen = MemoryKV.chosen(whole, kept, levels)
 
     assert torch.equal(chosen.levels, levels[kept])
@@ -42,7 +51,7 @@ def test_levels_go_with_their_entries():
 
 def test_entries_without_levels_are_never_left_out():
     scores = torch.randn(2, 3, 10)
-    chosen, plain = MemoryKV.chosen(stack(10), best(scores, 5), levels_of(scores)), memory(4, 12)
+    chosen, plain = MemoryKV.chosen(stack(10), best(scores, 5), levels_of(scores, 10)), memory(4, 12)
 
     joined = MemoryKV.concat([chosen, plain])
 

@@ -72,9 +72,9 @@ def test_beacons_keep_more_of_the_text_the_more_there_are(model: BeaconModel) ->
     ids = compressor.tokenize(CHAPTER).ids[:1280]
     text, passage = ids[:1024], ids[1024:]
     none = passage_loss(model, compressor, [], passage, 0)
-    losses = [passage_loss(model, compressor, text, passage, ratio) for ratio in (0, 2, 8)]
+    losses = [passage_loss(model, compressor, text, passage, ratio) for ratio in (0, 8, 32)]
     assert losses == sorted(losses)
-    assert losses[-1] < none
+    assert losses[-1] < none - 0.5 * (none - losses[0])
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import some_ids, tiny_model, tiny_tokenizer
@@ -34,9 +36,17 @@ def test_numbers_of_passes_are_those_of_the_code() -> None:
     assert (formulas.PIECE, formulas.VIEW) == (repetition.PIECE, selection._VIEW)
 
 
-@pytest.mark.parametrize(("compression", "score"), [("select", "repeat"), ("hybrid", "repeat"), ("beacon", "repeat")])
-def test_products_with_weights_are_those_that_torch_counts(compression: str, score: str) -> None:
-    model = tiny_model("llama", CONFIG, tokenizer=tiny_tokenizer(), max_position_embeddings=4096)
+@pytest.mark.parametrize(
+    ("compression", "score", "config"),
+    [
+        ("select", "repeat", CONFIG),
+        ("hybrid", "repeat", CONFIG),
+        ("beacon", "repeat", CONFIG),
+        ("beacon", "repeat", replace(CONFIG, beacon_dense_ratio=2)),
+    ],
+)
+def test_products_with_weights_are_those_that_torch_counts(compression: str, score: str, config: BeaconConfig) -> None:
+    model = tiny_model("llama", config, tokenizer=tiny_tokenizer(), max_position_embeddings=4096)
     compressor = BeaconCompressor(model, score=score)
     compressor.sink  # noqa: B018  # read once for all documents
     work = Work(some_ids(TOKENS), compressor.ratios(TOKENS, 8, compression))
@@ -44,10 +54,11 @@ def test_products_with_weights_are_those_that_torch_counts(compression: str, sco
         compressor.compress_one(work, compression=compression)
     counts = counter.get_flop_counts()["Global"]
     linear = sum(flops for operation, flops in counts.items() if str(operation) in ("aten.mm", "aten.addmm"))
-    way = Way(compression, score, 8, CONFIG)
+    way = Way(compression, score, 8, config)
     expected = compression_work(shape_of(model), window_sizes(TOKENS, way), way)
     assert linear == pytest.approx(expected.linear, rel=0.02)
-    if compression == "select":  # attention of the repetition is made of batched products, and nothing else is
+    if compression == "select" or config.beacon_dense_ratio:
+        # attention of the repetition is made of batched products, and nothing else is
         repeated = sum(flops for operation, flops in counts.items() if "bmm" in str(operation))
         assert repeated == pytest.approx(expected.repeated, rel=0.1)
 

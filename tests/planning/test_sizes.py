@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PlannedText]
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 2, 3, 8, 32])
-@pytest.mark.parametrize("compression", ["select", "beacon", "hybrid"])
+@pytest.mark.parametrize(("compression", "dense"), [("select", 0), ("beacon", 0), ("beacon", 2), ("hybrid", 0)])
 def test_bytes_are_those_of_the_store_in_every_precision(
-    model: BeaconModel, measured: dict[str, PlannedText], tmp_path: Path, compression: str, ratio: int
+    model: BeaconModel,
+    measured: dict[str, PlannedText],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compression: str,
+    dense: int,
+    ratio: int,
 ) -> None:
-    way = Way(compression, "repeat", ratio, CONFIG)
+    config = replace(CONFIG, beacon_dense_ratio=dense)
+    monkeypatch.setattr(model, "config", config)
+    way = Way(compression, "repeat", ratio, config)
     with BeaconMemory(tmp_path, model) as memory:
         for id, text in TEXTS.items():
             memory.add(id, text, ratio=ratio, compression=compression, precision="float32")
@@ -58,7 +67,7 @@ def test_bytes_are_those_of_the_store_in_every_precision(
                 file = (memory.store.folder / row.file).stat().st_size
                 for planned_bytes, there in ((size.stored(precision), row.bytes), (size.file(precision), file)):
                     assert planned_bytes.low <= there <= planned_bytes.high
-                    assert planned_bytes.exact or (precision.quantized and compression != "beacon")
+                    assert planned_bytes.exact or (precision.quantized and way.chooses)
 
 
 @pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.INT8, Precision.INT4])

@@ -122,12 +122,12 @@ def some_kept(shape: tuple[int, int], tokens: int, *, seed: int = 0, share: floa
 def slow_repeated(stock: PreTrainedModel, prefix: MemoryKV, window: BeaconKV, ids: list[int]) -> Tensor:
     """Read piece after piece behind [prefix | window]; add up the squares of weight times value, as long as that is."""
     memory = MemoryKV.concat([prefix, MemoryKV.of(window)])
-    scores = torch.zeros(*memory.counts.shape, len(ids))
+    scores = torch.zeros(*memory.counts.shape, window.slots)
     for start in range(0, len(ids), PIECE):
         reading = stock_reading(stock, ids[start : start + PIECE], memory)
         for layer, head in product(range(scores.shape[0]), range(scores.shape[1])):
-            weights = reading.of_slots(memory, layer, head)[..., -len(ids) :]
-            parts = weights[..., None] * window.values[layer, head]  # [groups, rows, tokens, head_dim]
+            weights = reading.of_slots(memory, layer, head)[..., -window.slots :]
+            parts = weights[..., None] * window.values[layer, head]  # [groups, rows, slots, head_dim]
             scores[layer, head] += parts.norm(dim=-1).square().sum((0, 1))
     return scores
 

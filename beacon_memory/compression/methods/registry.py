@@ -16,14 +16,21 @@ from beacon_memory.config import METHOD_NAME
 from beacon_memory.errors import ConfigError
 
 from .beacon import Beacon
+from .dense_beacon import DenseBeacon
 from .hybrid import Hybrid
-from .method import MakeMethod
+from .method import CompressionMethod, MakeMethod, Reader
 from .select import Select
 
 __all__ = ["BUILT_IN", "GROUP", "find", "names", "package_of", "register"]
 
 GROUP = "beacon_memory.compression"
-BUILT_IN: Mapping[str, MakeMethod] = {"beacon": Beacon, "select": Select, "hybrid": Hybrid}
+
+
+def _beacon(reader: Reader) -> CompressionMethod:
+    return DenseBeacon(reader) if reader.model.config.beacon_dense_ratio else Beacon(reader)
+
+
+BUILT_IN: Mapping[str, MakeMethod] = {"beacon": _beacon, "select": Select, "hybrid": Hybrid}
 _registered: dict[str, MakeMethod] = {}
 
 

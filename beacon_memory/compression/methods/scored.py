@@ -39,7 +39,8 @@ class ReadWindow:
     model:  the model.
     prefix: the memory in front of the window, the sink first.
     ids:    token ids of the window.
-    kv:     K/V of all its tokens, [layers, kv_heads, tokens, head_dim], keys before RoPE.
+    kv:     K/V that are chosen among, [layers, kv_heads, slots, head_dim], keys before RoPE: those of all its tokens,
+            unless the method says otherwise (`candidates`).
     watch:  what the method's `watch` gave for this window, after it has heard the attention of the pass.
     """
 
@@ -59,7 +60,7 @@ class ScoredMethod(ABC):
 
     @abstractmethod
     def scores(self, windows: Sequence[ReadWindow]) -> Sequence[Tensor]:
-        """Return for each of some windows a number for each entry, [layers, kv_heads, tokens].
+        """Return for each of some windows a number for each entry of its K/V, [layers, kv_heads, slots].
 
         The higher, the sooner it is kept. The windows are of different documents, and were read in one pass.
         """
@@ -81,6 +82,13 @@ class ScoredMethod(ABC):
     def beacon_ratio(self, ratio: int) -> int:  # noqa: ARG002  # for those that have beacons
         """Return the ratio of the beacons that stand behind the chosen tokens; 0 for none."""
         return 0
+
+    def candidates(self, raw: BeaconKV, beacons: BeaconKV) -> tuple[BeaconKV, BeaconKV]:
+        """Return the K/V of a window that are chosen among, and those that stand behind them in any case.
+
+        raw, beacons: those of its tokens and of its beacons.
+        """
+        return raw, beacons
 
     def span(self, tokens: int, ratio: int) -> int:
         """Return the positions that a window takes: those of its tokens, and of the beacons behind them."""
@@ -137,17 +145,18 @@ class ScoredMethod(ABC):
         own = [entry for window in layout.windows for entry in window.own]
         prefixes = [prefix for prefix, _, _ in windows]
         kept = self.model.read(layout, self.model.empty_kv(), own, prefixes=prefixes, watch=_each(watches))
-        read, beacons, at = [], [], 0
-        for (prefix, ids, _), window, watch in zip(windows, layout.windows, watches, strict=True):
-            behind, end = at + len(ids), at + len(window.own)
-            read.append(ReadWindow(self.model, prefix, ids, kept[at:behind], watch))
-            beacons.append(kept[behind:end])
-            at = end
+        read, behind, at = [], [], 0
+        for (prefix, ids, ratio), window, watch in zip(windows, layout.windows, watches, strict=True):
+            raw, beacons = kept[at : at + len(ids)], kept[at + len(ids) : at + len(window.own)]
+            among, fixed = self.candidates(raw, beacons) if ratio else (raw, beacons)
+            read.append(ReadWindow(self.model, prefix, ids, among, watch))
+            behind.append(fixed)
+            at += len(window.own)
         ratios = [ratio for _, _, ratio in windows]
         scores = iter(self._scores([one for one, ratio in zip(read, ratios, strict=True) if ratio]))
         return [
-            _chosen(one.kv, next(scores), its_beacons, ratio) if ratio else MemoryKV.of(one.kv)
-            for one, its_beacons, ratio in zip(read, beacons, ratios, strict=True)
+            _chosen(one, next(scores), fixed, ratio) if ratio else MemoryKV.of(one.kv)
+            for one, fixed, ratio in zip(read, behind, ratios, strict=True)
         ]
 
     def _scores(self, windows: Sequence[ReadWindow]) -> Sequence[Tensor]:
@@ -158,7 +167,7 @@ class ScoredMethod(ABC):
                 raise ConfigError(
                     f"{type(self).__name__}.scores gave scores of shape {list(its_scores.shape)}; a window of "
                     f"{len(window.ids)} tokens needs one for each entry, {list(window.kv.keys.shape[:-1])}: layers, "
-                    "kv_heads, tokens"
+                    "kv_heads, slots"
                 )
         return scores
 
@@ -215,10 +224,10 @@ def _drop_finished(current: list[_Reading[Key]]) -> None:
         del current[0]
 
 
-def _chosen(raw: BeaconKV, scores: Tensor, beacons: BeaconKV, ratio: int) -> MemoryKV:
-    """Return the entries of a window with the highest scores, and its beacons behind them."""
-    kept = best(scores, slots_of(raw.slots, ratio) - beacons.slots)
-    return MemoryKV.concat([MemoryKV.chosen(raw, kept, levels_of(scores)), MemoryKV.of(beacons)])
+def _chosen(window: ReadWindow, scores: Tensor, behind: BeaconKV, ratio: int) -> MemoryKV:
+    """Return the entries of a window with the highest scores, and what stands behind them."""
+    kept = best(scores, slots_of(len(window.ids), ratio) - behind.slots)
+    return MemoryKV.concat([MemoryKV.chosen(window.kv, kept, levels_of(scores, len(window.ids))), MemoryKV.of(behind)])
 
 
 def _each(watches: Sequence[Watch | None]) -> Watch | None:
