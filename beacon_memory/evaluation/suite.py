@@ -16,7 +16,7 @@ __all__ = ["run_suite"]
 
 _MAIN = ("full", "none", *(f"{way}:{ratio}" for way in ("bm25", "zoom", "select-expected") for ratio in (8, 16)))
 _BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
-_SQUAD = (*_MAIN, "select-expected:2", "select-expected:4", "select:4", "select:8", "beacon:2", "beacon:4")
+_SQUAD = (*_MAIN, "select-expected:2", "select-expected:4", "select:4", "select:8", *_BEACONS[:4])
 _OTHERS = (
     *("full", "base", "truncated:4", "bm25:4", "beacon:8", "hybrid:4", "hybrid:8", "select:4", "select:8"),
     *("expected:4", "snapkv:4", "kvzip:4", "kvzip:8"),
