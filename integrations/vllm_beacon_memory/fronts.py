@@ -307,7 +307,7 @@ def _require_uniform(id: str, index: StoredIndex, numbers: Sequence[int]) -> Non
         raise InputError(
             f"document {id!r} cannot stand in vLLM's cache: its heads keep {int(heads.min())} to {int(heads.max())} of "
             f"{int(sizes.sum())} positions, each its own, and there all heads have the same tokens; add it with "
-            "ratio=0 or 1, which keep every token, or with compression='beacon'"
+            "ratio=0 or 1, which keep every token, or with compression='beacon' and a ratio at which no head drops any"
         )
 
 

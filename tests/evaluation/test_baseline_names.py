@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -79,14 +81,17 @@ def test_other_names_are_refused_with_those_that_there_are(names: list[str]) -> 
 
 
 SELECTED = ("nested:4", "select:2", "select:8", "select:4@int8", "select:3")
+BEACONS = ("beacon:2", "beacon:8", "beacon:4@int8", "beacon:3")
 
 
+@pytest.mark.parametrize("names", [SELECTED, BEACONS])
 @pytest.mark.parametrize(("tokens", "read"), [(30, [2, 3]), (80, [2, 8, 4, 3])])
 def test_a_text_of_one_window_is_read_once_for_all_ratios_that_double(
-    tokens: int, read: list[int], monkeypatch: pytest.MonkeyPatch
+    names: Sequence[str], tokens: int, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(saved_model(), "config", replace(saved_model().config, beacon_dense_ratio=2))
     passages = (ids_of(TEXT)[:tokens],)
-    alone = [baseline(name).read(passages, "Where?") for name in SELECTED]
+    alone = [baseline(name).read(passages, "Where?") for name in names]
     ratios, memories = [], Compressed.memories
 
     def counted(one: Compressed, documents: Any, ratio: int, compression: str) -> list[MemoryKV]:
@@ -94,7 +99,7 @@ def test_a_text_of_one_window_is_read_once_for_all_ratios_that_double(
         return memories(one, documents, ratio, compression)
 
     monkeypatch.setattr(Compressed, "memories", counted)
-    for one, expected in zip(baselines(list(SELECTED), saved_model()), alone, strict=True):
+    for one, expected in zip(baselines(list(names), saved_model()), alone, strict=True):
         shared = cast(Compressed, one).read(passages, "Where?")
         assert_same(shared.kv, expected.kv)
         assert shared.kv_bytes == expected.kv_bytes
