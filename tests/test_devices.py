@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ CONFIG = BeaconConfig(beacon_window=32, beacon_sink_size=1)
 WINDOWS = (0, 32, 64)  # where those of 80 tokens begin
 
 
-def a_model(**settings: Any) -> BeaconModel:
-    return tiny_model("llama", CONFIG, tokenizer=tiny_tokenizer(), max_position_embeddings=2048, **settings)
+def a_model(config: BeaconConfig = CONFIG, **settings: Any) -> BeaconModel:
+    return tiny_model("llama", config, tokenizer=tiny_tokenizer(), max_position_embeddings=2048, **settings)
 
 
 @contextmanager
@@ -67,12 +68,20 @@ def test_devices_are_not_mixed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compression", "score"),
-    [("beacon", "repeat"), ("select", "repeat"), ("select", "expected"), ("hybrid", "repeat"), ("hybrid", "expected")],
+    ("compression", "score", "dense"),
+    [
+        ("beacon", "repeat", 0),
+        ("beacon", "repeat", 2),
+        ("select", "repeat", 0),
+        ("select", "expected", 0),
+        ("hybrid", "repeat", 0),
+        ("hybrid", "expected", 0),
+    ],
 )
-def test_compressing(compression: str, score: str) -> None:
-    expected = compressed(a_model(), compression, score)
-    with device(model := a_model()):
+def test_compressing(compression: str, score: str, dense: int) -> None:
+    config = replace(CONFIG, beacon_dense_ratio=dense)
+    expected = compressed(a_model(config), compression, score)
+    with device(model := a_model(config)):
         kv = compressed(model, compression, score)
         assert all(same(getattr(kv, part), getattr(expected, part)) for part in ("keys", "values", "positions"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ DEVICE = os.environ.get("BEACON_MEMORY_TEST_DEVICE", "cpu")
 CONFIG = BeaconConfig(beacon_window=32, beacon_sink_size=1)
 
 
-def a_model(device: str) -> BeaconModel:
-    model = tiny_model("llama", CONFIG, tokenizer=tiny_tokenizer(), max_position_embeddings=2048)
+def a_model(device: str, config: BeaconConfig = CONFIG) -> BeaconModel:
+    model = tiny_model("llama", config, tokenizer=tiny_tokenizer(), max_position_embeddings=2048)
     return model.to(device)
 
 
@@ -32,10 +33,12 @@ def compressed(model: BeaconModel, compression: str, score: str = "repeat") -> M
     return compressor.compress_one(work, compression=compression).kv
 
 
+@pytest.mark.parametrize("dense", [0, 2])
 @pytest.mark.parametrize("score", ["repeat", "expected"])
 @pytest.mark.parametrize("compression", ["beacon", "select", "hybrid"])
-def test_compressing(compression: str, score: str) -> None:
-    there, here = (compressed(a_model(device), compression, score) for device in (DEVICE, "cpu"))
+def test_compressing(compression: str, score: str, dense: int) -> None:
+    config = replace(CONFIG, beacon_dense_ratio=dense)
+    there, here = (compressed(a_model(device, config), compression, score) for device in (DEVICE, "cpu"))
     assert there.keys.device.type == torch.device(DEVICE).type
     assert torch.allclose(there.keys.cpu(), here.keys, atol=1e-3)
     assert torch.allclose(there.values.cpu(), here.values, atol=1e-3)

@@ -52,6 +52,15 @@ __all__ = ["BeaconModel", "PassOutput", "require_made"]
 
 UNTRAINED = "untrained"
 
+# settings that stored K/V do not depend on: whatever they are now, any memory can be read
+_READ_ANYWAY = (
+    "beacon_ratio",
+    "beacon_ratio_mix",
+    "beacon_compression",
+    "beacon_dense_ratio",
+    "beacon_hybrid_factor",
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassOutput:
@@ -393,11 +402,7 @@ class BeaconModel(nn.Module):
         """
         trained = [*self.named_beacon_parameters(), *self.salience.tensors.items()]
         settings = self.config.to_dict()
-        without = (
-            *("beacon_ratio", "beacon_ratio_mix", "beacon_compression", "beacon_dense_ratio", "beacon_hybrid_factor"),
-        )
-        # stored K/V do not depend on these: any of them can be read
-        settings = {key: settings[key] for key in settings if key not in without}
+        settings = {key: settings[key] for key in settings if key not in _READ_ANYWAY}
         return Fingerprint(
             base=self._base_digest,
             adapter=digest_json([digest_tensors(trained), lora_digest(self.lora)]),
