@@ -198,7 +198,10 @@ def test_a_measured_machine_is_what_plans_are_for_by_default() -> None:
         (["--texts", "absent"], "'absent' does not exist"),
         (["--ratio", "half"], "ratio='half' must be 'auto' or a whole number"),
         (["--chars-per-token", "-1", "--texts", "."], "--chars-per-token is -1.0"),
-        (["--compression", "beacon", "--ratio", "2", "--lengths", "900000"], "900000 tokens at ratio 2 need"),
+        (
+            ["--model", "qwen2.5-7b-instruct", "--compression", "beacon", "--ratio", "2", "--lengths", "900000"],
+            "900000 tokens at ratio 2 need",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_reason(arguments: list[str], message: str) -> None:
