@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from tiny_models import FAMILIES, tiny_base, tiny_checkpoint
 
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import ConfigError, ModelError
+from beacon_memory.modeling.adapter import PROBE
+from beacon_memory.modeling.default_model import default_adapter
 from beacon_memory.modeling.model import BeaconModel
 from beacon_memory.planning.measure import shape_of
 from beacon_memory.planning.models import planned_model
@@ -48,6 +51,15 @@ def test_an_adapter_says_how_texts_are_read(tmp_path: Path) -> None:
     (tmp_path / "beacon.json").write_text('{"beacon_window": 512, "beacon_sink_size": 1}', encoding="utf-8")
     planned = planned_model("qwen2.5-7b-instruct", str(tmp_path))
     assert (planned.config.beacon_window, planned.compression) == (512, "beacon")
+
+
+def test_the_score_is_that_of_one_reading_where_the_adapter_has_a_probe(tmp_path: Path) -> None:
+    assert [planned_model(name).score for name in (None, "qwen2.5-7b-instruct")] == ["expected", "repeat"]
+    copied = tmp_path / "adapter"
+    shutil.copytree(default_adapter(), copied)
+    assert planned_model(None, str(copied)).score == "expected"
+    (copied / PROBE).unlink()
+    assert planned_model(None, str(copied)).score == "repeat"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
