@@ -25,7 +25,13 @@ PUBLISHED_KEYS = {
     "beacon_pos",
     "beacon_parallel_window",
 }
-OWN_KEYS = {"beacon_embed", "beacon_placement", "beacon_compression", "beacon_hybrid_factor"}
+OWN_KEYS = {
+    "beacon_embed",
+    "beacon_placement",
+    "beacon_compression",
+    "beacon_dense_ratio",
+    "beacon_hybrid_factor",
+}
 
 configs = st.builds(
     BeaconConfig,
@@ -39,6 +45,7 @@ configs = st.builds(
     beacon_placement=st.sampled_from(["end", "salient", "salient-words"]),
     beacon_sink_size=st.integers(0, 32),
     beacon_compression=st.sampled_from(["auto", *BUILT_IN]),
+    beacon_dense_ratio=st.integers(0, 32),
     beacon_hybrid_factor=st.integers(2, 32),
 )
 
@@ -69,6 +76,7 @@ def test_absent_keys_mean_what_they_mean_in_published_checkpoints() -> None:
         beacon_placement="end",
         beacon_sink_size=0,
         beacon_compression="auto",
+        beacon_dense_ratio=0,
         beacon_hybrid_factor=4,
     )
 
