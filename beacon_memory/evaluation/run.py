@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from beacon_memory.errors import InputError
+from beacon_memory.kv.fingerprint import digest_json
 from beacon_memory.modeling.lora import lora_digest
 from beacon_memory.modeling.model import BeaconModel
 
@@ -235,6 +236,8 @@ def model_identity(model: BeaconModel) -> dict[str, str | None]:
     return {
         "base": model.fingerprint.base,
         "adapter": model.fingerprint.adapter,
+        "settings": digest_json(model.config.to_dict()),
+        "probe": None if model.probe is None else model.probe.digest,
         "answers": None if model.answers is None else lora_digest(model.answers),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

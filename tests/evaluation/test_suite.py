@@ -69,7 +69,7 @@ def test_what_is_there_is_not_run_again(ran: list[tuple[str, ...]], evaluation: 
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == page
 
 
-@pytest.mark.parametrize("change", ["limit", "seed", "model", "dtype", "baselines"])
+@pytest.mark.parametrize("change", ["limit", "seed", "model", "settings", "probe", "dtype", "baselines"])
 def test_what_was_run_otherwise_is_run_again(
     change: str, ran: list[tuple[str, ...]], evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +83,8 @@ def test_what_was_run_otherwise_is_run_again(
         evaluation = replace(evaluation, seed=1)
     elif change == "model":
         kept["provenance"]["adapter"] = "another"
+    elif change in ("settings", "probe"):
+        kept["provenance"][change] = "another"
     elif change == "dtype":
         kept["provenance"]["dtype"] = "bfloat16"
     else:
