@@ -10,11 +10,11 @@
     select-expected:R   the same, chosen in one reading, by a probe
     hybrid:R       both, beacons and K/V of chosen tokens
     NAME:R         another compression method, by its registered name
-    zoom:R         K/V of the passages that match the question best, up to 1/R of all, out of the memory of select:2;
-                   they were read in their text, and stand one behind another, the best match last
+    zoom:R         K/V of the passages that match the question best, up to 1/R of all, out of what `add` makes at ratio
+                   2; they were read in their text, and stand one behind another, the best match last
     look:R         as zoom:R, the passages found by the model's attention, too
     slice:R        as zoom:R, out of the K/V of all tokens
-    nested:R       what select would have kept at ratio R, out of the memory of select:2; blind to the question
+    nested:R       what select would have kept at ratio R, out of that memory; blind to the question
     beacon:R:N     beacon:R of a text cut into N documents, which are compressed one by one and then joined; likewise
                    all others that compress the text, from beacon:R to nested:R
     beacon:R@int8, beacon:R@int4   beacon:R with quantized K/V; likewise select, select-expected and hybrid, also with N
