@@ -36,7 +36,7 @@ from beacon_memory.storage.files.durable import sync_file
 
 from .llama_cpp import LlamaCpp
 from .measuring import QUESTION, random_text
-from .model import window_loop
+from .model import load, window_loop
 
 __all__ = ["Contestant", "Form", "ModelNames", "Place", "contestant", "form_of", "our_model", "texts"]
 
@@ -146,8 +146,8 @@ def _stock_model(names: ModelNames) -> tuple[Any, Any]:
 
 @cache
 def our_model(names: ModelNames) -> BeaconModel:
-    """Return the model of this process with its beacons."""
-    return BeaconModel.from_pretrained(names.model, names.adapter, device=names.device, dtype=names.dtype)
+    """Return the model of this process with its beacons, those of the paper."""
+    return load(names.model, names.adapter, names.device, names.dtype)
 
 
 @cache

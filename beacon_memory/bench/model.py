@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ from beacon_memory.modeling.model import BeaconModel
 
 from .measuring import QUESTION, REPEATS, Figure, evict, median_seconds, once, peak_memory, random_text
 
-__all__ = ["answering", "generating", "reading", "run", "window_loop"]
+__all__ = ["answering", "generating", "load", "reading", "run", "window_loop"]
 
 _SHORT = 1000  # tokens of a short document
 _GROWN = 850  # tokens of one that is appended to
@@ -46,11 +47,18 @@ _ANSWER = 64  # tokens of the answer to each
 _PEAK_RATIO = 32
 
 
+def load(model: str | None, adapter: str | None, device: str | torch.device | None, dtype: str) -> BeaconModel:
+    """Load a model whose beacons are those of the paper: read in one pass, and all of them kept."""
+    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    loaded.config = replace(loaded.config, beacon_dense_ratio=0)
+    return loaded
+
+
 def run(
     model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
 ) -> list[Figure]:
     """Measure all figures of one model; takes some minutes on two cores."""
-    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    loaded = load(model, adapter, device, dtype)
     return [
         *_answering(loaded, tokens, ratio),
         *_compressing(loaded, tokens, ratio),
@@ -63,14 +71,14 @@ def answering(
     model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
 ) -> list[Figure]:
     """Measure how fast answers are behind memories, that of a text of `tokens` tokens among them."""
-    return _answering(BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype), tokens, ratio)
+    return _answering(load(model, adapter, device, dtype), tokens, ratio)
 
 
 def reading(
     model: str | None, adapter: str | None, device: str | None, dtype: str, *, tokens: int, ratio: int
 ) -> list[Figure]:
     """Measure how fast texts are read into chosen tokens, a short one and one of `tokens` tokens."""
-    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    loaded = load(model, adapter, device, dtype)
     return [figure for length in (_SHORT, tokens) for figure in _choosing(loaded, length, ratio)]
 
 
@@ -338,7 +346,7 @@ def _peak_of(tokens: int, *source: str | None) -> int:
 
 def _measure_peak(tokens: int, model: str | None, adapter: str | None, device: str | None, dtype: str) -> int:
     """Return the most bytes that this process takes while it compresses `tokens` tokens."""
-    loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype)
+    loaded = load(model, adapter, device, dtype)
     compressor = BeaconCompressor(loaded)
     work = [Work(_ids(loaded, tokens), compressor.ratios(tokens, _PEAK_RATIO))]
     _, peak = peak_memory(lambda: list(compressor.compress(enumerate(work), compression="beacon")), loaded.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def test_reading_is_measured_for_a_short_and_a_long_text_by_each_score(folder: P
     for figure in figures:
         ours, stock = (float(part.replace(",", "")) for part in figure.detail.removesuffix(" tokens/s").split(" / "))
         assert figure.value == pytest.approx(ours / stock, rel=0.01)
+
+
+def test_beacons_are_those_of_the_paper(folder: Path, tmp_path: Path) -> None:
+    model = BeaconModel.from_pretrained(folder)
+    model.config = replace(model.config, beacon_dense_ratio=2)
+    model.save_adapter(tmp_path)
+    assert BeaconModel.from_pretrained(folder, tmp_path).config.beacon_dense_ratio == 2
+    assert bench.load(str(folder), str(tmp_path), "cpu", "auto").config.beacon_dense_ratio == 0
 
 
 def test_bytes_are_those_of_an_eighth_of_the_tokens(folder: Path) -> None:
