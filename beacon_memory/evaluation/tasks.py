@@ -86,8 +86,12 @@ class Evaluation:
             repeats=repeats,
             other_words=other_words,
         )
-        settings = {"lengths": list(lengths), "depths": list(depths), "repeats": repeats}
-        settings |= {"other_words": True} if other_words else {}
+        settings = {
+            "lengths": list(lengths),
+            "depths": list(depths),
+            "repeats": repeats,
+            "other_words": other_words or None,
+        }
         return self._answers(task, items, data, settings, max_new_tokens=32)
 
     def support(

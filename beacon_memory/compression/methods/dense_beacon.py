@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from beacon_memory.compression.scoring import repeated
-from beacon_memory.errors import ConfigError
 from beacon_memory.kv.memory_kv import BeaconKV
 from beacon_memory.modeling.layout import slots_of
 
@@ -24,11 +23,8 @@ class DenseBeacon(ScoredMethod):
     """
 
     def __init__(self, reader: Reader) -> None:
-        if reader.model.config.beacon_attn != "hidden":
-            raise ConfigError(
-                "beacon_dense_ratio needs beacon_attn='hidden': with 'full-coverage' raw tokens see the beacons"
-            )
         super().__init__(reader)
+        self.require_hidden("beacon_dense_ratio")
 
     @property
     def parameters(self) -> Mapping[str, str | int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from beacon_memory.errors import ConfigError
-
 from .method import Reader
 from .select import Select
 
@@ -19,11 +17,8 @@ class Hybrid(Select):
     """
 
     def __init__(self, reader: Reader) -> None:
-        if reader.model.config.beacon_attn != "hidden":
-            raise ConfigError(
-                "compression='hybrid' needs beacon_attn='hidden': with 'full-coverage' raw tokens see the beacons"
-            )
         super().__init__(reader)
+        self.require_hidden("compression='hybrid'")
 
     @property
     def parameters(self) -> Mapping[str, str | int]:

@@ -79,6 +79,11 @@ class ScoredMethod(ABC):
         """Return what shall hear the attention of the pass over a window of so many tokens, or None."""
         return None
 
+    def require_hidden(self, what: str) -> None:
+        """Raise ConfigError for a model whose raw tokens see the beacons of their window; what: that cannot be then."""
+        if self.model.config.beacon_attn != "hidden":
+            raise ConfigError(f"{what} needs beacon_attn='hidden': with 'full-coverage' raw tokens see the beacons")
+
     def beacon_ratio(self, ratio: int) -> int:  # noqa: ARG002  # for those that have beacons
         """Return the ratio of the beacons that stand behind the chosen tokens; 0 for none."""
         return 0
