@@ -1,4 +1,4 @@
-"""Evidence: which of a question's words are in what was loaded for it."""
+"""Evidence: which of a question's words are together in what was found or loaded for it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Protocol
 
-from .results import SourcePassage
+from beacon_memory.storage.catalog.full_text import telling_words
+from beacon_memory.storage.catalog.words import words
 
-__all__ = ["words_together"]
+__all__ = ["words_in_one", "words_together"]
 
 Place = tuple[str, int, int]  # a passage of the index: document, start and stop in its text
 
 
+class Part(Protocol):
+    """Characters of a stored document, from `start` to `stop`."""
+
+    @property
+    def document(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+
+
 def words_together(
-    places: Mapping[str, Sequence[Place]], loaded: Iterable[SourcePassage], said: Iterable[Sequence[str]] = ()
+    places: Mapping[str, Sequence[Place]], parts: Iterable[Part], said: Iterable[Sequence[str]] = ()
 ) -> float:
-    """Return the largest share of a question's words that one passage has of which something was loaded.
+    """Return the largest share of a question's words that one passage has which meets one of these parts.
 
     places: of each word the passages that have it.
     said:   the words of other texts that the model reads, such as earlier turns of a conversation.
@@ -25,8 +38,8 @@ def words_together(
     Of a question without words it is 0.
     """
     by_document: dict[str, list[tuple[int, int]]] = {}
-    for source in loaded:
-        by_document.setdefault(source.document, []).append((source.start, source.stop))
+    for part in parts:
+        by_document.setdefault(part.document, []).append((part.start, part.stop))
     spans = {document: _Spans(own) for document, own in by_document.items()}
     counts = Counter(place for of_word in places.values() for place in of_word)
     found = (count for (document, *span), count in counts.items() if document in spans and spans[document].meet(*span))
@@ -34,6 +47,12 @@ def words_together(
     for text in said:
         best = max(best, len(places.keys() & set(text)))
     return best / max(1, len(places))
+
+
+def words_in_one(passages: Iterable[str], question: str) -> float:
+    """Return the same share for passages that no index knows, of which each word counts in the form it has."""
+    asked = {*telling_words(question)}
+    return max((len(asked.intersection(words(passage))) for passage in passages), default=0) / max(1, len(asked))
 
 
 class _Spans:

@@ -1,9 +1,9 @@
 """Relevance by attention: which sections of a memory the model looks up when it reads a question behind it.
 
 A question is read behind a *gist*, a weak memory of the documents, and few heads are asked where their attention goes:
-those that look answers up. Which ones do is found out by questions about a text of our own. Question and answer need no
-word in common. To choose parts of a long K/V cache by the model's own attention is the way of InfLLM (arXiv 2402.04617)
-and Quest (arXiv 2406.10774).
+those that look answers up. Which ones do is found out by questions about a text of our own, once for an adapter.
+Question and answer need no word in common. To choose parts of a long K/V cache by the model's own attention is the way
+of InfLLM (arXiv 2402.04617) and Quest (arXiv 2406.10774).
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ class Lookup:
         return sorted({layer for layer, _ in self.heads})
 
     @cached_property
-    @torch.inference_mode()
-    def heads(self) -> list[tuple[int, int]]:
-        """The heads that are asked, as layer and query head in it; found out when they are first needed.
+    def heads(self) -> Sequence[tuple[int, int]]:
+        """The heads that are asked, as layer and query head in it: those that the adapter names, or that are found."""
+        return self.model.lookup_heads or self.found()
 
-        They are those that give most of their attention to the sentence with the answer, in the mean over questions.
-        """
+    @torch.inference_mode()
+    def found(self) -> list[tuple[int, int]]:
+        """Find the heads that give most attention to the sentence with the answer, in the mean over questions."""
         folder = files("beacon_memory.compression")
         text = folder.joinpath("calibration.txt").read_text(encoding="utf-8")
         answers: dict[str, str] = json.loads(folder.joinpath("calibration.json").read_text(encoding="utf-8"))

@@ -102,7 +102,7 @@ class BeaconMemory:
         reserve: int = 1024,
         score: str = "auto",
         hot_bytes: int | None = None,
-        picker: str | Picker = "text",
+        picker: str | Picker = "attention",
     ) -> None:
         if isinstance(model, BeaconModel) and (adapter is not None or device is not None):
             raise InputError("adapter and device belong to a model that is still to be loaded, and this one is")

@@ -1,9 +1,9 @@
 """Choosing the documents of a question: a picker finds passages, and one rule makes documents of them.
 
 A picker is a function or an object that is called with a `Query` and returns scored passages. `text` finds them by
-the words that they share with the question, `attention` also by what the model looks up when it reads it; others are
-installed as entry points of the group `beacon_memory.pickers`, or handed to `BeaconMemory(store, picker=...)` as they
-are. What is made of the passages is the same for all:
+the words that they share with the question; `attention` does so, too, and where words do not tell, it asks what the
+model looks up when it reads the question. Others are installed as entry points of the group `beacon_memory.pickers`, or
+handed to `BeaconMemory(store, picker=...)` as they are. What is made of the passages is the same for all:
 
 * a document counts by its best passage, and must reach half the score of the best document;
 * a text that is stored under several ids counts once: under the best one, of equally good ones that written last;
@@ -23,7 +23,8 @@ from beacon_memory.storage.catalog.passages import split_passages
 from .conversation import Messages, turns_of
 from .documents import SESSION_TAG
 from .errors import ConfigError, DocumentNotFoundError, InputError
-from .ranking import fused
+from .evidence import words_together
+from .ranking import TELLING, joined
 
 if TYPE_CHECKING:
     from beacon_memory.modeling.model import BeaconModel
@@ -168,12 +169,17 @@ def by_words(query: Query) -> Iterator[Passage]:
 
 
 def by_attention(query: Query) -> Iterator[Passage]:
-    """Find passages by words and by the model's attention; the picker `attention`.
+    """Find passages by words and, where these do not tell, by the model's attention, too; the picker `attention`.
 
-    Attention chooses among the passages of the documents that are given, or that words have found.
+    Attention chooses among the passages of documents that are given: which documents a question is about, words say. It
+    is not asked where no word is found: such a question is often about no passage, but about all of them.
     """
     words = [*by_words(query)]
-    looked = [*query.looked_up(query.ids or [*dict.fromkeys(passage.document for passage in words)])]
+    told = words_together(query.store.places_of_words(query.text, query.ids), words) if words and query.ids else 1.0
+    if told > TELLING:
+        yield from words
+        return
+    looked = [*query.looked_up(query.ids or ())]
     read = {passage.document for passage in looked}
     found = [*looked, *(passage for passage in words if passage.document not in read)]
     by_document: dict[str, list[Passage]] = {}
@@ -184,7 +190,7 @@ def by_attention(query: Query) -> Iterator[Passage]:
         for passage in found
     ]
     attended = [passage.score if passage.document in read else 0.0 for passage in found]
-    for passage, score in zip(found, fused(worded, attended), strict=True):
+    for passage, score in zip(found, joined(worded, attended, told), strict=True):
         yield replace(passage, score=score)
 
 

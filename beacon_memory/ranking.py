@@ -1,4 +1,4 @@
-"""Rankings of passages: by BM25, as plain retrieval would choose them for a prompt, and several joined."""
+"""Rankings of passages: by BM25, as plain retrieval would choose them for a prompt, and joined with another one."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from collections.abc import Sequence
 
 from beacon_memory.errors import MissingDependencyError
 
-__all__ = ["fused", "matches", "rank_passages"]
+__all__ = ["TELLING", "joined", "matches", "rank_passages"]
 
-_SOON = 5  # how many ranks count about as much as the first one
+TELLING = 0.5  # of a question's words: if no passage has more of them, words do not tell which one is asked for
 
 
-def fused(*rankings: Sequence[float]) -> list[float]:
-    """Return one score out of several of the same passages, by reciprocal rank fusion (Cormack et al., SIGIR 2009).
+def joined(worded: Sequence[float], attended: Sequence[float], told: float) -> list[float]:
+    """Return one score out of two of the same passages, each of them as a share of its best.
 
-    Of each ranking the scores above 0 count, 1 / (5 + rank).
+    worded:   scores by words, which count by how much these tell. attended: scores by attention.
+    told:     the largest share of the question's words that one passage has.
     """
-    scores = [0.0] * len(rankings[0])
-    for ranking in rankings:
-        falling = sorted((one for one, score in enumerate(ranking) if score > 0), key=lambda one: -ranking[one])
-        for rank, one in enumerate(falling):
-            scores[one] += 1 / (_SOON + rank)
-    return scores
+    weight, words, attention = told / TELLING, max(worded, default=0.0) or 1.0, max(attended, default=0.0) or 1.0
+    return [weight * word / words + look / attention for word, look in zip(worded, attended, strict=True)]
 
 
 def rank_passages(passages: Sequence[str], question: str) -> list[int]:

@@ -117,7 +117,7 @@ class Recollection:
         passages = self._passages(question, [row.id for row, _ in folded])
         kept = telling(itertools.chain.from_iterable(passages.values()))
         if not kept:
-            return self._within(folded, slots, slots, question, passages)
+            return _portions(folded, {}, slots)
         by_document = {row.id: [one for one in kept if one.document == row.id] for row, _ in folded}
         return portions(folded, by_document, min(slots, slots_of_passages(folded, by_document)))
 
@@ -127,28 +127,27 @@ class Recollection:
         slots: int,
         enough: int,
         question: Question,
-        passages: Mapping[str, Sequence[Passage]] | None,
+        passages: Mapping[str, Sequence[Passage]],
     ) -> list[Portion]:
         """Choose what is loaded of documents within so many memory slots: all if it fits, else where the question is.
 
         enough:   slots that are loaded where passages are found.
-        passages: that were found for it; None if nobody has looked for them yet.
+        passages: that documents were found by.
         """
         if not found:
             return []
-        whole = _slots(found)
-        if passages is None:
-            passages = self._passages(question, [row.id for row, _ in found]) if whole > enough else {}
+        if _slots(found) > enough:
+            passages = self._passages(question, [row.id for row, _ in found])
         if any(one.score > 0 for of_document in passages.values() for one in of_document):
             slots = enough
-        return portions(found, passages, None if whole <= slots else slots)
+        return _portions(found, passages, slots)
 
-    def _chosen(self, question: Question) -> tuple[list[DocumentRow], Mapping[str, Sequence[Passage]] | None]:
+    def _chosen(self, question: Question) -> tuple[list[DocumentRow], Mapping[str, Sequence[Passage]]]:
         """Return the rows of the documents that are named, or of those that are found, with the passages found."""
         fingerprint = self._model.fingerprint.digest
         if question.ids is not None:
             named = [question.ids] if isinstance(question.ids, str) else question.ids
-            return [self.store.row(id, fingerprint) for id in named], None
+            return [self.store.row(id, fingerprint) for id in named], {}
         picks = self.picks(question.messages, question.limit, fingerprint)
         if not picks:
             known = any(self.query("", 1).documents())
@@ -269,6 +268,12 @@ def undisturbed(read: Callable[[], _Read]) -> _Read:
         with contextlib.suppress(ConflictError):
             return read()
     raise ConflictError(f"documents were replaced {READ_TRIES} times while they were being read; try again")
+
+
+def _portions(
+    found: Sequence[tuple[DocumentRow, StoredIndex]], passages: Mapping[str, Sequence[Passage]], slots: int
+) -> list[Portion]:
+    return portions(found, passages, None if _slots(found) <= slots else slots)
 
 
 def _slots(found: Sequence[tuple[DocumentRow, StoredIndex]]) -> int:

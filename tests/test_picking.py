@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +298,32 @@ def test_where_the_question_finds_nothing_the_turns_before_it_decide() -> None:
     joined = {one.document: one.score for one in in_context([(found(), 1.0), (found(a=6, b=3), 0.5)])}
     assert joined == {"a": 3.0, "b": 1.5}
     assert in_context([([], 1.0), ([], 0.5)]) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "ids", "looks"),
+    [
+        ("Is the roof of larch?", ("roof", "well"), False),
+        ("How steep is the roof towards the garden?", ("roof", "well"), True),  # one of three words
+        ("Who sang?", ("roof", "well"), False),  # no word: it may be about all of them
+        ("How steep is the roof towards the garden?", None, False),  # words say which documents
+    ],
+)
+def test_the_model_is_asked_where_words_do_not_tell(
+    model: BeaconModel, tmp_path: Path, question: str, ids: tuple[str, ...] | None, looks: bool
+) -> None:
+    asked: list[Sequence[str]] = []
+
+    def look(_text: str, ids: Sequence[str]) -> list[Passage]:
+        asked.append(ids)
+        return [Passage("roof", 0, 23, 0.1), Passage("well", 0, 17, 0.9)]
+
+    store = filled(tmp_path, model, "text").store
+    query = Query(question, store, 50, lambda: model, None, ids, look)
+    by_words, found = ([*find_picker(name)(query)] for name in ("text", "attention"))
+    assert asked == [ids] * looks
+    if looks:
+        assert [one.document for one in by_words] == ["roof"]
+        assert [(one.document, one.score > 0) for one in found] == [("roof", True), ("well", True)]
+    else:
+        assert found == by_words

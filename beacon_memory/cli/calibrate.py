@@ -37,14 +37,16 @@ def calibrate(
     """Fit what --score expected chooses by to a model and your texts, and print the folder of the adapter.
 
     `add --score expected` reads a text once and predicts which tokens `repeat` would keep. This fits the prediction to
-    what `repeat` keeps of texts, and says how much better it is on others. The adapter holds what the one before held,
-    too: name it with --adapter, and stores that are there can be used with it.
+    what `repeat` keeps of texts, and says how much better it is on others; it also notes which heads look answers up,
+    for --picker attention. The adapter holds what the one before held, too: name it with --adapter, and stores that are
+    there can be used with it.
 
     With --json one object: adapter, windows, compared, share, before.
     """
     with reported("nothing was written"):
         from beacon_memory.compression.calibration import COMPARED_AT, calibrate
         from beacon_memory.compression.compressor import BeaconCompressor
+        from beacon_memory.lookup import Lookup
         from beacon_memory.modeling.model import UNTRAINED, BeaconModel
 
         from .adding import found_sources
@@ -64,7 +66,8 @@ def calibrate(
         loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype.value)
         with reading("windows") as progress:
             found = calibrate(BeaconCompressor(loaded), texts, windows, progress)
-        loaded.save_adapter(output, probe=found.probe, trained=loaded.adapter != UNTRAINED)
+        heads, trained = Lookup(loaded).found(), loaded.adapter != UNTRAINED
+        loaded.save_adapter(output, probe=found.probe, lookup_heads=heads, trained=trained)
         if as_json:
             fields = {"windows": found.windows, "compared": found.compared, "share": found.share}
             print_json({"adapter": str(output), **fields, "before": found.before})

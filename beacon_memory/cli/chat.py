@@ -74,7 +74,7 @@ def chat(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(help="Without --doc: how many documents may be picked.", min=1)] = 3,
-    picker: Picker = "text",
+    picker: Picker = "attention",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample; 0 is greedy.", min=0.0)] = None,
     chat_template_kwargs: Annotated[

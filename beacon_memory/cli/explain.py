@@ -45,7 +45,7 @@ def explain(
         Path | None, typer.Option(help="Write it as a page of HTML instead.", parser=path_given, metavar="FILE")
     ] = None,
     limit: Annotated[int, typer.Option(help="Without ids: how many documents may be picked.", min=1)] = 3,
-    picker: Picker = "text",
+    picker: Picker = "attention",
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,

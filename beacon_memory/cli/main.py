@@ -253,7 +253,7 @@ def ask(
         bool, typer.Option("--abstain", help="Rather say that it is not in memory than give an unsupported answer.")
     ] = False,
     limit: Annotated[int, typer.Option(help="Without --doc: how many documents may be picked.", min=1)] = 3,
-    picker: Picker = "text",
+    picker: Picker = "attention",
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample; 0 is greedy.", min=0.0)] = None,

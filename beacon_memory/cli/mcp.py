@@ -52,7 +52,7 @@ def mcp(
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Offer only search, ask and list: nothing can be changed.")
     ] = False,
-    picker: Picker = "text",
+    picker: Picker = "attention",
     store: Store = None,
     namespace: Namespace = "",
     model: Model = None,

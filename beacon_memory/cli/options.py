@@ -284,7 +284,7 @@ def open_memory(
     device: str | None,
     dtype: Dtype,
     score: Score = Score.AUTO,
-    picker: str = "text",
+    picker: str = "attention",
 ) -> BeaconMemory:
     """Open the store that a command names, with a model."""
     from beacon_memory.memory import BeaconMemory

@@ -96,7 +96,7 @@ def serve(
     namespace: Namespace = "",
     model: Model = None,
     adapter: Adapter = None,
-    picker: Picker = "text",
+    picker: Picker = "attention",
     device: Device = None,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:

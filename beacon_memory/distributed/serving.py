@@ -63,7 +63,7 @@ class Serving(BaseModel):
     namespace: str = ""
     model: str | None = None
     adapter: str | None = None
-    picker: str = "text"
+    picker: str = "attention"
     device: str | None = None
     dtype: str = "auto"
     host: str = "0.0.0.0"

@@ -12,7 +12,7 @@
     NAME:R         another compression method, by its registered name
     zoom:R         K/V of the passages that match the question best, up to 1/R of all, out of what `add` makes at ratio
                    2; they were read in their text, and stand one behind another, the best match last
-    look:R         as zoom:R, the passages found by the model's attention, too
+    look:R         as zoom:R; where words do not tell, passages are found by the model's attention, too
     slice:R        as zoom:R, out of the K/V of all tokens
     nested:R       what select would have kept at ratio R, out of that memory; blind to the question
     beacon:R:N     beacon:R of a text cut into N documents, which are compressed one by one and then joined; likewise

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.errors import CapacityError, InputError
+from beacon_memory.evidence import words_in_one
 from beacon_memory.generation.generate import Request, generate
 from beacon_memory.generation.options import generation_config
 from beacon_memory.generation.prompt import chat_prompt
@@ -28,7 +29,7 @@ from beacon_memory.kv.quantize import quantized
 from beacon_memory.lookup import Lookup, gist_slots, sections_of_entries
 from beacon_memory.modeling.layout import BeaconLayout, Cursor, Piece, Window, document_slots, slots_of
 from beacon_memory.modeling.model import BeaconModel
-from beacon_memory.ranking import fused, matches, rank_passages
+from beacon_memory.ranking import TELLING, joined, matches, rank_passages
 from beacon_memory.zoom import allocate, chunks, section_counts, zoomed
 
 from .items import Item
@@ -384,7 +385,7 @@ class Zoomed(Compressed):
     ratio: R.
     rich:  the ratio of that memory.
     blind: whether levels alone decide what is loaded, and not the question; see `zoom.allocate`.
-    looks: whether passages are found by attention, too, and not by their words alone; see `lookup`.
+    looks: whether passages are found by attention, too, where words do not tell; see `lookup`.
     """
 
     def __init__(
@@ -413,14 +414,16 @@ class Zoomed(Compressed):
             return zoomed(memory, bounds, lowest, relevance), lowest
 
         relevance = blind = [0.0] * len(pieces)
+        texts = self.texts(pieces)
         if self.asks_first:
-            relevance = matches(self.texts(pieces), self.asked(question))
-        if self.lookup is not None:
+            relevance = matches(texts, self.asked(question))
+        told = words_in_one(texts, self.asked(question)) if self.lookup is not None else 0.0
+        if self.lookup is not None and 0 < told <= TELLING:
             gist, lowest = part(blind, gist_slots(memory.span))
             sections = sections_of_entries([counts], lowest, self.lookup.layers, self.compressor.sink.slots)
             prefix = self.model.prefix(self.composed([gist]))
             looked = self.lookup.relevance(self.asked(question), prefix, sections, len(pieces))
-            relevance = fused(relevance, looked)
+            relevance = joined(relevance, looked, told)
         return [part(relevance, slots_of(memory.span, self.budget))[0]]
 
     def _slots(self, tokens: int) -> int:

@@ -2,8 +2,8 @@
 
 An adapter is a folder with these files:
 
-    beacon.json         the `beacon_*` settings, the base that it was made for, and a chat template if it was trained
-                        with one of its own
+    beacon.json         the `beacon_*` settings, the base that it was made for, a chat template if it was trained with
+                        one of its own, and `lookup_heads` if they are known, see `lookup`
     beacon.safetensors  the beacon parameters, and the tensors that a salient placement needs
     reader/             if it has one, a LoRA of the base in PEFT's own form
     answers/            if it has one, another that is used for what follows a memory alone, see `answering`
@@ -49,6 +49,7 @@ class Adapter:
     lora:    folder of a PEFT LoRA that has to be merged into the base.
     answers: folder of a PEFT LoRA that is used for what follows a memory.
     probe:   what `--score expected` chooses tokens by.
+    lookup_heads: layer and query head of those that look answers up; empty if nobody has found out.
     """
 
     config: BeaconConfig
@@ -60,6 +61,7 @@ class Adapter:
     lora: Path | None = None
     answers: Path | None = None
     probe: Probe | None = None
+    lookup_heads: tuple[tuple[int, int], ...] = ()
 
 
 def read_adapter(source: str | Path) -> Adapter:
@@ -72,6 +74,7 @@ def read_adapter(source: str | Path) -> Adapter:
         config = BeaconConfig.from_dict(settings)
         tensors = load_file(folder / WEIGHTS)
         probe = Probe(**load_file(folder / PROBE)) if (folder / PROBE).exists() else None
+        heads = tuple((int(layer), int(head)) for layer, head in settings.get("lookup_heads", ()))
     except FileNotFoundError as error:
         raise AdapterError(f"{folder} is no adapter: it lacks {Path(error.filename or WEIGHTS).name}") from error
     except (ValueError, AttributeError, TypeError, SafetensorError, ConfigError) as error:
@@ -88,6 +91,7 @@ def read_adapter(source: str | Path) -> Adapter:
         lora=lora if lora.is_dir() else None,
         answers=answers if answers.is_dir() else None,
         probe=probe,
+        lookup_heads=heads,
     )
 
 
@@ -107,6 +111,8 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
     settings: dict[str, Any] = {"base": dict(adapter.base), **adapter.config.to_dict()}
     if adapter.chat_template is not None:
         settings["chat_template"] = adapter.chat_template
+    if adapter.lookup_heads:
+        settings["lookup_heads"] = adapter.lookup_heads
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     if adapter.probe is None:

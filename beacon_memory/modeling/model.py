@@ -102,6 +102,7 @@ class BeaconModel(nn.Module):
     lora:     folder of the LoRA that was merged into the base, if any.
     answers:  folder of the LoRA that is used for what follows a memory, if any.
     probe:    what tells in one reading which tokens heads will need, if the adapter has it.
+    lookup_heads: layer and query head of those that look answers up, if the adapter knows them; see `lookup`.
     kv_shape: (layers, kv_heads, head_dim) of its K/V.
     leading_bos: the bos token if the tokenizer puts it before every text, else nothing.
     salience: how informative tokens are, see TokenSalience.
@@ -121,6 +122,7 @@ class BeaconModel(nn.Module):
         lora: Path | None = None,
         answers: Path | None = None,
         probe: Probe | None = None,
+        lookup_heads: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
         self._attentions = attention_modules(base)
@@ -138,10 +140,17 @@ class BeaconModel(nn.Module):
         self.kv_shape = (len(self._attentions), heads, int(attention.head_dim))
         if probe is not None:
             probe.require_fits(*self.kv_shape)
+        query_heads = base.config.num_attention_heads
+        if not all(0 <= layer < len(self._attentions) and 0 <= head < query_heads for layer, head in lookup_heads):
+            raise AdapterError(
+                f"lookup_heads={[*lookup_heads]} must be layers and heads of the base model, which has "
+                f"{len(self._attentions)} layers of {query_heads} heads"
+            )
         self.adapter = UNTRAINED
         self.lora = lora
         self.answers = answers
         self.probe = probe
+        self.lookup_heads = tuple(lookup_heads)
         self._tokenizer = tokenizer
         self.leading_bos = _leading_bos(tokenizer)
         self._hooks: list[RemovableHandle] = []
@@ -195,6 +204,7 @@ class BeaconModel(nn.Module):
             lora=source.lora,
             answers=source.answers,
             probe=source.probe,
+            lookup_heads=source.lookup_heads,
         )
         warn_of_another_base(source, beacons._base_digest, beacons.dtype)
         if source.tensors:
@@ -212,12 +222,13 @@ class BeaconModel(nn.Module):
         answers: Path | None = None,
         probe: Probe | None = None,
         *,
+        lookup_heads: Sequence[tuple[int, int]] = (),
         trained: bool = True,
     ) -> None:
-        """Write the beacons, in the model's dtype, the LoRAs and the probe to an adapter folder.
+        """Write the beacons, in the model's dtype, the LoRAs and what was found out of the model to an adapter folder.
 
         lora, answers: folders of LoRAs that were trained with them; None takes those that were loaded with them.
-        probe:         fitted to this model; None takes that which was loaded, if `lora` is not another.
+        probe, lookup_heads: of this model; without, those that were loaded are taken, if `lora` is not another.
         trained:       whether the beacons are; those that are not are left out.
         """
         folder = Path(folder)
@@ -232,6 +243,7 @@ class BeaconModel(nn.Module):
             lora=lora or self.lora,
             answers=answers or self.answers,
             probe=probe or (self.probe if lora is None else None),
+            lookup_heads=tuple(lookup_heads or (self.lookup_heads if lora is None else ())),
         )
         write_adapter(folder, adapter)
 

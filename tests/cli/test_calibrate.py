@@ -50,6 +50,7 @@ def test_it_keeps_what_the_adapter_had(run: Run, tmp_path: Path) -> None:
     assert after.config == before.config
     assert after.tensors.keys() == before.tensors.keys()
     assert (before.probe, after.probe is None) == (None, False)
+    assert (before.lookup_heads, len(after.lookup_heads)) == ((), 5)
 
 
 def test_bad_input_is_told_and_nothing_is_written(run: Run, tmp_path: Path) -> None:

@@ -308,11 +308,15 @@ class TestZoomed:
         assert same(prefix.between(prefix.span - line.span, prefix.span), line)
         assert prefix.slots < prefix_of(baseline("select:2")).slots / 3
 
-    def test_what_is_looked_up_comes_in_where_words_find_nothing(self) -> None:
-        question = "Why?"
-        looked, blind = (prefix_of(baseline(name), question) for name in ("look:7", "zoom:7"))
-        assert looked.slots <= blind.slots
-        assert looked.span < blind.span == 1 + TOKENS  # passages, instead of a little of everything
+    def test_what_is_looked_up_comes_in_where_words_do_not_tell(self) -> None:
+        for question, told in (
+            ("Is it the Fern that rises in hills?", True),  # more than half of its words
+            ("Which peaks may feed the Fern when the snow melts?", False),  # one of six
+            ("Why?", True),  # no word: it is about all of them
+        ):
+            looked, found = (prefix_of(baseline(name), question) for name in ("look:7", "zoom:7"))
+            assert same(looked, found) == told
+            assert looked.slots <= found.slots + 1
 
     def test_documents_compete_for_one_budget(self) -> None:
         parts = [baseline("select:2").memories([ids_of(text)], 2, "select")[0] for text in TestQuantized.DOCUMENTS]

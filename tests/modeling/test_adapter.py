@@ -27,6 +27,7 @@ from beacon_memory.compression.compressor import BeaconCompressor
 from beacon_memory.compression.work import Work
 from beacon_memory.config import BeaconConfig
 from beacon_memory.errors import AdapterError, ConfigError, ModelError
+from beacon_memory.lookup import Lookup
 from beacon_memory.modeling.adapter import Adapter, base_name, read_adapter, write_adapter
 from beacon_memory.modeling.model import BeaconModel
 
@@ -162,6 +163,30 @@ def test_a_probe_of_another_model_or_a_damaged_one_is_refused(base: Path, adapte
         load(base, adapter)
     (adapter / "probe.safetensors").write_bytes(b"{}")
     with pytest.raises(AdapterError, match="cannot be read"):
+        load(base, adapter)
+
+
+def test_lookup_heads_come_with_the_adapter_and_change_no_fingerprint(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    model = load(base, adapter)
+    assert model.lookup_heads == ()
+    model.save_adapter(tmp_path / "with", lookup_heads=[(2, 3), (0, 1)])
+    again = load(base, tmp_path / "with")
+    assert again.lookup_heads == Lookup(again).heads == ((2, 3), (0, 1))
+    assert again.fingerprint == model.fingerprint
+    again.save_adapter(tmp_path / "kept")
+    assert load(base, tmp_path / "kept").lookup_heads == ((2, 3), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("heads", "told"),
+    [([[3, 0]], "3 layers of 4 heads"), ([[0, 4]], "3 layers of 4 heads"), ([[0]], "cannot be read"), (7, "cannot be")],
+)
+def test_lookup_heads_that_the_base_has_not_are_refused(base: Path, adapter: Path, heads: object, told: str) -> None:
+    settings = json.loads((adapter / "beacon.json").read_text(encoding="utf-8"))
+    (adapter / "beacon.json").write_text(json.dumps({**settings, "lookup_heads": heads}), encoding="utf-8")
+    with pytest.raises(AdapterError, match=told):
         load(base, adapter)
 
 

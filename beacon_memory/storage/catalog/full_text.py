@@ -21,7 +21,7 @@ from beacon_memory.errors import InputError
 from .database import Database
 from .words import words
 
-__all__ = ["CONVERSATION", "FullText", "PassageHit", "Sought"]
+__all__ = ["CONVERSATION", "FullText", "PassageHit", "Sought", "telling_words"]
 
 CONVERSATION = "conversation"  # the kind of passages that conversations were folded into; one word
 
@@ -120,13 +120,13 @@ class FullText(ABC):
         """
         if not isinstance(query, str):
             raise InputError(f"a query must be a str, got {query!r} of type {type(query).__name__}")
-        telling = _telling(query)
+        telling = telling_words(query)
         more = [word for word in words(query) if word in telling or word in _NOUNS]
         return self._hits(telling, sought) or (self._hits(more, sought) if more != telling else [])
 
     def places_of_words(self, query: str, documents: Sequence[str]) -> dict[str, list[tuple[str, int, int]]]:
         """Return for each word of a query the passages of some documents with it: document, start, stop."""
-        places = {word: self._places(word, documents) for word in _telling(query)[:_LONGEST]}
+        places = {word: self._places(word, documents) for word in telling_words(query)[:_LONGEST]}
         return {  # what is damaged may be no passage
             word: [one for one in found if (*map(type, one),) == (str, int, int)] for word, found in places.items()
         }
@@ -218,7 +218,7 @@ class FullText(ABC):
         return bool(self._db.execute(_NEWEST.format(among=among), values).fetchone() == (hit.document,))
 
 
-def _telling(query: str) -> list[str]:
+def telling_words(query: str) -> list[str]:
     """Return the words of a query that say what it is about: without question words, if it has others."""
     names = set(words(" ".join(_INSIDE.findall(query)))) if not query.isupper() else set()
     every = words(query)
