@@ -80,9 +80,10 @@ class BeaconMemory:
              `expected` if the adapter has a probe for it, else `repeat`; what is appended, as the document before it.
     hot_bytes: of memories that stay ready for attention after a question, on the device and in RAM each; by default a
              quarter of what is free there. Quantized ones count with their bits. `warm` makes them ready before.
-    picker:  how documents are found for a question that names none: `text`, by the words that they share with it,
-             `attention`, by what the model looks up when it reads the question, too, which takes it a short pass more;
-             the name of an installed picker, or a `Picker`.
+    picker:  how documents are found for a question that names none, and passages in those that are loaded in part:
+             `text`, by the words that they share with it; `attention`, where words do not tell which passages are
+             meant, also by what the model looks up when it reads the question, which takes it a short pass more; the
+             name of an installed picker, or a `Picker`.
 
     A copy shares model and store. Pickled, it holds the names of both, and opens them again.
 

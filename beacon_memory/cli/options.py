@@ -189,7 +189,8 @@ Picker = Annotated[
     typer.Option(
         envvar="BEACON_MEMORY_PICKER",
         help="How documents and their passages are found. text: by the words that they share with the question; "
-        "attention: by what the model looks up, too, which takes a little longer; or the name of an installed picker.",
+        "attention: where words do not tell which passages are meant, also by what the model looks up, which takes a "
+        "little longer; or the name of an installed picker.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

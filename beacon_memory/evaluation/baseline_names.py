@@ -20,6 +20,7 @@
     beacon:R@int8, beacon:R@int4   beacon:R with quantized K/V; likewise select, select-expected and hybrid, also with N
     expected:R, snapkv:R, kvzip:R   1/R of the text's K/V, selected by ExpectedAttention, SnapKV or KVzip of the package
                    kvpress
+    cskv:R         K/V of all tokens in 1/R of the numbers, by low rank as in CSKV, at its best
 
 R is the number of tokens of the text for each slot of K/V, so all baselines with the same R have the same K/V budget,
 except those that are quantized.
@@ -39,12 +40,13 @@ from beacon_memory.errors import InputError
 from beacon_memory.modeling.model import BeaconModel
 
 from .baselines import Baseline, Compressed, NoText, Retrieved, Truncated, Zoomed
+from .low_rank import LowRank
 from .presses import PRESSES, Selected, stock_model
 from .untouched import Untouched
 
 __all__ = ["baselines"]
 
-_PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R")
+_PLAIN = ("full", "none", "base", "truncated:R", "bm25", "bm25:R", "cskv:R")
 _ZOOMED = ("zoom", "look", "slice", "nested")
 _BITS = {one.value: one.bits for one in Precision if one.quantized}
 
@@ -115,6 +117,7 @@ def _baseline(
         "base": lambda: Untouched(name, model),
         "truncated": lambda ratio: Truncated(name, model, ratio),
         "bm25": lambda ratio=4: Retrieved(name, model, ratio),
+        "cskv": partial(LowRank, name, model),
         "zoom": partial(Zoomed, name, model),
         "look": partial(Zoomed, name, model, looks=True),
         "slice": partial(Zoomed, name, model, rich=1),

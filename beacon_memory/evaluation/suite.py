@@ -19,7 +19,7 @@ _BEACONS = ("beacon:2", "beacon:4", "beacon:8", "beacon:16", "beacon:32")
 _SQUAD = (*_MAIN, "select-expected:2", "select-expected:4", "select:4", "select:8", *_BEACONS[:4])
 _OTHERS = (
     *("full", "base", "truncated:4", "bm25:4", "beacon:8", "hybrid:4", "hybrid:8", "select:4", "select:8"),
-    *("expected:4", "snapkv:4", "kvzip:4", "kvzip:8"),
+    *("expected:4", "snapkv:4", "kvzip:4", "kvzip:8", "cskv:2", "cskv:4", "cskv:8"),
 )
 _COMPOSED = tuple(f"{way}:{count}" for way in ("select-expected:8", "beacon:2") for count in (1, 2, 4, 8))
 

@@ -11,6 +11,7 @@ from evaluation_samples import TEXT, baseline, ids_of, saved_model
 from beacon_memory.errors import InputError
 from beacon_memory.evaluation.baseline_names import baselines
 from beacon_memory.evaluation.baselines import Compressed, NoText, Retrieved, Truncated, Zoomed
+from beacon_memory.evaluation.low_rank import LowRank
 from beacon_memory.evaluation.presses import Selected
 from beacon_memory.evaluation.untouched import Untouched
 from beacon_memory.kv.memory_kv import MemoryKV
@@ -42,6 +43,7 @@ KINDS = {
     "look:16": Zoomed,
     "slice:4": Zoomed,
     "nested:4": Zoomed,
+    "cskv:8": LowRank,
 }
 
 
@@ -55,9 +57,9 @@ def test_every_name_has_its_baseline_in_order() -> None:
     assert [vars(one)["compressor"].score for one in found[6:14]] == ["repeat"] * 6 + ["expected"] * 2
     assert [vars(one)["bits"] for one in (*found[6:14], *found[17:21])] == [None] * 8 + [8, 4, 4, 8]
     assert (vars(found[18])["documents"], vars(found[20])["compressor"].score) == (3, "expected")
-    settings = [tuple(vars(one)[name] for name in ("ratio", "budget", "documents")) for one in found[21:]]
+    settings = [tuple(vars(one)[name] for name in ("ratio", "budget", "documents")) for one in found[21:26]]
     assert settings == [(2, 8, 1), (2, 8, 3), (2, 16, 1), (1, 4, 1), (2, 4, 1)]
-    assert [one.asks_first for one in found[21:]] == [True, True, True, True, False]
+    assert [one.asks_first for one in found[21:26]] == [True, True, True, True, False]
 
 
 def test_presses_share_one_stock_model() -> None:
@@ -75,7 +77,8 @@ REPEATED = (["full", "full"], ["full", "beacon:4", "beacon:4"])
 
 @pytest.mark.parametrize("names", [[], *([name] for name in UNKNOWN + MALFORMED + UNQUANTIZED), *REPEATED])
 def test_other_names_are_refused_with_those_that_there_are(names: list[str]) -> None:
-    known = "bm25, bm25:R, beacon:R, beacon:R:N, select:R, select:R:N, hybrid:R, hybrid:R:N, select-expected:R, "
+    known = "bm25, bm25:R, cskv:R, beacon:R, beacon:R:N, select:R, select:R:N, hybrid:R, hybrid:R:N, "
+    known += "select-expected:R, "
     with pytest.raises(InputError, match=rf"full, none, base, truncated:R, {known}"):
         baselines(names, saved_model())
 
