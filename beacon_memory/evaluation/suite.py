@@ -21,7 +21,7 @@ _OTHERS = (
     *("full", "base", "truncated:4", "bm25:4", "beacon:8", "hybrid:4", "hybrid:8", "select:4", "select:8"),
     *("expected:4", "snapkv:4", "kvzip:4", "kvzip:8", "cskv:2", "cskv:4", "cskv:8"),
 )
-_COMPOSED = tuple(f"{way}:{count}" for way in ("select-expected:8", "beacon:2") for count in (1, 2, 4, 8))
+_COMPOSED = tuple(f"{way}:{count}" for way in ("select-expected:8", "zoom:8", "beacon:2") for count in (1, 2, 4, 8))
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,9 +93,10 @@ class Window:
     @property
     def kept(self) -> list[int]:
         """Return the indices into `orders` of the entries that become memory slots at the end, in slot order."""
-        by_order = sorted(range(len(self.orders)), key=self.orders.__getitem__)
-        sink = [i for i in by_order if self.orders[i] % 2 == 0][: self.sink]
-        survivors = [i for i in by_order if self.orders[i] % 2 == (1 if self.ratio else 0)]
+        orders = self.orders
+        by_order = sorted(range(len(orders)), key=orders.__getitem__)
+        sink = [i for i in by_order if orders[i] % 2 == 0][: self.sink]
+        survivors = [i for i in by_order if orders[i] % 2 == (1 if self.ratio else 0)]
         return sink + survivors
 
 
