@@ -8,7 +8,7 @@ from beacon_memory.errors import MissingDependencyError
 
 __all__ = ["TELLING", "joined", "matches", "rank_passages"]
 
-TELLING = 0.5  # of a question's words: if no passage has more of them, words do not tell which one is asked for
+TELLING = 2 / 3  # of a question's words: if no passage has more of them, words do not tell which one is asked for
 
 
 def joined(worded: Sequence[float], attended: Sequence[float], told: float) -> list[float]:

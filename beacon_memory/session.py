@@ -22,10 +22,11 @@ from .memory import BeaconMemory
 from .picking import SESSION_BUDGET
 from .results import Answer
 
-__all__ = ["SESSION_SLOTS", "Session", "Turn"]
+__all__ = ["RECENT", "SESSION_SLOTS", "Session", "Turn"]
 
 Turn = dict[str, Any]
 
+RECENT = 256  # tokens of a conversation that stay text: more of them mislead a small reader
 SESSION_SLOTS = 8192  # memory slots that a conversation may take in a store: at ratio 2, some 60,000 characters
 
 _logger = logging.getLogger(__name__)
@@ -61,10 +62,10 @@ class Session:
     """A conversation under an id, kept in the store of `memory` from its first turn on.
 
     recent: how many tokens of turns are kept as text. When there are more, the oldest turns are folded until half of
-            that is left: their text is appended to a document, `<id>/1`, tagged `session`. When this document has as
-            many tokens as a window of the model, or as `slots`, the next one, `<id>/2`, begins. So folding takes no
-            longer in a long conversation than in a short one. What takes more than `slots` becomes several documents,
-            compressed as strongly as it takes for all of them to fit.
+            that is left, or the last exchange alone if it fits: their text is appended to a document, `<id>/1`, tagged
+            `session`. When this document has as many tokens as a window of the model, or as `slots`, the next one,
+            `<id>/2`, begins. So folding takes no longer in a long conversation than in a short one. What takes more
+            than `slots` becomes several documents, compressed as strongly as it takes for all of them to fit.
     slots:  how many memory slots these documents may take in the store. When they need more, one document is compressed
             twice as strongly, older ones sooner. If that one cannot be compressed further, the oldest is removed.
     budget: how many of these slots a question may load: those of the exchanges that it is about. The two turns of the
@@ -82,7 +83,7 @@ class Session:
         memory: BeaconMemory,
         id: str,
         *,
-        recent: int = 512,
+        recent: int = RECENT,
         slots: int = SESSION_SLOTS,
         budget: int = SESSION_BUDGET,
         system: int = 512,
@@ -197,7 +198,7 @@ class Session:
                 stay, parts, expected = kept.folding
                 last = catalog.documents.get(self._id(parts[1]))
                 if last is not None and last.content_hash == expected:  # all is folded
-                    kept = replace(kept, turns=[kept.turns[n] for n in stay], parts=parts)
+                    kept = replace(kept, turns=[kept.turns[n] for n in stay], parts=parts, folding=None)
             first, end = kept.parts
             found = {part: catalog.documents.get(self._id(part)) for part in range(first, end + 1)}
         try:
@@ -221,9 +222,10 @@ class Session:
         front = next((n for n, turn in enumerate(turns) if not _stands(turn)), len(turns))
         recent = front
         if sum(sizes[front:]) > bounds.recent:
-            recent = next(n for n in range(front, len(turns) + 1) if sum(sizes[n:]) <= bounds.recent // 2)
-            while recent < len(turns) and turns[recent]["role"] != "user":
-                recent += 1  # so that the turns that are left begin with a question
+            exchanges = [n for n in range(front, len(turns)) if turns[n]["role"] == "user"]  # where each begins
+            left = [n for n in exchanges if sum(sizes[n:]) <= bounds.recent // 2]
+            last = [n for n in exchanges[-1:] if sum(sizes[n:]) <= bounds.recent]
+            recent = [*left, *last, len(turns)][0]
         elif sum(sizes[:front]) <= bounds.system:
             return [*range(len(turns))]
         standing: dict[str, int] = {}

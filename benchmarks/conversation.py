@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from beacon_memory import BeaconMemory, Session
+from beacon_memory.session import RECENT
 
 NAMES = (
     "Ottilie Brandt", "Marcus Hale", "Ingrid Solheim", "Pavel Novotny", "Leila Haddad", "Tomas Ferreira",
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=100, help="how many facts (at most and by default %(default)s)")
     parser.add_argument("--exchanges", type=int, default=200, help="of person and model (default: %(default)s)")
     parser.add_argument("--ask", type=int, help="how many of the facts to ask for (default: all of them)")
-    parser.add_argument("--recent", type=int, default=512, help="tokens kept as text (default: %(default)s)")
+    parser.add_argument("--recent", type=int, default=RECENT, help="tokens kept as text (default: %(default)s)")
     parser.add_argument("--budget", type=int, default=1024, help="slots that a question loads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the facts and their places (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write all answers to this file")

@@ -60,7 +60,7 @@ def test_gist_has_an_eighth_of_the_tokens_and_a_bounded_size(tokens: int, slots:
     assert gist_slots(tokens) == slots
 
 
-@pytest.mark.parametrize(("told", "scores"), [(0.5, [1.25, 1, 1]), (0.25, [0.75, 0.5, 1]), (0.1, [0.45, 0.2, 1])])
+@pytest.mark.parametrize(("told", "scores"), [(2 / 3, [1.25, 1, 1]), (1 / 3, [0.75, 0.5, 1]), (2 / 15, [0.45, 0.2, 1])])
 def test_words_count_by_how_much_they_tell_beside_attention(told: float, scores: list[float]) -> None:
     assert joined([4.0, 4.0, 0.0], [0.1, 0.0, 0.4], told) == pytest.approx(scores)
 

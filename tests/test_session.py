@@ -50,6 +50,18 @@ def test_old_turns_fold_and_nothing_is_lost(memory: BeaconMemory) -> None:
     assert memory.verify() == []
 
 
+def test_the_last_exchange_stays_text_if_it_fits(memory: BeaconMemory) -> None:
+    session = Session(memory, "chat", recent=100)
+    long = {"role": "assistant", "content": "red " * 15}
+    for n in range(3):
+        session.add([*exchange(n)[:1], long])
+        assert 50 < sum(len(line(turn)) for turn in [*exchange(n)[:1], long]) <= 100
+        assert session.turns == [*exchange(n)[:1], long]
+    assert whole(session) == "".join(line(turn) for n in range(3) for turn in [*exchange(n)[:1], long])
+    session.add([*exchange(3)[:1], {"role": "assistant", "content": "red " * 30}])
+    assert session.turns == []
+
+
 def test_turns_come_back_with_all_of_their_fields_until_they_are_folded(memory: BeaconMemory) -> None:
     session = Session(memory, "chat", recent=400)
     called = {"type": "function", "id": "7", "function": {"name": "look", "arguments": {"at": "</tool_call>"}}}

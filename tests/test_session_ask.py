@@ -90,7 +90,7 @@ def test_a_question_loads_what_it_is_about_and_no_more_than_its_budget(memory: B
     assert sum(memory.show(id).slots for id in session.ids) > 3 * 120
     assert {max(memory.show(id).ratios) for id in session.ids} == {2}
     for n in (0, 7, 20):
-        answer = session.ask(f"What did visitor{n} bring?", keep=False, max_new_tokens=2)
+        answer = session.ask(f"What was it that visitor{n} brought?", keep=False, max_new_tokens=2)
         assert answer.usage.slots <= 121  # with the sink
         assert f"the visitor{n} brought a present{n} to us" in loaded(memory, answer)
         assert f"visitor{n + 1}" not in loaded(memory, answer)  # which is told in the same words

@@ -13,7 +13,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
 from beacon_memory import BeaconMemory, Session
 from beacon_memory.picking import SESSION_BUDGET
-from beacon_memory.session import SESSION_SLOTS
+from beacon_memory.session import RECENT, SESSION_SLOTS
 
 from .chat_model import ChatBeaconMemory
 from .messages import from_session_turns, to_session_turn
@@ -32,7 +32,8 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
     session_id: any text. Whoever may choose it reads that conversation: take it, and the namespace, from what your
                 program knows of the user.
     memory, namespace: where it is kept; the model that continues it must have the same.
-    recent:     tokens of messages that stay as they are. When there are more, the oldest are folded until half is left.
+    recent:     tokens of messages that stay as they are. When there are more, the oldest are folded until half is left,
+                or the last exchange alone.
     slots:      memory slots that the folded ones may take in the store; beyond, the older are compressed more strongly,
                 and in the end the oldest are forgotten.
     budget:     how many of these slots a question loads, where it is about them. `BeaconHistoryMiddleware` and
@@ -48,7 +49,7 @@ class BeaconChatMessageHistory(BaseChatMessageHistory):
         memory: BeaconMemory,
         *,
         namespace: str | None = None,
-        recent: int = 512,
+        recent: int = RECENT,
         slots: int = SESSION_SLOTS,
         budget: int = SESSION_BUDGET,
         system: int = 512,

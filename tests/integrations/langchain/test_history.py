@@ -93,7 +93,7 @@ CONVERSATIONS: dict[str, list[BaseMessage]] = {
 
 @pytest.mark.parametrize("said", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_messages_come_back_as_they_were(memory: BeaconMemory, said: list[BaseMessage]) -> None:
-    history = BeaconChatMessageHistory("ada", memory)
+    history = BeaconChatMessageHistory("ada", memory, recent=512)
     history.add_messages(said)
     assert history.messages == said
     assert BeaconChatMessageHistory("ada", memory).messages == said
