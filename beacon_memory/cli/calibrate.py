@@ -66,7 +66,8 @@ def calibrate(
         loaded = BeaconModel.from_pretrained(model, adapter, device=device, dtype=dtype.value)
         with reading("windows") as progress:
             found = calibrate(BeaconCompressor(loaded), texts, windows, progress)
-        heads, trained = Lookup(loaded).found(), loaded.adapter != UNTRAINED
+        heads = Lookup(loaded).found() if loaded.tokenizer.chat_template else ()  # without, nothing can be asked
+        trained = loaded.adapter != UNTRAINED
         loaded.save_adapter(output, probe=found.probe, lookup_heads=heads, trained=trained)
         if as_json:
             fields = {"windows": found.windows, "compared": found.compared, "share": found.share}

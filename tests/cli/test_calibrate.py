@@ -53,6 +53,16 @@ def test_it_keeps_what_the_adapter_had(run: Run, tmp_path: Path) -> None:
     assert (before.lookup_heads, len(after.lookup_heads)) == ((), 5)
 
 
+def test_a_model_that_cannot_be_asked_can_be_calibrated(run: Run, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = run("calibrate", "texts", "--output", "own", "--windows", "8")
+    assert said.exit_code == 0, said.output
+    assert read_adapter("own").lookup_heads == ()
+
+
 def test_bad_input_is_told_and_nothing_is_written(run: Run, tmp_path: Path) -> None:
     for paths, told in (["texts/0.txt"], "needs 8 at least"), (["nothing.txt"], "nothing.txt"):
         said = run("calibrate", *paths, "--output", "own")
