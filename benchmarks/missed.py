@@ -15,7 +15,7 @@ from pathlib import Path
 
 from beacon_memory import BeaconModel
 from beacon_memory.evaluation.items import Item, read_qa
-from beacon_memory.evaluation.pieces import passage_ids
+from beacon_memory.evaluation.pieces import passage_ids, token_ids
 from beacon_memory.ranking import rank_passages
 from beacon_memory.zoom import chunks
 
@@ -47,7 +47,7 @@ def main() -> None:
     items = read_qa(
         args.data,
         context_tokens=settings["context_tokens"],
-        count=lambda text: len(model.tokenizer.encode(text, add_special_tokens=False)),
+        count=lambda text: len(token_ids(model.tokenizer, text)),
         limit=settings["limit"],
         seed=settings["seed"],
         where=settings["where"],

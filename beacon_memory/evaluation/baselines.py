@@ -414,16 +414,15 @@ class Zoomed(Compressed):
             return zoomed(memory, bounds, lowest, relevance), lowest
 
         relevance = blind = [0.0] * len(pieces)
-        texts = self.texts(pieces)
         if self.asks_first:
-            relevance = matches(texts, self.asked(question))
-        told = words_in_one(texts, self.asked(question)) if self.lookup is not None else 0.0
-        if self.lookup is not None and 0 < told <= TELLING:
-            gist, lowest = part(blind, gist_slots(memory.span))
-            sections = sections_of_entries([counts], lowest, self.lookup.layers, self.compressor.sink.slots)
-            prefix = self.model.prefix(self.composed([gist]))
-            looked = self.lookup.relevance(self.asked(question), prefix, sections, len(pieces))
-            relevance = joined(relevance, looked, told)
+            texts, asked = self.texts(pieces), self.asked(question)
+            relevance = matches(texts, asked)
+            if self.lookup is not None and 0 < (told := words_in_one(texts, asked)) <= TELLING:
+                gist, lowest = part(blind, gist_slots(memory.span))
+                sections = sections_of_entries([counts], lowest, self.lookup.layers, self.compressor.sink.slots)
+                prefix = self.model.prefix(self.composed([gist]))
+                looked = self.lookup.relevance(asked, prefix, sections, len(pieces))
+                relevance = joined(relevance, looked, told)
         return [part(relevance, slots_of(memory.span, self.budget))[0]]
 
     def _slots(self, tokens: int) -> int:
